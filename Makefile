@@ -1,0 +1,43 @@
+# `make demo` and `make test` work on a fresh clone: both set up .venv first.
+# PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
+.DELETE_ON_ERROR:
+.PHONY: demo test lint setup clean
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python)
+# What an interpreter must be able to do; a version manager's shim may exist and still fail.
+PROBE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+
+demo: $(STAMP)
+	$(VENV)/bin/fisherkern demo
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(STAMP)
+
+# A .venv without a working pip is what an interrupted first attempt leaves: made anew.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+	  for python in $(CANDIDATES); do \
+	    if "$$python" -c '$(PROBE)' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo 'fisherkern needs Python 3.11 to 3.13 with venv and ensurepip: none of $(CANDIDATES) runs; name one with make PYTHON=/path/to/python' >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "making $(VENV) with $$($$found -c 'import sys; print(sys.executable)')"; \
+	  "$$found" -m venv --clear $(VENV); \
+	fi
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
