@@ -1,0 +1,86 @@
+"""Masked items: hide some items of a sequence and predict them from the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
+
+
+class Objective(Protocol):
+    """A loss of a model on a batch of windows; random draws come from `generator` alone."""
+
+    def __call__(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor: ...
+
+    def settings(self) -> dict:
+        """Name and arguments as JSON values; a resumed run must have the same."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedItems:
+    """Cloze loss of BERT4Rec (Sun et al., CIKM 2019, section 3.6), mean over masked places.
+
+        -(1/|M|) Σ_{(n,t) in M} log softmax(W h_nt + b)[s_nt]
+
+    In a sequence of n items max(1, round(ratio n)) places, drawn uniformly, become the mask
+    token: always, never a random item or the item itself. In a fraction `last_ratio` of the
+    sequences, drawn at random, the last item alone is masked instead, which is what the
+    model is asked at inference. Raises InputError for a ratio outside (0, 1] or a
+    `last_ratio` outside [0, 1].
+    """
+
+    ratio: float = 0.2
+    last_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise InputError(f"MaskedItems: ratio must be in (0, 1], got {self.ratio}")
+        if not 0 <= self.last_ratio <= 1:
+            raise InputError(f"MaskedItems: last_ratio must be in [0, 1], got {self.last_ratio}")
+
+    def __call__(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0.
+
+        Holds |M| x V logits, for the masked places only. `generator` is on the CPU, so that
+        the draws do not depend on the model's device. Raises InputError if no row has an item.
+        """
+        positions, chosen = self.draw(tokens, generator)
+        hidden = model.states(model.mask_items(tokens, positions, chosen), positions)
+        weight, bias = model.head()
+        logits = F.linear(model.transform(hidden[chosen]), weight, bias)
+        return F.cross_entropy(logits, tokens.gather(1, positions)[chosen] - model.first_item)
+
+    def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Places to mask: columns (N, Q) int64, distinct in a row, and which count (N, Q) bool.
+
+        Q is the largest number of masked places of any row.
+        """
+        lengths = (tokens != 0).sum(dim=1)
+        counts = (lengths * self.ratio).round().long().clamp(min=1).minimum(lengths)
+        # The highest keys are masked. Padding stays below every item, whose keys are in [0, 1).
+        keys = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+        keys = keys.masked_fill(tokens == 0, -1.0)
+        if self.last_ratio:
+            last_only = torch.rand(len(tokens), generator=generator) < self.last_ratio
+            last_only = last_only.to(tokens.device)
+            keys[:, -1] = keys[:, -1].masked_fill(last_only & (lengths > 0), 2.0)
+            counts = counts.masked_fill(last_only, 1).minimum(lengths)
+        most = int(counts.max()) if len(counts) else 0
+        if most == 0:
+            raise InputError("tokens hold no item to mask: every row is padding")
+        positions = keys.topk(most, dim=1).indices
+        return positions, torch.arange(most, device=tokens.device) < counts[:, None]
+
+    def settings(self) -> dict:
+        return {"name": type(self).__name__, **dataclasses.asdict(self)}

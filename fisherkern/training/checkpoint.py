@@ -1,0 +1,186 @@
+"""Model files and the state file a training run resumes from."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherkern.encoders import ENCODERS, SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.files import load_tensors, read_json, save_tensors, write_json
+
+PathLike = str | os.PathLike[str]
+
+
+def save_model(
+    model: SequenceEncoder,
+    path: PathLike,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model` as `x.safetensors` (tensors, class, config) and `x.json` beside it.
+
+    The JSON holds item ids, `metrics`, `extra` (JSON values) and versions, and is written
+    first, so a model file is never without its item ids. Raises InputError for another
+    suffix or a class that `load_model` could not rebuild.
+    """
+    path = _model_path(path)
+    name = type(model).__name__
+    if ENCODERS.get(name) is not type(model):
+        raise InputError(f"{path}: {name} is not an encoder that a model file can hold")
+    about = {
+        "class": name,
+        "config": model.config,
+        "item_ids": model.item_ids,
+        "metrics": dict(metrics or {}),
+        "extra": dict(extra or {}),
+        "versions": _versions(),
+    }
+    header = {
+        "kind": "model",
+        "class": name,
+        "config": model.config,
+        "item_ids_sha256": _sha256(model.item_ids),
+    }
+    write_json(path.with_suffix(".json"), about)
+    save_tensors(path, model.state_dict(), header)
+
+
+def load_model(path: PathLike) -> SequenceEncoder:
+    """The model that `save_model` wrote, on the CPU, in eval mode.
+
+    Without the JSON file beside it `item_ids` is None. NaN values are loaded as they are.
+    Raises InputError for a file that is not a model, an unknown class, item ids that are
+    another model's, or a tensor that is missing, unexpected or of the wrong shape or type.
+    """
+    path = _model_path(path)
+    tensors, header = load_tensors(path)
+    if header.get("kind") != "model":
+        raise InputError(f"{path}: not a model file of fisherkern")
+    name = header.get("class")
+    if name not in ENCODERS:
+        raise InputError(f"{path}: unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
+    try:
+        # On the meta device nothing is drawn or allocated; the file's tensors move in below.
+        with torch.device("meta"):
+            model = ENCODERS[name](**header["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: its config does not fit {name}: {error}") from None
+    check_tensors(path, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    about = path.with_suffix(".json")
+    if about.is_file():
+        content = read_json(about)
+        item_ids = content.get("item_ids") if isinstance(content, dict) else None
+        if _sha256(item_ids) != header.get("item_ids_sha256"):
+            raise InputError(f"{about}: its item_ids are not those of {path.name}")
+        model.item_ids = item_ids
+    return model.eval()
+
+
+def save_state(
+    path: PathLike,
+    model: SequenceEncoder,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    losses: list[float],
+    step: int,
+) -> None:
+    """Write all that `load_state` needs to go on after `step` steps and `len(losses)` epochs.
+
+    No clock time is in the file: the same run gives the same bytes.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in optimizer.state[parameter]:
+                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+    header = {"kind": "training", "settings": settings, "losses": losses, "step": step}
+    save_tensors(path, tensors, header)
+
+
+def load_state(
+    path: PathLike,
+    model: SequenceEncoder,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+) -> tuple[list[float], int]:
+    """Put a saved run into `model` and `optimizer`; its losses per epoch and its steps.
+
+    Raises InputError if the file is no training state, or of a run with other settings or data.
+    """
+    tensors, header = load_tensors(path)
+    if header.get("kind") != "training":
+        raise InputError(f"{path}: not a training state")
+    saved = header["settings"]
+    for name in sorted(settings.keys() | saved.keys()):
+        if saved.get(name) != settings.get(name):
+            raise InputError(
+                f"{path}: belongs to a run with {name} = {saved.get(name)}, "
+                f"not {settings.get(name)}; remove it or use another state file"
+            )
+    own = {
+        name.removeprefix("model."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("model.")
+    }
+    check_tensors(path, own, model.state_dict())
+    model.load_state_dict(own)
+    for name, parameter in model.named_parameters():
+        if f"exp_avg.{name}" in tensors:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(header["step"]), device=parameter.device),
+                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
+    return list(header["losses"]), int(header["step"])
+
+
+def check_tensors(
+    path: PathLike, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> None:
+    """Raise InputError unless `tensors` has the names, shapes and kinds of `expected`."""
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name!r} is missing")
+        if tensors[name].shape != tensor.shape:
+            raise InputError(
+                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                f"not {tuple(tensor.shape)}"
+            )
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise InputError(f"{path}: tensor {name!r} is {tensors[name].dtype}")
+    for name in tensors:
+        if name not in expected:
+            raise InputError(f"{path}: tensor {name!r} is not part of the model")
+
+
+def _model_path(path: PathLike) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: a model file's name must end in .safetensors")
+    return path
+
+
+def _sha256(item_ids: list[str] | None) -> str | None:
+    if item_ids is None:
+        return None
+    return hashlib.sha256(json.dumps(item_ids).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"
+    return {"fisherkern": own, "torch": str(torch.__version__), "python": platform.python_version()}
