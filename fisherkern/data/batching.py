@@ -1,0 +1,174 @@
+"""Batches cut from CSR sequences on the fly: left-padded histories and training windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fisherkern.errors import InputError
+
+Split = Literal["train", "validation", "test"]
+Crop = Literal["random", "last", "all"]
+
+# Items held out after a split's target: seq = s_1..s_n has target s_n for test,
+# s_{n-1} for validation and s_{n-2} for train.
+_AFTER_TARGET = {"test": 0, "validation": 1, "train": 2}
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise InputError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def target_positions(offsets: NDArray[np.int64], split: str) -> NDArray[np.int64]:
+    """Position in the CSR items of every user's target, (num_users,) int64.
+
+    A user has a pair (a history that is not empty, and a target) when this is
+    greater than `offsets[u]`.
+    """
+    check_choice("split", split, get_args(Split))
+    return offsets[1:] - 1 - _AFTER_TARGET[split]
+
+
+def left_padded(
+    items: NDArray[np.int32], start: NDArray[np.int64], stop: NDArray[np.int64], max_len: int
+) -> NDArray[np.int64]:
+    """The last `max_len` of items[start:stop] for every row, (N, max_len) int64, 0 on the left."""
+    position = stop[:, None] - max_len + np.arange(max_len)
+    inside = position >= start[:, None]
+    return np.where(inside, items[np.maximum(position, 0)], 0).astype(np.int64)
+
+
+def gather_ranges(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The positions start[0]..stop[0]-1, start[1]..stop[1]-1, ... one after another, int64."""
+    lengths = stop - start
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if ends.size else 0
+    return np.arange(total) + np.repeat(start - (ends - lengths), lengths)
+
+
+@dataclass(frozen=True)
+class HistoryBatches:
+    """Histories and their next items, one per user; iterate as often as you like.
+
+    Yields {"history": (N, T) int64, left-padded with 0, oldest first; "target": (N,)
+    int64 in 1..V; "user": (N,) int64}. Allocates one batch at a time.
+    """
+
+    items: NDArray[np.int32]
+    start: NDArray[np.int64]
+    target: NDArray[np.int64]
+    user: NDArray[np.int64]
+    batch_size: int
+    max_len: int
+
+    def __len__(self) -> int:
+        return -(-len(self.user) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for first in range(0, len(self.user), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            target = self.target[rows]
+            history = left_padded(self.items, self.start[rows], target, self.max_len)
+            yield {
+                "history": torch.from_numpy(history),
+                "target": torch.from_numpy(self.items[target].astype(np.int64)),
+                "user": torch.from_numpy(self.user[rows].copy()),
+            }
+
+
+@dataclass(frozen=True)
+class WindowBatches:
+    """Windows items[start:stop] in a fixed order; iterate as often as you like.
+
+    Yields (N, max_len) int64, left-padded with 0. Allocates one batch at a time.
+    """
+
+    items: NDArray[np.int32]
+    start: NDArray[np.int64]
+    stop: NDArray[np.int64]
+    batch_size: int
+    max_len: int
+
+    def __len__(self) -> int:
+        return -(-len(self.start) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, len(self.start), self.batch_size):
+            rows = slice(first, first + self.batch_size)
+            window = left_padded(self.items, self.start[rows], self.stop[rows], self.max_len)
+            yield torch.from_numpy(window)
+
+
+def history_batches(
+    items: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    *,
+    split: str,
+    batch_size: int,
+    max_len: int,
+    limit: int | None,
+) -> HistoryBatches:
+    """See `SequenceDataset.loader`."""
+    check_count("batch_size", batch_size)
+    check_count("max_len", max_len)
+    target = target_positions(offsets, split)
+    users = np.flatnonzero(target > offsets[:-1])
+    if not users.size:
+        raise InputError(f"no user has a history and a target in the {split} split")
+    if limit is not None:
+        check_count("limit", limit)
+        # Evenly spread: the first users of a file are often its oldest or most active.
+        keep = np.linspace(0, users.size - 1, min(limit, users.size)).round().astype(np.int64)
+        users = users[keep]
+    return HistoryBatches(items, offsets[users], target[users], users, batch_size, max_len)
+
+
+def window_batches(
+    items: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    *,
+    batch_size: int,
+    max_len: int,
+    seed: int,
+    epoch: int,
+    crop: str,
+) -> WindowBatches:
+    """See `SequenceDataset.windows`."""
+    check_count("batch_size", batch_size)
+    check_count("max_len", max_len)
+    check_count("seed", seed, least=0)
+    check_count("epoch", epoch, least=0)
+    check_choice("crop", crop, get_args(Crop))
+    begin, end = offsets[:-1], offsets[1:] - 2
+    long_enough = end > begin
+    begin, end = begin[long_enough], end[long_enough]
+    if not begin.size:
+        raise InputError("no user has an item left to train on after the two held out")
+    random = np.random.default_rng([seed, epoch])
+    if crop == "random":
+        # The draw comes before the shuffle, so that a user's window does not depend on it.
+        stop = end - random.integers(0, np.maximum(end - begin - max_len, 0), endpoint=True)
+    elif crop == "last":
+        stop = end
+    else:
+        pieces = -(-(end - begin) // max_len)
+        index = gather_ranges(np.zeros_like(pieces), pieces)
+        begin = np.repeat(begin, pieces)
+        stop = np.repeat(end, pieces) - index * max_len
+    order = random.permutation(len(stop))
+    start = np.maximum(begin, stop - max_len)
+    return WindowBatches(items, start[order], stop[order], batch_size, max_len)

@@ -1,0 +1,228 @@
+"""Sequences of items in CSR form, and the leave-one-out split over them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fisherkern.data.batching import (
+    HistoryBatches,
+    WindowBatches,
+    gather_ranges,
+    history_batches,
+    target_positions,
+    window_batches,
+)
+from fisherkern.errors import InputError
+
+
+class SequenceDataset:
+    """Every user's items, oldest first, stored once; nothing is ever expanded to prefixes.
+
+    Attributes (all immutable):
+        name: what the data are called, for tables and file names.
+        items: (num_actions,) int32, internal ids 1..V, one user after another. 0 is padding.
+        offsets: (num_users + 1,) int64; user u owns items[offsets[u]:offsets[u+1]].
+        item_ids: V external ids; internal id v is item_ids[v-1].
+        user_ids: num_users external ids.
+        attributes: external item id -> attribute numbers, or None where there are none.
+
+    Raises InputError when the arrays do not fit together.
+    """
+
+    name: str
+    items: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    item_ids: tuple[str, ...]
+    user_ids: tuple[str, ...]
+    attributes: dict[str, list[int]] | None
+
+    def __init__(
+        self,
+        name: str,
+        items: ArrayLike,
+        offsets: ArrayLike,
+        item_ids: Sequence[str],
+        user_ids: Sequence[str],
+        attributes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        item_array = _frozen(items, np.int32, "items")
+        offset_array = _frozen(offsets, np.int64, "offsets")
+        if len(offset_array) != len(user_ids) + 1 or offset_array[0] != 0:
+            raise InputError(
+                f"offsets must be 0 and then one end for each of {len(user_ids)} users"
+            )
+        if (np.diff(offset_array) < 0).any() or offset_array[-1] != len(item_array):
+            raise InputError(f"offsets must not fall and must end at {len(item_array)} actions")
+        if item_array.size and not 1 <= item_array.min() <= item_array.max() <= len(item_ids):
+            raise InputError(
+                f"items must lie in 1..{len(item_ids)}, "
+                f"but go from {item_array.min()} to {item_array.max()}"
+            )
+        known = frozenset(item_ids)
+        if len(known) != len(item_ids):
+            raise InputError("item_ids names an item twice")
+        if attributes is not None:
+            unknown = next((item for item in attributes if item not in known), None)
+            if unknown is not None:
+                raise InputError(f"attributes names item {unknown!r}, which is not in item_ids")
+            attributes = {item: list(values) for item, values in attributes.items()}
+        values = {
+            "name": name,
+            "items": item_array,
+            "offsets": offset_array,
+            "item_ids": tuple(item_ids),
+            "user_ids": tuple(user_ids),
+            "attributes": attributes,
+        }
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a SequenceDataset is immutable: {name} cannot be set")
+
+    def __repr__(self) -> str:
+        return (
+            f"SequenceDataset({self.name!r}: {self.num_users:,} users, "
+            f"{self.num_items:,} items, {self.num_actions:,} actions)"
+        )
+
+    @property
+    def num_users(self) -> int:
+        """How many sequences there are."""
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        """V, the size of the catalogue."""
+        return len(self.item_ids)
+
+    @property
+    def num_actions(self) -> int:
+        """How many (user, item) pairs there are, repeated ones counted again."""
+        return len(self.items)
+
+    def sequence(self, user: int) -> NDArray[np.int32]:
+        """All items of user number `user` in 0..num_users-1, oldest first: a read-only view."""
+        self._check_users(np.asarray([user]))
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def subset(self, users: ArrayLike) -> SequenceDataset:
+        """The same catalogue with only these users, (n,) integers, in the order given."""
+        rows = self._check_users(users)
+        start, stop = self.offsets[rows], self.offsets[rows + 1]
+        return SequenceDataset(
+            self.name,
+            self.items[gather_ranges(start, stop)],
+            np.concatenate([[0], np.cumsum(stop - start)]),
+            self.item_ids,
+            [self.user_ids[row] for row in rows.tolist()],
+            self.attributes,
+        )
+
+    def popularity(self) -> NDArray[np.int64]:
+        """(V,) int64: how often item v occurs (at v-1) in the training part, s_1..s_{n-2}."""
+        begin = self.offsets[:-1]
+        train = gather_ranges(begin, np.maximum(self.offsets[1:] - 2, begin))
+        return np.bincount(self.items[train], minlength=self.num_items + 1)[1:].astype(np.int64)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over items, offsets and item_ids: equal for equal content, any source."""
+        digest = hashlib.sha256()
+        for array in (self.items.astype("<i4"), self.offsets.astype("<i8")):
+            digest.update(len(array).to_bytes(8, "little"))
+            digest.update(array.tobytes())
+        digest.update(json.dumps(self.item_ids).encode())
+        return digest.hexdigest()
+
+    def loader(
+        self,
+        *,
+        split: str = "train",
+        batch_size: int = 256,
+        max_len: int = 50,
+        limit: int | None = None,
+    ) -> HistoryBatches:
+        """One (history, next item) pair per user: what to compute a Fisher or a metric on.
+
+        For seq = s_1..s_n the pair is s_1..s_{n-3} -> s_{n-2} ("train"), s_1..s_{n-2} ->
+        s_{n-1} ("validation") or s_1..s_{n-1} -> s_n ("test"). A history is cut to its
+        last `max_len` items. Users whose history would be empty are left out. `limit`
+        takes that many users, evenly spread over all of them.
+
+        Returns a re-iterable with len() that yields {"history": (N, max_len) int64 torch
+        tensor, left-padded with 0; "target": (N,) int64; "user": (N,) int64, the index in
+        this dataset}. Raises InputError for a bad argument, or when no user has a pair.
+        """
+        return history_batches(
+            self.items,
+            self.offsets,
+            split=split,
+            batch_size=batch_size,
+            max_len=max_len,
+            limit=limit,
+        )
+
+    def windows(
+        self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str = "random"
+    ) -> WindowBatches:
+        """Training material of one epoch, cut from s_1..s_{n-2} of every user.
+
+        crop="random": one uniformly drawn window of `max_len` consecutive items per user
+        (all items when there are fewer); "last": the last `max_len`; "all": windows that
+        do not overlap and cover everything, counted from the end. The order is shuffled
+        by (seed, epoch), and the same pair gives the same batches.
+
+        Returns a re-iterable with len() that yields (N, max_len) int64 torch tensors,
+        left-padded with 0. Raises InputError for a bad argument, or when nothing is left.
+        """
+        return window_batches(
+            self.items,
+            self.offsets,
+            batch_size=batch_size,
+            max_len=max_len,
+            seed=seed,
+            epoch=epoch,
+            crop=crop,
+        )
+
+    def seen(self, users: ArrayLike, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The distinct items of whole histories (not only the last `max_len`), as CSR.
+
+        `users` are (n,) integers. Returns (indptr (n+1,) int64, items int64, ascending in
+        every row); the row of a user without a history in `split` is empty.
+        """
+        rows = self._check_users(users)
+        start = self.offsets[rows]
+        stop = np.maximum(target_positions(self.offsets, split)[rows], start)
+        row = np.repeat(np.arange(len(rows)), stop - start)
+        # One sort of (row, item) keys removes the repeats of every row at once.
+        width = self.num_items + 1
+        keys = np.unique(row * width + self.items[gather_ranges(start, stop)])
+        counts = np.bincount(keys // width, minlength=len(rows))
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys % width
+
+    def _check_users(self, users: ArrayLike) -> NDArray[np.int64]:
+        rows = np.asarray(users)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise InputError(f"users must be a list of integers, not {rows.dtype} {rows.shape}")
+        outside = rows[(rows < 0) | (rows >= self.num_users)]
+        if outside.size:
+            raise InputError(f"user {outside[0]} is not in 0..{self.num_users - 1}")
+        return rows.astype(np.int64)
+
+
+def _frozen(values: ArrayLike, dtype: type[np.generic], name: str) -> NDArray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"{name} must be one-dimensional integers, not {array.dtype}")
+    if array.dtype == dtype and not array.flags.writeable:
+        return array
+    cast = array.astype(dtype)
+    if (cast != array).any():
+        raise InputError(f"{name} holds a value too large for {np.dtype(dtype)}")
+    cast.flags.writeable = False
+    return cast

@@ -1,0 +1,106 @@
+"""Made-up sequences in which the last two items matter, and popularity does not tell enough."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherkern.data.batching import check_count
+from fisherkern.data.dataset import SequenceDataset
+from fisherkern.errors import InputError
+
+_BLOCK_USERS = 1024  # bounds the memory for what each user has seen
+
+
+def synthetic(
+    num_users: int = 2000,
+    num_items: int = 500,
+    seed: int = 0,
+    *,
+    clusters: int = 10,
+    min_length: int = 20,
+    max_length: int = 60,
+    order: float = 0.8,
+    skew: float = 1.0,
+) -> SequenceDataset:
+    """Sequences over a clustered catalogue with popularity skew and order-2 transitions.
+
+    The item of popularity rank r has weight r^-skew (Zipf), and every item is in one of
+    `clusters` clusters of equal size, drawn at random. With probability `order` the next
+    item's cluster is next[a, b], where a and b are the clusters of the last and the
+    last-but-one item; otherwise it is drawn by weight. Every next[a, :] is a permutation,
+    so a alone says next to nothing of the coming cluster, and (a, b) everything. Inside
+    the cluster, items are drawn by weight among those the user has not had yet (among all,
+    once there are none). Lengths are uniform in min_length..max_length.
+
+    Item ids are "1".."V", user ids "1".., attributes {item: [cluster from 1]}. The same
+    arguments give the same data. Raises InputError for impossible sizes.
+    """
+    for name, value, least in (
+        ("num_users", num_users, 1),
+        ("clusters", clusters, 2),
+        ("num_items", num_items, clusters),
+        ("seed", seed, 0),
+        ("min_length", min_length, 3),
+        ("max_length", max_length, min_length),
+    ):
+        check_count(name, value, least)
+    if not 0 <= order <= 1:
+        raise InputError(f"order must be a probability, not {order}")
+    if not 0 <= skew < np.inf:
+        raise InputError(f"skew must be 0 or more, not {skew}")
+    random = np.random.default_rng(seed)
+    cluster = random.permutation(np.arange(num_items) % clusters)
+    log_weight = -skew * np.log1p(random.permutation(num_items))
+    table = np.stack([random.permutation(clusters) for _ in range(clusters)])
+    lengths = random.integers(min_length, max_length, size=num_users, endpoint=True)
+    blocks = []
+    for first in range(0, num_users, _BLOCK_USERS):
+        block = lengths[first : first + _BLOCK_USERS]
+        walks = _walk(random, len(block), int(block.max()), cluster, log_weight, table, order)
+        blocks.append(walks[np.arange(walks.shape[1]) < block[:, None]])
+    return SequenceDataset(
+        "synthetic",
+        np.concatenate(blocks) + 1,
+        np.concatenate([[0], np.cumsum(lengths)]),
+        [str(item) for item in range(1, num_items + 1)],
+        [str(user) for user in range(1, num_users + 1)],
+        {str(item): [int(group) + 1] for item, group in enumerate(cluster, start=1)},
+    )
+
+
+def _walk(
+    random: np.random.Generator,
+    num_users: int,
+    length: int,
+    cluster: NDArray[np.int64],
+    log_weight: NDArray[np.float64],
+    table: NDArray[np.int64],
+    order: float,
+) -> NDArray[np.int64]:
+    """(num_users, length) items from 0, one step of all users at a time."""
+    clusters = len(table)
+    mass = np.bincount(cluster, weights=np.exp(log_weight), minlength=clusters)
+    # Row c holds the items of cluster c, the shorter rows filled up with no item at all.
+    members = np.full((clusters, int(np.bincount(cluster).max())), -1)
+    for row in range(clusters):
+        inside = np.flatnonzero(cluster == row)
+        members[row, : len(inside)] = inside
+    member_weight = np.where(members >= 0, log_weight[members], -np.inf)
+    users = np.arange(num_users)
+    seen = np.zeros((num_users, len(cluster)), bool)
+    items = np.empty((num_users, length), np.int64)
+    for step in range(length):
+        group = np.asarray(random.choice(clusters, size=num_users, p=mass / mass.sum()))
+        if step >= 2:
+            last, before = cluster[items[:, step - 1]], cluster[items[:, step - 2]]
+            follow = random.random(num_users) < order
+            group = np.where(follow, table[last, before], group)
+        weight = np.where(seen[users[:, None], members[group]], -np.inf, member_weight[group])
+        exhausted = ~np.isfinite(weight).any(axis=1)
+        weight[exhausted] = member_weight[group[exhausted]]
+        # The largest of log-weight plus Gumbel noise is a draw in proportion to the weights.
+        best = np.argmax(weight + random.gumbel(size=weight.shape), axis=1)
+        items[:, step] = members[group, best]
+        seen[users, items[:, step]] = True
+    return items
