@@ -1,0 +1,89 @@
+"""Is one model better than another: differences paired per user, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from fisherkern.errors import InputError
+from fisherkern.evaluation.report import Protocol, Report
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference per user, its standard error, and the 95 % interval low to high."""
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison(Mapping[str, Difference]):
+    """Differences by metric name: comparison["ndcg@10"].low."""
+
+    differences: dict[str, Difference]
+    protocol: Protocol
+    num_users: int
+
+    def __getitem__(self, metric: str) -> Difference:
+        return self.differences[metric]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.differences)
+
+    def __len__(self) -> int:
+        return len(self.differences)
+
+    def to_json(self) -> dict[str, Any]:
+        """Protocol and differences as plain JSON values."""
+        metrics = {metric: asdict(difference) for metric, difference in self.items()}
+        return {**asdict(self.protocol), "num_users": self.num_users, "differences": metrics}
+
+    def table(self) -> str:
+        """The protocol in a line, then a row for each metric: difference, error, interval."""
+        lines = [f"{self.protocol}, {self.num_users:,} users, paired"]
+        lines.append(f"{'':<9}{'difference':>12}{'std. error':>12}{'95 % interval':>22}")
+        for metric, d in self.items():
+            interval = f"{d.low:+.4f} to {d.high:+.4f}"
+            lines.append(f"{metric:<9}{d.mean:>+12.4f}{d.standard_error:>12.4f}{interval:>22}")
+        return "\n".join(lines)
+
+
+def compare(a: Report, b: Report) -> Comparison:
+    """The paired differences a minus b for every metric that both reports have.
+
+    With d_u = a_u - b_u over n users: mean(d), standard error sd(d) / sqrt(n) with the
+    n - 1 denominator in sd, and the interval mean +- 1.96 standard errors (normal
+    approximation). Raises InputError when the reports differ in users or protocol,
+    have no metric in common, or hold fewer than two users.
+    """
+    drawn = a.candidates in ("uniform-100", "popular-100")
+    for field in fields(Protocol):
+        if field.name == "seed" and not drawn:
+            continue
+        ours, theirs = getattr(a.protocol, field.name), getattr(b.protocol, field.name)
+        if ours != theirs:
+            raise InputError(f"compare: the reports differ in {field.name}: {ours} and {theirs}")
+    if not np.array_equal(a.users, b.users):
+        raise InputError(
+            f"compare: the reports are of different users ({a.num_users} and {b.num_users})"
+        )
+    if a.num_users < 2:
+        raise InputError("compare: a paired comparison needs two users or more, got one")
+    shared = [metric for metric in a if metric in b]
+    if not shared:
+        raise InputError(f"compare: no metric in common between {list(a)} and {list(b)}")
+    differences = {metric: _difference(a.per_user[metric], b.per_user[metric]) for metric in shared}
+    return Comparison(differences, a.protocol, a.num_users)
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
+    per_user = ours - theirs
+    mean = float(per_user.mean())
+    error = float(per_user.std(ddof=1) / np.sqrt(len(per_user)))
+    return Difference(mean, error, mean - 1.96 * error, mean + 1.96 * error)

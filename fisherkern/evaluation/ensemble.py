@@ -1,0 +1,62 @@
+"""The score ensemble: what a merged model is measured against, at M times the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fisherkern.errors import InputError
+
+
+class ScoreEnsemble(nn.Module):
+    """Mean over members of log softmax(z_m): the normalised geometric mean, up to a constant.
+
+    A member is a module that maps a batch, (N, T) int64 or a mapping with "history", to
+    logits (N, V_out) as in `evaluate`. Each one is given the last `member.max_len`
+    positions of the history. Softmax is over all V_out columns; -inf stays -inf.
+
+    Raises InputError for no members, or members that differ in first_item or item_ids;
+    on a call, for logits whose shapes differ.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]):
+        super().__init__()
+        if not members:
+            raise InputError("ScoreEnsemble: no members")
+        self.members = nn.ModuleList(members)
+        self.first_item: int = _agreed(members, "first_item", 0)
+        self.item_ids: list[str] | None = _agreed(members, "item_ids", None)
+        self.max_len = max(_max_len(member) for member in members)
+
+    def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+        total: Tensor | None = None
+        for index, member in enumerate(self.members):
+            scores = member(_last(batch, _max_len(member))).log_softmax(dim=-1)
+            if total is not None and scores.shape != total.shape:
+                raise InputError(
+                    f"ScoreEnsemble: member {index} gives scores of shape {tuple(scores.shape)}, "
+                    f"member 0 {tuple(total.shape)}"
+                )
+            total = scores if total is None else total + scores
+        assert total is not None
+        return total / len(self.members)
+
+
+def _max_len(member: nn.Module) -> int:
+    return int(getattr(member, "max_len", 50))
+
+
+def _last(batch: Tensor | Mapping[str, Tensor], length: int) -> Tensor | dict[str, Tensor]:
+    if isinstance(batch, Tensor):
+        return batch[:, -length:]
+    return {**batch, "history": batch["history"][:, -length:]}
+
+
+def _agreed(members: Sequence[nn.Module], attribute: str, default: Any) -> Any:
+    values = [getattr(member, attribute, default) for member in members]
+    for index, value in enumerate(values):
+        if value != values[0]:
+            raise InputError(f"ScoreEnsemble: members 0 and {index} differ in {attribute}")
+    return values[0]

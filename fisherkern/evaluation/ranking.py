@@ -1,0 +1,201 @@
+"""Ranks of the held-out items: leave-one-out evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fisherkern.data import SequenceDataset
+from fisherkern.errors import InputError
+from fisherkern.evaluation.candidates import sample_negatives
+from fisherkern.evaluation.report import Protocol, Report
+
+
+def evaluate(
+    model: Any,
+    data: SequenceDataset,
+    *,
+    split: str = "test",
+    k: int | Sequence[int] = (5, 10, 20),
+    candidates: str = "full",
+    seen: str = "exclude",
+    batch_size: int = 256,
+    seed: int = 0,
+    users: np.ndarray | Sequence[int] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Rank every user's held-out item: leave-one-out evaluation.
+
+    rank = 1 + number of candidates, the target left out, that score at least as high:
+    ties count against the model. HR@k = [rank <= k], NDCG@k = [rank <= k] / log2(1 + rank),
+    MRR@k = [rank <= k] / rank, all averaged over users.
+
+    model: called on {"history": (N, T), "target": (N,), "user": (N,)} int64, gives scores
+        (N, V_out); column c is item c + model.first_item (0 without that attribute).
+        T = model.max_len, 50 without. In eval mode meanwhile, its modes restored after.
+    candidates: "full" (the whole catalogue), "uniform-100" or "popular-100" (100 draws,
+        fixed by the seed and the user), "top-popular-100" (the 100 most popular); the
+        sampled ones are never items of the user's history.
+    seen: "exclude" takes the items of the user's whole history (but not the target) out of
+        the full ranking, "keep" leaves them in.
+    users: indices of the users to evaluate, all by default. Users without a history in
+        the split are left out; `report.users` says who is in.
+
+    Allocates a few (batch_size, V) tensors. Raises InputError for an unknown split,
+    candidates or seen, a NaN score, scores that do not cover the catalogue, a model of
+    another catalogue, users that are unknown or named twice or all without a history,
+    or a user with fewer than 100 unseen items to draw.
+    """
+    protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
+    cutoffs = _cutoffs(k)
+    _check_catalogue(model, data)
+    chosen = np.arange(data.num_users) if users is None else np.asarray(users)
+    view = data if users is None else data.subset(chosen)
+    if len(np.unique(chosen)) != len(chosen):
+        raise InputError("users: an index occurs twice")
+    loader = view.loader(split=split, batch_size=batch_size, max_len=getattr(model, "max_len", 50))
+    popularity = data.popularity()
+    kept_users, ranks = [], []
+    with torch.no_grad(), _eval_mode(model):
+        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
+            batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
+            scores = item_scores(model, batch, data.num_items)
+            ranks.append(_ranks(scores, batch, data, protocol, popularity).cpu())
+            kept_users.append(batch["user"])
+    all_ranks = torch.cat(ranks).numpy()
+    return Report(
+        per_user=metrics_at(all_ranks, cutoffs),
+        users=torch.cat(kept_users).numpy(),
+        ranks=all_ranks,
+        protocol=protocol,
+    )
+
+
+def full_ranks(scores: Tensor, target: Tensor, excluded: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rank of each target among all items: 1 + #{v != target, v not excluded: score_v >= score}.
+
+    scores (N, V), column v-1 is item v, no NaN; target (N,) int64 items in 1..V on the
+    same device; excluded = (row, item) int64 pairs, each (E,), whose items are no
+    candidates, or None. A pair that names a row's own target is ignored. Ties count
+    against the target. Returns (N,) int64; allocates one (N, V) bool tensor.
+    """
+    own = scores.gather(1, target[:, None] - 1)
+    ahead = scores >= own
+    if excluded is not None:
+        row, item = excluded
+        ahead[row, item - 1] = False
+    ahead.scatter_(1, target[:, None] - 1, True)  # the "1 +" of the formula
+    return ahead.sum(dim=1)
+
+
+def sampled_ranks(scores: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
+    """Rank of each target among its negatives: 1 + #{v in negatives: score_v >= score}.
+
+    scores (N, V) and target (N,) as in `full_ranks`; negatives (N, S) int64 items in
+    1..V, distinct within a row and without the target. Returns (N,) int64.
+    """
+    own = scores.gather(1, target[:, None] - 1)
+    return 1 + (scores.gather(1, negatives - 1) >= own).sum(dim=1)
+
+
+def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """HR@k, NDCG@k and MRR@k of every user from the rank of its one relevant item.
+
+    hr = [rank <= k], ndcg = [rank <= k] / log2(1 + rank), mrr = [rank <= k] / rank.
+    ranks (N,) int64 from 1; returns {"hr@k": (N,) float64, ...} in the order of the cut-offs.
+    """
+    gains = {
+        "hr": np.ones(len(ranks)),
+        "ndcg": 1 / np.log2(1.0 + ranks),
+        "mrr": 1 / ranks.astype(np.float64),
+    }
+    return {f"{name}@{k}": gain * (ranks <= k) for k in cutoffs for name, gain in gains.items()}
+
+
+def item_scores(model: Any, batch: dict[str, Tensor], num_items: int) -> Tensor:
+    """The model's scores of items 1..V for a batch: (N, V), pad and mask columns cut off.
+
+    Column c of `model(batch)` is item c + model.first_item (0 where the model has no
+    such attribute). Raises InputError for a wrong shape or a NaN, naming the user.
+    """
+    first_item = getattr(model, "first_item", 0)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if parameter is None:
+        scores = model(batch)
+    else:
+        scores = model({name: tensor.to(parameter.device) for name, tensor in batch.items()})
+    start = 1 - first_item
+    rows = len(batch["history"])
+    if scores.ndim != 2 or len(scores) != rows or start < 0 or scores.shape[1] < start + num_items:
+        raise InputError(
+            f"model: scores of shape {tuple(scores.shape)} with column 0 for item {first_item} "
+            f"do not cover {rows} sequences and items 1 to {num_items}"
+        )
+    scores = scores[:, start : start + num_items]
+    bad = torch.isnan(scores).any(dim=1)
+    if bad.any():
+        user = int(batch["user"][bad.cpu()][0])
+        raise InputError(f"model: a score of user number {user} is NaN")
+    return scores
+
+
+def _ranks(
+    scores: Tensor,
+    batch: dict[str, Tensor],
+    data: SequenceDataset,
+    protocol: Protocol,
+    popularity: np.ndarray,
+) -> Tensor:
+    target = batch["target"].to(scores.device)
+    if protocol.candidates == "full" and protocol.seen == "keep":
+        return full_ranks(scores, target, None)
+    users = batch["user"].numpy()
+    indptr, item = data.seen(users, protocol.split)
+    row = np.repeat(np.arange(len(users)), np.diff(indptr))
+    if protocol.candidates == "full":
+        seen = (torch.from_numpy(row), torch.from_numpy(item))
+        return full_ranks(scores, target, (seen[0].to(scores.device), seen[1].to(scores.device)))
+    forbidden = (
+        np.concatenate([row, np.arange(len(users))]),
+        np.concatenate([item, batch["target"].numpy()]),
+    )
+    drawn = sample_negatives(protocol.candidates, users, forbidden, popularity, protocol.seed)
+    return sampled_ranks(scores, target, torch.from_numpy(drawn).to(scores.device))
+
+
+def _cutoffs(k: int | Sequence[int]) -> tuple[int, ...]:
+    cutoffs = (k,) if isinstance(k, int) else tuple(k)
+    if not cutoffs or any(int(cutoff) != cutoff or cutoff < 1 for cutoff in cutoffs):
+        raise InputError(f"k: expected positive integers, got {k!r}")
+    return tuple(dict.fromkeys(int(cutoff) for cutoff in cutoffs))
+
+
+def _check_catalogue(model: Any, data: SequenceDataset) -> None:
+    if not callable(model):
+        raise InputError(f"model: expected something to call, got {type(model).__name__}")
+    own = getattr(model, "item_ids", None)
+    if own is not None and list(own) != list(data.item_ids):
+        raise InputError(
+            f"model: trained on another catalogue than {data.name} "
+            f"({len(own)} and {data.num_items} items, or another order)"
+        )
+
+
+@contextlib.contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Eval mode inside; after, every submodule is back in the mode it was in."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    if modules:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

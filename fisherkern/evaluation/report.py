@@ -1,0 +1,103 @@
+"""What an evaluation yields: metrics by name, every user's value, and the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fisherkern.errors import InputError
+from fisherkern.evaluation.candidates import CANDIDATES
+
+SPLITS = ("train", "validation", "test")
+SEEN = ("exclude", "keep")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What was ranked against what; two reports compare only where all of it agrees.
+
+    The seed matters for drawn candidates alone. Raises InputError for an unknown choice.
+    """
+
+    split: str
+    candidates: str
+    seen: str
+    seed: int
+    data_fingerprint: str
+
+    def __post_init__(self) -> None:
+        choices = {"split": SPLITS, "candidates": CANDIDATES, "seen": SEEN}
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise InputError(
+                    f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}"
+                )
+
+    def __str__(self) -> str:
+        if self.candidates != "full":
+            return (
+                f"{self.split} split, {self.candidates} candidates (seed {self.seed}), all unseen"
+            )
+        seen = "excluded" if self.seen == "exclude" else "kept"
+        return f"{self.split} split, full ranking, seen items {seen}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report(Mapping[str, float]):
+    """Means over users of the ranking metrics, by name: report["ndcg@10"].
+
+    per_user: the same names -> (num_users,) float64, aligned with `users`.
+    users, ranks: (num_users,) int64, index in the dataset, and rank of the target from 1.
+    """
+
+    per_user: dict[str, np.ndarray]
+    users: np.ndarray
+    ranks: np.ndarray
+    protocol: Protocol
+
+    def __getitem__(self, metric: str) -> float:
+        return float(self.per_user[metric].mean())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.per_user)
+
+    def __len__(self) -> int:
+        return len(self.per_user)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{metric} {value:.4f}" for metric, value in self.items())
+        return f"<Report: {self.protocol}, {self.num_users:,} users: {values}>"
+
+    @property
+    def num_users(self) -> int:
+        return len(self.users)
+
+    @property
+    def split(self) -> str:
+        return self.protocol.split
+
+    @property
+    def candidates(self) -> str:
+        return self.protocol.candidates
+
+    @property
+    def seen(self) -> str:
+        return self.protocol.seen
+
+    def to_json(self) -> dict[str, Any]:
+        """The protocol and the means as plain JSON values, without the per-user arrays."""
+        return {**asdict(self.protocol), "num_users": self.num_users, "metrics": dict(self)}
+
+    def table(self) -> str:
+        """The protocol in a line, then a row for each metric and a column for each cut-off."""
+        names = list(dict.fromkeys(metric.split("@")[0] for metric in self))
+        cutoffs = list(dict.fromkeys(metric.split("@")[1] for metric in self))
+        lines = [f"{self.protocol}, {self.num_users:,} users"]
+        lines.append(" " * 5 + "".join(f"{'@' + k:>9}" for k in cutoffs))
+        for name in names:
+            values = "".join(f"{self[f'{name}@{k}']:9.4f}" for k in cutoffs)
+            lines.append(f"{name.upper():<5}{values}")
+        return "\n".join(lines)
