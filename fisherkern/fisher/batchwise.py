@@ -1,0 +1,51 @@
+"""The paper's batch-wise estimator, kept for comparison only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherkern.fisher.capture import Parameters
+from fisherkern.fisher.logit_samplers import LogitRows
+from fisherkern.fisher.samplers import Settings, sample
+from fisherkern.fisher.subject import Subject, model_input
+
+
+def add_batchwise_(
+    fisher: dict[str, Tensor],
+    subject: Subject,
+    parameters: Parameters,
+    settings: Settings,
+    batch: Any,
+    number: Tensor,
+) -> tuple[set[str], Tensor | None]:
+    """fisher += Σ_j (Σ_i ω_ij) (∂/∂θ Σ_i log p_i(y_ij))² over a batch's sequences i and ranks j.
+
+    The paper's eq. 6. The square comes after the sum over the batch, so the cross
+    terms of different sequences stay in and the scale grows with the batch: it is
+    the Fisher only for batches of one sequence. Returns the names that received a
+    gradient and the captured mass (N,).
+    """
+    with torch.enable_grad():
+        logits = subject.logits(model_input(batch))
+        log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
+    target = subject.targets(batch) if settings.sampler == "target" else None
+    rows = LogitRows(log_p.detach(), number, target)
+    ids, omega, mass = sample(rows, settings)
+    names, tensors = list(parameters.named), list(parameters.named.values())
+    reached = set()
+    for j in range(ids.shape[1]):
+        gradients = torch.autograd.grad(
+            log_p.gather(1, ids[:, j : j + 1]).sum(),
+            tensors,
+            retain_graph=j + 1 < ids.shape[1],
+            allow_unused=True,
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                reached.add(name)
+                square = gradient.to(fisher[name].dtype).square().flatten()
+                fisher[name] += omega[:, j].sum().to(square.dtype) * square
+    return reached, mass

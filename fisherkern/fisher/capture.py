@@ -1,0 +1,148 @@
+"""Recording where a forward pass uses parameters.
+
+A `TorchFunctionMode` sees every torch function the model calls, so `nn.Linear`,
+`F.linear` on a bare parameter and a weight shared by two modules are one case;
+nothing in the model is wrapped or changed. A rule (see rules.py) turns a call it
+knows into uses; `uncaptured` finds parameters that the result also reaches by
+another way, which no rule then describes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a parameter: `shape` entries from flat index `start` of `name`."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The view of a flattened tensor of the parameter's size that this place covers."""
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+
+class Parameters:
+    """The trainable parameters of a module, found again from themselves or their views."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._names = {id(parameter): name for name, parameter in self.named.items()}
+
+    def place(self, tensor: Any) -> Place | None:
+        """The place of a parameter or of a contiguous view of one, None for anything else."""
+        if not isinstance(tensor, Tensor):
+            return None
+        base = tensor if tensor._base is None else tensor._base
+        name = self._names.get(id(base))
+        if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
+            return None
+        start = tensor.storage_offset() - base.storage_offset()
+        return Place(name, start, tuple(tensor.shape))
+
+
+class Use(Protocol):
+    """One use of a place by one call: how the call's output gradient becomes the place's.
+
+    `delta` is the gradient of a per-sequence scalar at the call's output, (N, ...).
+    """
+
+    place: Place
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        """fisher += Σ_n g_n², g_n the gradient of sequence n, fisher of the place's shape."""
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        """g of the sequences in `part`, (n, *place.shape)."""
+
+
+@dataclasses.dataclass
+class Site:
+    """A captured call: its output, the uses of parameters in it, its other tensor inputs."""
+
+    output: Tensor
+    uses: Sequence[Use]
+    others: list[Tensor]
+    version: int
+
+
+Rule = Callable[[Parameters, tuple[Any, ...], Mapping[str, Any], Tensor], Sequence[Use]]
+
+
+class Capture(TorchFunctionMode):
+    """Records, while active, the calls that `rules` know as sites of parameter use.
+
+    `num_sequences` is N, the leading extent that makes an output per-sequence.
+    """
+
+    def __init__(
+        self, parameters: Parameters, num_sequences: int, rules: Mapping[Callable[..., Any], Rule]
+    ) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._num_sequences = num_sequences
+        self._rules = rules
+        self._recorded: list[Site] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        rule = self._rules.get(func)
+        if rule is None or not isinstance(output, Tensor) or output.grad_fn is None:
+            return output
+        if output.dim() == 0 or output.shape[0] != self._num_sequences:
+            return output
+        uses = rule(self._parameters, args, kwargs, output)
+        if uses:
+            places = {use.place for use in uses}
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            others = [t for t in tensors if self._parameters.place(t) not in places]
+            self._recorded.append(Site(output, uses, others, output._version))
+        return output
+
+    def sites(self) -> list[Site]:
+        """The recorded sites whose output was not overwritten in place afterwards."""
+        return [site for site in self._recorded if site.output._version == site.version]
+
+
+def uncaptured(result: Tensor, sites: Iterable[Site], parameters: Parameters) -> set[str]:
+    """Names of the parameters that `result` depends on by a way that avoids every site.
+
+    Walks the autograd graph and steps over each site from its output to its other
+    inputs; a parameter still reached has a use that no rule saw.
+    """
+    leaves = {id(parameter): name for name, parameter in parameters.named.items()}
+    beyond = {site.output.grad_fn: site.others for site in sites}
+    # A leaf has no node of its own until something uses it outside a site.
+    found = {leaves[id(t)] for site in sites for t in site.others if id(t) in leaves}
+    seen: set[Any] = set()
+    stack = [result.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in beyond:
+            stack.extend(tensor.grad_fn for tensor in beyond[node])
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in leaves:
+            found.add(leaves[id(leaf)])
+        stack.extend(next_node for next_node, _ in node.next_functions)
+    return found

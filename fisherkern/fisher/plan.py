@@ -1,0 +1,131 @@
+"""Which parameter is accumulated how, decided from one captured forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fisherkern.fisher.capture import Parameters, Place, Site, Use, uncaptured
+from fisherkern.fisher.rules import Lookup
+
+# Elements of per-sequence gradients held at once where a place has several uses.
+_TILE_ELEMENTS = 2**24
+
+
+@dataclasses.dataclass
+class Group:
+    """All uses of one place: sites by index, and the uses there."""
+
+    place: Place
+    sites: list[int]
+    uses: list[Use]
+
+    @property
+    def lookups_only(self) -> bool:
+        return all(isinstance(use, Lookup) for use in self.uses)
+
+    def joined_lookup(self) -> Lookup:
+        """All lookups as one over their positions side by side; see `joined_delta`."""
+        return Lookup.joined([use for use in self.uses if isinstance(use, Lookup)])
+
+    def joined_delta(self, deltas: Sequence[Tensor | None]) -> Tensor:
+        """The output gradients that belong to `joined_lookup`, (N, T, D)."""
+        parts = []
+        for site, use in zip(self.sites, self.uses, strict=True):
+            assert isinstance(use, Lookup)
+            delta = deltas[site]
+            n, positions, width = *use.ids.shape, use.place.shape[1]
+            if delta is None:
+                delta = torch.zeros(n, positions, width, device=use.ids.device)
+            parts.append(delta.reshape(n, positions, width))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def add_square_(self, fisher: Tensor, deltas: Sequence[Tensor | None]) -> None:
+        """fisher += Σ_n (the sum over the uses of their gradients)²; `deltas` by site."""
+        present = [
+            (use, delta)
+            for site, use in zip(self.sites, self.uses, strict=True)
+            if (delta := deltas[site]) is not None
+        ]
+        if len(present) == 1:
+            use, delta = present[0]
+            use.add_square_(fisher, delta)
+        elif present:
+            n = len(present[0][1])
+            step = max(1, _TILE_ELEMENTS // fisher.numel())
+            for first in range(0, n, step):
+                part = slice(first, min(first + step, n))
+                total = torch.stack([use.per_sequence(delta, part) for use, delta in present])
+                fisher += total.sum(dim=0).square_().sum(dim=0)
+
+
+@dataclasses.dataclass
+class Plan:
+    """Groups the rules serve, and the names that need per-sequence autograd."""
+
+    groups: list[Group]
+    fallback: set[str]
+
+    def groups_of(self, name: str) -> list[Group]:
+        return [group for group in self.groups if group.place.name == name]
+
+    @property
+    def reached(self) -> set[str]:
+        """Names of the parameters that the result depends on."""
+        return {group.place.name for group in self.groups} | self.fallback
+
+
+def make_plan(
+    result: Tensor, sites: Sequence[Site], parameters: Parameters, usable: Sequence[int]
+) -> Plan:
+    """Group the uses at the usable sites by place; other uses send a name to the fallback.
+
+    `result` (N, ...) is what the probes are applied to; `usable` as `usable_sites` gives it.
+    """
+    fallback = uncaptured(result, [sites[i] for i in usable], parameters)
+    groups: dict[Place, Group] = {}
+    for index in usable:
+        for use in sites[index].uses:
+            group = groups.setdefault(use.place, Group(use.place, [], []))
+            group.sites.append(index)
+            group.uses.append(use)
+    fallback |= _overlapping(list(groups))
+    return Plan([g for g in groups.values() if g.place.name not in fallback], fallback)
+
+
+def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
+    """Indices of the sites that `result` depends on sequence by sequence.
+
+    One backward pass from a single sequence: a site that gets no gradient is a dead
+    branch; one that gets some in another sequence's place mixes sequences, or has
+    something else (time, say) in its first dimension.
+    """
+    number = len(result) // 2
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(result[number].shape, generator=generator).to(result)
+    seed = torch.zeros_like(result)
+    seed[number] = direction
+    outputs = [site.output for site in sites]
+    deltas = torch.autograd.grad(result, outputs, seed, retain_graph=True, allow_unused=True)
+    usable = []
+    for index, delta in enumerate(deltas):
+        if delta is not None:
+            elsewhere = torch.arange(len(delta), device=delta.device) != number
+            if not delta[elsewhere].any():
+                usable.append(index)
+    return usable
+
+
+def _overlapping(places: Sequence[Place]) -> set[str]:
+    """Names with two different places that share entries."""
+    found = set()
+    spans = sorted((p.name, p.start, p.start + math.prod(p.shape)) for p in places)
+    for (name, _, stop), (next_name, start, _) in itertools.pairwise(spans):
+        if name == next_name and start < stop:
+            found.add(name)
+    return found

@@ -1,0 +1,305 @@
+"""Factors L of every sequence's item covariance, one per sampler.
+
+With h the encoder's output, J_k = ∂h/∂θ_k and C = Σ_y p(y) (w_y − w̄)(w_y − w̄)ᵀ, any L
+with L Lᵀ = C (or E[L Lᵀ] = C) gives the Fisher as Σ_r (J_kᵀ L_:r)²; L's columns are
+the probes, one backward pass each. Design section 1; the paper's eqs. 5 to 9.
+
+For a row of a tied embedding the lookup's gradient S_v and the output's (1[v=y] − p_v) h
+are added before squaring. The cross term is 2 h ∘ Σ_r β_vr S_v^r with L β_v = m_v,
+m_v = Σ_y ω_y (1[v=y] − p_v)(w_y − w̄), the sum over the items the sampler uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fisherkern import ops
+from fisherkern.errors import InputError
+from fisherkern.ops import counter
+
+SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
+
+# Multiply-adds per sequence up to which C is formed: 10⁵ items at D = 64.
+_COVARIANCE_LIMIT = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `diag_fisher` that choose the estimator."""
+
+    sampler: str
+    k: int
+    probes: int | None
+    seed: int
+    tol: float | None
+    rescale: bool
+    weight: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The output layer's inputs for one chunk.
+
+    h (N, D), weight (V, D), bias (V,) or None, lse (N,), number (N,) int64: each
+    sequence's place in the loader, which keys its random numbers; target (N,) int64
+    columns, for sampler="target" only.
+    """
+
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lse: Tensor
+    number: Tensor
+    target: Tensor | None
+
+    @property
+    def num_items(self) -> int:
+        return len(self.weight)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """Probabilities and columns of the k most likely items, (N, k) each."""
+        p, ids, _ = ops.softmax_topk(self.h, self.weight, self.bias, k)
+        return p, ids
+
+    def draw(self, k: int, seed: int) -> Tensor:
+        """k draws from each softmax, (N, k) int64."""
+        return ops.sample_items(self.h, self.weight, self.bias, self.lse, self.number, k, seed)
+
+    def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor:
+        """log p_sequence(item) for pairs, (U,) and (U,) -> (U,)."""
+        z = (self.h[sequence] * self.weight[item]).sum(dim=1)
+        if self.bias is not None:
+            z = z + self.bias[item]
+        return z - self.lse[sequence]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """L of every sequence: `probes` columns, `column(r)` (N, D) each.
+
+    ids, omega (N, K): the items used and their weights ω, None where the output
+    layer takes all items in closed form. cross(sequence (U,), item (U,)) -> β (U, R).
+    mass: Σ_j p(y_j) per sequence, (N,), for topk. kept: share of trace(C) in L.
+    """
+
+    probes: int
+    column: Callable[[int], Tensor]
+    cross: Callable[[Tensor, Tensor], Tensor]
+    ids: Tensor | None = None
+    omega: Tensor | None = None
+    mass: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def factorise(rows: Rows, settings: Settings) -> Factor:
+    """The factor that `settings.sampler` asks for."""
+    if settings.sampler == "exact":
+        return _exact(rows, settings)
+    if settings.sampler == "sketch":
+        width = rows.h.shape[1]
+        if len(rows.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
+            return _hybrid_sketch(rows, settings)
+        return _streamed_sketch(rows, settings)
+    ids, omega, mass = sample(rows, settings)
+    return _from_items(rows, ids, omega, mass)
+
+
+class Distribution(Protocol):
+    """What sampling needs of the softmax of every sequence; see Rows for the members."""
+
+    number: Tensor
+    target: Tensor | None
+
+    @property
+    def num_items(self) -> int: ...
+    def topk(self, k: int) -> tuple[Tensor, Tensor]: ...
+    def draw(self, k: int, seed: int) -> Tensor: ...
+    def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor: ...
+
+
+def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The items of an item sampler: ids (N, K) int64, weights ω (N, K), captured mass (N,)."""
+    n, k, v = len(rows.number), settings.k, rows.num_items
+    if settings.sampler in ("topk", "random") and k > v:
+        raise InputError(f"k: {k} items of a catalogue of {v} cannot be taken")
+    if settings.sampler == "topk":
+        p, ids = rows.topk(k)
+        mass = p.sum(dim=1)
+        return ids, p / mass[:, None] if settings.rescale else p, mass
+    if settings.sampler == "model":
+        ids = rows.draw(k, settings.seed)
+        return ids, torch.full(ids.shape, 1 / k, device=ids.device), None
+    if settings.sampler == "random":
+        sample_number = torch.arange(k, device=rows.number.device)
+        ids = (counter.uniform(settings.seed, rows.number, sample_number) * v).long()
+        scale = v / k
+    else:
+        assert rows.target is not None
+        ids, scale = rows.target[:, None], 1.0
+        if ((ids < 0) | (ids >= v)).any():
+            raise InputError(f"batch: a target is not one of the model's {v} items")
+        if settings.weight == "one":
+            return ids, torch.ones(ids.shape, device=ids.device), None
+    sequence = torch.arange(n, device=ids.device).repeat_interleave(ids.shape[1])
+    p = rows.log_probability(sequence, ids.flatten()).exp().view(ids.shape)
+    return ids, p * scale, None
+
+
+def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> Factor:
+    mean = ops.softmax_mean(rows.h, rows.weight, rows.bias, rows.lse)
+    root = omega.to(mean.dtype).sqrt()
+    columns = root[:, :, None] * (rows.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)
+
+    def coefficients(sequence: Tensor, item: Tensor) -> Tensor:
+        """sqrt(ω_j) (1[v = y_j] − p_v), (U, K)."""
+        p = rows.log_probability(sequence, item).exp()
+        hit = (ids[sequence] == item[:, None]).to(p.dtype)
+        return root[sequence] * (hit - p[:, None])
+
+    if ids.shape[1] <= rows.h.shape[1]:
+        return Factor(
+            probes=ids.shape[1],
+            column=lambda r: columns[:, r],
+            cross=coefficients,
+            ids=ids,
+            omega=omega,
+            mass=mass,
+        )
+    # More columns than dimensions: D probes say the same, so time stops growing with K.
+    wide = columns.double()
+    basis, values, _ = _eigen(wide.transpose(1, 2) @ wide, columns.dtype, rows.h.shape[1])
+
+    def cross(sequence: Tensor, item: Tensor) -> Tensor:
+        moment = torch.einsum("uk,ukd->ud", coefficients(sequence, item), columns[sequence])
+        return _solve(basis, values, sequence, moment)
+
+    return Factor(
+        probes=basis.shape[2],
+        column=_scaled_column(basis, values),
+        cross=cross,
+        ids=ids,
+        omega=omega,
+        mass=mass,
+    )
+
+
+def _eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top `rank` eigenpairs in fp64, largest first: vectors (N, D, R), values (N, R), trace (N,).
+
+    Values are held above the rounding of `dtype`: a direction whose value is noise
+    keeps its cross term, which does not depend on the value (L β = m whatever it is).
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
+    trace = matrix.diagonal(dim1=1, dim2=2).double().sum(dim=1)
+    floor = values[:, :1].clamp(min=torch.finfo(dtype).tiny) * torch.finfo(dtype).eps
+    return vectors, values.maximum(floor), trace
+
+
+def _scaled_column(basis: Tensor, values: Tensor) -> Callable[[int], Tensor]:
+    return lambda r: basis[:, :, r] * values[:, r : r + 1].sqrt()
+
+
+def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> Tensor:
+    """β with L β = m for pairs: (U, D) moments -> (U, R); zero where a value is zero."""
+    projected = torch.einsum("ud,udr->ur", moment.to(basis.dtype), basis[sequence])
+    root = values[sequence].sqrt()
+    return torch.where(root > 0, projected / root, 0.0)
+
+
+def _all_items_moment(rows: Rows, mean: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """m_v = p_v (w_v − w̄), the sum over all items."""
+
+    def moment(sequence: Tensor, item: Tensor) -> Tensor:
+        p = rows.log_probability(sequence, item).exp()
+        return p[:, None] * (rows.weight[item].to(mean.dtype) - mean[sequence])
+
+    return moment
+
+
+def _eigen_of_covariance(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(mean, basis, values, trace) of every sequence's C, all D directions or V − 1."""
+    mean = ops.softmax_mean(rows.h, rows.weight, rows.bias, rows.lse)
+    covariance = ops.softmax_covariance(rows.h, rows.weight, rows.bias, rows.lse, mean)
+    rank = min(rows.h.shape[1], max(len(rows.weight) - 1, 1))
+    return mean, *_eigen(covariance, mean.dtype, rank)
+
+
+def _exact(rows: Rows, settings: Settings) -> Factor:
+    mean, basis, values, trace = _eigen_of_covariance(rows)
+    if settings.tol is not None:
+        # Per sequence, the fewest directions that leave at most tol of the trace out.
+        tail = trace[:, None] - values.cumsum(dim=1)
+        needed = (tail > settings.tol * trace[:, None]).sum(dim=1) + 1
+        number = torch.arange(values.shape[1], device=values.device)
+        values = values.masked_fill(number[None] >= needed[:, None], 0.0)
+        keep = int(needed.clamp(max=values.shape[1]).max())
+        basis, values = basis[:, :, :keep], values[:, :keep]
+    if settings.probes is not None:
+        basis, values = basis[:, :, : settings.probes], values[:, : settings.probes]
+    moment = _all_items_moment(rows, mean)
+    return Factor(
+        probes=basis.shape[2],
+        column=_scaled_column(basis, values),
+        cross=lambda sequence, item: _solve(basis, values, sequence, moment(sequence, item)),
+        kept=values.sum(dim=1) / trace.clamp(min=torch.finfo(trace.dtype).tiny),
+    )
+
+
+def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
+    """The top directions of C kept exactly, the rest sketched in C's own eigenbasis.
+
+    The rest is L_rest ε_r / sqrt(R) with random signs ε over the remaining directions:
+    the same expectation as signs over the items, with less to be random about.
+    """
+    assert settings.probes is not None
+    mean, basis, values, _ = _eigen_of_covariance(rows)
+    if settings.probes >= basis.shape[2]:
+        top, sketched = basis.shape[2], 0
+    else:
+        top = settings.probes // 2
+        sketched = settings.probes - top
+    moment = _all_items_moment(rows, mean)
+    number = torch.arange(basis.shape[2] - top, device=basis.device)
+    bits = counter.random_bits(settings.seed, rows.number, number)
+    root = values.sqrt()
+
+    def direction_signs(r: int) -> Tensor:
+        return counter.signs(bits, r, basis.dtype) / math.sqrt(sketched)
+
+    def column(r: int) -> Tensor:
+        if r < top:
+            return basis[:, :, r] * root[:, r : r + 1]
+        signed = direction_signs(r - top) * root[:, top:]
+        return torch.einsum("ndr,nr->nd", basis[:, :, top:], signed)
+
+    def cross(sequence: Tensor, item: Tensor) -> Tensor:
+        alpha = _solve(basis, values, sequence, moment(sequence, item))
+        rest = [(alpha[:, top:] * direction_signs(r)[sequence]).sum(dim=1) for r in range(sketched)]
+        return torch.cat([alpha[:, :top], *(beta[:, None] for beta in rest)], dim=1)
+
+    return Factor(probes=top + sketched, column=column, cross=cross)
+
+
+def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
+    assert settings.probes is not None
+    probes = settings.probes
+    mean = ops.softmax_mean(rows.h, rows.weight, rows.bias, rows.lse)
+    u, totals = ops.softmax_sketch(
+        rows.h, rows.weight, rows.bias, rows.lse, mean, rows.number, probes, settings.seed
+    )
+
+    def cross(sequence: Tensor, item: Tensor) -> Tensor:
+        log_p = rows.log_probability(sequence, item)
+        bits = counter.random_bits_at(settings.seed, rows.number[sequence], item)
+        signs = torch.stack([counter.signs(bits, r, u.dtype) for r in range(probes)], dim=1)
+        own = (0.5 * log_p).exp()[:, None] * signs
+        return (own - log_p.exp()[:, None] * totals[sequence]) / math.sqrt(probes)
+
+    return Factor(probes=probes, column=lambda r: u[:, r], cross=cross)

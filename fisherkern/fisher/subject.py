@@ -1,0 +1,141 @@
+"""What `diag_fisher` needs of a model, found by duck typing, and of a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.errors import InputError
+
+Head = tuple[Tensor, Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model seen as parameters, logits and, where it has them, a hidden state and a head.
+
+    logits(batch) -> (N, V); encode(batch) -> h (N, D) and head() -> (W (V, D),
+    b (V,) or None) with logits = h Wᵀ + b, or both None. Column c of the logits is
+    the item with id c + first_item. target(batch) -> (N,) item ids.
+    """
+
+    module: nn.Module
+    logits: Callable[[Any], Tensor]
+    encode: Callable[[Any], Tensor] | None
+    head: Callable[[], Head] | None
+    first_item: int
+    target: Callable[[Any], Tensor] | None = None
+
+    @staticmethod
+    def of(model: Any) -> Subject:
+        """The subject a model, or the result of `fisherkern.adapt`, stands for."""
+        if isinstance(model, Subject):
+            return model
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        encode, head = getattr(model, "encode", None), getattr(model, "head", None)
+        factored = callable(encode) and callable(head) and not isinstance(head, nn.Module)
+        return Subject(
+            module=model,
+            logits=model,
+            encode=encode if factored else None,
+            head=head if factored else None,
+            first_item=int(getattr(model, "first_item", 0)),
+        )
+
+    def targets(self, batch: Any) -> Tensor:
+        """Logit columns of the batch's next items, (N,) int64."""
+        if self.target is not None:
+            items = self.target(batch)
+        elif isinstance(batch, Mapping) and "target" in batch:
+            items = batch["target"]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            items = batch[1]
+        else:
+            raise InputError(
+                "sampler 'target': the batch holds no next items; give mappings with 'history'"
+                " and 'target', or (history, target) pairs"
+            )
+        return torch.as_tensor(items).long() - self.first_item
+
+
+def adapt(
+    model: nn.Module,
+    *,
+    logits: Callable[[nn.Module, Any], Tensor] | None = None,
+    encode: Callable[[nn.Module, Any], Tensor] | None = None,
+    head: Callable[[nn.Module], Head] | None = None,
+    target: Callable[[Any], Tensor] | None = None,
+    first_item: int = 0,
+) -> Subject:
+    """Describe another library's model to `diag_fisher`.
+
+    logits(model, batch) -> (N, V); default: model(batch). encode(model, batch) ->
+    h (N, D) together with head(model) -> (W (V, D), b (V,) or None) opens the fast
+    path; W should be the parameter itself or a slice of its rows, so that a tie
+    with the input embedding is seen. target(batch) -> (N,) item ids, for
+    sampler="target". first_item: the item id of logit column 0.
+    """
+    if (encode is None) != (head is None):
+        raise InputError("adapt: encode and head belong together; give both or neither")
+    if logits is None and encode is not None and head is not None:
+        encoder, output = encode, head
+
+        def logits(model: nn.Module, batch: Any) -> Tensor:
+            weight, bias = output(model)
+            return nn.functional.linear(encoder(model, batch), weight, bias)
+
+    return Subject(
+        module=model,
+        logits=model if logits is None else lambda batch: logits(model, batch),
+        encode=None if encode is None else lambda batch: encode(model, batch),
+        head=None if head is None else lambda: head(model),
+        first_item=first_item,
+        target=target,
+    )
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside the block, each as it was afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def model_input(batch: Any) -> Any:
+    """What the model is called with: the history of a (history, target) pair, else the batch."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+
+
+def batch_size(batch: Any) -> int:
+    """N of a batch: a tensor, a mapping of tensors, a pair, or anything with a length."""
+    if isinstance(batch, Mapping):
+        sizes = {len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0}
+        if len(sizes) != 1:
+            raise InputError(f"batch: its tensors must share one leading size, got {sorted(sizes)}")
+        return sizes.pop()
+    if isinstance(batch, (tuple, list)):
+        return len(batch[0])
+    return len(batch)
+
+
+def batch_slice(batch: Any, start: int, stop: int) -> Any:
+    """Sequences start..stop-1 of a batch, of the same kind."""
+    if isinstance(batch, Mapping):
+        return {
+            key: v[start:stop] if isinstance(v, Tensor) and v.dim() > 0 else v
+            for key, v in batch.items()
+        }
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(part[start:stop] for part in batch)
+    return batch[start:stop]

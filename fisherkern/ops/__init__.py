@@ -1,0 +1,24 @@
+"""Ops on plain tensors: softmax over the catalogue and squared-gradient sums.
+
+Each op has one name: its file, its schema `fisherkern::<name>`, its test and its
+benchmark; a trailing underscore means that it mutates its first argument.
+"""
+
+from fisherkern.ops.head_sqgrad import head_sqgrad_
+from fisherkern.ops.sample_items import sample_items
+from fisherkern.ops.segment_outer_square import segment_outer_square_
+from fisherkern.ops.softmax_lse import softmax_lse
+from fisherkern.ops.softmax_moments import softmax_covariance, softmax_mean
+from fisherkern.ops.softmax_sketch import softmax_sketch
+from fisherkern.ops.softmax_topk import softmax_topk
+
+__all__ = [
+    "head_sqgrad_",
+    "sample_items",
+    "segment_outer_square_",
+    "softmax_covariance",
+    "softmax_lse",
+    "softmax_mean",
+    "softmax_sketch",
+    "softmax_topk",
+]

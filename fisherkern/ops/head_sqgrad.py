@@ -1,0 +1,89 @@
+"""Squared gradients of the output layer, summed over the items and the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherkern.ops._library import no_outputs, register
+from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
+
+
+def _head_sqgrad_(
+    weight_fisher: Tensor | None,
+    bias_fisher: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ids: Tensor | None,
+    omega: Tensor | None,
+) -> None:
+    squared = h.to(lse.dtype).square()
+    total = None if omega is None else omega.to(lse.dtype).sum(dim=1, keepdim=True)
+    for start, stop, z in logit_tiles(h, weight, bias):
+        p = (z - lse[:, None]).exp_()
+        coefficient = p - p * p if total is None else total * p * p
+        if weight_fisher is not None:
+            weight_fisher[start:stop] += coefficient.T @ squared
+        if bias_fisher is not None:
+            bias_fisher[start:stop] += coefficient.sum(dim=0)
+    if ids is None or omega is None:
+        return
+    rows = weight[ids].to(lse.dtype)
+    z = torch.einsum("nd,nkd->nk", h.to(lse.dtype), rows)
+    if bias is not None:
+        z += bias[ids].to(lse.dtype)
+    coefficient = omega.to(lse.dtype) * (1 - 2 * (z - lse[:, None]).exp())
+    if weight_fisher is not None:
+        terms = coefficient[:, :, None] * squared[:, None]
+        weight_fisher.index_add_(0, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
+    if bias_fisher is not None:
+        bias_fisher.index_add_(0, ids.flatten(), coefficient.flatten().to(bias_fisher.dtype))
+
+
+_op = register(
+    "head_sqgrad_(Tensor(a!)? weight_fisher, Tensor(b!)? bias_fisher, Tensor h, Tensor weight,"
+    " Tensor? bias, Tensor lse, Tensor? ids, Tensor? omega) -> ()",
+    _head_sqgrad_,
+    no_outputs,
+)
+
+
+def head_sqgrad_(
+    weight_fisher: Tensor | None,
+    bias_fisher: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ids: Tensor | None = None,
+    omega: Tensor | None = None,
+) -> None:
+    """Add Σ_n Σ_y ω_ny (∂ log p_n(y)/∂w_v)² to weight_fisher (V, D), likewise bias_fisher (V,).
+
+    ∂ log p(y)/∂w_v = (1[v=y] − p_v) h. Without ids the sum runs over all items
+    with ω = p and has the closed form p_v (1 − p_v) h². With ids (N, K) int64 and
+    omega (N, K) it is (Σ_j ω_j) p_v² h² for every v, streamed, plus the sparse
+    ω_j (1 − 2 p_v) h² where v = y_j; repeated ids count each time.
+
+    h (N, D), weight (V, D), bias (V,) or None, lse (N,). Either Fisher may be
+    None. Sums over the rows; the caller divides. Holds one tile of logits and,
+    with ids, N·K·D numbers. Design section 1; the paper's eqs. 5, 7 to 9.
+    """
+    _op(weight_fisher, bias_fisher, h, weight, bias, lse, ids, omega)
+
+
+def head_sqgrad_reference(
+    h: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, omega: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The fp64 twin: (weight part (V, D), bias part (V,)); one N×V matrix per sampled item."""
+    p = reference_logits(h, weight, bias).softmax(dim=1)
+    if ids is None or omega is None:
+        everything = torch.arange(weight.shape[0], device=h.device)
+        ids, omega = everything.expand(h.shape[0], -1), p
+    coefficient = torch.zeros_like(p)
+    for j in range(ids.shape[1]):
+        indicator = torch.zeros_like(p).scatter_(1, ids[:, j : j + 1], 1.0)
+        coefficient += omega[:, j : j + 1].double() * (indicator - p).square()
+    return coefficient.T @ h.double().square(), coefficient.sum(dim=0)

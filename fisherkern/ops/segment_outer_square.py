@@ -1,0 +1,56 @@
+"""Square of each sequence's summed outer products, added over the sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherkern.ops._library import no_outputs, register
+
+# Elements of the per-sequence products held at once: 4 MB in fp32, which stays in cache.
+_TILE_ELEMENTS = 2**20
+
+
+def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
+    n, positions, rows = delta.shape
+    columns = inputs.shape[2]
+    if positions == 1:
+        # (δ aᵀ)² = δ² (a²)ᵀ: one product over the sequences.
+        d, a = delta[:, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
+        fisher.addmm_(d.square().T, a.square())
+        return
+    step = max(1, _TILE_ELEMENTS // (rows * columns))
+    for first in range(0, n, step):
+        d = delta[first : first + step].to(fisher.dtype)
+        a = inputs[first : first + step].to(fisher.dtype)
+        product = torch.bmm(d.transpose(1, 2), a)
+        fisher += product.square_().sum(dim=0)
+
+
+_op = register(
+    "segment_outer_square_(Tensor(a!) fisher, Tensor delta, Tensor inputs) -> ()",
+    _segment_outer_square_,
+    no_outputs,
+)
+
+
+def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
+    """fisher += Σ_n (Σ_t δ_nt a_ntᵀ)², the square taken after the sum over positions.
+
+    fisher (O, I), delta (N, T, O): gradients at a Linear's output, inputs
+    (N, T, I): what it was applied to; padded positions have δ = 0. Accumulates in
+    fisher's dtype. Holds a tile of N of the O×I products, never all.
+    Design section 1, token-wise layers.
+    """
+    _op(fisher, delta, inputs)
+
+
+def segment_outer_square_reference(delta: Tensor, inputs: Tensor) -> Tensor:
+    """The fp64 twin: Σ_n (Σ_t δ_nt a_ntᵀ)², shape (O, I), a loop over sequences and positions."""
+    total = torch.zeros(delta.shape[2], inputs.shape[2], dtype=torch.float64)
+    for d, a in zip(delta.double(), inputs.double(), strict=True):
+        product = torch.zeros_like(total)
+        for t in range(d.shape[0]):
+            product += torch.outer(d[t], a[t])
+        total += product.square()
+    return total
