@@ -160,7 +160,8 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
             raise InputError(f"plot_fisher_cost: row {index} has no 'provider' or 'sampler'")
         if not np.isfinite(point).all() or min(point[:2]) <= 0 or point[2] < 0:
             raise InputError(
-                f"plot_fisher_cost: row {index} has no usable k, seconds, error {point}"
+                f"plot_fisher_cost: row {index} needs k and seconds above 0 and error from 0, "
+                f"got {point}"
             )
         points.setdefault(label, []).append(point)
     if not points:

@@ -38,9 +38,7 @@ class Protocol:
 
     def __str__(self) -> str:
         if self.candidates != "full":
-            return (
-                f"{self.split} split, {self.candidates} candidates (seed {self.seed}), all unseen"
-            )
+            return f"{self.split} split, {self.candidates} unseen candidates, seed {self.seed}"
         seen = "excluded" if self.seen == "exclude" else "kept"
         return f"{self.split} split, full ranking, seen items {seen}"
 
