@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
@@ -24,7 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 StrPath = str | os.PathLike[str]
 
 
-def plot_sorted_probabilities(curves: Mapping[str, np.ndarray], path: StrPath) -> None:
+def plot_sorted_probabilities(curves: Mapping[str, ArrayLike], path: StrPath) -> None:
     """How steeply softmax probabilities fall with rank (arXiv 2307.05476, Fig. 4).
 
     curves: label -> (n,) mean over sequences of the n largest probabilities, sorted
@@ -140,7 +141,7 @@ def _styles() -> Iterator[tuple[str, str, str]]:
             yield colour, marker, dashes
 
 
-def _finite(what: str, values: Any) -> np.ndarray:
+def _finite(what: str, values: ArrayLike) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not len(array) or not np.isfinite(array).all():
         raise InputError(f"{what}: expected a non-empty list of finite numbers")

@@ -111,7 +111,7 @@ def test_sampled_ranks_table():
 def test_metrics_table():
     metrics = metrics_at(np.array([1, 2, 3, 5, 6]), (5, 10))
     assert list(metrics) == ["hr@5", "ndcg@5", "mrr@5", "hr@10", "ndcg@10", "mrr@10"]
-    table = {
+    table: dict[str, list[float]] = {
         "hr@5": [1, 1, 1, 1, 0],
         "mrr@5": [1, 0.5, 1 / 3, 0.2, 0],
         "ndcg@5": [1, 0.63092975, 0.5, 0.38685281, 0],
@@ -147,8 +147,8 @@ def test_sampled_ranks_equal_a_plain_loop_and_are_never_worse_than_full(kind):
     model = Coarse(data.num_items)
     report = evaluate(model, data, candidates=kind, seed=3, k=(1, 5, 20), batch_size=60)
     row = np.arange(60)
-    histories = [data.sequence(u)[:-1].tolist() for u in row]
-    targets = [int(data.sequence(u)[-1]) for u in row]
+    histories = [parts(data, u, "test")[0] for u in range(60)]
+    targets = [parts(data, u, "test")[1] for u in range(60)]
     pairs = [(u, item) for u in row for item in [*histories[u], targets[u]]]
     forbidden = (np.array([u for u, _ in pairs]), np.array([item for _, item in pairs]))
     drawn = sample_negatives(kind, row, forbidden, data.popularity(), seed=3)
@@ -249,11 +249,8 @@ def broken(batch):
     return scores
 
 
-def foreign(batch):
-    return torch.zeros(len(batch["history"]), 38)
-
-
-foreign.item_ids = [f"other{v}" for v in range(37)]
+class Foreign(Coarse):
+    item_ids = tuple(f"other{v}" for v in range(37))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +265,7 @@ foreign.item_ids = [f"other{v}" for v in range(37)]
         ({"users": [10]}, "user 10 is not in 0..9"),
         ({"candidates": "uniform-100"}, "needs 100 unseen items for every user, user number"),
         ({"model": broken}, "a score of user number 6 is NaN"),
-        ({"model": foreign}, "trained on another catalogue than made"),
+        ({"model": Foreign(37)}, "trained on another catalogue than made"),
         ({"model": "a.safetensors"}, "model: expected something to call, got str"),
         ({"model": lambda batch: torch.zeros(2, 38)}, "do not cover 10 sequences"),
         ({"model": Coarse(36)}, r"shape \(10, 36\) with column 0 for item 1 do not cover"),

@@ -101,6 +101,8 @@ def test_other_users_or_metrics_do_not_compare():
 class Table(nn.Module):
     """Logits looked up by the last item; notes the width of the history it was given."""
 
+    logits: torch.Tensor
+
     def __init__(self, logits, max_len=5, first_item=1):
         super().__init__()
         self.register_buffer("logits", torch.as_tensor(logits, dtype=torch.float64))
