@@ -37,11 +37,11 @@ def sample_negatives(
         weight = np.ones(num_items) if kind == "uniform-100" else popularity.astype(np.float64)
         # An exponential race: the S smallest of E_v / weight_v, E_v ~ Exp(1), are a draw
         # without replacement in proportion to the weights (the Gumbel top-k trick).
-        draws = [
-            np.random.default_rng((seed, int(u))).standard_exponential(num_items) for u in users
-        ]
+        keys = np.empty((len(users), num_items))
+        for draw, user in zip(keys, users, strict=True):
+            np.random.default_rng((seed, int(user))).standard_exponential(out=draw)
         with np.errstate(divide="ignore"):
-            keys = np.stack(draws) / weight
+            keys /= weight
     row, item = forbidden
     keys[row, item - 1] = np.inf
     available = np.isfinite(keys).sum(axis=1)
