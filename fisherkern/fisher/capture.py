@@ -47,7 +47,7 @@ class Parameters:
         name = self._names.get(id(base))
         if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
             return None
-        start = tensor.storage_offset() - base.storage_offset()
+        start = int(tensor.storage_offset()) - int(base.storage_offset())
         return Place(name, start, tuple(tensor.shape))
 
 

@@ -43,7 +43,7 @@ class LinearWeight:
 
 @dataclasses.dataclass
 class Added:
-    """Anything added with broadcasting (a bias, learned positions): g_n = the sum of δ_n over it."""
+    """A summand that broadcasts (bias, learned positions): g_n is δ_n summed over the copies."""
 
     place: Place
 

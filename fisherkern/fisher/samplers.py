@@ -113,9 +113,10 @@ def factorise(rows: Rows, settings: Settings) -> Factor:
 class Distribution(Protocol):
     """What sampling needs of the softmax of every sequence; see Rows for the members."""
 
-    number: Tensor
-    target: Tensor | None
-
+    @property
+    def number(self) -> Tensor: ...
+    @property
+    def target(self) -> Tensor | None: ...
     @property
     def num_items(self) -> int: ...
     def topk(self, k: int) -> tuple[Tensor, Tensor]: ...
