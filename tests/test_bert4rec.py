@@ -117,6 +117,15 @@ def test_padding_and_the_rest_of_the_batch_change_nothing():
     assert torch.equal(other.encode(history), together)
 
 
+def test_a_row_of_padding_alone_leaves_states_and_gradients_finite():
+    model = make()
+    tokens = histories(5)
+    states = model.states(tokens)
+    assert states.isfinite().all()
+    states[1:, -1].sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_full_row_loses_its_oldest_item_only():
     model = make()
     history = histories(MAX_LEN)[2:]
@@ -182,7 +191,7 @@ def test_every_parameter_but_the_padding_row_is_trained(tied):
 
 def test_each_layer_is_called_once_with_a_row_per_sequence():
     model = make()
-    calls = {}
+    calls: dict[str, list] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
             module.register_forward_hook(
@@ -217,6 +226,7 @@ def test_batches_of_other_kinds_and_sizes():
     assert torch.equal(model(history.int()), expected)
     assert torch.equal(model({"history": history, "target": None}), expected)
     assert model(history[:0]).shape == (0, V)
+    assert torch.equal(model.read_history(histories(20)), histories(20)[:, -MAX_LEN:])
     one = make(max_len=1)
     assert one(history).shape == (5, V)
     assert expected.isfinite().all()
