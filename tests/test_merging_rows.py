@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from merging_models import Encoder, encoder, random_fisher
+from merging_models import Encoder, Toy, encoder, random_fisher
 
 from fisherkern.errors import InputError
 from fisherkern.merging import merge
@@ -22,17 +22,17 @@ def filled(ids, row_values, pad, mask):
 
 def test_union_by_item_id():
     a = filled("xyz", [1, 2, 3], pad=0, mask=100)
-    b = filled("wzx", [40, 50, 60], pad=2, mask=200)
+    b = filled("wzxv", [40, 50, 60, 70], pad=2, mask=200)
     merged = merge([a, b], weights=[3, 1])
     assert type(merged) is Encoder
-    assert merged.item_ids == ["x", "y", "z", "w"]
-    assert merged.num_items == merged.config["num_items"] == 4
-    # pad .75*0+.25*2; x .75*1+.25*60; y: a alone; z .75*3+.25*50; w: b alone; mask.
-    rows = [0.5, 15.75, 2.0, 14.75, 40.0, 125.0]
+    assert merged.item_ids == ["x", "y", "z", "w", "v"]
+    assert merged.num_items == merged.config["num_items"] == 5
+    # pad .75*0+.25*2; x .75*1+.25*60; y: a alone; z .75*3+.25*50; w, v: b alone; mask.
+    rows = [0.5, 15.75, 2.0, 14.75, 40.0, 70.0, 125.0]
     assert merged.item_embedding.weight.flatten().tolist() == rows
     assert merged.output_bias.tolist() == [10 * row for row in rows[1:-1]]
-    assert merged.dense.weight.item() == 0.75 * 6 + 0.25 * 150
-    assert merged.merge_report["items"] == {"1": 2, "2": 2}
+    assert merged.dense.weight.item() == 0.75 * 6 + 0.25 * 220
+    assert merged.merge_report["items"] == {"1": 3, "2": 2}
 
 
 def test_a_row_of_one_owner_keeps_its_value_under_fisher_and_at_lambda_0():
@@ -134,6 +134,18 @@ def test_row_buffers_that_are_integers_are_united_too():
         merge([a, b])
 
 
+def test_item_rows_that_are_not_told_are_refused():
+    class Silent(Encoder):
+        def item_parameters(self):
+            return {"item_embedding.weight": 1}
+
+    models = [Silent(num_items=2), Silent(num_items=2)]
+    models[0].item_ids, models[1].item_ids = ["x", "y"], ["y", "z"]
+    message = r"tensor 'output_bias' is to have shape \(2,\), which the Silent built"
+    with pytest.raises(InputError, match=message):
+        merge(models)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -150,6 +162,16 @@ def test_bad_catalogues(change, message):
         del a.config
         message = "catalogues differ, and Encoder has no config with num_items"
     with pytest.raises(InputError, match=message):
+        merge([a, b])
+
+
+def test_models_that_do_not_tell_their_item_rows_are_refused():
+    plain = [Toy(w=torch.zeros(2)), Toy(w=torch.zeros(2))]
+    with pytest.raises(InputError, match="without an item_parameters.. method"):
+        merge(plain, item_ids=[["x", "y"], ["y", "x"]])
+    a, b = encoder("ab", 1), encoder("ba", 1)
+    setattr(b, "item_parameters", lambda: {"item_embedding.weight": 0})  # noqa: B010
+    with pytest.raises(InputError, match="member 1 has item_parameters .* where member 0 has"):
         merge([a, b])
 
 

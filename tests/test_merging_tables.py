@@ -147,9 +147,10 @@ class TiedByStorage(Open):
         self.head.weight = nn.Parameter(self.table.weight.data[1:])
 
 
-def test_parameters_tied_by_name_stay_one():
+@pytest.mark.parametrize("name", ["table.weight", "head.weight"])
+def test_parameters_tied_by_name_stay_one(name):
     models = [TiedByParameter(T([[0.0], [0.0]])), TiedByParameter(T([[4.0], [8.0]]))]
-    fishers = [{"table.weight": T([[1.0], [3.0]])}, {"table.weight": T([[3.0], [1.0]])}]
+    fishers = [{name: T([[1.0], [3.0]])}, {name: T([[3.0], [1.0]])}]
     merged = merge(models, fishers=fishers, floor=0.0)
     assert merged.table.weight.tolist() == [[3.0], [2.0]]
     assert merged.head.weight is merged.table.weight

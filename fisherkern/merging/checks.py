@@ -113,7 +113,7 @@ def check_tensors(
         first = tensors[0][tie.name]
         for number, own in enumerate(tensors):
             tensor = own[tie.name]
-            if tensor.shape[movable:] != first.shape[movable:] or tensor.dim() != first.dim():
+            if tensor.shape[movable:] != first.shape[movable:]:
                 raise InputError(
                     f"tensor {tie.name!r} has shape {tuple(tensor.shape)} in member {number} and "
                     f"{tuple(first.shape)} in member 0"

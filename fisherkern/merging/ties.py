@@ -28,7 +28,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and end of `tensor` in memory; the end is the start if it is empty."""
+    """First byte and end of `tensor` in memory; both 0, PyTorch's address of it, if it is empty."""
     start = tensor.data_ptr()
     if tensor.numel() == 0:
         return start, start
@@ -54,9 +54,7 @@ def find_ties(model: nn.Module, owner: str) -> list[Tie]:
     # The longest first among those that start together; the first registered among equals.
     for name in sorted(tensors, key=lambda n: (str(tensors[n].device), spans[n][0], -spans[n][1])):
         start, stop = spans[name]
-        if start == stop:
-            groups.insert(0, [name])
-        elif groups and tensors[name].device == device and start < min(end, stop):
+        if groups and tensors[name].device == device and start < min(end, stop):
             if stop > end:
                 raise InputError(
                     f"{owner}: tensors {groups[-1][0]!r} and {name!r} overlap in memory and "
