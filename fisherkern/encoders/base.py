@@ -38,6 +38,7 @@ class SequenceEncoder(nn.Module):
         self.max_len = max_len
         self.dim = dim
         self.item_ids: list[str] | None = None  # external ids; item_ids[v - 1] is item v's
+        self.merge_report: dict[str, Any] | None = None  # how `merge` made it, where it did
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states before `transform`, (N, T, D), or (N, Q, D) at `positions` (N, Q) int64."""

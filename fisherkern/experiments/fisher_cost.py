@@ -56,7 +56,7 @@ def fisher_cost(
     for sampler, reduction, size in runs:
         if progress:
             print(f"  {reduction} {sampler} {size}", flush=True)
-        extra = {"probes" if sampler in ("sketch", "exact") else "k": size}
+        extra: dict[str, Any] = {"probes" if sampler in ("sketch", "exact") else "k": size}
         started = time.perf_counter()
         found = diag_fisher(
             model, batches, sampler=sampler, reduction=reduction, **extra, **arguments

@@ -12,6 +12,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +142,15 @@ class _Teller:
         base = self.space.model("base", self._pretrain)
         parts = self._parts()
         members = [
-            self.space.model(f"member-{m + 1}", lambda m=m: self._branch(base, m, parts[m]))
-            for m in range(3)
+            self.space.model(f"member-{m + 1}", partial(self._branch, base, m, part))
+            for m, part in enumerate(parts)
         ]
         share = sum(part.num_users for part in parts) / self.data.num_users
         epochs = round(story.branch_epochs * share)
         control = self.space.model("all-users", lambda: self._control(base, epochs))
         fishers = [
-            self.space.fisher(f"member-{m + 1}", lambda m=m: self._fisher(members[m], parts[m]))
-            for m in range(3)
+            self.space.fisher(f"member-{m + 1}", partial(self._fisher, members[m], part))
+            for m, part in enumerate(parts)
         ]
         merged = self._merges(members, fishers)
         return {
@@ -264,15 +265,9 @@ class _Teller:
         for name, recipe in recipes.items():
             self.say(name)
             file = name.replace(",", "").replace(" ", "-")
-            made: list[SequenceEncoder] = []
-
-            def build(recipe: Callable[[], SequenceEncoder] = recipe) -> SequenceEncoder:
-                made.append(recipe())
-                return made[0]
-
-            model = self.space.model(file, build)
-            weights = self.space.json(f"{file}.weights", lambda: made[0].merge_report["weights"])
-            result[name] = (model, weights)
+            model = self.space.model(file, recipe)
+            report = self.space.about(file).get("merge_report", {})
+            result[name] = (model, report.get("weights"))
         return result
 
     def _some_users(self, count: int) -> np.ndarray:

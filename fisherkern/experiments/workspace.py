@@ -39,11 +39,17 @@ class Workspace:
         return self.folder / name
 
     def model(self, name: str, build: Callable[[], SequenceEncoder]) -> SequenceEncoder:
-        """The model `name`.safetensors, built and saved when absent."""
+        """The model `name`.safetensors, built and saved, with its merge report, when absent."""
         path = self.path(f"{name}.safetensors")
         if not path.exists():
-            save_model(build(), path)
+            model = build()
+            report = getattr(model, "merge_report", None)
+            save_model(model, path, extra={} if report is None else {"merge_report": report})
         return load_model(path)
+
+    def about(self, name: str) -> dict[str, Any]:
+        """What was saved beside the model `name`."""
+        return read_json(self.path(f"{name}.json"))["extra"]
 
     def fisher(self, name: str, build: Callable[[], DiagFisher]) -> DiagFisher:
         """The Fisher `name`.fisher.safetensors, computed and saved when absent."""
