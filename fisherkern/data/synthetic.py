@@ -1,4 +1,4 @@
-"""Made-up sequences in which the last two items matter, and popularity does not tell enough."""
+"""Made-up sequences whose next item depends on the last two, not on popularity alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def synthetic(
     num_items: int = 500,
     seed: int = 0,
     *,
-    clusters: int = 10,
+    clusters: int = 16,
+    tastes: int = 3,
     min_length: int = 20,
     max_length: int = 60,
     order: float = 0.8,
@@ -26,19 +27,23 @@ def synthetic(
     """Sequences over a clustered catalogue with popularity skew and order-2 transitions.
 
     The item of popularity rank r has weight r^-skew (Zipf), and every item is in one of
-    `clusters` clusters of equal size, drawn at random. With probability `order` the next
-    item's cluster is next[a, b], where a and b are the clusters of the last and the
-    last-but-one item; otherwise it is drawn by weight. Every next[a, :] is a permutation,
-    so a alone says next to nothing of the coming cluster, and (a, b) everything. Inside
-    the cluster, items are drawn by weight among those the user has not had yet (among all,
-    once there are none). Lengths are uniform in min_length..max_length.
+    `clusters` clusters of equal size, drawn at random. Let a and b be the clusters of a
+    user's last and last-but-one item. With probability `order` the next item's cluster
+    is a + 1 (cyclic) when a = b, and a otherwise: two of a cluster, then on to the next.
+    So a alone leaves two clusters about equally likely, and b decides. Else the cluster is
+    one of the user's `tastes` favourites, drawn by weight once per user: those make
+    the set of a user's items tell something, without which a Transformer takes far longer
+    to find the order. Inside the cluster, items are drawn by weight among those the user
+    has not had yet (among all, once there are none). Lengths are uniform in
+    min_length..max_length.
 
     Item ids are "1".."V", user ids "1".., attributes {item: [cluster from 1]}. The same
     arguments give the same data. Raises InputError for impossible sizes.
     """
     for name, value, least in (
         ("num_users", num_users, 1),
-        ("clusters", clusters, 2),
+        ("tastes", tastes, 1),
+        ("clusters", clusters, max(2, tastes)),
         ("num_items", num_items, clusters),
         ("seed", seed, 0),
         ("min_length", min_length, 3),
@@ -52,12 +57,11 @@ def synthetic(
     random = np.random.default_rng(seed)
     cluster = random.permutation(np.arange(num_items) % clusters)
     log_weight = -skew * np.log1p(random.permutation(num_items))
-    table = np.stack([random.permutation(clusters) for _ in range(clusters)])
     lengths = random.integers(min_length, max_length, size=num_users, endpoint=True)
     blocks = []
     for first in range(0, num_users, _BLOCK_USERS):
         block = lengths[first : first + _BLOCK_USERS]
-        walks = _walk(random, len(block), int(block.max()), cluster, log_weight, table, order)
+        walks = _walk(random, len(block), int(block.max()), cluster, log_weight, tastes, order)
         blocks.append(walks[np.arange(walks.shape[1]) < block[:, None]])
     return SequenceDataset(
         "synthetic",
@@ -75,11 +79,11 @@ def _walk(
     length: int,
     cluster: NDArray[np.int64],
     log_weight: NDArray[np.float64],
-    table: NDArray[np.int64],
+    tastes: int,
     order: float,
 ) -> NDArray[np.int64]:
     """(num_users, length) items from 0, one step of all users at a time."""
-    clusters = len(table)
+    clusters = int(cluster.max()) + 1
     mass = np.bincount(cluster, weights=np.exp(log_weight), minlength=clusters)
     # Row c holds the items of cluster c, the shorter rows filled up with no item at all.
     members = np.full((clusters, int(np.bincount(cluster).max())), -1)
@@ -88,18 +92,21 @@ def _walk(
         members[row, : len(inside)] = inside
     member_weight = np.where(members >= 0, log_weight[members], -np.inf)
     users = np.arange(num_users)
+    # The largest of log-weight plus Gumbel noise are draws in proportion to the weights.
+    noisy = np.log(mass) + random.gumbel(size=(num_users, clusters))
+    favourites = np.argsort(-noisy, axis=1)[:, :tastes]
     seen = np.zeros((num_users, len(cluster)), bool)
     items = np.empty((num_users, length), np.int64)
     for step in range(length):
-        group = np.asarray(random.choice(clusters, size=num_users, p=mass / mass.sum()))
+        group = favourites[users, random.integers(0, tastes, size=num_users)]
         if step >= 2:
             last, before = cluster[items[:, step - 1]], cluster[items[:, step - 2]]
             follow = random.random(num_users) < order
-            group = np.where(follow, table[last, before], group)
+            coming = np.where(last == before, (last + 1) % clusters, last)
+            group = np.where(follow, coming, group)
         weight = np.where(seen[users[:, None], members[group]], -np.inf, member_weight[group])
         exhausted = ~np.isfinite(weight).any(axis=1)
         weight[exhausted] = member_weight[group[exhausted]]
-        # The largest of log-weight plus Gumbel noise is a draw in proportion to the weights.
         best = np.argmax(weight + random.gumbel(size=weight.shape), axis=1)
         items[:, step] = members[group, best]
         seen[users, items[:, step]] = True
