@@ -242,14 +242,18 @@ def test_the_config_rebuilds_the_model():
 
 def test_initial_values():
     torch.manual_seed(0)
-    model = BERT4Rec(1000, dim=64)
+    model = BERT4Rec(1000, dim=64, tied=False)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.full_like(parameter, not name.endswith("bias")))
+        elif "embedding" in name:
             assert parameter.abs().max() <= 0.04, name
             # The standard deviation of a unit normal cut at two is 0.88.
             assert parameter.std().item() == pytest.approx(0.88 * 0.02, rel=0.05), name
         else:
-            assert torch.equal(parameter, torch.full_like(parameter, not name.endswith("bias")))
+            variance = 2 / sum(parameter.shape)
+            assert parameter.abs().max() <= (3 * variance) ** 0.5, name
+            assert parameter.var().item() == pytest.approx(variance, rel=0.1), name
     assert not model.item_embedding.weight[0].any()
 
 
