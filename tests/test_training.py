@@ -1,9 +1,8 @@
-"""Training: it learns, it resumes bit for bit even after SIGKILL, its files are checked.
+"""Training: it learns, it resumes bit for bit even after SIGKILL, its settings are checked.
 
 Run as a script, `python test_training.py STATE MODEL`, it is the process to be killed.
 """
 
-import json
 import os
 import random
 import signal
@@ -20,9 +19,9 @@ import torch
 
 from fisherkern.encoders import BERT4Rec
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import load_tensors
 from fisherkern.objectives import MaskedItems
-from fisherkern.training import TrainingLog, load_model, save_model, train
+from fisherkern.training import TrainingLog, save_model, train
 from fisherkern.training.loop import learning_rate
 
 V, T = 20, 8
@@ -357,117 +356,6 @@ def test_progress_goes_to_stderr_or_nowhere(capsys):
     assert "epoch 1/1" in captured.err and "loss=" in captured.err and not captured.out
     run(epochs=1)
     assert capsys.readouterr() == ("", "")
-
-
-# Model files
-
-
-def test_a_model_file_gives_the_model_back(tmp_path):
-    model, _ = run(model=new_model(tied=False, norm="pre"), epochs=1)
-    path = tmp_path / "a.safetensors"
-    save_model(model, path, metrics={"ndcg@10": 0.1}, extra={"note": "x"})
-    before = torch.get_rng_state()
-    again = load_model(path)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert type(again) is BERT4Rec and again.config == model.config and not again.training
-    assert again.item_ids == Cycles.item_ids
-    assert_same_bits(bits(again), bits(model))
-    history = torch.tensor([[1, 2, 3]])
-    assert torch.equal(again(history), model(history))
-    assert all(parameter.requires_grad for parameter in again.parameters())
-    about = json.loads((tmp_path / "a.json").read_text())
-    assert about["metrics"] == {"ndcg@10": 0.1} and about["extra"] == {"note": "x"}
-    assert about["versions"]["torch"] == torch.__version__
-
-
-def test_a_model_file_stands_alone_and_may_hold_nan(tmp_path):
-    model = new_model().double()
-    model.item_ids = Cycles.item_ids
-    with torch.no_grad():
-        model.output_bias[3] = float("nan")
-    save_model(model, tmp_path / "a.safetensors")
-    (tmp_path / "a.json").unlink()
-    again = load_model(tmp_path / "a.safetensors")
-    assert again.item_ids is None and again.get_parameter("output_bias")[3].isnan()
-    assert again.get_parameter("output_bias").dtype == torch.float64
-
-
-def test_a_model_without_item_ids(tmp_path):
-    save_model(new_model(), tmp_path / "a.safetensors")
-    assert load_model(tmp_path / "a.safetensors").item_ids is None
-
-
-def change_tensors(tensors, header):
-    del tensors["output_bias"]
-
-
-def change_shape(tensors, header):
-    tensors["output_bias"] = torch.zeros(V + 1)
-
-
-def change_names(tensors, header):
-    tensors["other"] = torch.zeros(1)
-
-
-def change_dtype(tensors, header):
-    tensors["output_bias"] = torch.zeros(V, dtype=torch.int64)
-
-
-def change_class(tensors, header):
-    header["class"] = "GPT"
-
-
-def change_config(tensors, header):
-    header["config"]["colour"] = 1
-
-
-def change_kind(tensors, header):
-    header["kind"] = "fisher"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (change_tensors, "tensor 'output_bias' is missing"),
-        (change_shape, r"tensor 'output_bias' has shape \(21,\), not \(20,\)"),
-        (change_names, "tensor 'other' is not part of the model"),
-        (change_dtype, "tensor 'output_bias' is torch.int64"),
-        (change_class, "unknown encoder 'GPT'; known: BERT4Rec"),
-        (change_config, "does not fit BERT4Rec: .*colour"),
-        (change_kind, "not a model file"),
-    ],
-)
-def test_a_wrong_model_file_is_named(tmp_path, change, message):
-    path = tmp_path / "a.safetensors"
-    save_model(new_model(), path)
-    tensors, header = load_tensors(path)
-    change(tensors, header)
-    save_tensors(path, tensors, header)
-    with pytest.raises(InputError, match=f"{path}: .*{message}"):
-        load_model(path)
-
-
-def test_item_ids_of_another_model_are_refused(tmp_path):
-    for name, ids in (("a", ["x"] * V), ("b", ["y"] * V)):
-        model = new_model()
-        model.item_ids = ids
-        save_model(model, tmp_path / f"{name}.safetensors")
-    (tmp_path / "b.json").replace(tmp_path / "a.json")
-    with pytest.raises(InputError, match="a.json: its item_ids are not those of a.safetensors"):
-        load_model(tmp_path / "a.safetensors")
-
-
-def test_what_cannot_be_a_model_file_is_named(tmp_path):
-    class Other(BERT4Rec):
-        pass
-
-    with pytest.raises(InputError, match="Other is not an encoder"):
-        save_model(Other(V), tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="must end in .safetensors"):
-        save_model(new_model(), tmp_path / "a.v1")
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="no such file"):
-        load_model(tmp_path / "a.safetensors")
 
 
 if __name__ == "__main__":
