@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fisherkern.encoders import SequenceEncoder
 from fisherkern.fisher import DiagFisher, diag_fisher
 
 # Sampler, reduction and sizes (K items, or R probes) of each line of the figure.
@@ -38,7 +39,7 @@ def best_scaled_error(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor
 
 
 def fisher_cost(
-    model: nn.Module, batches: Sequence[Any], *, seed: int = 0, progress: bool = True
+    model: SequenceEncoder, batches: Sequence[Any], *, seed: int = 0, progress: bool = True
 ) -> list[dict[str, Any]]:
     """One row per line and size: seconds, relative error, best-scaled error, scale.
 
@@ -51,7 +52,12 @@ def fisher_cost(
     started = time.perf_counter()
     exact = diag_fisher(model, batches, sampler="exact", **arguments)
     exact_seconds = time.perf_counter() - started
-    runs = [(s, r, size) for s, r, sizes in LINES for size in sizes if _fits(s, size, exact)]
+    runs = [
+        (sampler, reduction, size)
+        for sampler, reduction, sizes in LINES
+        for size in sizes
+        if size <= _limit(sampler, model, exact)
+    ]
     rows = []
     for sampler, reduction, size in runs:
         if progress:
@@ -67,8 +73,10 @@ def fisher_cost(
     return rows
 
 
-def _fits(sampler: str, size: int, exact: DiagFisher) -> bool:
-    return sampler not in ("sketch", "exact") or size < exact.meta["probes"]
+def _limit(sampler: str, model: SequenceEncoder, exact: DiagFisher) -> int:
+    """The largest size that says something: fewer probes than exact, no more items than V."""
+    probing = sampler in ("sketch", "exact")
+    return exact.meta["probes"] - 1 if probing else model.num_items
 
 
 def _row(

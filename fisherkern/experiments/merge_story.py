@@ -29,11 +29,11 @@ from fisherkern.experiments.fisher_cost import cost_table, fisher_cost
 from fisherkern.experiments.plane import plane_of
 from fisherkern.experiments.tables import story_rows, story_table
 from fisherkern.experiments.workspace import Workspace
-from fisherkern.files import write_json
+from fisherkern.files import atomic_path, write_json
 from fisherkern.fisher import DiagFisher, diag_fisher
 from fisherkern.merging import merge
 from fisherkern.objectives import MaskedItems
-from fisherkern.training import train
+from fisherkern.training import load_model, save_model, train
 
 MEMBERS = ("shards", "seeds", "masking")
 MASK_RATIOS = (0.1, 0.2, 0.4)
@@ -56,6 +56,8 @@ class Story:
     branch_epochs: int = 30
     batch_size: int = 128
     lr: float = 1e-3
+    warmup_steps: int = 0
+    crop: str = "random"
     max_len: int = 50
     dim: int = 64
     layers: int = 2
@@ -80,8 +82,11 @@ DEMO = Story(
     data="synthetic",
     base_epochs=30,
     branch_epochs=15,
+    batch_size=64,
+    lr=2e-3,
+    crop="all",
     max_len=20,
-    dim=32,
+    dropout=0.1,
     cost_sequences=128,
     search_users=500,
     plane_users=300,
@@ -91,8 +96,9 @@ DEMO = Story(
 def run(story: Story, out: Path, *, progress: bool = True) -> dict[str, Any]:
     """Make what is missing in `out` and return the result that is stored in result.json.
 
-    Beside it: the merged model (merged.safetensors), all members and Fishers, the
-    table (table.md) and the pictures. Raises InputError if `out` holds another run.
+    Beside it: the merge that is best on validation (merged.safetensors), all members
+    and Fishers, the table (table.md) and the pictures. Raises InputError if `out` holds
+    another run.
     """
     started = time.perf_counter()
     data = load(story.data)
@@ -101,11 +107,17 @@ def run(story: Story, out: Path, *, progress: bool = True) -> dict[str, Any]:
     models = teller.models()
     reports = {name: teller.report(model) for name, (model, _) in models.items()}
     rows = story_rows(models, reports, teller.best_member(reports))
-    cost = teller.cost(models["base"][0])
-    table = f"{story_table(rows, reports['base'][1])}\n\n{cost_table(cost)}\n"
+    chosen = max(teller.recipes, key=lambda name: reports[name][0]["ndcg@10"])
+    teller.keep(chosen, reports[chosen][1])
+    cost = teller.cost()
+    test = reports["base"][1]
+    protocol = f"{data.name}, {test.protocol}, {test.num_users:,} users"
+    table = f"{story_table(rows, protocol)}\n\n{cost_table(cost)}\n"
     result = {
         "story": config,
+        "protocol": protocol,
         "rows": rows,
+        "merged": chosen,
         "weights": {n: info for n, (_, info) in models.items() if info},
         "fisher_cost": cost,
         "threads": torch.get_num_threads(),
@@ -113,10 +125,11 @@ def run(story: Story, out: Path, *, progress: bool = True) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
     }
     teller.draw(models, cost)
-    (out / "table.md").write_text(table, encoding="utf-8")
+    with atomic_path(out / "table.md") as path:
+        path.write_text(table, encoding="utf-8")
     write_json(out / "result.json", result)
     print(table)
-    print(f"written to {out}: merged.safetensors, result.json, table.md and three pictures")
+    print(f"written to {out}: merged.safetensors ({chosen}), result.json, table.md, pictures")
     return result
 
 
@@ -131,6 +144,7 @@ class _Teller:
         self, story: Story, data: SequenceDataset, space: Workspace, progress: bool
     ) -> None:
         self.story, self.data, self.space, self.progress = story, data, space, progress
+        self.recipes: list[str] = []  # the merges' names, once made
 
     def say(self, what: str) -> None:
         if self.progress:
@@ -182,6 +196,8 @@ class _Teller:
             objective=self._objective(ratio),
             batch_size=self.story.batch_size,
             lr=self.story.lr,
+            crop=self.story.crop,
+            warmup_steps=self.story.warmup_steps,
             state=state,
             save_every=5,
             progress=self.progress,
@@ -262,11 +278,11 @@ class _Teller:
             ),
         }
         result: dict[str, Entry] = {}
+        self.recipes = list(recipes)
         for name, recipe in recipes.items():
             self.say(name)
-            file = name.replace(",", "").replace(" ", "-")
-            model = self.space.model(file, recipe)
-            report = self.space.about(file).get("merge_report", {})
+            model = self.space.model(_file(name), recipe)
+            report = self.space.about(_file(name)).get("merge_report", {})
             result[name] = (model, report.get("weights"))
         return result
 
@@ -283,8 +299,14 @@ class _Teller:
         """The member with the highest validation NDCG@10."""
         return max((f"member {m}" for m in (1, 2, 3)), key=lambda n: reports[n][0]["ndcg@10"])
 
-    def cost(self, model: nn.Module) -> list[dict[str, Any]]:
+    def keep(self, name: str, report: Report) -> None:
+        """Store a merge as the run's product, with its test metrics."""
+        model = load_model(self.space.path(f"{_file(name)}.safetensors"))
+        save_model(model, self.space.path("merged.safetensors"), metrics=dict(report))
+
+    def cost(self) -> list[dict[str, Any]]:
         """Time and error of every sampler on the base model."""
+        model = load_model(self.space.path("base.safetensors"))
         count = self.story.cost_sequences
         loader = self.data.loader(
             split="train", batch_size=count, max_len=self.story.max_len, limit=count
@@ -327,6 +349,10 @@ class _Teller:
             return report["ndcg@10"]
 
         return plane_of(members, others, score)
+
+
+def _file(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
 
 
 def _copy(model: SequenceEncoder) -> SequenceEncoder:

@@ -42,11 +42,10 @@ def story_rows(
     return rows
 
 
-def story_table(rows: Sequence[Mapping[str, Any]], report: Report) -> str:
+def story_table(rows: Sequence[Mapping[str, Any]], protocol: str) -> str:
     """The rows as Markdown under a line that states the protocol."""
     lines = [
-        f"{report.protocol}, {report.num_users:,} users; ± is 1.96 standard errors, paired"
-        " per user.",
+        f"{protocol}; ± is 1.96 standard errors, paired per user.",
         "",
         "| model | NDCG@10 | HR@10 | over the best member | over all users, same compute"
         " | share of the ensemble's gain |",
