@@ -66,15 +66,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
 
 
-def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
-) -> None:
-    """Write tensors and metadata (any JSON values) as one safetensors file, whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and metadata (any JSON values) as safetensors; for inside `atomic_path`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Sorted and compact, so that the same content is the same bytes.
     header = {"fisherkern": json.dumps(metadata, sort_keys=True, allow_nan=False)}
+    safetensors.torch.save_file(plain, path, metadata=header)
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """`write_tensors`, whole or not at all."""
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(plain, temporary, metadata=header)
+        write_tensors(temporary, tensors, metadata)
 
 
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -54,15 +54,15 @@ class Story:
     members: str = "shards"
     base_epochs: int = 60
     branch_epochs: int = 30
-    batch_size: int = 128
-    lr: float = 1e-3
-    warmup_steps: int = 0
+    batch_size: int = 64
+    lr: float = 3e-3
+    warmup_steps: int = 100
     crop: str = "random"
     max_len: int = 50
     dim: int = 64
     layers: int = 2
     heads: int = 2
-    dropout: float = 0.2
+    dropout: float = 0.1
     mask_ratio: float = 0.2
     last_ratio: float = 0.0
     sampler: str = "exact"
@@ -86,7 +86,6 @@ DEMO = Story(
     lr=2e-3,
     crop="all",
     max_len=20,
-    dropout=0.1,
     cost_sequences=128,
     search_users=500,
     plane_users=300,
@@ -320,7 +319,10 @@ class _Teller:
 
     def draw(self, models: dict[str, Entry], cost: list[dict[str, Any]]) -> None:
         """The paper's Figures 2 (with an error axis), 3 and 4."""
-        plots.plot_fisher_cost(cost, self.space.path("fisher_cost.png"))
+        lines = [{**row, "sampler": row["provider"]} for row in cost]
+        for line in lines:
+            del line["provider"]
+        plots.plot_fisher_cost(lines, self.space.path("fisher_cost.png"))
         batch = next(iter(self.data.loader(split="test", max_len=self.story.max_len, limit=256)))
         curves = {}
         for name in ("base", "member 1", "member 2", "member 3", "uniform merge", "fisher merge"):

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from fisherkern.encoders import ENCODERS, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, read_json, save_tensors, write_json
+from fisherkern.files import (
+    atomic_path,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+    write_tensors,
+)
 
 PathLike = str | os.PathLike[str]
 
@@ -30,8 +37,9 @@ def save_model(
 ) -> None:
     """Write `model` as `x.safetensors` (tensors, class, config) and `x.json` beside it.
 
-    The JSON holds item ids, `metrics`, `extra` (JSON values) and versions, and is written
-    first, so a model file is never without its item ids. Raises InputError for another
+    The JSON holds item ids, `metrics`, `extra` (JSON values) and versions. Both files are
+    complete before either takes its name, the JSON first, so a model file is never without
+    its item ids and a full disk leaves both as they were. Raises InputError for another
     suffix or a class that `load_model` could not rebuild.
     """
     path = _model_path(path)
@@ -52,8 +60,9 @@ def save_model(
         "config": model.config,
         "item_ids_sha256": _sha256(model.item_ids),
     }
-    write_json(path.with_suffix(".json"), about)
-    save_tensors(path, model.state_dict(), header)
+    with atomic_path(path) as temporary:
+        write_tensors(temporary, model.state_dict(), header)
+        write_json(path.with_suffix(".json"), about)
 
 
 def load_model(path: PathLike) -> SequenceEncoder:
