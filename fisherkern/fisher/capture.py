@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -79,6 +80,21 @@ class Site:
 Rule = Callable[[Parameters, tuple[Any, ...], Mapping[str, Any], Tensor], Sequence[Use]]
 
 
+class _Gelu(torch.autograd.Function):
+    """F.gelu with its derivative kept: every probe's backward pass is one product, not an erf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        one = torch.ones_like(x)
+        ctx.save_for_backward(torch.ops.aten.gelu_backward(one, x, approximate=approximate))
+        return F.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, None]:
+        (derivative,) = ctx.saved_tensors
+        return deltas[0] * derivative, None
+
+
 class Capture(TorchFunctionMode):
     """Records, while active, the calls that `rules` know as sites of parameter use.
 
@@ -102,6 +118,8 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is F.gelu and len(args) == 1:
+            return _Gelu.apply(args[0], kwargs.get("approximate", "none"))
         output = func(*args, **kwargs)
         rule = self._rules.get(func)
         if rule is None or not isinstance(output, Tensor) or output.grad_fn is None:

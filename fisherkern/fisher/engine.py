@@ -95,9 +95,17 @@ class Engine:
         sites = capture.sites()
         if result.grad_fn is None:
             return result, sites, Plan([], set())
-        # The structure is the model's, so it is examined once, and again when it changes.
+        # The structure is the model's, so it is examined once, and again when it changes:
+        # on two sequences where those show the same calls, as they do in most models.
         if self._usable is None or self._usable[0] != len(sites):
-            self._usable = (len(sites), usable_sites(result, sites))
+            few, few_sites = result, sites
+            if n > 2:
+                with torch.enable_grad(), Capture(self.parameters, 2, RULES) as capture:
+                    few = function(model_input(batch_slice(batch, 0, 2)))
+                few_sites = capture.sites()
+            if len(few_sites) != len(sites):
+                few, few_sites = result, sites
+            self._usable = (len(sites), usable_sites(few, few_sites))
         plan = make_plan(result, sites, self.parameters, self._usable[1])
         return result, sites, plan
 

@@ -84,7 +84,8 @@ class Factor:
     """L of every sequence: `probes` columns, `column(r)` (N, D) each.
 
     ids, omega (N, K): the items used and their weights ω, None where the output
-    layer takes all items in closed form. cross(sequence (U,), item (U,)) -> β (U, R).
+    layer takes all items in closed form. cross(sequence (U,), item (U,)) -> β (U, R),
+    for pairs in the order of their sequences.
     mass: Σ_j p(y_j) per sequence, (N,), for topk. kept: share of trace(C) in L.
     """
 
@@ -208,10 +209,20 @@ def _scaled_column(basis: Tensor, values: Tensor) -> Callable[[int], Tensor]:
 
 
 def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> Tensor:
-    """β with L β = m for pairs: (U, D) moments -> (U, R); zero where a value is zero."""
-    projected = torch.einsum("ud,udr->ur", moment.to(basis.dtype), basis[sequence])
-    root = values[sequence].sqrt()
-    return torch.where(root > 0, projected / root, 0.0)
+    """β with L β = m for pairs: (U, D) moments -> (U, R); zero where a value is zero.
+
+    `sequence` (U,) must not fall: pairs are projected sequence by sequence, padded to the
+    longest, so that no basis is copied for a pair.
+    """
+    n = len(basis)
+    counts = torch.bincount(sequence, minlength=n)
+    position = torch.arange(len(sequence), device=sequence.device)
+    position = position - (counts.cumsum(0) - counts)[sequence]
+    padded = basis.new_zeros(n, int(counts.max()) if len(sequence) else 0, moment.shape[1])
+    padded[sequence, position] = moment.to(basis.dtype)
+    root = values.sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    return (torch.bmm(padded, basis) * inverse[:, None])[sequence, position]
 
 
 def _all_items_moment(rows: Rows, mean: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

