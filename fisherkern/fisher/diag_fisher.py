@@ -17,10 +17,10 @@ from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.samplers import SAMPLERS, Settings
 from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
+from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.softmax_sketch import MAX_PROBES
 
 DEFAULT_SKETCH_PROBES = 16
-BACKENDS = ("auto", "torch")
 
 
 def diag_fisher(
@@ -72,14 +72,14 @@ def diag_fisher(
     number of sequences worked on at once (default: the loader's batch), which bounds
     memory at about chunk × the activations of one sequence plus one tile of logits;
     `seed` keys the random numbers by (seed, sequence), so they do not depend on batch
-    or chunk. The model runs in eval mode and is left as it was.
+    or chunk; `backend`, "torch" or "triton" for the ops' kernels ("auto": the environment's
+    FISHERKERN_BACKEND, else triton on CUDA devices). The model runs in eval mode and is
+    left as it was.
 
     Returns a DiagFisher: tensors keyed as `model.named_parameters()`, fp32 or wider;
     frozen parameters are left out. Raises InputError for bad arguments, an empty
     loader, or a trainable parameter that the logits do not depend on.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     if reduction not in ("sequence", "batchwise"):
         raise InputError(f"reduction: {reduction!r} is not 'sequence' or 'batchwise'")
     if chunk is not None and chunk < 1:
@@ -93,7 +93,7 @@ def diag_fisher(
         raise InputError("model: it has no trainable parameter")
     count = 0
     bar = tqdm(loader, desc=f"Fisher ({sampler})", unit="batch", disable=not progress)
-    with evaluation_mode(subject.module):
+    with use_backend(backend), evaluation_mode(subject.module):
         for batch in bar:
             n = batch_size(batch)
             if reduction == "batchwise":

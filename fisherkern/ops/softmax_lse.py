@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 
 # Elements of one (N, tile) block of logits: 8 MB in fp32. The whole ML-1M
@@ -42,6 +43,10 @@ def logit_tiles(
 
 
 def _softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if use_triton(h, weight, bias):
+        from fisherkern.ops import softmax_lse_triton
+
+        return softmax_lse_triton.softmax_lse(h, weight, bias)
     dtype = torch.promote_types(h.dtype, torch.float32)
     lse = torch.full((h.shape[0],), -torch.inf, dtype=dtype, device=h.device)
     for _, _, z in logit_tiles(h, weight, bias):

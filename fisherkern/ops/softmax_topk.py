@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
+
+MAX_TRITON_K = 128  # what a program's registers hold of candidates
 
 
 def _topk_lower_id_first(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -28,6 +31,13 @@ def _topk_lower_id_first(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor
 def _softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if k <= MAX_TRITON_K and use_triton(h, weight, bias):
+        from fisherkern.ops import softmax_topk_triton
+
+        candidates, places, lse = softmax_topk_triton.softmax_topk(h, weight, bias, k)
+        values, ids = _topk_lower_id_first(candidates, places, k)
+        # Only a row with NaN has fewer items than k to choose from.
+        return (values - lse[:, None]).exp(), ids.clamp_(max=weight.shape[0] - 1), lse
     dtype = torch.promote_types(h.dtype, torch.float32)
     lse = torch.full((h.shape[0],), -torch.inf, dtype=dtype, device=h.device)
     best: Tensor | None = None
@@ -63,7 +73,8 @@ def softmax_topk(
 
     h (N, D), weight (V, D), bias (V,) or None, 1 <= k <= V. Returns p (N, k) in
     descending order, ids (N, k) int64, lse (N,); p and lse are fp32 or wider.
-    Ties go to the lower id. Holds one tile of logits and N·k candidates.
+    Ties go to the lower id. Holds one tile of logits and N·k candidates for each
+    range of items worked on at once. Above k = 128 every backend takes PyTorch's path.
     """
     return _op(h, weight, bias, k)
 

@@ -1,0 +1,105 @@
+"""Which implementation an op runs: plain PyTorch or the Triton kernel.
+
+`use_backend` sets the choice for a block of code, the environment variable
+FISHERKERN_BACKEND for a process: auto, torch or triton. auto takes the kernels for
+CUDA tensors in fp32, fp16 and bf16 where triton imports, else PyTorch. Triton is
+imported when a kernel is about to run, never before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from fisherkern.errors import InputError
+
+BACKENDS = ("auto", "torch", "triton")
+VARIABLE = "FISHERKERN_BACKEND"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# tf32 products, which the fp32 kernels are made of, begin with this compute capability.
+_OLDEST_ARCHITECTURE = (8, 0)
+
+_chosen: ContextVar[str] = ContextVar("fisherkern_backend", default="auto")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block with `name`; "auto" leaves the choice in force as it is."""
+    if name not in BACKENDS:
+        raise InputError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+    token = _chosen.set(_chosen.get() if name == "auto" else name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def backend() -> str:
+    """The backend in force: the innermost `use_backend`, else the environment's, else auto."""
+    name = _chosen.get()
+    if name != "auto":
+        return name
+    name = os.environ.get(VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise InputError(f"{VARIABLE}: {name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether an op of these tensors runs its Triton kernel.
+
+    Raises InputError where "triton" was asked for and cannot be: triton is not
+    installed, a tensor is fp64, or a tensor is on the CPU outside the interpreter.
+    """
+    name = backend()
+    given = [tensor for tensor in tensors if tensor is not None]
+    if name == "torch" or any(tensor.numel() == 0 for tensor in given):
+        return False
+    # The interpreter is for checking kernels: on the CPU only an explicit choice takes it.
+    if name == "auto" and not given[0].is_cuda:
+        return False
+    reason = _why_not(given)
+    if reason is None:
+        return True
+    if name == "triton":
+        raise InputError(f"backend: 'triton' cannot be used: {reason}")
+    return False
+
+
+def _why_not(tensors: list[Tensor]) -> str | None:
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+            return f"the kernels take fp32, fp16 and bf16, not {tensor.dtype}"
+    if not _installed():
+        return "triton is not installed"
+    if all(tensor.is_cuda for tensor in tensors):
+        if torch.cuda.get_device_capability(tensors[0].device) < _OLDEST_ARCHITECTURE:
+            return "the kernels need compute capability 8.0"
+        return None
+    if all(tensor.device.type == "cpu" for tensor in tensors) and _interpreted():
+        return None
+    return "the tensors are on the CPU, which takes TRITON_INTERPRET=1 set before the start"
+
+
+@functools.cache
+def _installed() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _interpreted() -> bool:
+    from fisherkern.ops.tiles_triton import INTERPRETED
+
+    return INTERPRETED

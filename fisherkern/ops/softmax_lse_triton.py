@@ -1,0 +1,53 @@
+"""Triton kernel of `softmax_lse`: a range of items per program, joined in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fisherkern.ops.launch_table import PRECISION
+from fisherkern.ops.tiles_triton import (
+    add_to_lse,
+    biased,
+    dot_settings,
+    item_splits,
+    logit_tile,
+    prepared,
+)
+
+
+@triton.jit
+def softmax_lse_kernel(
+    h_ptr, w_ptr, bias_ptr, lse_ptr, n, v, d, length,
+    ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """lse (n, splits): log Σ exp of the logits in each range of `length` items."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(1)
+    first = split * length
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(first, tl.minimum(first + length, v), ITEMS):
+        items = start + tl.arange(0, ITEMS).to(tl.int64)
+        z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
+        highest, total = add_to_lse(biased(z, bias_ptr, items, v), highest, total)
+    out = lse_ptr + rows * tl.num_programs(1) + split
+    tl.store(out, highest + tl.log(total), mask=rows < n)
+
+
+def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    h, weight, bias = prepared(h), prepared(weight), prepared(bias)
+    row, constants = dot_settings("softmax_lse", h, weight)
+    n, v = h.shape[0], weight.shape[0]
+    programs = triton.cdiv(n, row.rows)
+    splits, length = item_splits(v, row.items, programs)
+    lse = torch.empty(n, splits, dtype=torch.float32, device=h.device)
+    with torch.cuda.device_of(h):
+        softmax_lse_kernel[programs, splits](
+            h, weight, bias, lse, n, v, h.shape[1], length,
+            ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
+        )  # fmt: skip
+    return torch.logsumexp(lse, dim=1)

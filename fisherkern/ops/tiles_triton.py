@@ -1,0 +1,101 @@
+"""What the kernels share: the tile of logits, and how tensors and sizes reach a launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fisherkern.ops.launch_table import TARGET_PROGRAMS, Launch, launch
+
+# Fixed when kernels are decorated: TRITON_INTERPRET is read at import and never after.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_DOT_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+def prepared(tensor: Tensor | None) -> Any:
+    """Contiguous, as the kernels' offsets assume."""
+    if tensor is None:
+        return None
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        # The interpreter computes wrong numbers from bf16; in fp32 the values are the same.
+        tensor = tensor.float()
+    return tensor.detach().contiguous()
+
+
+def dot_settings(kernel: str, h: Tensor, weight: Tensor) -> tuple[Launch, dict[str, Any]]:
+    """The row for h and weight, and the constants of `logit_tile` that follow from it."""
+    dtype = torch.promote_types(h.dtype, weight.dtype)
+    row = launch(kernel, h.device, dtype)
+    width = width_tile(h.shape[1], row.width)
+    constants = {
+        "WIDTH": width,
+        "CHUNKS": triton.cdiv(h.shape[1], width),
+        "DOT": _DOT_DTYPES[dtype],
+        "num_warps": row.warps,
+        "num_stages": row.stages,
+    }
+    return row, constants
+
+
+def width_tile(width: int, most: int) -> int:
+    """Columns taken at once: a power of two, at least the 16 that a product needs."""
+    return int(min(max(16, triton.next_power_of_2(width)), most))
+
+
+def item_splits(num_items: int, tile: int, programs: int) -> tuple[int, int]:
+    """(number of splits, items in each but the last): ranges that programs stream over.
+
+    `programs` is what the grid has without splitting. A split is whole tiles, and
+    their number depends on the sizes alone.
+    """
+    tiles = triton.cdiv(num_items, tile)
+    splits = min(tiles, max(1, TARGET_PROGRAMS // programs))
+    length = triton.cdiv(tiles, splits)
+    return triton.cdiv(tiles, length), length * tile
+
+
+@triton.jit
+def logit_tile(
+    a_ptr, b_ptr, rows, columns, n, v, d,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a[rows] · b[columns]ᵀ in fp32, (rows, columns); a (n, d), b (v, d), int64 indices.
+
+    Rows past n and columns past v give zeros.
+    """
+    z = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for chunk in range(CHUNKS):
+        k = chunk * WIDTH + tl.arange(0, WIDTH)
+        a_mask = (rows < n)[:, None] & (k < d)[None, :]
+        b_mask = (k < d)[:, None] & (columns < v)[None, :]
+        a = tl.load(a_ptr + rows[:, None] * d + k[None, :], mask=a_mask, other=0.0)  # (rows, WIDTH)
+        b = tl.load(b_ptr + columns[None, :] * d + k[:, None], mask=b_mask, other=0.0)
+        z = tl.dot(a.to(DOT), b.to(DOT), z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def biased(z, bias_ptr, items, v):
+    """z (rows, items) plus the items' biases, −inf past the last item."""
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + items, mask=items < v, other=0.0).to(tl.float32)[None, :]
+    return tl.where((items < v)[None, :], z, float("-inf"))
+
+
+@triton.jit
+def add_to_lse(z, highest, total):
+    """(highest, total) of a running Σ exp = total · exp(highest), with a tile z added."""
+    new = tl.maximum(highest, tl.max(z, 1))
+    # A row that is all −inf so far has no finite maximum to subtract.
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp(highest - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+    return new, total

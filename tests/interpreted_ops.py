@@ -1,0 +1,117 @@
+"""Every Triton kernel against its float64 twin, in Triton's interpreter.
+
+Not collected by name: test_ops_triton.py runs this file in a process of its own with
+TRITON_INTERPRET=1, because the interpreter is chosen when triton is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fisherkern import ops
+from fisherkern.ops import tiles_triton
+from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.softmax_lse import softmax_lse_reference
+from fisherkern.ops.softmax_topk import MAX_TRITON_K, softmax_topk_reference
+
+# (N, V, D): one of everything, primes, and the tiles' 64 rows, 64 or 128 items and 16,
+# 32 or 64 columns with one beside them.
+SHAPES = [(1, 1, 1), (3, 7, 5), (63, 129, 16), (64, 128, 64), (65, 127, 65), (5, 1031, 33)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels, outputs full of NaN, and few programs, so that each streams over tiles."""
+    empty = torch.empty
+
+    def poisoned(*size: int, **kwargs: object) -> Tensor:
+        found = empty(*size, **kwargs)
+        return found.fill_(torch.nan if found.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(tiles_triton, "TARGET_PROGRAMS", 2)
+    assert tiles_triton.INTERPRETED
+    with use_backend("triton"):
+        yield
+
+
+def walled(tensor: Tensor) -> Tensor:
+    """The same tensor with NaN behind its end, which a load past the mask would read."""
+    memory = torch.full((tensor.numel() + 300,), torch.nan, dtype=tensor.dtype)
+    memory[: tensor.numel()] = tensor.flatten()
+    return memory[: tensor.numel()].view(tensor.shape)
+
+
+def layer(n: int, v: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(n * v + d)
+    shapes = ((n, d), (v, d), (v,))
+    h, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in shapes)
+    # Logits of unit variance, as a trained model's are within an order of magnitude.
+    return walled(h / d**0.5), walled(weight), walled(bias)
+
+
+def assert_close(found: Tensor, exact: Tensor, factor: float = 1.0) -> None:
+    """Error at most `factor` × 1e-5 of the largest entry."""
+    assert found.shape == exact.shape and found.dtype == torch.float32
+    error = float((found.double() - exact).abs().max())
+    assert error <= factor * 1e-5 * max(float(exact.abs().max()), 1e-30), error
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_lse(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    h, weight, bias = layer(*shape, dtype)
+    for b in (bias, None):
+        assert_close(ops.softmax_lse(h, weight, b), softmax_lse_reference(h, weight, b))
+
+
+def test_softmax_lse_of_mixed_dtypes_and_strides() -> None:
+    h, weight, bias = layer(6, 40, 10)
+    half = weight.bfloat16()
+    assert_close(ops.softmax_lse(h, half, bias), softmax_lse_reference(h, half, bias))
+    turned = h.T.contiguous().T
+    assert_close(ops.softmax_lse(turned, weight, None), softmax_lse_reference(h, weight, None))
+
+
+def test_softmax_lse_with_impossible_items() -> None:
+    """A bias of −inf, in a whole tile and everywhere."""
+    h, weight, bias = layer(3, 300, 4)
+    bias[:200] = -torch.inf
+    assert_close(ops.softmax_lse(h, weight, bias), softmax_lse_reference(h, weight, bias))
+    bias[:] = -torch.inf
+    assert (ops.softmax_lse(h, weight, bias) == -torch.inf).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_topk(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    h, weight, bias = layer(*shape, dtype)
+    k = min(shape[1], 20)
+    p, ids, lse = ops.softmax_topk(h, weight, bias, k)
+    exact_p, exact_ids, exact_lse = softmax_topk_reference(h, weight, bias, k)
+    assert torch.equal(ids, exact_ids)
+    assert_close(p, exact_p)
+    assert_close(lse, exact_lse)
+
+
+@pytest.mark.parametrize("k", [1, 2, 16, 17, MAX_TRITON_K, MAX_TRITON_K + 1])
+def test_softmax_topk_gives_ties_to_the_lower_id(k: int) -> None:
+    """Small integers, so that products are exact and ties are ties in every precision."""
+    g = torch.Generator().manual_seed(0)
+    h = torch.randint(-2, 3, (6, 3), generator=g).float()
+    weight = torch.randint(-2, 3, (300, 3), generator=g).float()
+    _, ids, _ = ops.softmax_topk(h, weight, None, k)
+    assert torch.equal(ids, softmax_topk_reference(h, weight, None, k)[1])
+
+
+def test_softmax_topk_with_fewer_possible_items_than_k() -> None:
+    h, weight, bias = layer(3, 200, 4)
+    bias[:196] = -torch.inf
+    p, ids, _ = ops.softmax_topk(h, weight, bias, 6)
+    assert torch.equal(ids, softmax_topk_reference(h, weight, bias, 6)[1])
+    assert ids[:, 4:].tolist() == [[0, 1]] * 3 and (p[:, 4:] == 0).all()
