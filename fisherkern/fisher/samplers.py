@@ -214,15 +214,18 @@ def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> T
     `sequence` (U,) must not fall: pairs are projected sequence by sequence, padded to the
     longest, so that no basis is copied for a pair.
     """
-    n = len(basis)
-    counts = torch.bincount(sequence, minlength=n)
-    position = torch.arange(len(sequence), device=sequence.device)
-    position = position - (counts.cumsum(0) - counts)[sequence]
-    padded = basis.new_zeros(n, int(counts.max()) if len(sequence) else 0, moment.shape[1])
-    padded[sequence, position] = moment.to(basis.dtype)
+    if len(sequence) == 0:
+        return basis.new_zeros(0, basis.shape[2])
+    first, last = int(sequence[0]), int(sequence[-1])
+    basis, values, local = basis[first : last + 1], values[first : last + 1], sequence - first
+    counts = torch.bincount(local, minlength=len(basis))
+    position = torch.arange(len(local), device=local.device)
+    position = position - (counts.cumsum(0) - counts)[local]
+    padded = basis.new_zeros(len(basis), int(counts.max()), moment.shape[1])
+    padded[local, position] = moment.to(basis.dtype)
     root = values.sqrt()
     inverse = torch.where(root > 0, 1 / root, 0.0)
-    return (torch.bmm(padded, basis) * inverse[:, None])[sequence, position]
+    return (torch.bmm(padded, basis) * inverse[:, None])[local, position]
 
 
 def _all_items_moment(rows: Rows, mean: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

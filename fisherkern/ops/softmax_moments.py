@@ -20,6 +20,19 @@ def _softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -
     return mean
 
 
+def _products(w: Tensor) -> Tensor:
+    """w_i w_j for i <= j, rows of the upper triangle side by side: (V, D) -> (V, D(D+1)/2)."""
+    width = w.shape[1]
+    products = w.new_empty(w.shape[0], width * (width + 1) // 2)
+    start = 0
+    # Slices rather than a gather of index pairs: five times as fast on a CPU.
+    for i in range(width):
+        stop = start + width - i
+        torch.mul(w[:, i:], w[:, i : i + 1], out=products[:, start:stop])
+        start = stop
+    return products
+
+
 def _softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
@@ -35,8 +48,7 @@ def _softmax_covariance(
         for first in range(0, p.shape[1], step):
             part = p[:, first : first + step]
             rows = slice(start + first, start + first + part.shape[1])
-            w = weight[rows].to(lse.dtype) - centre
-            packed.addmm_(part, w[:, upper[0]] * w[:, upper[1]])
+            packed.addmm_(part, _products(weight[rows].to(lse.dtype) - centre))
     offset = mean - centre
     packed -= offset[:, upper[0]] * offset[:, upper[1]]
     covariance = torch.empty(h.shape[0], width, width, dtype=lse.dtype, device=h.device)
