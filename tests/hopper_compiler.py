@@ -30,20 +30,24 @@ ARCHITECTURE = 90
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 # Pointers to something else than the inputs' dtype.
-FP32 = ("lse_ptr", "best_ptr")
-POINTERS = dict.fromkeys(FP32, "*fp32") | {"ids_ptr": "*i32"}
+FP32 = ("lse_ptr", "best_ptr", "weight_fisher_ptr", "bias_fisher_ptr", "omega_ptr", "total_ptr")
+INT64 = ("ids_ptr", "order_ptr", "stop_ptr")
+POINTERS = dict.fromkeys(FP32, "*fp32") | dict.fromkeys(INT64, "*i64")
+POINTERS["softmax_topk.ids_ptr"] = "*i32"
 
 # Every kernel: its module, and the constants that do not follow from the launch-table row.
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax_lse": ("softmax_lse", {}),
     "softmax_topk": ("softmax_topk", {"KEPT": MAX_TRITON_K}),
+    "head_sqgrad_": ("head_sqgrad", {}),
+    "head_sqgrad_sparse": ("head_sqgrad", {}),
 }
 
 
 def compiled(kernel: str, kind: str, row: Launch, width: int) -> dict[str, Any]:
     module_name, extra = KERNELS[kernel]
     module = importlib.import_module(f"fisherkern.ops.{module_name}_triton")
-    function = getattr(module, f"{kernel}_kernel")
+    function = getattr(module, f"{kernel.rstrip('_')}_kernel")
     constants = {
         "ROWS": row.rows,
         "ITEMS": row.items,

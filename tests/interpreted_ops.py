@@ -15,6 +15,7 @@ from torch import Tensor
 from fisherkern import ops
 from fisherkern.ops import tiles_triton
 from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
 from fisherkern.ops.softmax_topk import MAX_TRITON_K, softmax_topk_reference
 
@@ -115,3 +116,38 @@ def test_softmax_topk_with_fewer_possible_items_than_k() -> None:
     p, ids, _ = ops.softmax_topk(h, weight, bias, 6)
     assert torch.equal(ids, softmax_topk_reference(h, weight, bias, 6)[1])
     assert ids[:, 4:].tolist() == [[0, 1]] * 3 and (p[:, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_head_sqgrad(shape: tuple[int, int, int], dtype: torch.dtype, sampled: bool) -> None:
+    h, weight, bias = layer(*shape, dtype)
+    lse = softmax_lse_reference(h, weight, bias).float()
+    ids = omega = None
+    if sampled:
+        g = torch.Generator().manual_seed(1)
+        ids = torch.randint(0, shape[1], (shape[0], 3), generator=g)
+        ids[:, 1] = shape[1] // 2  # a run of many occurrences
+        omega = torch.rand(shape[0], 3, generator=g)
+    start_w, start_b = torch.rand(weight.shape), torch.rand(bias.shape)
+    found_w, found_b = start_w.clone(), start_b.clone()
+    ops.head_sqgrad_(found_w, found_b, h, weight, bias, lse, ids, omega)
+    exact_w, exact_b = head_sqgrad_reference(h, weight, bias, ids, omega)
+    assert_close(found_w, start_w.double() + exact_w)
+    assert_close(found_b, start_b.double() + exact_b)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_head_sqgrad_of_one_fisher_without_a_bias(sampled: bool) -> None:
+    h, weight, _ = layer(4, 70, 6)
+    lse = softmax_lse_reference(h, weight).float()
+    ids = torch.tensor([[69, 0]]).expand(4, 2) if sampled else None
+    omega = torch.tensor([[0.5, 2.0]]).expand(4, 2) if sampled else None
+    exact_w, exact_b = head_sqgrad_reference(h, weight, None, ids, omega)
+    turned = torch.zeros(6, 70).T  # not contiguous
+    ops.head_sqgrad_(turned, None, h, weight, None, lse, ids, omega)
+    assert_close(turned, exact_w)
+    only_bias = torch.zeros(70)
+    ops.head_sqgrad_(None, only_bias, h, weight, None, lse, ids, omega)
+    assert_close(only_bias, exact_b)

@@ -17,7 +17,7 @@ from fisherkern import ops
 from fisherkern.ops import _dispatch
 
 HERE = Path(__file__).parent
-OPS = ["softmax_lse", "softmax_topk"]
+OPS = ["softmax_lse", "softmax_topk", "head_sqgrad"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 
@@ -19,6 +20,13 @@ def _head_sqgrad_(
     ids: Tensor | None,
     omega: Tensor | None,
 ) -> None:
+    if use_triton(h, weight, bias, lse, weight_fisher, bias_fisher, omega):
+        from fisherkern.ops import head_sqgrad_triton
+
+        head_sqgrad_triton.head_sqgrad_(
+            weight_fisher, bias_fisher, h, weight, bias, lse, ids, omega
+        )
+        return
     squared = h.to(lse.dtype).square()
     total = None if omega is None else omega.to(lse.dtype).sum(dim=1, keepdim=True)
     for start, stop, z in logit_tiles(h, weight, bias):

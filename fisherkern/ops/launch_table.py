@@ -24,10 +24,9 @@ TARGET_PROGRAMS = 528
 class Launch(NamedTuple):
     """One row: the tile's extents and the compiler's settings.
 
-    rows: sequences (segment_outer_square_: outputs O); items: items of the catalogue
-    (segment_outer_square_: inputs I); width: most columns of D taken at once
-    (segment_outer_square_: positions). Each is a power of two, at least 16 where it
-    is an extent of a matrix product.
+    rows: sequences (head_sqgrad_sparse: occurrences of an item); items: items of the
+    catalogue; width: the most columns of D taken at once. Each is a power of two, at
+    least 16 where it is an extent of a matrix product, and 0 where a kernel has none.
     """
 
     rows: int
@@ -42,6 +41,10 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
     ("softmax_lse", 90, "half"): Launch(64, 128, 64, 4, 3),
     ("softmax_topk", 90, "fp32"): Launch(64, 64, 32, 8, 2),
     ("softmax_topk", 90, "half"): Launch(64, 64, 64, 8, 2),
+    ("head_sqgrad_", 90, "fp32"): Launch(32, 64, 64, 4, 1),
+    ("head_sqgrad_", 90, "half"): Launch(32, 64, 64, 4, 2),
+    ("head_sqgrad_sparse", 90, "fp32"): Launch(16, 0, 64, 4, 1),
+    ("head_sqgrad_sparse", 90, "half"): Launch(16, 0, 64, 4, 1),
 }
 
 
@@ -62,3 +65,33 @@ def launch(kernel: str, device: torch.device, dtype: torch.dtype) -> Launch:
 def rows_of_table() -> list[tuple[str, int, str, Launch]]:
     """Every row, for the test that compiles them."""
     return [(*key, row) for key, row in _TABLE.items()]
+
+
+# The compiled kernels of csrc/cuda. Tiles of segment_outer_square_ by (architecture,
+# dtype): 128 where F fills it, which halves what is read from L2; both compile without
+# spills for every architecture here.
+_EXTENSION_TILE: dict[tuple[int, str], int] = {
+    (80, "fp32"): 128,
+    (80, "half"): 128,
+    (90, "fp32"): 128,
+    (90, "half"): 128,
+    (100, "fp32"): 128,
+    (100, "half"): 128,
+}
+
+
+def outer_split(rows: int, columns: int, pairs: int, tile: int) -> tuple[int, int]:
+    """(splits, tile) of the compiled segment_outer_square_ for F (rows, columns)."""
+    if min(rows, columns) < tile:
+        tile = 64
+    tiles = -(-rows // tile) * -(-columns // tile)
+    return max(1, min(-(-TARGET_PROGRAMS // tiles), pairs)), tile
+
+
+def lookup_splits(probes: int) -> int:
+    """Sums that the compiled lookup_square_ cuts a row into.
+
+    A row of every sequence (the mask token's) has N·R pairs where most have R: it must
+    not run long after the others are done.
+    """
+    return max(1, min(16, probes // 4))

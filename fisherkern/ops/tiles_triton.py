@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +31,17 @@ def prepared(tensor: Tensor | None) -> Any:
         # The interpreter computes wrong numbers from bf16; in fp32 the values are the same.
         tensor = tensor.float()
     return tensor.detach().contiguous()
+
+
+@contextlib.contextmanager
+def accumulator(fisher: Tensor | None) -> Iterator[Tensor | None]:
+    """A contiguous fp32 tensor to add to; what is not that already is brought up to date after."""
+    if fisher is None or (fisher.dtype == torch.float32 and fisher.is_contiguous()):
+        yield fisher
+        return
+    sums = torch.zeros(fisher.shape, dtype=torch.float32, device=fisher.device)
+    yield sums
+    fisher += sums
 
 
 def dot_settings(kernel: str, h: Tensor, weight: Tensor) -> tuple[Launch, dict[str, Any]]:
