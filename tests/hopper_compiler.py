@@ -30,7 +30,16 @@ ARCHITECTURE = 90
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 # Pointers to something else than the inputs' dtype.
-FP32 = ("lse_ptr", "best_ptr", "weight_fisher_ptr", "bias_fisher_ptr", "omega_ptr", "total_ptr")
+FP32 = (
+    "lse_ptr",
+    "best_ptr",
+    "weight_fisher_ptr",
+    "bias_fisher_ptr",
+    "omega_ptr",
+    "total_ptr",
+    "mean_ptr",
+    "covariance_ptr",
+)
 INT64 = ("ids_ptr", "order_ptr", "stop_ptr")
 POINTERS = dict.fromkeys(FP32, "*fp32") | dict.fromkeys(INT64, "*i64")
 POINTERS["softmax_topk.ids_ptr"] = "*i32"
@@ -41,6 +50,8 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax_topk": ("softmax_topk", {"KEPT": MAX_TRITON_K}),
     "head_sqgrad_": ("head_sqgrad", {}),
     "head_sqgrad_sparse": ("head_sqgrad", {}),
+    "softmax_mean": ("softmax_moments", {}),
+    "softmax_covariance": ("softmax_moments", {}),
 }
 
 

@@ -17,6 +17,7 @@ from fisherkern.ops import tiles_triton
 from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
+from fisherkern.ops.softmax_moments import softmax_moments_reference
 from fisherkern.ops.softmax_topk import MAX_TRITON_K, softmax_topk_reference
 
 # (N, V, D): one of everything, primes, and the tiles' 64 rows, 64 or 128 items and 16,
@@ -151,3 +152,26 @@ def test_head_sqgrad_of_one_fisher_without_a_bias(sampled: bool) -> None:
     only_bias = torch.zeros(70)
     ops.head_sqgrad_(None, only_bias, h, weight, None, lse, ids, omega)
     assert_close(only_bias, exact_b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_mean(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    h, weight, bias = layer(*shape, dtype)
+    for b in (bias, None):
+        lse = softmax_lse_reference(h, weight, b).float()
+        exact = softmax_moments_reference(h, weight, b)[0]
+        assert_close(ops.softmax_mean(h, weight, b, lse), exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 5), (3, 65, 16), (2, 64, 64), (2, 131, 65)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_covariance(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    h, weight, bias = layer(*shape, dtype)
+    for b in (bias, None):
+        lse = softmax_lse_reference(h, weight, b).float()
+        mean, exact = softmax_moments_reference(h, weight, b)
+        found = ops.softmax_covariance(h, weight, b, lse, walled(mean.float()))
+        assert torch.equal(found, found.transpose(1, 2))
+        error = float((found.double() - exact).abs().max())
+        assert error <= 1e-5 * float(weight.double().square().sum(1).max())

@@ -17,7 +17,7 @@ from fisherkern import ops
 from fisherkern.ops import _dispatch
 
 HERE = Path(__file__).parent
-OPS = ["softmax_lse", "softmax_topk", "head_sqgrad"]
+OPS = ["softmax_lse", "softmax_topk", "head_sqgrad", "softmax_mean", "softmax_covariance"]
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,10 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
     ("head_sqgrad_", 90, "half"): Launch(32, 64, 64, 4, 2),
     ("head_sqgrad_sparse", 90, "fp32"): Launch(16, 0, 64, 4, 1),
     ("head_sqgrad_sparse", 90, "half"): Launch(16, 0, 64, 4, 1),
+    ("softmax_mean", 90, "fp32"): Launch(64, 32, 64, 4, 1),
+    ("softmax_mean", 90, "half"): Launch(64, 32, 64, 4, 2),
+    ("softmax_covariance", 90, "fp32"): Launch(0, 64, 64, 4, 2),
+    ("softmax_covariance", 90, "half"): Launch(0, 64, 64, 4, 2),
 }
 
 
@@ -67,10 +71,10 @@ def rows_of_table() -> list[tuple[str, int, str, Launch]]:
     return [(*key, row) for key, row in _TABLE.items()]
 
 
-# The compiled kernels of csrc/cuda. Tiles of segment_outer_square_ by (architecture,
-# dtype): 128 where F fills it, which halves what is read from L2; both compile without
-# spills for every architecture here.
-_EXTENSION_TILE: dict[tuple[int, str], int] = {
+# The compiled segment_outer_square_ of csrc/cuda: most rows and columns of F that a CTA
+# takes, 64 or 128. Neither spills on any of these architectures; the larger one reads half
+# as much from L2 for the same products.
+_OUTER_TILE: dict[tuple[int, str], int] = {
     (80, "fp32"): 128,
     (80, "half"): 128,
     (90, "fp32"): 128,
@@ -80,12 +84,17 @@ _EXTENSION_TILE: dict[tuple[int, str], int] = {
 }
 
 
-def outer_split(rows: int, columns: int, pairs: int, tile: int) -> tuple[int, int]:
-    """(splits, tile) of the compiled segment_outer_square_ for F (rows, columns)."""
+def outer_split(
+    device: torch.device, dtype: torch.dtype, rows: int, columns: int, pairs: int
+) -> tuple[int, int]:
+    """(sums, tile): how the compiled segment_outer_square_ cuts `pairs` for F (rows, columns)."""
+    kind = "fp32" if dtype == torch.float32 else "half"
+    major, minor = torch.cuda.get_device_capability(device)
+    tile = _OUTER_TILE[max(a for a, k in _OUTER_TILE if k == kind and a <= 10 * major + minor), kind]
     if min(rows, columns) < tile:
         tile = 64
-    tiles = -(-rows // tile) * -(-columns // tile)
-    return max(1, min(-(-TARGET_PROGRAMS // tiles), pairs)), tile
+    programs = -(-rows // tile) * -(-columns // tile)
+    return max(1, min(-(-TARGET_PROGRAMS // programs), pairs)), tile
 
 
 def lookup_splits(probes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 
@@ -13,6 +14,10 @@ _PRODUCT_ELEMENTS = 2**22
 
 
 def _softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
+    if use_triton(h, weight, bias, lse):
+        from fisherkern.ops import softmax_moments_triton
+
+        return softmax_moments_triton.softmax_mean(h, weight, bias, lse)
     mean = torch.zeros(h.shape[0], weight.shape[1], dtype=lse.dtype, device=h.device)
     for start, stop, z in logit_tiles(h, weight, bias):
         p = (z - lse[:, None]).exp_()
@@ -36,6 +41,10 @@ def _products(w: Tensor) -> Tensor:
 def _softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
+    if use_triton(h, weight, bias, lse, mean):
+        from fisherkern.ops import softmax_moments_triton
+
+        return softmax_moments_triton.softmax_covariance(h, weight, bias, lse, mean)
     width = weight.shape[1]
     upper = torch.triu_indices(width, width, device=h.device)
     packed = torch.zeros(h.shape[0], upper.shape[1], dtype=lse.dtype, device=h.device)
@@ -90,9 +99,9 @@ def softmax_covariance(
     """C = Σ_v p(v) w_v w_vᵀ − w̄ w̄ᵀ for every row, (N, D, D), fp32 or wider.
 
     h (N, D), weight (V, D), bias (V,) or None, lse (N,) and mean (N, D) from
-    `softmax_lse` and `softmax_mean`. Costs N·V·D(D+1)/2 multiply-adds as one
-    matrix product over the packed upper triangle, streamed over the items; holds
-    one tile of logits and one of products. Design section 1; the paper's eq. 5.
+    `softmax_lse` and `softmax_mean`. Costs N·V·D(D+1)/2 multiply-adds, streamed over
+    the items: in PyTorch one matrix product over the packed upper triangle, which
+    holds one tile of logits and one of products. Design section 1; the paper's eq. 5.
     """
     return _covariance_op(h, weight, bias, lse, mean)
 
