@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call under ten minutes: correctness, sanitizer, timings.
+#
+#   bash benchmarks/gpu_check.sh [FOLDER FOR LOGS]
+#
+# Needs Python with torch and triton, nvcc, pybind11; no network. Correctness comes first, and
+# nothing is timed if it fails. The CSVs in benchmarks/results are appended to.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+logs=${1:-$(mktemp -d)}
+mkdir -p "$logs"
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+failed=0
+
+step() { # NAME LIMIT_SECONDS COMMAND...
+  local name=$1 limit=$2 status
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" >"$logs/$name.log" 2>&1
+  status=$?
+  tail -n 6 "$logs/$name.log"
+  if ((status != 0)); then
+    echo "== $name FAILED with status $status; see $logs/$name.log"
+    failed=1
+  fi
+  return "$status"
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 2
+# A kernel is compiled for this GPU alone; a few seconds instead of one arch after another.
+arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 2
+step build 180 env FISHERKERN_CUDA=1 FISHERKERN_CUDA_ARCHS="$arch" "$python" setup.py -q build_ext --inplace
+step correctness 180 "$python" benchmarks/gpu_correctness.py || exit 1
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    step "sanitizer-$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" benchmarks/gpu_correctness.py --small
+  done
+else
+  echo "== compute-sanitizer is not on this machine: not run"
+fi
+
+step bench-segment 60 "$python" benchmarks/bench_segment.py --sequences 4096
+step bench-head 120 "$python" benchmarks/bench_head.py --items 3706 1000000 \
+  --sequences 4096 --widths 64 128 256 --dtype bfloat16
+exit "$failed"
