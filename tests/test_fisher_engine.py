@@ -88,6 +88,29 @@ def test_every_parameter_of_any_model_is_right(name: str) -> None:
     assert_equal(fisher, brute.fisher(gradients, p))
 
 
+class Matrices(nn.Module):
+    """Weights applied with @, as they stand and transposed; the output tied by a matmul."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = nn.Embedding(NUM_ITEMS + 1, 4)
+        self.into = nn.Parameter(torch.zeros(4, 6))
+        self.back = nn.Parameter(torch.zeros(4, 6))
+
+    def forward(self, history: Tensor) -> Tensor:
+        x = torch.tanh(self.items(history) @ self.into)
+        return torch.matmul(x, self.back.t()).sum(1) @ self.items.weight.T
+
+
+def test_matrix_products_need_no_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    model = shaken(Matrices())
+    p, gradients = brute.all_gradients(model, HISTORIES)
+    with caplog.at_level(logging.WARNING, logger="fisherkern"):
+        fisher = fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False)
+    assert_equal(fisher, brute.fisher(gradients, p))
+    assert not caplog.records
+
+
 def test_fallback_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     model = shaken(Recurrent())
     with caplog.at_level(logging.WARNING, logger="fisherkern"):

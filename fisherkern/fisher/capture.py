@@ -51,6 +51,13 @@ class Parameters:
         start = int(tensor.storage_offset()) - int(base.storage_offset())
         return Place(name, start, tuple(tensor.shape))
 
+    def either_place(self, tensor: Any) -> Place | None:
+        """The place of `tensor`, or, for a matrix that has none, of its transpose."""
+        place = self.place(tensor)
+        if place is None and isinstance(tensor, Tensor) and tensor.dim() == 2:
+            place = self.place(tensor.t())
+        return place
+
 
 class Use(Protocol):
     """One use of a place by one call: how the call's output gradient becomes the place's.
@@ -130,7 +137,7 @@ class Capture(TorchFunctionMode):
         if uses:
             places = {use.place for use in uses}
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            others = [t for t in tensors if self._parameters.place(t) not in places]
+            others = [t for t in tensors if self._parameters.either_place(t) not in places]
             self._recorded.append(Site(output, uses, others, output._version))
         return output
 

@@ -42,6 +42,20 @@ class LinearWeight:
 
 
 @dataclasses.dataclass
+class MatrixWeight:
+    """W of y = x W, (I, O): g_n = Σ_t x_nt δ_ntᵀ."""
+
+    place: Place
+    inputs: Tensor  # (N, T, I)
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        ops.segment_outer_square_(fisher, self.inputs, _by_position(delta, 1))
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        return torch.bmm(self.inputs[part].transpose(1, 2), _by_position(delta[part], 1))
+
+
+@dataclasses.dataclass
 class Added:
     """A summand that broadcasts (bias, learned positions): g_n is δ_n summed over the copies."""
 
@@ -145,6 +159,19 @@ def _linear(
     return bound(*args, **kwargs)
 
 
+def _matmul(
+    parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+) -> Sequence[Use]:
+    if len(args) != 2 or kwargs or args[0].dim() < 2 or args[1].dim() != 2:
+        return []
+    inputs = _by_position(args[0].detach(), 1)
+    if (place := parameters.place(args[1])) is not None:
+        return [MatrixWeight(place, inputs)]
+    if (place := parameters.either_place(args[1])) is not None:
+        return [LinearWeight(place, inputs)]
+    return []
+
+
 def _embedding(
     parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Sequence[Use]:
@@ -204,6 +231,9 @@ def _add(
 
 RULES: dict[Callable[..., Any], Rule] = {
     F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
     F.embedding: _embedding,
     F.layer_norm: _layer_norm,
     torch.add: _add,
