@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fisherkern.ops.launch_table import PRECISION, Launch, rows_of_table
+from fisherkern.ops.softmax_sketch_triton import PROBES
 from fisherkern.ops.softmax_topk import MAX_TRITON_K
 
 ARCHITECTURE = 90
@@ -40,7 +41,7 @@ FP32 = (
     "mean_ptr",
     "covariance_ptr",
 )
-INT64 = ("ids_ptr", "order_ptr", "stop_ptr")
+INT64 = ("keys_ptr", "ids_ptr", "order_ptr", "stop_ptr")
 POINTERS = dict.fromkeys(FP32, "*fp32") | dict.fromkeys(INT64, "*i64")
 POINTERS["softmax_topk.ids_ptr"] = "*i32"
 
@@ -52,6 +53,7 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "head_sqgrad_sparse": ("head_sqgrad", {}),
     "softmax_mean": ("softmax_moments", {}),
     "softmax_covariance": ("softmax_moments", {}),
+    "softmax_sketch": ("softmax_sketch", {"PROBES": PROBES}),
 }
 
 

@@ -18,6 +18,7 @@ from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
 from fisherkern.ops.softmax_moments import softmax_moments_reference
+from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import MAX_TRITON_K, softmax_topk_reference
 
 # (N, V, D): one of everything, primes, and the tiles' 64 rows, 64 or 128 items and 16,
@@ -175,3 +176,23 @@ def test_softmax_covariance(shape: tuple[int, int, int], dtype: torch.dtype) -> 
         assert torch.equal(found, found.transpose(1, 2))
         error = float((found.double() - exact).abs().max())
         assert error <= 1e-5 * float(weight.double().square().sum(1).max())
+
+
+@pytest.mark.parametrize(
+    "shape, probes",
+    [((1, 1, 1), 1), ((3, 7, 5), 3), ((15, 33, 16), 8), ((17, 31, 65), 9), ((3, 90, 4), 64)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_sketch(shape: tuple[int, int, int], probes: int, dtype: torch.dtype) -> None:
+    """Signs that differed in one place would be an error of the order of the sum itself."""
+    h, weight, bias = layer(*shape, dtype)
+    rows = torch.arange(shape[0]) * 3 + 5
+    for b in (bias, None):
+        lse = softmax_lse_reference(h, weight, b).float()
+        mean = softmax_moments_reference(h, weight, b)[0].float()
+        u, totals = ops.softmax_sketch(h, weight, b, lse, mean, rows, probes, -9)
+        exact_u, exact_totals = softmax_sketch_reference(h, weight, b, rows, probes, -9)
+        assert_close(totals, exact_totals, 3)
+        assert u.shape == exact_u.shape
+        error = float((u.double() - exact_u).abs().max())
+        assert error <= 1e-5 * float(weight.double().abs().max()) * 5 / probes**0.5

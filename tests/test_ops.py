@@ -191,6 +191,7 @@ def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     mean = softmax_moments_reference(h, weight, bias)[0].float()
     ids, omega = torch.tensor([[1, 2], [2, 2], [0, 299]]), torch.rand(3, 2)
     fisher = torch.ops.fisherkern
+    lookups = ops.lookup_segments(torch.tensor([[0, 3], [2, 2], [-1, 3]]))
     return [
         ("softmax_lse", fisher.softmax_lse.default, (h, weight, bias)),
         ("softmax_topk", fisher.softmax_topk.default, (h, weight, bias, 5)),
@@ -207,6 +208,12 @@ def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
             "segment_outer_square_",
             fisher.segment_outer_square_.default,
             (torch.zeros(4, 5), torch.randn(3, 6, 4), torch.randn(3, 6, 5)),
+        ),
+        (
+            "lookup_square_",
+            fisher.lookup_square_.default,
+            (torch.zeros(4, 5), torch.randn(2, 6, 5), *lookups[:3], lookups[4])
+            + (torch.randn(len(lookups.row), 2), torch.randn(3, 5), lookups.sequence),
         ),
     ]
 
@@ -235,7 +242,7 @@ def test_counter_numbers_depend_on_position_alone() -> None:
     assert not torch.equal(whole, counter.random_bits(4, rows, columns))
     assert torch.equal(counter.random_bits_at(3, rows, columns[:5]), whole[:, :5].diagonal())
     # splitmix64 of 0 after one step, from the reference implementation.
-    assert int(counter._mix(torch.tensor([counter._GOLDEN]))[0]) == -2152535657050944081
+    assert int(counter._mix(torch.tensor([counter.GOLDEN]))[0]) == -2152535657050944081
 
 
 def test_counter_numbers_look_random() -> None:

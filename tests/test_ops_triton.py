@@ -17,7 +17,14 @@ from fisherkern import ops
 from fisherkern.ops import _dispatch
 
 HERE = Path(__file__).parent
-OPS = ["softmax_lse", "softmax_topk", "head_sqgrad", "softmax_mean", "softmax_covariance"]
+OPS = [
+    "softmax_lse",
+    "softmax_topk",
+    "head_sqgrad",
+    "softmax_mean",
+    "softmax_covariance",
+    "softmax_sketch",
+]
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -21,8 +21,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
     return x ^ _shift_right(x, 31)
 
 
@@ -33,8 +33,13 @@ def random_bits(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 def random_bits_at(seed: int, row: Tensor, column: Tensor) -> Tensor:
     """64 random bits for each (row, column), int64 tensors that broadcast."""
+    return _mix(row_keys(seed, row) + column * GOLDEN)
+
+
+def row_keys(seed: int, row: Tensor) -> Tensor:
+    """The part of the numbers' keys that a row's columns share, int64."""
     signed_seed = (seed + 2**63) % 2**64 - 2**63
-    return _mix(_mix(_mix(row * _GOLDEN + signed_seed) + _GOLDEN) + column * _GOLDEN)
+    return _mix(_mix(row * GOLDEN + signed_seed) + GOLDEN)
 
 
 def uniform(seed: int, rows: Tensor, columns: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
     ("softmax_mean", 90, "half"): Launch(64, 32, 64, 4, 2),
     ("softmax_covariance", 90, "fp32"): Launch(0, 64, 64, 4, 2),
     ("softmax_covariance", 90, "half"): Launch(0, 64, 64, 4, 2),
+    ("softmax_sketch", 90, "fp32"): Launch(16, 32, 64, 8, 2),
+    ("softmax_sketch", 90, "half"): Launch(16, 32, 64, 8, 2),
 }
 
 
@@ -90,7 +92,9 @@ def outer_split(
     """(sums, tile): how the compiled segment_outer_square_ cuts `pairs` for F (rows, columns)."""
     kind = "fp32" if dtype == torch.float32 else "half"
     major, minor = torch.cuda.get_device_capability(device)
-    tile = _OUTER_TILE[max(a for a, k in _OUTER_TILE if k == kind and a <= 10 * major + minor), kind]
+    tile = _OUTER_TILE[
+        max(a for a, k in _OUTER_TILE if k == kind and a <= 10 * major + minor), kind
+    ]
     if min(rows, columns) < tile:
         tile = 64
     programs = -(-rows // tile) * -(-columns // tile)

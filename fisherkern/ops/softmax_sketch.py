@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import counter
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 
@@ -24,6 +25,10 @@ def _softmax_sketch(
     probes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
+    if use_triton(h, weight, bias, lse, mean):
+        from fisherkern.ops import softmax_sketch_triton
+
+        return softmax_sketch_triton.softmax_sketch(h, weight, bias, lse, mean, rows, probes, seed)
     n, width = h.shape[0], weight.shape[1]
     sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
     totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)

@@ -11,10 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisherkern.ops import counter
 from fisherkern.ops.launch_table import TARGET_PROGRAMS, Launch, launch
 
 # Fixed when kernels are decorated: TRITON_INTERPRET is read at import and never after.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+GOLDEN = tl.constexpr(counter.GOLDEN)
+MIX_1 = tl.constexpr(counter.MIX_1)
+MIX_2 = tl.constexpr(counter.MIX_2)
 
 _DOT_DTYPES = {
     torch.float32: tl.float32,
@@ -94,6 +99,20 @@ def logit_tile(
         b = tl.load(b_ptr + columns[None, :] * d + k[:, None], mask=b_mask, other=0.0)
         z = tl.dot(a.to(DOT), b.to(DOT), z, input_precision=PRECISION)
     return z
+
+
+@triton.jit
+def mixed(x):
+    """splitmix64's finaliser, as in counter.py; the masks make int64's shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def random_words(keys, columns):
+    """`counter.random_bits_at` for rows whose `counter.row_keys` are `keys`, int64."""
+    return mixed(keys + columns * GOLDEN)
 
 
 @triton.jit
