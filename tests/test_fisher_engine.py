@@ -88,6 +88,33 @@ def test_every_parameter_of_any_model_is_right(name: str) -> None:
     assert_equal(fisher, brute.fisher(gradients, p))
 
 
+class TimeFirst(nn.Module):
+    """Positions in the first dimension, and only one of them used at the end."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__()
+        self.position = position
+        self.items = nn.Embedding(NUM_ITEMS + 1, 4)
+        self.mix = nn.Linear(4, 4)
+        self.decoder = nn.Linear(4, NUM_ITEMS + 1)
+
+    def forward(self, history: Tensor) -> Tensor:
+        x = self.items(history.t())
+        x = self.mix(x + x.mean(0, keepdim=True))
+        return self.decoder(torch.tanh(x)[self.position])
+
+
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("size", [2, 3])
+def test_time_is_not_taken_for_sequences(position: int, size: int) -> None:
+    """As many sequences as positions, and the others' gradient is zero at all but one."""
+    model = shaken(TimeFirst(position))
+    history = HISTORIES[-size:, -size:]
+    p, gradients = brute.all_gradients(model, history)
+    fisher = fk.diag_fisher(model, [history], sampler="exact", progress=False)
+    assert_equal(fisher, brute.fisher(gradients, p))
+
+
 class Matrices(nn.Module):
     """Weights applied with @, as they stand and transposed; the output tied by a matmul."""
 

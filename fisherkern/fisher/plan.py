@@ -101,24 +101,23 @@ def make_plan(
 def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
     """Indices of the sites that `result` depends on sequence by sequence.
 
-    One backward pass from a single sequence: a site that gets no gradient is a dead
-    branch; one that gets some in another sequence's place mixes sequences, or has
-    something else (time, say) in its first dimension.
+    One backward pass from the first and one from the last sequence: a site that gets no
+    gradient is a dead branch; one that gets some in another sequence's place mixes
+    sequences, or has something else (time, say) in its first dimension. Two, because
+    time with a single position in use looks like sequences to the one of the same number.
     """
-    number = len(result) // 2
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(result[number].shape, generator=generator).to(result)
-    seed = torch.zeros_like(result)
-    seed[number] = direction
+    direction = torch.randn(result[0].shape, generator=generator).to(result)
     outputs = [site.output for site in sites]
-    deltas = torch.autograd.grad(result, outputs, seed, retain_graph=True, allow_unused=True)
-    usable = []
-    for index, delta in enumerate(deltas):
-        if delta is not None:
-            elsewhere = torch.arange(len(delta), device=delta.device) != number
-            if not delta[elsewhere].any():
-                usable.append(index)
-    return usable
+    usable = set(range(len(sites)))
+    for number in {0, len(result) - 1}:
+        seed = torch.zeros_like(result)
+        seed[number] = direction
+        deltas = torch.autograd.grad(result, outputs, seed, retain_graph=True, allow_unused=True)
+        for index, delta in enumerate(deltas):
+            if delta is None or delta[:number].any() or delta[number + 1 :].any():
+                usable.discard(index)
+    return sorted(usable)
 
 
 def _overlapping(places: Sequence[Place]) -> set[str]:

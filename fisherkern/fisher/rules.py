@@ -108,6 +108,10 @@ class Lookup:
         keys, inverse = torch.unique(first + self.ids + 1, return_inverse=True)
         return keys // (rows + 1), keys % (rows + 1) - 1, inverse.flatten()
 
+    @functools.cached_property
+    def _by_row(self) -> ops.LookupSegments:
+        return ops.lookup_segments(self.ids)
+
     @property
     def sequence(self) -> Tensor:
         """(U,) the sequence of each segment."""
@@ -125,7 +129,7 @@ class Lookup:
         return sums.masked_fill_((self.row < 0)[:, None], 0)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        self.add_rows_(fisher, self.sums(delta).square_())
+        ops.lookup_square_(fisher, delta.reshape(1, -1, delta.shape[-1]), self._by_row)
 
     def add_rows_(self, fisher: Tensor, values: Tensor) -> None:
         """fisher[row] += values, (U, D), summed over the segments."""
