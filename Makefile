@@ -23,7 +23,7 @@ lint: $(STAMP)
 setup: $(STAMP)
 
 # A .venv without a working pip is what an interrupted first attempt leaves: made anew.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	@if ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
 	  for python in $(CANDIDATES); do \
 	    if "$$python" -c '$(PROBE)' >/dev/null 2>&1; then found=$$python; break; fi; \
@@ -36,8 +36,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  "$$found" -m venv --clear $(VENV); \
 	fi
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/python -m fisherkern.ops._extension
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info fisherkern/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

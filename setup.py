@@ -1,8 +1,180 @@
-"""Build hook: everything is declared in pyproject.toml.
+"""Build of the optional extension fisherkern._C; everything else stands in pyproject.toml.
 
-Never import torch here: builds run isolated, where it is not installed.
+Never imports torch: builds run isolated, where it is not installed, and the extension
+takes addresses, so it works with every version of it. Environment:
+
+    FISHERKERN_CUDA        auto (default): CUDA kernels where nvcc is found; 1: fail
+                           without them; 0: the CPU part alone
+    FISHERKERN_CUDA_ARCHS  compute capabilities, "80,90,100+PTX" by default
+
+Without a C++ compiler the extension is left out, and the package works without it.
+pip shows what was built with -v; `python -m fisherkern.ops._extension` says it afterwards.
 """
 
-from setuptools import setup
+from __future__ import annotations
 
-setup()
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CompileError, LinkError, SetupError
+
+DEFAULT_ARCHS = "80,90,100+PTX"
+CPU_SOURCES = (
+    "csrc/bind.cpp",
+    "csrc/cpu/lookup_square.cpp",
+    "csrc/cpu/segment_outer_square.cpp",
+)
+CUDA_SOURCES = ("csrc/cuda/lookup_square.cu", "csrc/cuda/segment_outer_square.cu")
+HEADERS = (
+    "csrc/fisher_segment.h",
+    "csrc/cpu/numbers.h",
+    "csrc/cuda/launch.cuh",
+    "csrc/cuda/outer_tiles.cuh",
+    "csrc/cuda/ptx.cuh",
+)
+
+
+def wants_cuda() -> str:
+    """FISHERKERN_CUDA: "auto", "0" or "1"."""
+    wanted = os.environ.get("FISHERKERN_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SetupError(f"FISHERKERN_CUDA: {wanted!r} is not one of auto, 0, 1")
+    return wanted
+
+
+def cuda_archs() -> tuple[list[int], list[int]]:
+    """FISHERKERN_CUDA_ARCHS: the capabilities of machine code, and those of PTX beside it."""
+    text = os.environ.get("FISHERKERN_CUDA_ARCHS") or DEFAULT_ARCHS
+    code, ptx = [], []
+    for name in re.split(r"[,; ]+", text.strip()):
+        match = re.fullmatch(r"(\d+)\.?(\d)(\+PTX)?", name)
+        if match is None:
+            raise SetupError(f"FISHERKERN_CUDA_ARCHS: {name!r} is not like 90, 9.0 or 100+PTX")
+        arch = int(match[1] + match[2])
+        if arch < 80:
+            raise SetupError(f"FISHERKERN_CUDA_ARCHS: {arch} is below 80, which the kernels need")
+        code.append(arch)
+        if match[3]:
+            ptx.append(arch)
+    return code, ptx
+
+
+def toolkit(nvcc: str) -> Path:
+    """The CUDA toolkit nvcc belongs to. nvcc on PATH may be a wrapper or a link, so it is asked."""
+    asked = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+    )
+    match = re.search(r"^#\$ TOP=(.+)$", asked.stderr, re.MULTILINE)
+    if match is None:
+        raise CompileError(f"{nvcc} --dryrun does not name its toolkit:\n{asked.stderr}")
+    return Path(match[1].strip()).resolve()
+
+
+def gencode(code: list[int], ptx: list[int]) -> list[str]:
+    flags = []
+    for arch in code:
+        kinds = f"sm_{arch},compute_{arch}" if arch in ptx else f"sm_{arch}"
+        flags += ["-gencode", f"arch=compute_{arch},code=[{kinds}]"]
+    return flags
+
+
+class BuildExtension(build_ext):
+    """Compiles the CUDA part with nvcc where there is one, then the rest as any extension."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        ext.include_dirs.append(pybind11.get_include())
+        if not self._build_cuda(ext):
+            print("fisherkern: the extension is built without CUDA kernels")
+        try:
+            super().build_extension(ext)
+        except (CompileError, LinkError, BaseError, OSError) as error:
+            if wants_cuda() == "1":
+                raise
+            print(f"fisherkern: the extension is left out, for lack of a C++ compiler: {error}")
+
+    def copy_extensions_to_source(self) -> None:
+        # An editable install copies what was built; what was left out is not there to copy.
+        built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        self.extensions = built
+        super().copy_extensions_to_source()
+
+    def _build_cuda(self, ext: Extension) -> bool:
+        wanted = wants_cuda()
+        if wanted == "0":
+            return False
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            if wanted == "1":
+                raise SetupError(
+                    "FISHERKERN_CUDA=1 asks for the CUDA kernels, but there is no nvcc on PATH;"
+                    " install the CUDA toolkit and put its bin folder on PATH, or unset"
+                    " FISHERKERN_CUDA"
+                )
+            print("fisherkern: no nvcc on PATH")
+            return False
+        try:
+            self._compile_cuda(ext, nvcc)
+        except CompileError as error:
+            if wanted == "1":
+                raise
+            print(f"fisherkern: the CUDA kernels did not compile: {error}")
+            return False
+        return True
+
+    def _compile_cuda(self, ext: Extension, nvcc: str) -> None:
+        code, ptx = cuda_archs()
+        top = toolkit(nvcc)
+        libraries = next((p for p in (top / "lib64", top / "lib") if p.is_dir()), top / "lib64")
+        if not (libraries / "libcudart_static.a").exists():
+            raise CompileError(f"{libraries} has no libcudart_static.a")
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        flags += gencode(code, ptx)
+
+        def compile_one(source: str) -> str:
+            target = str(folder / (Path(source).stem + ".o"))
+            command = [nvcc, *flags, "-c", source, "-o", target]
+            print(" ".join(command), flush=True)
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise CompileError(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, CUDA_SOURCES))
+        ext.extra_objects += objects
+        # Static, so that the extension goes with any PyTorch, whatever CUDA it brings.
+        ext.library_dirs.append(str(libraries))
+        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        ext.define_macros += [
+            ("FISHERKERN_WITH_CUDA", "1"),
+            ("FISHERKERN_CUDA_ARCHS", ",".join(map(str, code))),
+            ("FISHERKERN_CUDA_PTX", ",".join(map(str, ptx))),
+        ]
+
+
+if __name__ == "__main__":
+    extension = Extension(
+        "fisherkern._C",
+        sources=list(CPU_SOURCES),
+        depends=[*CUDA_SOURCES, *HEADERS],
+        language="c++",
+        extra_compile_args=(
+            ["/std:c++17", "/O2"]
+            if sys.platform == "win32"
+            else ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"]
+        ),
+    )
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -5,6 +5,7 @@ benchmark; a trailing underscore means that it mutates its first argument.
 """
 
 from fisherkern.ops.head_sqgrad import head_sqgrad_
+from fisherkern.ops.lookup_square import LookupSegments, lookup_segments, lookup_square_
 from fisherkern.ops.sample_items import sample_items
 from fisherkern.ops.segment_outer_square import segment_outer_square_
 from fisherkern.ops.softmax_lse import softmax_lse
@@ -13,7 +14,10 @@ from fisherkern.ops.softmax_sketch import softmax_sketch
 from fisherkern.ops.softmax_topk import softmax_topk
 
 __all__ = [
+    "LookupSegments",
     "head_sqgrad_",
+    "lookup_segments",
+    "lookup_square_",
     "sample_items",
     "segment_outer_square_",
     "softmax_covariance",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherkern.ops import _extension
 from fisherkern.ops._library import no_outputs, register
+from fisherkern.ops.launch_table import outer_split
 
 # Elements of the per-sequence products held at once: 4 MB in fp32, which stays in cache.
 _TILE_ELEMENTS = 2**20
@@ -18,6 +20,14 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
         # (δ aᵀ)² = δ² (a²)ᵀ: one product over the sequences.
         d, a = delta[:, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
         fisher.addmm_(d.square().T, a.square())
+        return
+    # On a CPU PyTorch's own products are faster than the extension's loops.
+    extension = _extension.serving(fisher, delta, inputs) if fisher.is_cuda else None
+    if extension is not None and delta.dtype == inputs.dtype:
+        split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, n))
+        d, a = delta.reshape(1, n * positions, rows), inputs.reshape(n * positions, columns)
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        _extension.segment_outer_square_(extension, fisher, d, a, positions, tf32=tf32, split=split)
         return
     step = min(n, max(1, _TILE_ELEMENTS // (rows * columns)))
     products = fisher.new_empty(step, rows, columns)
@@ -42,7 +52,9 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
 
     fisher (O, I), delta (N, T, O): gradients at a Linear's output, inputs
     (N, T, I): what it was applied to; padded positions have δ = 0. Accumulates in
-    fisher's dtype. Holds a tile of N of the O×I products, never all.
+    fisher's dtype. Holds a tile of N of the O×I products, never all; on a GPU that the
+    extension covers, partial sums of F alone, its fp32 products exact unless PyTorch is
+    told to use tf32.
     Design section 1, token-wise layers.
     """
     _op(fisher, delta, inputs)

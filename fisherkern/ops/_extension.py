@@ -1,0 +1,267 @@
+"""The compiled kernels `fisherkern._C` with tensors in place of addresses.
+
+The module is optional: `compiled()` is None where it was not built. What it computes
+stands in csrc/fisher_segment.h; the functions here check the tensors and name them. Run
+as a program, it says what was built.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fisherkern.errors import InputError
+from fisherkern.ops._dispatch import backend
+
+log = logging.getLogger("fisherkern")
+
+_PRECISIONS = {torch.float32: 0, torch.bfloat16: 2}
+_TF32 = 1
+
+
+class Split(NamedTuple):
+    """How a CUDA kernel is launched: into how many sums it is cut, and the tile of F it takes."""
+
+    splits: int
+    tile: int = 64
+
+
+@functools.cache
+def compiled() -> ModuleType | None:
+    """The extension, or None where it was not built for this Python."""
+    try:
+        return importlib.import_module("fisherkern._C")
+    except ModuleNotFoundError:
+        return None
+    except ImportError as error:
+        log.warning("fisherkern._C cannot be loaded and is not used: %s", error)
+        return None
+
+
+def covers(capability: tuple[int, int], archs: Sequence[int], ptx: Sequence[int]) -> bool:
+    """Whether a GPU runs code made for `archs`: same major and no newer minor, or older PTX."""
+    major, minor = capability
+    here = 10 * major + minor
+    return any(a // 10 == major and a <= here for a in archs) or any(p <= here for p in ptx)
+
+
+def serving(fisher: Tensor, *tensors: Tensor | None) -> ModuleType | None:
+    """The extension where an op of these tensors may run in it, else None.
+
+    fp32 sums, fp32 or bf16 inputs, all on the CPU or on one GPU that it was compiled for;
+    and only where the backend is left open: "torch" and "triton" mean what they say.
+    """
+    extension = compiled()
+    if extension is None or backend() != "auto" or fisher.dtype != torch.float32:
+        return None
+    given = [tensor for tensor in (fisher, *tensors) if tensor is not None]
+    same = all(tensor.device == fisher.device for tensor in given)
+    known = all(tensor.dtype in _PRECISIONS for tensor in given)
+    if not (same and known and fisher.is_contiguous()):
+        return None
+    if fisher.is_cuda:
+        capability = torch.cuda.get_device_capability(fisher.device)
+        covered = covers(capability, extension.cuda_archs, extension.cuda_ptx)
+        return extension if covered else None
+    return extension if fisher.device.type == "cpu" else None
+
+
+def segment_outer_square_(
+    extension: Any,
+    fisher: Tensor,
+    delta: Tensor,
+    inputs: Tensor,
+    offsets: Tensor | int,
+    *,
+    tf32: bool = False,
+    split: Split | None = None,
+) -> None:
+    """fisher += Σ_r Σ_n (Σ_{t in n} δ_rt a_tᵀ)²: segments n of the positions t, probes r.
+
+    fisher (O, I) fp32, contiguous; delta (R, M, O) and inputs (M, I), both fp32 or both
+    bf16. `offsets` is (N + 1,) int32 or int64, segment n being the positions
+    offsets[n] to offsets[n + 1] − 1, or the length T of segments that are all alike.
+    fp32 products are exact, or of tf32 numbers with `tf32`; sums are fp32. With `split`
+    the CUDA kernel runs on the current stream, else the CPU's loops. Allocates
+    splits × O × I where splits > 1. Raises InputError for tensors that do not fit.
+    """
+    (probes, positions, rows), columns = _shape("delta", delta, 3), fisher.shape[-1]
+    _require(_shape("fisher", fisher, 2) == (rows, columns), "fisher", "(O, I)", fisher)
+    _require(_shape("inputs", inputs, 2) == (positions, columns), "inputs", "(M, I)", inputs)
+    _require_sum(fisher)
+    if delta.dtype != inputs.dtype or delta.dtype not in _PRECISIONS:
+        raise InputError(f"delta, inputs: {delta.dtype} and {inputs.dtype} are not fp32 or bf16")
+    if isinstance(offsets, Tensor):
+        segments = _shape("offsets", offsets, 1)[0] - 1
+        if segments < 0 or offsets.dtype not in (torch.int32, torch.int64):
+            raise InputError(f"offsets: (N + 1,) int32 or int64, got {_say(offsets)}")
+        address, width, length = offsets.contiguous(), offsets.element_size(), 0
+    else:
+        segments = positions // max(offsets, 1)
+        address, width, length = None, 0, offsets
+    _require_device(fisher, delta, inputs, address)
+    delta, inputs = delta.contiguous(), inputs.contiguous()
+    arguments = {
+        "fisher": fisher.data_ptr(),
+        "delta": delta.data_ptr(),
+        "inputs": inputs.data_ptr(),
+        "offsets": _address(address),
+        "offset_bytes": width,
+        "length": length,
+        "probes": probes,
+        "positions": positions,
+        "segments": segments,
+        "rows": rows,
+        "columns": columns,
+        "precision": _TF32 if tf32 and delta.dtype == torch.float32 else _PRECISIONS[delta.dtype],
+    }
+    if split is None:
+        extension.segment_outer_square_cpu(**arguments)
+        return
+    workspace = _workspace(fisher, split, rows, columns)
+    launch = _launch(fisher, split, workspace)
+    extension.segment_outer_square_cuda(**arguments, **launch)
+
+
+def lookup_square_(
+    extension: Any,
+    fisher: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    segment_start: Tensor,
+    row: Tensor,
+    row_start: Tensor,
+    beta: Tensor | None = None,
+    hidden: Tensor | None = None,
+    sequence: Tensor | None = None,
+    *,
+    split: Split | None = None,
+) -> None:
+    """`fisherkern.ops.lookup_square_` in the extension: fp32 sums, delta fp32 or bf16.
+
+    With `split` the CUDA kernel runs on the current stream, else the CPU's loops. Raises
+    InputError for tensors that do not fit.
+    """
+    (probes, positions, width), segments = _shape("delta", delta, 3), len(row)
+    _require(_shape("fisher", fisher, 2)[1] == width, "fisher", "(rows, D)", fisher)
+    _require(segment_start.shape == (segments + 1,), "segment_start", "(U + 1,)", segment_start)
+    _require(row_start.dim() == 1 and len(row_start) > 0, "row_start", "(G + 1,)", row_start)
+    _require_sum(fisher)
+    if delta.dtype not in _PRECISIONS:
+        raise InputError(f"delta: {delta.dtype} is not fp32 or bf16")
+    indices = [order, segment_start, row, row_start]
+    if beta is not None:
+        if hidden is None or sequence is None:
+            raise InputError("beta: the cross term needs hidden and sequence as well")
+        _require(beta.shape == (segments, probes), "beta", "(U, R)", beta)
+        _require(_shape("hidden", hidden, 2)[1] == width, "hidden", "(N, D)", hidden)
+        _require(sequence.shape == (segments,), "sequence", "(U,)", sequence)
+        indices.append(sequence)
+        beta, hidden = beta.float().contiguous(), hidden.float().contiguous()
+    for index in indices:
+        if index.dtype != torch.int64:
+            raise InputError(f"indices must be int64, got {_say(index)}")
+    _require_device(fisher, delta, beta, hidden, *indices)
+    delta, indices = delta.contiguous(), [index.contiguous() for index in indices]
+    arguments = {
+        "fisher": fisher.data_ptr(),
+        "delta": delta.data_ptr(),
+        "order": indices[0].data_ptr(),
+        "segment_start": indices[1].data_ptr(),
+        "row": indices[2].data_ptr(),
+        "row_start": indices[3].data_ptr(),
+        "beta": _address(beta),
+        "hidden": 0 if beta is None else _address(hidden),
+        "sequence": 0 if beta is None else indices[4].data_ptr(),
+        "probes": probes,
+        "positions": positions,
+        "segments": segments,
+        "groups": len(row_start) - 1,
+        "rows": fisher.shape[0],
+        "width": width,
+        "sequences": 0 if hidden is None else len(hidden),
+        "delta_bf16": delta.dtype == torch.bfloat16,
+    }
+    if split is None:
+        extension.lookup_square_cpu(**arguments)
+        return
+    workspace = _workspace(fisher, split, len(row_start) - 1, width)
+    extension.lookup_square_cuda(**arguments, **_launch(fisher, split, workspace))
+
+
+def _workspace(fisher: Tensor, split: Split, rows: int, columns: int) -> Tensor | None:
+    """The splits' sums, None where there is one split or nothing to sum."""
+    if split.splits == 1 or rows * columns == 0:
+        return None
+    return fisher.new_empty(split.splits, rows, columns)
+
+
+def _launch(fisher: Tensor, split: Split, workspace: Tensor | None) -> dict[str, int]:
+    # The emulated kernels of the tests take CPU tensors.
+    device = fisher.device.index if fisher.is_cuda else 0
+    stream = torch.cuda.current_stream(fisher.device).cuda_stream if fisher.is_cuda else 0
+    return {
+        "device": device,
+        "stream": stream,
+        "tile": split.tile,
+        "splits": 1 if workspace is None else split.splits,
+        "workspace": _address(workspace),
+    }
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _shape(name: str, tensor: Tensor, dimensions: int) -> tuple[int, ...]:
+    if tensor.dim() != dimensions:
+        raise InputError(f"{name}: must have {dimensions} dimensions, got {tuple(tensor.shape)}")
+    return tuple(tensor.shape)
+
+
+def _require(holds: bool, name: str, shape: str, tensor: Tensor) -> None:
+    if not holds:
+        raise InputError(f"{name}: {tuple(tensor.shape)} is not {shape} of the other tensors")
+
+
+def _require_sum(fisher: Tensor) -> None:
+    if fisher.dtype != torch.float32 or not fisher.is_contiguous():
+        raise InputError(f"fisher: must be fp32 and contiguous, got {_say(fisher)}")
+
+
+def _require_device(*tensors: Tensor | None) -> None:
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise InputError(f"tensors on several devices: {', '.join(sorted(devices))}")
+
+
+def status() -> str:
+    """One sentence for a person: what was built."""
+    extension = compiled()
+    if extension is None:
+        return (
+            "fisherkern._C was not built (no C++ compiler, or it failed: pip install -v shows it);"
+            " everything works without it, in PyTorch and Triton"
+        )
+    if not extension.cuda_archs:
+        return "fisherkern._C was built for the CPU alone (no nvcc, or FISHERKERN_CUDA=0)"
+    return f"fisherkern._C was built with CUDA kernels for {', '.join(_names(extension))}"
+
+
+def _names(extension: Any) -> list[str]:
+    return [f"sm_{a}" for a in extension.cuda_archs] + [f"PTX {p}" for p in extension.cuda_ptx]
+
+
+if __name__ == "__main__":
+    print(status())
