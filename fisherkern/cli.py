@@ -161,7 +161,7 @@ def _train(options: argparse.Namespace) -> None:
     out = _out(options, f"train-{data.name}")
     if options.init is not None:
         model: SequenceEncoder = load_model(options.init)
-        _check_catalogue(model, data, options.init)
+        data = _over_catalogue_of(model, data, options.init)
     else:
         torch.manual_seed(options.seed)
         model = BERT4Rec(
@@ -195,8 +195,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _fisher(options: argparse.Namespace) -> None:
     model = load_model(options.checkpoint)
-    data = _load(options)
-    _check_catalogue(model, data, options.checkpoint)
+    data = _over_catalogue_of(model, _load(options), options.checkpoint)
     loader = data.loader(
         split=options.split,
         batch_size=options.batch_size,
@@ -271,11 +270,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     reports = []
     for path in paths:
         model = load_model(path)
-        _check_catalogue(model, data, path)
         reports.append(
             evaluate(
                 model,
-                data,
+                _over_catalogue_of(model, data, path),
                 split=options.split,
                 k=tuple(options.k),
                 candidates=options.candidates,
@@ -315,11 +313,15 @@ def _data(options: argparse.Namespace) -> None:
         print(f"{name:<12} {value}")
 
 
-def _check_catalogue(model: SequenceEncoder, data: SequenceDataset, path: Path) -> None:
-    if model.num_items != data.num_items or (
-        model.item_ids is not None and list(model.item_ids) != list(data.item_ids)
-    ):
+def _over_catalogue_of(
+    model: SequenceEncoder, data: SequenceDataset, path: Path
+) -> SequenceDataset:
+    """The data over the model's catalogue, which may hold more items: a merge's union."""
+    if model.item_ids is not None and list(model.item_ids) != list(data.item_ids):
+        return data.with_items(model.item_ids)
+    if model.num_items != data.num_items:
         raise InputError(f"{path}: its catalogue is not that of {data.name}")
+    return data
 
 
 def _finish(out: Path, options: argparse.Namespace, result: dict[str, Any]) -> None:

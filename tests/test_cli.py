@@ -70,6 +70,23 @@ def test_train_fisher_merge_evaluate(
     assert result["difference"]["differences"]["ndcg@10"]["low"] is not None
 
 
+def test_merge_of_two_catalogues_is_evaluated_on_either(folder: Path, tmp_path: Path) -> None:
+    """A member trained on a part of the items joins one of all; the union serves both data."""
+    part = tmp_path / "part.txt"
+    lines = (folder / "data.txt").read_text().splitlines()
+    part.write_text("\n".join(f"{line}0" for line in lines) + "\n")
+    quiet = ["--data", str(part), "--quiet"]
+    out = tmp_path / "part"
+    assert main(["train", *quiet, *MODEL, "--out", str(out)]) == 0
+    models = [members(folder)[0], str(out / "model.safetensors")]
+    assert main(["merge", *models, "--out", str(tmp_path / "union")]) == 0
+    union = tmp_path / "union" / "merged.safetensors"
+    assert fk.load_model(union).num_items == 57  # 1..30, and 10, 20 .. 300
+    for data in (part, folder / "data.txt"):
+        arguments = ["evaluate", str(union), "--data", str(data), "--quiet"]
+        assert main([*arguments, "--out", str(tmp_path / "report")]) == 0
+
+
 def test_merge_with_searched_weights(folder: Path, tmp_path: Path) -> None:
     arguments = ["merge", *members(folder), "--fisher", *fishers(folder), "--weights", "search"]
     assert main([*arguments, "--data", str(folder / "data.txt"), "--out", str(tmp_path)]) == 0
@@ -111,8 +128,10 @@ def make_bad_input(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], s
     with torch.no_grad():
         model.get_parameter("output_bias")[3] = torch.nan
     fk.save_model(model, tmp_path / "nan.safetensors")
-    other = fk.BERT4Rec(12, max_len=6, dim=8)
-    fk.save_model(other, tmp_path / "other.safetensors")
+    for name, ids in (("other", [f"new {v}" for v in range(12)]), ("nameless", None)):
+        other = fk.BERT4Rec(12, max_len=6, dim=8)
+        other.item_ids = ids
+        fk.save_model(other, tmp_path / f"{name}.safetensors")
     whole = Path(m1).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "hostile.safetensors").write_bytes(b"\xff" * 64)
@@ -134,7 +153,11 @@ def make_bad_input(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], s
         "unknown option": ([*fisher, "--sampel", "topk"], "--sampel"),
         "checkpoint of another catalogue": (
             ["evaluate", str(tmp_path / "other.safetensors"), "--data", data],
-            "other.safetensors: its catalogue",
+            "item '1' and 29 more are not in the other catalogue of 12",
+        ),
+        "checkpoint without item ids": (
+            ["evaluate", str(tmp_path / "nameless.safetensors"), "--data", data],
+            "nameless.safetensors: its catalogue",
         ),
         "different shapes": (["merge", m1, str(tmp_path / "wide.safetensors")], "item_embedding"),
         "Fisher of another model": (["merge", m1, m2, "--fisher", f2, f1], "another model"),
@@ -162,6 +185,7 @@ BAD = [
     "unknown sampler",
     "unknown option",
     "checkpoint of another catalogue",
+    "checkpoint without item ids",
     "different shapes",
     "Fisher of another model",
     "one Fisher for two members",

@@ -143,6 +143,18 @@ def test_seen_and_popularity_count_what_a_loop_counts(rows, split):
     assert data.popularity().tolist() == [train.count(v) for v in range(1, V + 1)]
 
 
+def test_with_items_keeps_external_ids():
+    data = make([[1, 2, 3], [7, 7, 5]])
+    wide = ["new", *reversed(data.item_ids), "newer"]
+    moved = data.with_items(wide)
+    assert moved.num_items == 9
+    for user in range(2):
+        before = [data.item_ids[v - 1] for v in data.sequence(user)]
+        assert [moved.item_ids[v - 1] for v in moved.sequence(user)] == before
+    with pytest.raises(InputError, match="made: item 'item1' and 1 more are not in the other"):
+        data.with_items(wide[:-3])
+
+
 def test_subset_keeps_the_catalogue_and_the_order_asked_for():
     rows = [[1, 2, 3], [4], [5, 6, 7, 1]]
     part = make(rows).subset([2, 0])

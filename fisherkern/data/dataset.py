@@ -123,6 +123,29 @@ class SequenceDataset:
             self.attributes,
         )
 
+    def with_items(self, item_ids: Sequence[str]) -> SequenceDataset:
+        """The same sequences over another catalogue, `item_ids` by internal id, that holds theirs.
+
+        For evaluating a model whose catalogue is a union of several. Raises InputError
+        naming an item that the other catalogue lacks.
+        """
+        internal = {item: v for v, item in enumerate(item_ids, start=1)}
+        missing = [item for item in self.item_ids if item not in internal]
+        if missing:
+            raise InputError(
+                f"{self.name}: item {missing[0]!r} and {len(missing) - 1} more are not in the"
+                f" other catalogue of {len(internal)}"
+            )
+        table = np.array([0, *(internal[item] for item in self.item_ids)])
+        return SequenceDataset(
+            self.name,
+            table[self.items],
+            self.offsets,
+            list(item_ids),
+            self.user_ids,
+            self.attributes,
+        )
+
     def popularity(self) -> NDArray[np.int64]:
         """(V,) int64: how often item v occurs (at v-1) in the training part, s_1..s_{n-2}."""
         begin = self.offsets[:-1]

@@ -198,7 +198,6 @@ class _Teller:
             crop=self.story.crop,
             warmup_steps=self.story.warmup_steps,
             state=state,
-            save_every=5,
             progress=self.progress,
             **settings,
         )
