@@ -41,8 +41,11 @@ FP32 = (
     "mean_ptr",
     "covariance_ptr",
 )
-INT64 = ("keys_ptr", "ids_ptr", "order_ptr", "stop_ptr")
-POINTERS = dict.fromkeys(FP32, "*fp32") | dict.fromkeys(INT64, "*i64")
+INT64 = ("keys_ptr", "ids_ptr", "order_ptr", "stop_ptr", "part_ptr")
+FP64 = ("mass_ptr", "below_ptr", "u_ptr")
+POINTERS = (
+    dict.fromkeys(FP32, "*fp32") | dict.fromkeys(FP64, "*fp64") | dict.fromkeys(INT64, "*i64")
+)
 POINTERS["softmax_topk.ids_ptr"] = "*i32"
 
 # Every kernel: its module, and the constants that do not follow from the launch-table row.
@@ -54,6 +57,9 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax_mean": ("softmax_moments", {}),
     "softmax_covariance": ("softmax_moments", {}),
     "softmax_sketch": ("softmax_sketch", {"PROBES": PROBES}),
+    "sample_items_mass": ("sample_items", {}),
+    "sample_items_total": ("sample_items", {}),
+    "sample_items": ("sample_items", {}),
 }
 
 
@@ -65,7 +71,7 @@ def compiled(kernel: str, kind: str, row: Launch, width: int) -> dict[str, Any]:
         "ROWS": row.rows,
         "ITEMS": row.items,
         "WIDTH": min(row.width, width),
-        "CHUNKS": triton.cdiv(width, row.width),
+        "CHUNKS": triton.cdiv(width, row.width or width),
         "DOT": tl.float32 if kind == "fp32" else tl.bfloat16,
         "PRECISION": PRECISION,
     } | extra

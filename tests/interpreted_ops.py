@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.ops import tiles_triton
+from fisherkern.ops import sample_items_triton, tiles_triton
 from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
+from fisherkern.ops.sample_items import sample_items_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
 from fisherkern.ops.softmax_moments import softmax_moments_reference
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
@@ -196,3 +197,36 @@ def test_softmax_sketch(shape: tuple[int, int, int], probes: int, dtype: torch.d
         assert u.shape == exact_u.shape
         error = float((u.double() - exact_u).abs().max())
         assert error <= 1e-5 * float(weight.double().abs().max()) * 5 / probes**0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (65, 127, 16), (2, 257, 65), (2, 600, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sample_items(
+    shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin's draws; ranges of two tiles of items, of which 600 items have three."""
+    monkeypatch.setattr(sample_items_triton, "RANGE", 256)
+    h, weight, bias = layer(*shape, dtype)
+    rows = torch.arange(shape[0]) * 2 + 10
+    k = 1 if shape[0] > 10 else 7
+    b = None if dtype == torch.float16 else bias
+    lse = softmax_lse_reference(h, weight, b).float()
+    found = ops.sample_items(h, weight, b, lse, rows, k, 3)
+    # Equal, though a draw within rounding of a step could fall on its other side: none does.
+    assert torch.equal(found, sample_items_reference(h, weight, b, rows, k, 3))
+
+
+def test_sample_items_beyond_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An lse too high leaves mass over: draws above it are the last item, not one beyond."""
+    monkeypatch.setattr(sample_items_triton, "RANGE", 128)
+    h, weight, bias = layer(2, 130, 3)
+    lse = softmax_lse_reference(h, weight, bias).float() + 20
+    found = ops.sample_items(h, weight, bias, lse, torch.arange(2), 4, 0)
+    assert (found == 129).all()
+
+
+def test_sample_items_adds_up_more_ranges_than_a_tile() -> None:
+    mass = torch.rand(2, 1100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = mass.cumsum(dim=1)
+    sample_items_triton.sample_items_total_kernel[2,](mass, 1100, ITEMS=512)
+    torch.testing.assert_close(mass, exact)

@@ -51,6 +51,12 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
     ("softmax_covariance", 90, "half"): Launch(0, 64, 64, 4, 2),
     ("softmax_sketch", 90, "fp32"): Launch(16, 32, 64, 8, 2),
     ("softmax_sketch", 90, "half"): Launch(16, 32, 64, 8, 2),
+    ("sample_items_mass", 90, "fp32"): Launch(64, 64, 64, 4, 2),
+    ("sample_items_mass", 90, "half"): Launch(64, 128, 64, 4, 3),
+    ("sample_items_total", 90, "fp32"): Launch(0, 512, 0, 4, 1),
+    ("sample_items_total", 90, "half"): Launch(0, 512, 0, 4, 1),
+    ("sample_items", 90, "fp32"): Launch(0, 128, 64, 4, 2),
+    ("sample_items", 90, "half"): Launch(0, 128, 64, 4, 2),
 }
 
 

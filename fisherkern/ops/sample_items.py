@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import counter
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 
@@ -13,6 +14,10 @@ from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 def _sample_items(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, rows: Tensor, k: int, seed: int
 ) -> Tensor:
+    if use_triton(h, weight, bias, lse):
+        from fisherkern.ops import sample_items_triton
+
+        return sample_items_triton.sample_items(h, weight, bias, lse, rows, k, seed)
     u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
     ids = torch.zeros(h.shape[0], k, dtype=torch.int64, device=h.device)
     below = torch.zeros(h.shape[0], 1, dtype=torch.float64, device=h.device)

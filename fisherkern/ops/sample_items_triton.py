@@ -1,0 +1,118 @@
+"""Triton kernels of `sample_items`: the mass of every range of items, then a search in one.
+
+The cumulative distribution is never stored: a draw falls into the range where the
+ranges' masses, added up in fp64, first exceed it, and only that range is streamed again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fisherkern.ops import counter
+from fisherkern.ops.launch_table import PRECISION, launch
+from fisherkern.ops.tiles_triton import biased, dot_settings, logit_tile, prepared, width_tile
+
+# Items of a range: a draw reads this many vectors, and a row has V / RANGE masses.
+RANGE = 2048
+
+
+@triton.jit
+def sample_items_mass_kernel(
+    h_ptr, w_ptr, bias_ptr, lse_ptr, mass_ptr, n, v, d, length,
+    ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """mass (n, ranges) fp64: Σ p over each range of `length` items."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    first = part * length
+    lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
+    mass = tl.zeros((ROWS,), tl.float64)
+    for start in range(first, tl.minimum(first + length, v), ITEMS):
+        items = start + tl.arange(0, ITEMS).to(tl.int64)
+        z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
+        p = tl.exp(biased(z, bias_ptr, items, v) - lse[:, None])  # (ROWS, ITEMS)
+        # fp64, because ten million fp32 terms would not add up to one.
+        mass += tl.sum(p, 1).to(tl.float64)
+    tl.store(mass_ptr + rows * tl.num_programs(1) + part, mass, mask=rows < n)
+
+
+@triton.jit
+def sample_items_total_kernel(mass_ptr, ranges, ITEMS: tl.constexpr):
+    """mass (n, ranges) becomes its running sum, one program per row, always in this order."""
+    row = mass_ptr + tl.program_id(0).to(tl.int64) * ranges
+    below = tl.zeros((), tl.float64)
+    for start in range(0, ranges, ITEMS):
+        place = start + tl.arange(0, ITEMS)
+        mass = tl.load(row + place, mask=place < ranges, other=0.0)
+        total = below + tl.cumsum(mass, 0)
+        tl.store(row + place, total, mask=place < ranges)
+        below = tl.max(total, 0)
+
+
+@triton.jit
+def sample_items_kernel(
+    h_ptr, w_ptr, bias_ptr, lse_ptr, part_ptr, below_ptr, u_ptr, ids_ptr, v, d, k, length,
+    ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """ids (n, k): one program per draw counts its range's cdf values <= u."""
+    draw = tl.program_id(0).to(tl.int64)
+    row = draw // k
+    lse = tl.load(lse_ptr + row)
+    below = tl.load(below_ptr + draw)
+    u = tl.load(u_ptr + draw)
+    first = tl.load(part_ptr + draw) * length
+    last = tl.minimum(first + length, v)
+    found = first
+    for start in range(first, last, ITEMS):
+        items = start + tl.arange(0, ITEMS)
+        valid = items < last
+        z = tl.zeros((ITEMS,), tl.float32)
+        for chunk in range(CHUNKS):
+            c = chunk * WIDTH + tl.arange(0, WIDTH)
+            h = tl.load(h_ptr + row * d + c, mask=c < d, other=0.0).to(tl.float32)
+            mask = valid[:, None] & (c < d)[None, :]
+            w = tl.load(w_ptr + items[:, None] * d + c[None, :], mask=mask, other=0.0)
+            z += tl.sum(w.to(tl.float32) * h[None, :], 1)
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + items, mask=valid, other=0.0).to(tl.float32)
+        p = tl.where(valid, tl.exp(z - lse), 0.0).to(tl.float64)
+        cdf = below + tl.cumsum(p, 0)
+        found += tl.sum((valid & (cdf <= u)).to(tl.int64), 0)
+        below = tl.max(cdf, 0)
+    tl.store(ids_ptr + draw, tl.minimum(found, v - 1))
+
+
+def sample_items(
+    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, rows: Tensor, k: int, seed: int
+) -> Tensor:
+    h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
+    row, constants = dot_settings("sample_items_mass", h, weight)
+    n, v, d = h.shape[0], weight.shape[0], h.shape[1]
+    ranges = triton.cdiv(v, RANGE)
+    mass = torch.empty(n, ranges, dtype=torch.float64, device=h.device)
+    with torch.cuda.device_of(h):
+        sample_items_mass_kernel[triton.cdiv(n, row.rows), ranges](
+            h, weight, bias, lse, mass, n, v, d, RANGE,
+            ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
+        )  # fmt: skip
+        row = launch("sample_items_total", h.device, h.dtype)
+        sample_items_total_kernel[n,](
+            mass, ranges, ITEMS=row.items, num_warps=row.warps, num_stages=row.stages
+        )
+    u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
+    part = torch.searchsorted(mass, u, right=True).clamp_(max=ranges - 1)
+    below = torch.where(part > 0, mass.gather(1, (part - 1).clamp_(min=0)), 0.0)
+    ids = torch.empty(n, k, dtype=torch.int64, device=h.device)
+    row = launch("sample_items", h.device, h.dtype)
+    width = width_tile(d, row.width)
+    with torch.cuda.device_of(h):
+        sample_items_kernel[n * k,](
+            h, weight, bias, lse, part, below, u, ids, v, d, k, RANGE,
+            ITEMS=row.items, WIDTH=width, CHUNKS=triton.cdiv(d, width),
+            num_warps=row.warps, num_stages=row.stages,
+        )  # fmt: skip
+    return ids
