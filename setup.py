@@ -8,7 +8,7 @@ takes addresses, so it works with every version of it. Environment:
     FISHERKERN_CUDA_ARCHS  compute capabilities, "80,90,100+PTX" by default
 
 Without a C++ compiler the extension is left out, and the package works without it.
-pip shows what was built with -v; `python -m fisherkern.ops._extension` says it afterwards.
+pip shows what was built with -v; `fisherkern.ops._extension.status()` says it afterwards.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def wants_cuda() -> str:
     """FISHERKERN_CUDA: "auto", "0" or "1"."""
     wanted = os.environ.get("FISHERKERN_CUDA") or "auto"
     if wanted not in ("auto", "0", "1"):
-        raise SetupError(f"FISHERKERN_CUDA: {wanted!r} is not one of auto, 0, 1")
+        raise SystemExit(f"error: FISHERKERN_CUDA: {wanted!r} is not one of auto, 0, 1")
     return wanted
 
 
@@ -56,10 +56,14 @@ def cuda_archs() -> tuple[list[int], list[int]]:
     for name in re.split(r"[,; ]+", text.strip()):
         match = re.fullmatch(r"(\d+)\.?(\d)(\+PTX)?", name)
         if match is None:
-            raise SetupError(f"FISHERKERN_CUDA_ARCHS: {name!r} is not like 90, 9.0 or 100+PTX")
+            raise SystemExit(
+                f"error: FISHERKERN_CUDA_ARCHS: {name!r} is not like 90, 9.0 or 100+PTX"
+            )
         arch = int(match[1] + match[2])
         if arch < 80:
-            raise SetupError(f"FISHERKERN_CUDA_ARCHS: {arch} is below 80, which the kernels need")
+            raise SystemExit(
+                f"error: FISHERKERN_CUDA_ARCHS: {arch} is below 80, which the kernels need"
+            )
         code.append(arch)
         if match[3]:
             ptx.append(arch)
@@ -102,12 +106,6 @@ class BuildExtension(build_ext):
             if wants_cuda() == "1":
                 raise
             print(f"fisherkern: the extension is left out, for lack of a C++ compiler: {error}")
-
-    def copy_extensions_to_source(self) -> None:
-        # An editable install copies what was built; what was left out is not there to copy.
-        built = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
-        self.extensions = built
-        super().copy_extensions_to_source()
 
     def _build_cuda(self, ext: Extension) -> bool:
         wanted = wants_cuda()
@@ -166,11 +164,14 @@ class BuildExtension(build_ext):
 
 
 if __name__ == "__main__":
+    cuda_archs()  # what the environment has wrong is said at once, whatever is built
     extension = Extension(
         "fisherkern._C",
         sources=list(CPU_SOURCES),
         depends=[*CUDA_SOURCES, *HEADERS],
         language="c++",
+        # An editable install then does not miss what was left out.
+        optional=wants_cuda() != "1",
         extra_compile_args=(
             ["/std:c++17", "/O2"]
             if sys.platform == "win32"

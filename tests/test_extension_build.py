@@ -101,6 +101,8 @@ def test_without_a_compiler_the_extension_is_left_out(tmp_path: Path) -> None:
     [
         ({"FISHERKERN_CUDA": "1"}, "FISHERKERN_CUDA=1 asks for the CUDA kernels, but there is no"),
         ({"FISHERKERN_CUDA": "yes"}, "'yes' is not one of auto, 0, 1"),
+        ({"FISHERKERN_CUDA_ARCHS": "sm_90"}, "'sm_90' is not like 90, 9.0 or 100+PTX"),
+        ({"FISHERKERN_CUDA_ARCHS": "9.0;7.5"}, "75 is below 80, which the kernels need"),
     ],
 )
 def test_the_build_says_what_is_wrong(

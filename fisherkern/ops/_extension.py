@@ -1,8 +1,7 @@
 """The compiled kernels `fisherkern._C` with tensors in place of addresses.
 
 The module is optional: `compiled()` is None where it was not built. What it computes
-stands in csrc/fisher_segment.h; the functions here check the tensors and name them. Run
-as a program, it says what was built.
+stands in csrc/fisher_segment.h; the functions here check the tensors and name them.
 """
 
 from __future__ import annotations
@@ -261,7 +260,3 @@ def status() -> str:
 
 def _names(extension: Any) -> list[str]:
     return [f"sm_{a}" for a in extension.cuda_archs] + [f"PTX {p}" for p in extension.cuda_ptx]
-
-
-if __name__ == "__main__":
-    print(status())
