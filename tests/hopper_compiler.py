@@ -60,6 +60,7 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sample_items_mass": ("sample_items", {}),
     "sample_items_total": ("sample_items", {}),
     "sample_items": ("sample_items", {}),
+    "segment_outer_square_": ("segment_outer_square", {}),
 }
 
 
@@ -86,7 +87,7 @@ def compiled(kernel: str, kind: str, row: Launch, width: int) -> dict[str, Any]:
             signature[name] = POINTERS.get(f"{kernel}.{name}", own)
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or name == "d":
+        if name.endswith("_ptr") or name in ("d", "o", "i"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(function, signature, given, aligned)
     options = {"num_warps": row.warps, "num_stages": row.stages}

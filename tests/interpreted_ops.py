@@ -10,13 +10,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from models import HISTORIES, bert
 from torch import Tensor
 
+import fisherkern as fk
 from fisherkern import ops
-from fisherkern.ops import sample_items_triton, tiles_triton
+from fisherkern.fisher import samplers
+from fisherkern.ops import sample_items_triton, segment_outer_square_triton, tiles_triton
 from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.sample_items import sample_items_reference
+from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
 from fisherkern.ops.softmax_moments import softmax_moments_reference
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
@@ -230,3 +234,49 @@ def test_sample_items_adds_up_more_ranges_than_a_tile() -> None:
     exact = mass.cumsum(dim=1)
     sample_items_triton.sample_items_total_kernel[2,](mass, 1100, ITEMS=512)
     torch.testing.assert_close(mass, exact)
+
+
+@pytest.mark.parametrize(
+    "n, t, o, i",
+    [(1, 2, 1, 1), (3, 1, 7, 5), (3, 4, 7, 5), (7, 31, 64, 65), (5, 65, 63, 64), (2, 64, 65, 17)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segment_outer_square(
+    n: int, t: int, o: int, i: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment_outer_square_triton, "TARGET_PROGRAMS", 4)
+    g = torch.Generator().manual_seed(0)
+    delta, inputs = torch.randn(n, t, o, generator=g), torch.randn(n, t, i, generator=g)
+    delta, inputs = walled(delta.to(dtype)), walled(inputs.to(dtype))
+    start = torch.rand(o, i, generator=g)
+    found = start.clone()
+    ops.segment_outer_square_(found, delta, inputs)
+    assert_close(found, start.double() + segment_outer_square_reference(delta, inputs))
+    turned = torch.zeros(i, o).T
+    ops.segment_outer_square_(turned, delta.expand(n, t, o), inputs)
+    assert_close(turned, segment_outer_square_reference(delta, inputs))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sampler": "exact"},
+        {"sampler": "sketch", "probes": 4},
+        {"sampler": "topk", "k": 4},
+        {"sampler": "model", "k": 8},
+    ],
+    ids=lambda arguments: arguments["sampler"],
+)
+def test_diag_fisher_is_that_of_pytorch(
+    arguments: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "_COVARIANCE_LIMIT", 0)  # sketch over the items themselves
+    model = bert().float()
+    found, expected = (
+        fk.diag_fisher(model, [HISTORIES], seed=1, backend=name, progress=False, **arguments)
+        for name in ("triton", "torch")
+    )
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        error = float((found[name] - tensor).abs().max())
+        assert error <= 1e-4 * float(tensor.max()) + 1e-12, (name, error)

@@ -20,10 +20,12 @@ HERE = Path(__file__).parent
 OPS = [
     "softmax_lse",
     "softmax_topk",
-    "head_sqgrad",
+    "sample_items",
     "softmax_mean",
     "softmax_covariance",
     "softmax_sketch",
+    "head_sqgrad",
+    "segment_outer_square",
 ]
 
 

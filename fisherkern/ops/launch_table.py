@@ -25,8 +25,9 @@ class Launch(NamedTuple):
     """One row: the tile's extents and the compiler's settings.
 
     rows: sequences (head_sqgrad_sparse: occurrences of an item); items: items of the
-    catalogue; width: the most columns of D taken at once. Each is a power of two, at
-    least 16 where it is an extent of a matrix product, and 0 where a kernel has none.
+    catalogue; width: the most columns of D taken at once. segment_outer_square_ has a
+    tile of rows × items of F and takes width positions at once. Each is a power of two,
+    at least 16 where it is an extent of a matrix product, and 0 where a kernel has none.
     """
 
     rows: int
@@ -57,6 +58,8 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
     ("sample_items_total", 90, "half"): Launch(0, 512, 0, 4, 1),
     ("sample_items", 90, "fp32"): Launch(0, 128, 64, 4, 2),
     ("sample_items", 90, "half"): Launch(0, 128, 64, 4, 2),
+    ("segment_outer_square_", 90, "fp32"): Launch(64, 64, 32, 4, 2),
+    ("segment_outer_square_", 90, "half"): Launch(64, 64, 64, 4, 3),
 }
 
 

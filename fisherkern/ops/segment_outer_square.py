@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
+from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
 from fisherkern.ops.launch_table import outer_split
 
@@ -28,6 +29,11 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
         d, a = delta.reshape(1, n * positions, rows), inputs.reshape(n * positions, columns)
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         _extension.segment_outer_square_(extension, fisher, d, a, positions, tf32=tf32, split=split)
+        return
+    if use_triton(fisher, delta, inputs):
+        from fisherkern.ops import segment_outer_square_triton
+
+        segment_outer_square_triton.segment_outer_square_(fisher, delta, inputs)
         return
     step = min(n, max(1, _TILE_ELEMENTS // (rows * columns)))
     products = fisher.new_empty(step, rows, columns)
