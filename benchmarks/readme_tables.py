@@ -1,11 +1,13 @@
 """Fill the README's tables from the results that scripts wrote: python benchmarks/readme_tables.py
 
 A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where FOLDER is in
-benchmarks/results and WHAT is `result.json` (the story's rows) or `fisher_cost` (time and error).
+benchmarks/results and WHAT is `result.json` (the story's rows) or `fisher_cost` (time, error);
+or WHAT is `fisher.csv`, the latest row of bench_fisher.py for each estimate and size.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -14,10 +16,28 @@ from fisherkern.experiments.tables import story_table
 from fisherkern.files import atomic_path, read_json
 
 HERE = Path(__file__).parent
-BLOCK = re.compile(r"(<!-- table: (\S+)/(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- table: (\S*?)/?([^/\s]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fisher_rows() -> str:
+    """bench_fisher.py's rows; the last one counts where an estimate was run again."""
+    with (HERE / "results" / "fisher.csv").open(newline="") as stream:
+        rows = {(r["sequences"], r["provider"], r["k"]): r for r in csv.DictReader(stream)}
+    lines = [
+        "| estimate | K or R | sequences | time / batch-wise | error, best-scaled |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['provider']} | {k} | {sequences} | {float(row['ratio']):.2f}"
+        f" | {float(row['error']):.4f} |"
+        for (sequences, _, k), row in rows.items()
+    ]
+    return "\n".join(lines)
 
 
 def table(match: re.Match[str]) -> str:
+    if match[3] == "fisher.csv":
+        return f"{match[1]}{fisher_rows()}\n{match[4]}"
     result = read_json(HERE / "results" / match[2] / "result.json")
     if match[3] == "fisher_cost":
         text = cost_table(result["fisher_cost"])

@@ -83,8 +83,17 @@ class Site:
     others: list[Tensor]
     version: int
 
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What is the same for the same call on other sequences, and differs between calls."""
+        return self.output.dim(), *((type(use), use.place) for use in self.uses)
 
-Rule = Callable[[Parameters, tuple[Any, ...], Mapping[str, Any], Tensor], Sequence[Use]]
+
+Rule = Callable[["Capture", tuple[Any, ...], Mapping[str, Any], Tensor], Sequence[Use]]
+
+
+# padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse of a lookup without extras.
+_PLAIN = (None, None, 2.0, False, False)
 
 
 class _Gelu(torch.autograd.Function):
@@ -112,7 +121,9 @@ class Capture(TorchFunctionMode):
         self, parameters: Parameters, num_sequences: int, rules: Mapping[Callable[..., Any], Rule]
     ) -> None:
         super().__init__()
-        self._parameters = parameters
+        self.parameters = parameters
+        # Outputs of lookups that all sequences share (positions), by id: tensor, place, ids.
+        self.shared_lookups: dict[int, tuple[Tensor, Place, Tensor]] = {}
         self._num_sequences = num_sequences
         self._rules = rules
         self._recorded: list[Site] = []
@@ -132,14 +143,27 @@ class Capture(TorchFunctionMode):
         if rule is None or not isinstance(output, Tensor) or output.grad_fn is None:
             return output
         if output.dim() == 0 or output.shape[0] != self._num_sequences:
+            if func is F.embedding:
+                self._note_shared_lookup(args, output)
             return output
-        uses = rule(self._parameters, args, kwargs, output)
+        uses = rule(self, args, kwargs, output)
         if uses:
             places = {use.place for use in uses}
             tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            others = [t for t in tensors if self._parameters.either_place(t) not in places]
+            others = [t for t in tensors if self._place_behind(t) not in places]
             self._recorded.append(Site(output, uses, others, output._version))
         return output
+
+    def _note_shared_lookup(self, args: tuple[Any, ...], output: Tensor) -> None:
+        """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
+        place = self.parameters.place(args[1]) if len(args) == 2 or args[2:] == _PLAIN else None
+        if place is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,)):
+            self.shared_lookups[id(output)] = (output, place, args[0].reshape(-1))
+
+    def _place_behind(self, tensor: Tensor) -> Place | None:
+        if id(tensor) in self.shared_lookups:
+            return self.shared_lookups[id(tensor)][1]
+        return self.parameters.either_place(tensor)
 
     def sites(self) -> list[Site]:
         """The recorded sites whose output was not overwritten in place afterwards."""

@@ -39,7 +39,7 @@ class Engine:
         self.mass = 0.0
         self.kept = 0.0
         self.probes = 0
-        self._usable: tuple[int, list[int]] | None = None
+        self._usable: tuple[list[Any], list[int]] | None = None
         self._factored = subject.encode is not None
         self._warned: set[str] = set()
 
@@ -97,15 +97,16 @@ class Engine:
             return result, sites, Plan([], set())
         # The structure is the model's, so it is examined once, and again when it changes:
         # on two sequences where those show the same calls, as they do in most models.
-        if self._usable is None or self._usable[0] != len(sites):
+        structure = [site.structure for site in sites]
+        if self._usable is None or self._usable[0] != structure:
             few, few_sites = result, sites
             if n > 2:
                 with torch.enable_grad(), Capture(self.parameters, 2, RULES) as capture:
                     few = function(model_input(batch_slice(batch, 0, 2)))
                 few_sites = capture.sites()
-            if len(few_sites) != len(sites):
+            if [site.structure for site in few_sites] != structure:
                 few, few_sites = result, sites
-            self._usable = (len(sites), usable_sites(few, few_sites))
+            self._usable = (structure, usable_sites(few, few_sites))
         plan = make_plan(result, sites, self.parameters, self._usable[1])
         return result, sites, plan
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import Parameters, Place, Rule, Use
+from fisherkern.fisher.capture import Capture, Place, Rule, Use
 
 
 def _by_position(tensor: Tensor, trailing: int) -> Tensor:
@@ -148,15 +148,15 @@ class Lookup:
 
 
 def _linear(
-    parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Sequence[Use]:
     def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Sequence[Use]:
         uses: list[Use] = []
         if input.dim() < 2 or input.shape[0] != output.shape[0]:
             return uses
-        if (place := parameters.place(weight)) is not None:
+        if (place := capture.parameters.place(weight)) is not None:
             uses.append(LinearWeight(place, _by_position(input.detach(), 1)))
-        if (place := parameters.place(bias)) is not None:
+        if (place := capture.parameters.place(bias)) is not None:
             uses.append(Added(place))
         return uses
 
@@ -164,20 +164,20 @@ def _linear(
 
 
 def _matmul(
-    parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Sequence[Use]:
     if len(args) != 2 or kwargs or args[0].dim() < 2 or args[1].dim() != 2:
         return []
     inputs = _by_position(args[0].detach(), 1)
-    if (place := parameters.place(args[1])) is not None:
+    if (place := capture.parameters.place(args[1])) is not None:
         return [MatrixWeight(place, inputs)]
-    if (place := parameters.either_place(args[1])) is not None:
+    if (place := capture.parameters.either_place(args[1])) is not None:
         return [LinearWeight(place, inputs)]
     return []
 
 
 def _embedding(
-    parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Sequence[Use]:
     def bound(
         input: Tensor,
@@ -188,7 +188,7 @@ def _embedding(
         scale_grad_by_freq: bool = False,
         sparse: bool = False,
     ) -> Sequence[Use]:
-        place = parameters.place(weight)
+        place = capture.parameters.place(weight)
         if place is None or max_norm is not None or scale_grad_by_freq:
             return []
         ids = input.reshape(input.shape[0], -1)
@@ -200,7 +200,7 @@ def _embedding(
 
 
 def _layer_norm(
-    parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Sequence[Use]:
     def bound(
         input: Tensor,
@@ -212,10 +212,10 @@ def _layer_norm(
         uses: list[Use] = []
         if input.dim() <= len(normalized_shape):
             return uses
-        if (place := parameters.place(weight)) is not None:
+        if (place := capture.parameters.place(weight)) is not None:
             x = F.layer_norm(input.detach(), list(normalized_shape), None, None, eps)
             uses.append(NormWeight(place, x))
-        if (place := parameters.place(bias)) is not None:
+        if (place := capture.parameters.place(bias)) is not None:
             uses.append(Added(place))
         return uses
 
@@ -223,14 +223,26 @@ def _layer_norm(
 
 
 def _add(
-    parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    capture: Capture, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
 ) -> Sequence[Use]:
     if kwargs.get("alpha", 1) != 1 or len(args) != 2:
         return []
-    places = [p for p in map(parameters.place, args) if p is not None]
+    if (shared := _shared_lookup(capture, args, output)) is not None:
+        return [shared]
+    places = [p for p in map(capture.parameters.place, args) if p is not None]
     # With its own extent in the sequences' dimension it is no shared parameter.
-    shared = [p for p in places if len(p.shape) < output.dim() or p.shape[0] == 1]
-    return [Added(p) for p in shared] if len(places) == len(shared) == 1 else []
+    added = [p for p in places if len(p.shape) < output.dim() or p.shape[0] == 1]
+    return [Added(p) for p in added] if len(places) == len(added) == 1 else []
+
+
+def _shared_lookup(capture: Capture, args: tuple[Any, ...], output: Tensor) -> Lookup | None:
+    """Rows looked up once and added to every sequence: a lookup by each of them."""
+    for tensor in args:
+        if id(tensor) in capture.shared_lookups:
+            _, place, ids = capture.shared_lookups[id(tensor)]
+            if output.shape[1:] == (len(ids), place.shape[1]):
+                return Lookup(place, ids.expand(len(output), -1))
+    return None
 
 
 RULES: dict[Callable[..., Any], Rule] = {
