@@ -61,9 +61,9 @@ def head_sqgrad_kernel(
         mask = (items < v)[:, None] & (column < d)[None, :]
         tl.store(out, tl.load(out, mask=mask, other=0.0) + squares, mask=mask)
     if bias_fisher_ptr is not None:
-        out = bias_fisher_ptr + items
-        mask = (items < v) & (tl.program_id(1) == 0)
-        tl.store(out, tl.load(out, mask=mask, other=0.0) + sums, mask=mask)
+        if tl.program_id(1) == 0:
+            sums += tl.load(bias_fisher_ptr + items, mask=items < v, other=0.0)
+            tl.store(bias_fisher_ptr + items, sums, mask=items < v)
 
 
 @triton.jit

@@ -66,7 +66,8 @@ def softmax_sketch_kernel(
     place, mask = tl.reshape(place, (ROWS * PROBES,)), tl.reshape(mask, (ROWS * PROBES,))
     out = sums_ptr + place[:, None] * d + column[None, :]
     tl.store(out, sums, mask=mask[:, None] & (column < d)[None, :])
-    tl.store(totals_ptr + place, totals, mask=mask & (first_column == 0))
+    if first_column == 0:
+        tl.store(totals_ptr + place, totals, mask=mask)
 
 
 def softmax_sketch(
