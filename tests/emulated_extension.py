@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden"]
@@ -50,3 +52,12 @@ def build(folder: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def allow_reads(module: Any, *tensors: Tensor) -> None:
+    """From now on an asynchronous copy from anywhere else fails its launch."""
+    library = ctypes.CDLL(module.__file__)
+    library.cuda_on_cpu_forget()
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        library.cuda_on_cpu_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(size))

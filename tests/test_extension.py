@@ -125,6 +125,8 @@ def test_segment_outer_square(
     expected = before.double() + brute_segments(exact[0], exact[1], starts)
     delta, inputs = to_device(delta, device), to_device(inputs, device)
     splits = [Split(1), Split(3, 128)] if launch else [None]
+    if launch and device == "cpu":
+        emulated_extension.allow_reads(extension, delta, inputs)
     for split, index in itertools.product(splits, (torch.int32, torch.int64)):
         fisher = before.to(device, copy=True)
         offsets = torch.tensor(starts, dtype=index, device=device)
@@ -132,6 +134,8 @@ def test_segment_outer_square(
             extension, fisher, delta, inputs, offsets, tf32=kind == "tf32", split=split
         )
         assert_close(fisher, expected)
+    if launch and device == "cpu":
+        emulated_extension.allow_reads(extension)
 
 
 def test_equal_lengths_need_no_offsets(where: tuple[Any, str, bool]) -> None:
@@ -158,9 +162,10 @@ def test_results_repeat(where: tuple[Any, str, bool]) -> None:
     assert torch.equal(*found)
 
 
-# (R, N, T, V, D): one of everything; primes with duplicates; no position; several columns
-# of 128; widths that are and are not a multiple of 4.
-LOOKUPS = [(1, 1, 1, 1, 1), (3, 5, 7, 4, 13), (2, 3, 0, 4, 8), (2, 11, 6, 5, 132), (5, 7, 3, 50, 8)]
+# (R, N, T, V, D): one of everything; primes with duplicates; no position; more than 128
+# columns, and more pairs of a row than threads along them; widths that are and are not a
+# multiple of 4.
+LOOKUPS = [(1, 1, 1, 1, 1), (3, 5, 7, 4, 13), (2, 3, 0, 4, 8), (3, 23, 2, 2, 132), (5, 7, 3, 50, 8)]
 
 
 def lookups(

@@ -23,6 +23,7 @@
 #include <functional>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -74,6 +75,19 @@ inline std::vector<Fiber> fibers;
 inline Fiber* current = nullptr;
 inline std::function<void()> body;
 inline size_t dynamic_limit = 48 * 1024;
+
+// What asynchronous copies may read; anything while there is nothing in it.
+inline std::vector<std::pair<const char*, size_t>> allowed;
+inline bool strayed = false;
+
+inline void note_read(const void* from, int bytes) {
+  const char* first = static_cast<const char*>(from);
+  strayed = strayed || (!allowed.empty() &&
+                        std::none_of(allowed.begin(), allowed.end(), [&](const auto& range) {
+                          return first >= range.first &&
+                                 first + bytes <= range.first + range.second;
+                        }));
+}
 
 inline void wait(State state) {
   current->state = state;
@@ -192,7 +206,19 @@ inline float __uint_as_float(uint32_t bits) {
 using std::fmaf;
 using std::min;
 
-inline const char* cudaGetErrorString(cudaError_t) { return "not emulated"; }
+extern "C" {
+inline __attribute__((used, visibility("default"))) void cuda_on_cpu_forget() {
+  emulated::allowed.clear();
+}
+inline __attribute__((used, visibility("default"))) void cuda_on_cpu_allow(const void* first,
+                                                                           size_t size) {
+  emulated::allowed.emplace_back(static_cast<const char*>(first), size);
+}
+}
+
+inline const char* cudaGetErrorString(cudaError_t status) {
+  return status == 700 ? "a copy reads what it must not" : "not emulated";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? 0 : 101; }
 
@@ -211,6 +237,7 @@ void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % Bytes || reinterpret_cast<uintptr_t>(global) % Bytes) {
     emulated::fail("an asynchronous copy is not aligned");
   }
+  if (inside) emulated::note_read(global, Bytes);
   emulated::current->groups.back().push_back({shared, inside ? global : nullptr, Bytes});
 }
 
@@ -314,6 +341,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
                              size_t shared, cudaStream_t) {
   if (shared > std::max<size_t>(emulated::dynamic_limit, 48 * 1024)) return 1;
   std::mt19937 random(0);
+  emulated::strayed = false;
   emulated::grid_size = grid;
   emulated::block_size = block;
   emulated::body = [&] {
@@ -327,5 +355,5 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
       emulated::run_block(random);
     }
   }
-  return cudaSuccess;
+  return emulated::strayed ? 700 : cudaSuccess;
 }
