@@ -101,6 +101,61 @@ def check(model: torch.nn.Module, history: Tensor) -> None:
     assert error < 1e-4, f"ours differs from brute force by {error}"
 
 
+class Bench:
+    """The model, its sequences and exact Fisher, the unit times, and the rows so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model, self.data = fk.load_model(options.checkpoint), fk.load(options.data)
+        loader = self.data.loader(
+            split="train", batch_size=256, max_len=self.model.max_len, limit=options.sequences
+        )
+        self.batches = list(loader)
+        self.history = self.batches[0]["history"]
+        check(self.model, self.history)
+        self.exact = self.fisher(sampler="exact")
+        self.units: dict[int, float] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    def fisher(self, **arguments: Any) -> fk.DiagFisher:
+        return fk.diag_fisher(self.model, self.batches, progress=False, **arguments)
+
+    def ours(self, name: str, arguments: dict[str, Any]) -> None:
+        """Time one of our estimates, in turn with batch-wise K = 10 which keeps the unit fresh."""
+        times, units = [], []
+        for _ in range(self.options.repeats):
+            units.append(seconds(lambda: self.fisher(k=10, reduction="batchwise")))
+            times.append(seconds(lambda: self.fisher(**arguments)))
+        drift = statistics.median(units) / self.units[10]
+        found = self.fisher(**arguments)
+        self.row(name, arguments["k"], times, self.options.sequences, found, drift)
+
+    def row(
+        self, name: str, k: int, times: list[float], n: int, found: Any, drift: float = 1.0
+    ) -> None:
+        unit = drift * self.units[max((size for size in self.units if size <= k), default=10)]
+        p50 = statistics.median(times)
+        shared = {tensor: self.exact[tensor] for tensor in found}
+        self.rows.append(
+            {
+                "provider": name,
+                "data": self.data.name,
+                "T": self.model.max_len,
+                "D": self.model.dim,
+                "V": self.data.num_items,
+                "k": k,
+                "sequences": n,
+                "seconds": p50,
+                "seconds_min": min(times),
+                "ratio": p50 / unit,
+                "error": best_scaled_error(found, shared),
+                "relative_error": relative_error(found, shared),
+                "peak_mb": peak_megabytes(),
+            }
+        )
+        print(f"{name:<24} k={k:<4} {p50:8.2f} s  ratio {p50 / unit:6.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True)
@@ -112,68 +167,23 @@ def main() -> None:
     parser.add_argument("--only", help="estimates whose name holds this, and batchwise K = 10")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, data = fk.load_model(options.checkpoint), fk.load(options.data)
-    loader = data.loader(
-        split="train",
-        batch_size=256,
-        max_len=model.max_len,
-        limit=options.sequences,
-    )
-    batches = list(loader)
-    history = batches[0]["history"]
-    check(model, history)
-    exact = fk.diag_fisher(model, batches, sampler="exact", progress=False)
-    units: dict[int, float] = {}
-    rows = []
-
-    def batchwise(k: int) -> fk.DiagFisher:
-        return fk.diag_fisher(model, batches, k=k, reduction="batchwise", progress=False)
-
-    def row(provider: str, k: int, times: list[float], n: int, found: Any) -> None:
-        shared = {name: exact[name] for name in found}
-        p50 = statistics.median(times)
-        unit = units[max((size for size in units if size <= k), default=10)]
-        rows.append(
-            {
-                "provider": provider,
-                "data": data.name,
-                "T": model.max_len,
-                "D": model.dim,
-                "V": data.num_items,
-                "k": k,
-                "sequences": n,
-                "seconds": p50,
-                "seconds_min": min(times),
-                "ratio": p50 / unit,
-                "error": best_scaled_error(found, shared),
-                "relative_error": relative_error(found, shared),
-                "peak_mb": peak_megabytes(),
-            }
-        )
-        print(f"{provider:<24} k={k:<4} {p50:8.2f} s  ratio {p50 / unit:6.2f}", flush=True)
-
+    bench = Bench(options)
     for k in (10,) if options.only else (10, 30, 50):
-        times = [seconds(lambda k=k: batchwise(k)) for _ in range(options.repeats)]
-        units[k] = statistics.median(times)
-        row("batchwise (paper)", k, times, options.sequences, batchwise(k))
+        arguments: dict[str, Any] = {"k": k, "reduction": "batchwise"}
+        times = [seconds(lambda a=arguments: bench.fisher(**a)) for _ in range(options.repeats)]
+        bench.units[k] = statistics.median(times)
+        bench.row("batchwise (paper)", k, times, options.sequences, bench.fisher(**arguments))
     for name, arguments in OURS:
-        if options.only and options.only not in name:
-            continue
-
-        def ours(arguments: dict[str, Any] = arguments) -> fk.DiagFisher:
-            return fk.diag_fisher(model, batches, progress=False, **arguments)
-
-        times = [seconds(ours) for _ in range(options.repeats)]
-        found = ours()
-        row(name, arguments["k"], times, options.sequences, found)
-    n = options.rival_sequences
+        if not options.only or options.only in name:
+            bench.ours(name, arguments)
+    part = bench.history[: options.rival_sequences]
     for name, rival in [] if options.only else RIVALS.items():
         for k in (10, 50):
-            part = history[:n]
-            rival(model, part[:2], 2)
-            elapsed = seconds(lambda k=k, rival=rival, part=part: rival(model, part, k))
-            row(name, k, [elapsed * options.sequences / n], n, rival(model, history[:n], k))
-    append("fisher", rows)
+            rival(bench.model, part[:2], 2)
+            elapsed = seconds(lambda k=k, rival=rival: rival(bench.model, part, k))
+            scaled = elapsed * options.sequences / len(part)
+            bench.row(name, k, [scaled], len(part), rival(bench.model, part, k))
+    append("fisher", bench.rows)
 
 
 if __name__ == "__main__":

@@ -108,9 +108,8 @@ def test_data_prints_and_stores_counts(
     assert read_json(tmp_path / "result.json")["items"] == 30
 
 
-def make_bad_input(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
-    """Name -> (arguments, what the one line must name)."""
-    data, (m1, m2), (f1, f2) = str(folder / "data.txt"), members(folder), fishers(folder)
+def make_bad_files(folder: Path, tmp_path: Path) -> None:
+    """Data files and checkpoints, each wrong in one way."""
     texts = {
         "empty": "",
         "word": "1 1\n1 2\n1 x\n",
@@ -118,10 +117,10 @@ def make_bad_input(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], s
         "negative": "1 1\n1 2\n1 -3\n",
         "column": "1 1\n1 2 9\n",
     }
-    files = {name: tmp_path / f"{name}.txt" for name in texts}
     for name, text in texts.items():
-        files[name].write_text(text)
-    model = fk.load_model(m1)
+        (tmp_path / f"{name}.txt").write_text(text)
+    first = members(folder)[0]
+    model = fk.load_model(first)
     wide = fk.BERT4Rec(model.num_items, max_len=6, dim=16)
     wide.item_ids = model.item_ids
     fk.save_model(wide, tmp_path / "wide.safetensors")
@@ -132,44 +131,50 @@ def make_bad_input(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], s
         other = fk.BERT4Rec(12, max_len=6, dim=8)
         other.item_ids = ids
         fk.save_model(other, tmp_path / f"{name}.safetensors")
-    whole = Path(m1).read_bytes()
+    whole = Path(first).read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "hostile.safetensors").write_bytes(b"\xff" * 64)
 
-    def evaluated(path: str | Path) -> list[str]:
-        return ["evaluate", m1, "--data", str(path)]
 
-    fisher = ["fisher", m1, "--data", data]
+def make_bad_input(folder: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    """Name -> (arguments, what the one line must name)."""
+    make_bad_files(folder, tmp_path)
+    data, (m1, m2), (f1, f2) = str(folder / "data.txt"), members(folder), fishers(folder)
+
+    def read(name: str) -> list[str]:
+        return ["evaluate", m1, "--data", str(tmp_path / f"{name}.txt")]
+
+    def checkpoint(name: str) -> str:
+        return str(tmp_path / f"{name}.safetensors")
+
+    fisher, merge = ["fisher", m1, "--data", data], ["merge", m1]
     return {
-        "missing file": (evaluated(tmp_path / "none.txt"), "none.txt"),
+        "missing file": (read("none"), "none.txt"),
         "no data": (["evaluate", m1], "--data"),
-        "empty file": (evaluated(files["empty"]), "empty.txt"),
-        "non-numeric id": (evaluated(files["word"]), "word.txt:3"),
-        "user with one item": (evaluated(files["short"]), "short.txt:4"),
-        "item id out of range": (evaluated(files["negative"]), "negative.txt:3"),
-        "malformed line": (evaluated(files["column"]), "column.txt:2"),
+        "empty file": (read("empty"), "empty.txt"),
+        "non-numeric id": (read("word"), "word.txt:3"),
+        "user with one item": (read("short"), "short.txt:4"),
+        "item id out of range": (read("negative"), "negative.txt:3"),
+        "malformed line": (read("column"), "column.txt:2"),
         "K larger than the catalogue": ([*fisher, "--k", "31"], "k: 31 items of a catalogue of 30"),
         "unknown sampler": ([*fisher, "--sampler", "topp"], "sampler: 'topp'"),
         "unknown option": ([*fisher, "--sampel", "topk"], "--sampel"),
         "checkpoint of another catalogue": (
-            ["evaluate", str(tmp_path / "other.safetensors"), "--data", data],
+            ["evaluate", checkpoint("other"), "--data", data],
             "item '1' and 29 more are not in the other catalogue of 12",
         ),
         "checkpoint without item ids": (
-            ["evaluate", str(tmp_path / "nameless.safetensors"), "--data", data],
+            ["evaluate", checkpoint("nameless"), "--data", data],
             "nameless.safetensors: its catalogue",
         ),
-        "different shapes": (["merge", m1, str(tmp_path / "wide.safetensors")], "item_embedding"),
-        "Fisher of another model": (["merge", m1, m2, "--fisher", f2, f1], "another model"),
-        "one Fisher for two members": (["merge", m1, m2, "--fisher", f1], "fishers"),
-        "truncated safetensors": (
-            ["merge", m1, str(tmp_path / "cut.safetensors")],
-            "cut.safetensors",
-        ),
-        "hostile header": (["merge", m1, str(tmp_path / "hostile.safetensors")], "hostile"),
-        "NaN in a member": (["merge", m1, str(tmp_path / "nan.safetensors")], "output_bias"),
-        "weights that are no numbers": (["merge", m1, m2, "--weights", "a,b"], "--weights"),
-        "search without data": (["merge", m1, m2, "--weights", "search"], "--data"),
+        "different shapes": ([*merge, checkpoint("wide")], "item_embedding"),
+        "Fisher of another model": ([*merge, m2, "--fisher", f2, f1], "another model"),
+        "one Fisher for two members": ([*merge, m2, "--fisher", f1], "fishers"),
+        "truncated safetensors": ([*merge, checkpoint("cut")], "cut.safetensors"),
+        "hostile header": ([*merge, checkpoint("hostile")], "hostile"),
+        "NaN in a member": ([*merge, checkpoint("nan")], "output_bias"),
+        "weights that are no numbers": ([*merge, m2, "--weights", "a,b"], "--weights"),
+        "search without data": ([*merge, m2, "--weights", "search"], "--data"),
     }
 
 

@@ -236,17 +236,19 @@ def test_the_op_in_the_extension_and_in_pytorch(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_on_a_gpu(dtype: torch.dtype) -> None:
-    """Through torch.library, where nothing names the extension."""
+    """Through torch.library, where nothing but the backend names the extension."""
     delta, inputs = guarded(40, 7, 136, dtype=dtype), guarded(40, 7, 200, dtype=dtype, seed=1)
     fisher = torch.zeros(136, 200, device="cuda")
-    ops.segment_outer_square_(fisher, delta.cuda(), inputs.cuda())
+    with use_backend("cuda"):
+        ops.segment_outer_square_(fisher, delta.cuda(), inputs.cuda())
     assert_close(fisher, segment_outer_square_reference(delta, inputs))
     ids, delta, segments, beta, hidden = lookups((9, 33, 8, 12, 64), dtype)
     pairs = zip(segments.sequence.tolist(), segments.row.tolist(), strict=True)
     by_pair = dict(zip(pairs, beta.tolist(), strict=True))
     fisher = torch.zeros(12, 64, device="cuda")
     segments = ops.LookupSegments(*(x.cuda() for x in segments))
-    ops.lookup_square_(fisher, delta.cuda(), segments, beta.cuda(), hidden.cuda())
+    with use_backend("cuda"):
+        ops.lookup_square_(fisher, delta.cuda(), segments, beta.cuda(), hidden.cuda())
     assert_close(fisher, lookup_square_reference((12, 64), delta, ids, by_pair, hidden))
 
 

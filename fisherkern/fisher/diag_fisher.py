@@ -72,9 +72,9 @@ def diag_fisher(
     number of sequences worked on at once (default: the loader's batch), which bounds
     memory at about chunk × the activations of one sequence plus one tile of logits;
     `seed` keys the random numbers by (seed, sequence), so they do not depend on batch
-    or chunk; `backend`, "torch" or "triton" for the ops' kernels ("auto": the environment's
-    FISHERKERN_BACKEND, else triton on CUDA devices). The model runs in eval mode and is
-    left as it was.
+    or chunk; `backend`, "torch", "triton" or "cuda" for the ops ("auto": the environment's
+    FISHERKERN_BACKEND, else PyTorch; see ops/_dispatch.py). The model runs in eval mode
+    and is left as it was.
 
     Returns a DiagFisher: tensors keyed as `model.named_parameters()`, fp32 or wider;
     frozen parameters are left out. Raises InputError for bad arguments, an empty

@@ -1,9 +1,10 @@
-"""Which implementation an op runs: plain PyTorch or the Triton kernel.
+"""Which implementation an op runs: plain PyTorch, the Triton kernel or the extension.
 
 `use_backend` sets the choice for a block of code, the environment variable
-FISHERKERN_BACKEND for a process: auto, torch or triton. auto takes the kernels for
-CUDA tensors in fp32, fp16 and bf16 where triton imports, else PyTorch. Triton is
-imported when a kernel is about to run, never before.
+FISHERKERN_BACKEND for a process. "torch" and "triton" mean what they say; "cuda" takes
+the extension where it serves and Triton elsewhere. "auto" is PyTorch for CUDA tensors
+as long as no kernel has run on a GPU (see PROVEN), and what "cuda" is after that. Triton
+is imported when a kernel is about to run, never before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "cuda")
+# Whether benchmarks/gpu_check.sh has passed on a GPU: nobody gets a kernel by default
+# that was only seen in the interpreter and the compiler.
+PROVEN = False
 VARIABLE = "FISHERKERN_BACKEND"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # tf32 products, which the fp32 kernels are made of, begin with this compute capability.
@@ -55,7 +59,7 @@ def backend() -> str:
 def use_triton(*tensors: Tensor | None) -> bool:
     """Whether an op of these tensors runs its Triton kernel.
 
-    Raises InputError where "triton" was asked for and cannot be: triton is not
+    Raises InputError where a kernel was asked for and cannot run: triton is not
     installed, a tensor is fp64, or a tensor is on the CPU outside the interpreter.
     """
     name = backend()
@@ -63,13 +67,13 @@ def use_triton(*tensors: Tensor | None) -> bool:
     if name == "torch" or any(tensor.numel() == 0 for tensor in given):
         return False
     # The interpreter is for checking kernels: on the CPU only an explicit choice takes it.
-    if name == "auto" and not given[0].is_cuda:
+    if name == "auto" and not (given[0].is_cuda and PROVEN):
         return False
     reason = _why_not(given)
     if reason is None:
         return True
-    if name == "triton":
-        raise InputError(f"backend: 'triton' cannot be used: {reason}")
+    if name != "auto":
+        raise InputError(f"backend: {name!r} cannot be used: {reason}")
     return False
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.ops._dispatch import backend
+from fisherkern.ops._dispatch import PROVEN, backend
 
 log = logging.getLogger("fisherkern")
 
@@ -54,11 +54,13 @@ def covers(capability: tuple[int, int], archs: Sequence[int], ptx: Sequence[int]
 def serving(fisher: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     """The extension where an op of these tensors may run in it, else None.
 
-    fp32 sums, fp32 or bf16 inputs, all on the CPU or on one GPU that it was compiled for;
-    and only where the backend is left open: "torch" and "triton" mean what they say.
+    fp32 sums, fp32 or bf16 inputs, all on the CPU or on one GPU that it was compiled for.
+    On a GPU only where the backend is "cuda", or "auto" once the kernels are proven.
     """
     extension = compiled()
-    if extension is None or backend() != "auto" or fisher.dtype != torch.float32:
+    if extension is None or fisher.dtype != torch.float32:
+        return None
+    if backend() != "cuda" and not (backend() == "auto" and (PROVEN or not fisher.is_cuda)):
         return None
     given = [tensor for tensor in (fisher, *tensors) if tensor is not None]
     same = all(tensor.device == fisher.device for tensor in given)
