@@ -31,8 +31,8 @@ class NextItem(nn.Module):
 
 
 torch.manual_seed(0)
-model = NextItem(num_items=100)
-batches = [torch.randint(1, 101, (16, 20)) for _ in range(2)]
+model = NextItem(num_items=50)
+batches = [torch.randint(1, 51, (8, 20)) for _ in range(2)]
 adapted = fk.adapt(
     model,
     encode=lambda model, history: model.hidden(history),
