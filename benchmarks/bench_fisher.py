@@ -130,6 +130,17 @@ class Bench:
         found = self.fisher(**arguments)
         self.row(name, arguments["k"], times, self.options.sequences, found, drift)
 
+    def rival(self, name: str, rival: Callable[..., Estimate]) -> None:
+        """Time a rival on a few sequences, scaled up, beside batch-wise as it runs just then."""
+        part = self.history[: self.options.rival_sequences]
+        rival(self.model, part[:2], 2)
+        for k in (10, 50):
+            unit = seconds(lambda: self.fisher(k=10, reduction="batchwise"))
+            elapsed = seconds(lambda k=k: rival(self.model, part, k))
+            scaled = elapsed * self.options.sequences / len(part)
+            found = rival(self.model, part, k)
+            self.row(name, k, [scaled], len(part), found, unit / self.units[10])
+
     def row(
         self, name: str, k: int, times: list[float], n: int, found: Any, drift: float = 1.0
     ) -> None:
@@ -165,24 +176,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="estimates whose name holds this, and batchwise K = 10")
+    parser.add_argument("--size", type=int, help="with --only: of this size alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options)
-    for k in (10,) if options.only else (10, 30, 50):
+    for k in (10,) if options.size else (10, 30, 50):
         arguments: dict[str, Any] = {"k": k, "reduction": "batchwise"}
         times = [seconds(lambda a=arguments: bench.fisher(**a)) for _ in range(options.repeats)]
         bench.units[k] = statistics.median(times)
         bench.row("batchwise (paper)", k, times, options.sequences, bench.fisher(**arguments))
     for name, arguments in OURS:
-        if not options.only or options.only in name:
+        chosen = not options.only or options.only in name
+        if chosen and options.size in (None, arguments["k"]):
             bench.ours(name, arguments)
-    part = bench.history[: options.rival_sequences]
-    for name, rival in [] if options.only else RIVALS.items():
-        for k in (10, 50):
-            rival(bench.model, part[:2], 2)
-            elapsed = seconds(lambda k=k, rival=rival: rival(bench.model, part, k))
-            scaled = elapsed * options.sequences / len(part)
-            bench.row(name, k, [scaled], len(part), rival(bench.model, part, k))
+    for name, rival in RIVALS.items():
+        if not options.only or options.only in name:
+            bench.rival(name, rival)
     append("fisher", bench.rows)
 
 

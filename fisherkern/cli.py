@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = _command(commands, "demo", _demo, "the whole story on made-up data, in minutes")
     demo.add_argument("--members", choices=MEMBERS, default=DEMO.members)
-    demo.set_defaults(data="synthetic")
+    # Its tensors are small: a second thread mostly waits for the first.
+    demo.set_defaults(data="synthetic", threads=1)
 
     reproduce = _command(commands, "reproduce", _reproduce, "an experiment on real data")
     reproduce.add_argument("experiment", choices=["merge"])
