@@ -133,20 +133,28 @@ class Bench:
     def rival(self, name: str, rival: Callable[..., Estimate]) -> None:
         """Time a rival on a few sequences, scaled up, beside batch-wise as it runs just then."""
         part = self.history[: self.options.rival_sequences]
+        exact = fk.diag_fisher(self.model, [part], sampler="exact", progress=False)
         rival(self.model, part[:2], 2)
         for k in (10, 50):
             unit = seconds(lambda: self.fisher(k=10, reduction="batchwise"))
             elapsed = seconds(lambda k=k: rival(self.model, part, k))
             scaled = elapsed * self.options.sequences / len(part)
             found = rival(self.model, part, k)
-            self.row(name, k, [scaled], len(part), found, unit / self.units[10])
+            self.row(name, k, [scaled], len(part), found, unit / self.units[10], exact)
 
     def row(
-        self, name: str, k: int, times: list[float], n: int, found: Any, drift: float = 1.0
+        self,
+        name: str,
+        k: int,
+        times: list[float],
+        n: int,
+        found: Any,
+        drift: float = 1.0,
+        exact: fk.DiagFisher | None = None,
     ) -> None:
         unit = drift * self.units[max((size for size in self.units if size <= k), default=10)]
         p50 = statistics.median(times)
-        shared = {tensor: self.exact[tensor] for tensor in found}
+        shared = dict(self.exact if exact is None else exact)
         self.rows.append(
             {
                 "provider": name,
