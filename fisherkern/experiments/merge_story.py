@@ -252,12 +252,7 @@ class _Teller:
     def _merges(
         self, members: list[SequenceEncoder], fishers: list[DiagFisher]
     ) -> dict[str, Entry]:
-        users = self._some_users(self.story.search_users)
-
-        def score(model: nn.Module) -> float:
-            report = evaluate(model, self.data, split="validation", k=(10,), users=users)
-            return report["ndcg@10"]
-
+        score = self._validation_score(self.story.search_users)
         floor = self.story.floor
         recipes: dict[str, Callable[[], SequenceEncoder]] = {
             "uniform merge": lambda: merge(members, method="uniform"),
@@ -284,9 +279,16 @@ class _Teller:
             result[name] = (model, report.get("weights"))
         return result
 
-    def _some_users(self, count: int) -> np.ndarray:
+    def _validation_score(self, count: int) -> Callable[[nn.Module], float]:
+        """NDCG@10 of a model on the validation item of `count` users, evenly spread."""
         total = self.data.num_users
-        return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+        users = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+        def score(model: nn.Module) -> float:
+            report = evaluate(model, self.data, split="validation", k=(10,), users=users)
+            return report["ndcg@10"]
+
+        return score
 
     def report(self, model: nn.Module) -> tuple[Report, Report]:
         """Validation and test reports on all users."""
@@ -341,14 +343,9 @@ class _Teller:
 
     def _plane(self, models: dict[str, Entry]) -> dict[str, Any]:
         self.say("validation NDCG@10 on the members' plane")
-        users = self._some_users(self.story.plane_users)
         others = {name: models[name][0] for name in ("base", "uniform merge", "fisher merge")}
         members = [models[f"member {m}"][0] for m in (1, 2, 3)]
-
-        def score(model: nn.Module) -> float:
-            report = evaluate(model, self.data, split="validation", k=(10,), users=users)
-            return report["ndcg@10"]
-
+        score = self._validation_score(self.story.plane_users)
         return plane_of(members, others, score)
 
 

@@ -54,6 +54,7 @@ class Engine:
         assert self.subject.encode is not None and self.subject.head is not None
         hidden, sites, plan = self._forward(self.subject.encode, batch, len(number))
         weight, bias = self.subject.head()
+        places = self._head_places((weight, bias))
         reason = self._why_not_factored((weight, bias), plan)
         if reason is not None:
             self._factored, self._usable = False, None
@@ -63,7 +64,6 @@ class Engine:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         rows = Rows(h, weight, bias, ops.softmax_lse(h, weight, bias), number, self._target(batch))
         factor = factorise(rows, self.settings)
-        places = self._head_places(self.subject.head())
         self._add_head(rows, factor, places)
         tied = [g for g in plan.groups if places[0] is not None and g.place.name == places[0].name]
         shared = [self._tied(group, places[0], rows, factor) for group in tied]
@@ -88,11 +88,7 @@ class Engine:
     def _forward(
         self, function: Callable[[Any], Tensor], batch: Any, n: int
     ) -> tuple[Tensor, Sequence[Site], Plan]:
-        with torch.enable_grad(), Capture(self.parameters, n, RULES) as capture:
-            result = function(model_input(batch))
-        if len(result) != n:
-            raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
-        sites = capture.sites()
+        result, sites = self._captured(function, batch, n)
         if result.grad_fn is None:
             return result, sites, Plan([], set())
         # The structure is the model's, so it is examined once, and again when it changes:
@@ -101,14 +97,21 @@ class Engine:
         if self._usable is None or self._usable[0] != structure:
             few, few_sites = result, sites
             if n > 2:
-                with torch.enable_grad(), Capture(self.parameters, 2, RULES) as capture:
-                    few = function(model_input(batch_slice(batch, 0, 2)))
-                few_sites = capture.sites()
+                few, few_sites = self._captured(function, batch_slice(batch, 0, 2), 2)
             if [site.structure for site in few_sites] != structure:
                 few, few_sites = result, sites
             self._usable = (structure, usable_sites(few, few_sites))
         plan = make_plan(result, sites, self.parameters, self._usable[1])
         return result, sites, plan
+
+    def _captured(
+        self, function: Callable[[Any], Tensor], batch: Any, n: int
+    ) -> tuple[Tensor, list[Site]]:
+        with torch.enable_grad(), Capture(self.parameters, n, RULES) as capture:
+            result = function(model_input(batch))
+        if len(result) != n:
+            raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
+        return result, capture.sites()
 
     def _head_places(self, head: Head) -> tuple[Place | None, Place | None]:
         return self.parameters.place(head[0]), self.parameters.place(head[1])
