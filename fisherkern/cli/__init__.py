@@ -1,0 +1,56 @@
+"""The command line: `fisherkern demo | train | fisher | merge | evaluate | reproduce | data`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+
+from fisherkern.cli.data import add_data
+from fisherkern.cli.demo import add_demo
+from fisherkern.cli.evaluate import add_evaluate
+from fisherkern.cli.fisher import add_fisher
+from fisherkern.cli.merge import add_merge
+from fisherkern.cli.reproduce import add_reproduce
+from fisherkern.cli.train import add_train
+from fisherkern.errors import InputError
+
+COMMANDS = (add_demo, add_reproduce, add_train, add_fisher, add_merge, add_evaluate, add_data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 after one line on stderr that names what was wrong."""
+    logging.basicConfig(format="%(message)s")
+    options = _parser().parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"fisherkern {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is stored", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fisherkern", description="Fisher-weighted merging of next-item recommenders."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in COMMANDS:
+        add(commands)
+    return parser
