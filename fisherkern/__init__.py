@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fisherkern.data import SequenceDataset, load, synthetic
-from fisherkern.encoders import BERT4Rec
+from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, SASRec
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
 from fisherkern.fisher import DiagFisher, adapt, diag_fisher
@@ -18,10 +18,13 @@ except PackageNotFoundError:  # a source tree on the path, not installed
 
 __all__ = [
     "BERT4Rec",
+    "Caser",
     "DiagFisher",
+    "GRU4Rec",
     "InputError",
     "MaskedItems",
     "Report",
+    "SASRec",
     "ScoreEnsemble",
     "SequenceDataset",
     "adapt",

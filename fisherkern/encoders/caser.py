@@ -1,0 +1,106 @@
+"""Caser: convolutions over a window of the last items."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+
+
+class Caser(SequenceEncoder):
+    """Caser (Tang and Wang, WSDM 2018) without its user embedding.
+
+    E (L, D) are the embeddings of the last L = `window` items. With relu(a, b) elementwise:
+
+        horizontal, heights 1..L:  o_k = max_i relu(<F_k, E[i : i + height]> + b_k)
+        vertical:                  v_k = sum_l G_kl E[l],  G_k (L,)
+        h = relu(W_1 dropout([v; o]) + b_1),  logits = W h + b
+
+    with `horizontal` filters F_k (height, D) of each height and `vertical` filters G_k. The
+    paper joins an embedding of the user to h; here sequences stand for themselves, as next
+    items are asked of users never seen, so W is (V, D): a matrix of its own, as in the paper,
+    or the item rows of the embedding (`tied`), and b is left out with `bias=False`.
+
+    Embedding rows: 0 padding (zero, never trained), 1..V items; a history of fewer than L
+    items has padding before it. `max_len` only bounds what `states` is given at once.
+    `dropout` acts on the filters' results; `init_std` as in BERT4Rec, filters as linear
+    layers there. Raises InputError for sizes below 1 or a dropout outside [0, 1).
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        num_items: int,
+        max_len: int = 50,
+        dim: int = 64,
+        window: int = 5,
+        horizontal: int = 16,
+        vertical: int = 4,
+        dropout: float = 0.5,
+        tied: bool = False,
+        bias: bool = True,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__(num_items, max_len, dim)
+        self.config = {
+            "num_items": num_items,
+            "max_len": max_len,
+            "dim": dim,
+            "window": window,
+            "horizontal": horizontal,
+            "vertical": vertical,
+            "dropout": dropout,
+            "tied": tied,
+            "bias": bias,
+            "init_std": init_std,
+        }
+        for name in ("window", "horizontal", "vertical"):
+            check_size(type(self), name, self.config[name])
+        check_dropout(type(self), "dropout", dropout)
+        self.window = window
+        self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        # A filter is a linear map of the embeddings it covers, laid side by side.
+        self.horizontal = nn.ModuleList(
+            nn.Linear(height * dim, horizontal) for height in range(1, window + 1)
+        )
+        # Without a bias: that of `dense` does the same.
+        self.vertical = nn.Linear(window, vertical, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(vertical * dim + horizontal * window, dim)
+        self.transform = nn.Identity()
+        self.add_output(tied, bias)
+        self.initialize(init_std)
+
+    def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """h of the window that ends at each column, (N, T, D); or at `positions` (N, Q) alone.
+
+        `tokens` (N, T <= max_len) int64. Every filter runs over the sequence once, whatever
+        the number of windows it is in. Allocates N T D L (L + 1) / 2 numbers for the filters.
+        """
+        self.check_width(tokens)
+        features = take(self._features(F.pad(tokens, (self.window - 1, 0))), positions)
+        return self.dense(self.dropout(features)).relu()
+
+    def encode(self, batch: Batch) -> Tensor:
+        """h (N, D) of the last `window` items of each history; see `SequenceEncoder`.
+
+        Equals `transform(states(read_history(batch))[:, -1])`, but for one window only.
+        """
+        tokens = self.read_history(batch)[:, -self.window :]
+        features = self._features(F.pad(tokens, (self.window - tokens.shape[1], 0)))
+        return self.transform(self.dense(self.dropout(features.squeeze(1))).relu())
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        """[v; o] of every window of `tokens` (N, T + L - 1): (N, T, vertical D + horizontal L)."""
+        x = self.item_embedding(tokens)
+        found = [self.vertical(x.unfold(1, self.window, 1)).transpose(2, 3).flatten(2)]
+        for height, layer in enumerate(self.horizontal, start=1):
+            count = x.shape[1] - height + 1
+            covered = torch.cat([x[:, i : i + count] for i in range(height)], dim=2)
+            results = layer(covered).relu().transpose(1, 2)
+            best = F.max_pool1d(results, self.window - height + 1, stride=1)
+            found.append(best.transpose(1, 2))
+        return torch.cat(found, dim=2)

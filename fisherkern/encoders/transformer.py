@@ -1,0 +1,115 @@
+"""The parts that Transformer encoders share: attention, feed-forward, block, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherkern.encoders.base import check_choice, check_dropout, check_size, take
+from fisherkern.errors import InputError
+
+#: Feed-forward activations by name.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention softmax(q kᵀ / sqrt(D / heads)) v of some positions over all of them."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
+        """`queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1, 1 or Q, T)."""
+        q = self._split(self.query(queries))
+        k = self._split(self.key(x))
+        v = self._split(self.value(x))
+        # In place: of (N, heads, Q, T) tensors only the softmax is kept for the backward pass.
+        scores = (q @ k.transpose(2, 3)).mul_(q.shape[-1] ** -0.5)
+        # The lowest finite number, not -inf: a row that is all padding must not become NaN.
+        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        context = self.dropout(scores.softmax(dim=-1)) @ v
+        return self.output(context.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """outer(activation(inner(x))), position by position."""
+
+    def __init__(self, dim: int, inner_dim: int, activation: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, inner_dim)
+        self.outer = nn.Linear(inner_dim, dim)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.activation(self.inner(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a layer norm.
+
+    The norm comes after the sum ("post", as in BERT) or before each sub-layer ("pre").
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        inner_dim: int,
+        dropout: float,
+        attention_dropout: float,
+        norm: str,
+        activation: str = "gelu",
+    ) -> None:
+        super().__init__()
+        self.pre = norm == "pre"
+        self.attention = SelfAttention(dim, heads, attention_dropout)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, inner_dim, activation)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(N, T, D) to (N, T, D), or to (N, Q, D): the outputs at `positions` (N, Q) alone.
+
+        `hidden` bool, (N, 1, 1 or Q, T), is true where a position may not be attended to.
+        """
+        source = self.attention_norm(x) if self.pre else x
+        queries = take(source, positions)
+        x = queries if not self.pre else take(x, positions)
+        x = x + self.dropout(self.attention(queries, source, hidden))
+        if self.pre:
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x)
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+def places(tokens: Tensor, max_len: int) -> Tensor:
+    """Rows of the position table, (N, T): the last column is always row `max_len` - 1."""
+    width = tokens.shape[1]
+    return torch.arange(max_len - width, max_len, device=tokens.device).expand_as(tokens)
+
+
+def check_blocks(owner: type, config: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments of `owner` that no `Block` can be made of."""
+    for name in ("layers", "heads", "inner_dim"):
+        check_size(owner, name, config[name])
+    if config["dim"] % config["heads"]:
+        raise InputError(
+            f"{owner.__name__}: heads = {config['heads']} does not divide dim = {config['dim']}"
+        )
+    check_choice(owner, "norm", config["norm"], ("post", "pre"))
+    for name in ("dropout", "attention_dropout"):
+        check_dropout(owner, name, config[name])
