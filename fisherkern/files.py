@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,14 +25,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to `path` when the block succeeds.
 
     The temporary file is removed when it does not, so a reader sees the old file
-    or the new one and never a part. Raises InputError when the system refuses
-    (disk full, no permission).
+    or the new one and never a part; what a killed process left is removed by the next
+    write to the same name. Raises InputError when the system refuses (disk full, no
+    permission).
     """
     target = Path(path)
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        _remove_stale(target)
+        prefix = f".{target.name}.{_machine()}.{os.getpid()}."
+        handle, name = tempfile.mkstemp(prefix=prefix, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -46,6 +52,38 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """What process ids are counted by: a folder may be shared by hosts and containers."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary files of `target` whose process is gone, where that is allowed."""
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return
+    prefix = f".{target.name}.{_machine()}."
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            process, dot, _ = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and dot and process.isdecimal() and _gone(int(process)):
+                (target.parent / name).unlink(missing_ok=True)
+
+
+def _gone(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
