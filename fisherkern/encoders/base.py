@@ -31,8 +31,8 @@ class SequenceEncoder(nn.Module):
     - `states` takes up to `max_len` columns and is differentiable; padding on the left
       never changes what it gives at an item.
     - `causal` says whether the state at a position depends on that position and those
-      before it alone. If so, `transform(states(tokens))[:, t]` is h of the history that
-      ends at column t, and all positions can be asked for their next item at once.
+      before it alone. If so, `transform(states(tokens))[:, t]` is h for what follows
+      column t, and all positions can be asked for their next item at once.
     - `encode` in training mode applies dropout anew each time and is differentiable: two
       calls give two views of a sequence. Dropout draws from torch's global generator.
     - `mask_items` is there where the catalogue is followed by a mask token; elsewhere it
