@@ -2,9 +2,10 @@
 
 A `TorchFunctionMode` sees every torch function the model calls, so `nn.Linear`,
 `F.linear` on a bare parameter and a weight shared by two modules are one case;
-nothing in the model is wrapped or changed. A rule (see rules.py) turns a call it
-knows into uses; `uncaptured` finds parameters that the result also reaches by
-another way, which no rule then describes.
+nothing in the model is wrapped or changed. A rule (see rules/) turns a call it
+knows into uses; a replacement computes a call's result by calls that have rules;
+`uncaptured` finds parameters that the result also reaches by another way, which no
+rule then describes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 
@@ -31,6 +33,10 @@ class Place:
     def of(self, flat: Tensor) -> Tensor:
         """The view of a flattened tensor of the parameter's size that this place covers."""
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+    def viewed(self, *shape: int) -> Place:
+        """The same entries in another shape."""
+        return Place(self.name, self.start, shape)
 
 
 class Parameters:
@@ -62,7 +68,8 @@ class Parameters:
 class Use(Protocol):
     """One use of a place by one call: how the call's output gradient becomes the place's.
 
-    `delta` is the gradient of a per-sequence scalar at the call's output, (N, ...).
+    `delta` is the gradient of a per-sequence scalar at the call's output, its
+    dimensions those of the output with the sequences' moved to the front: (N, ...).
     """
 
     place: Place
@@ -76,49 +83,97 @@ class Use(Protocol):
 
 @dataclasses.dataclass
 class Site:
-    """A captured call: its output, the uses of parameters in it, its other tensor inputs."""
+    """A captured call, read with the sequences in dimension `dim` of its output.
 
-    output: Tensor
+    `output` is the edge of the autograd graph at which the call's output gradient
+    arrives, also when the output is overwritten in place afterwards; `shape` is the
+    output's. `beyond` are the nodes of the other inputs that require a gradient.
+    """
+
+    output: GradientEdge
+    shape: torch.Size
+    dim: int
     uses: Sequence[Use]
-    others: list[Tensor]
-    version: int
+    beyond: list[Node]
 
     @property
     def structure(self) -> tuple[Any, ...]:
         """What is the same for the same call on other sequences, and differs between calls."""
-        return self.output.dim(), *((type(use), use.place) for use in self.uses)
+        return len(self.shape), self.dim, *((type(use), use.place) for use in self.uses)
+
+    def sequences_first(self, delta: Tensor) -> Tensor:
+        """The gradient that arrived at `output` as `Use` takes it, (N, ...)."""
+        return delta.reshape(self.shape).movedim(self.dim, 0)
 
 
-Rule = Callable[["Capture", tuple[Any, ...], Mapping[str, Any], Tensor], Sequence[Use]]
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call as its rule sees it, read with the sequences in dimension `dim` of the output."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+    dim: int
+    capture: Capture
+
+    @property
+    def num_sequences(self) -> int:
+        return self.output.shape[self.dim]
+
+    def place(self, tensor: Any) -> Place | None:
+        return self.capture.parameters.place(tensor)
+
+    def either_place(self, tensor: Any) -> Place | None:
+        return self.capture.parameters.either_place(tensor)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The values of a tensor that is laid out as the output, sequences moved to the front."""
+        return tensor.detach().movedim(self.dim, 0)
+
+    def copies(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """The dimensions over which a tensor of `shape` is repeated to the output's shape.
+
+        Counted with the sequences' in front and without it; None where the tensor has
+        an extent of its own there, and so is no shared parameter.
+        """
+        aligned = [1] * (self.output.dim() - len(shape)) + list(shape)
+        if len(aligned) > self.output.dim() or aligned.pop(self.dim) != 1:
+            return None
+        return tuple(i for i, extent in enumerate(aligned, start=1) if extent == 1)
+
+
+# A rule gives each argument that it describes with its use, and nothing for a call it
+# cannot describe. A replacement gives NotImplemented for a call that it leaves alone.
+Rule = Callable[[Call], Sequence[tuple[Tensor, Use]]]
+Linear = Callable[..., Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """What to compute in a function's stead; `function` takes a captured F.linear first."""
+
+    function: Callable[..., Any]
+
+
+Rules = dict[Callable[..., Any], Rule | Replacement]
 
 
 # padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse of a lookup without extras.
 _PLAIN = (None, None, 2.0, False, False)
 
 
-class _Gelu(torch.autograd.Function):
-    """F.gelu with its derivative kept: every probe's backward pass is one product, not an erf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
-        one = torch.ones_like(x)
-        ctx.save_for_backward(torch.ops.aten.gelu_backward(one, x, approximate=approximate))
-        return F.gelu(x, approximate=approximate)
-
-    @staticmethod
-    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, None]:
-        (derivative,) = ctx.saved_tensors
-        return deltas[0] * derivative, None
-
-
 class Capture(TorchFunctionMode):
     """Records, while active, the calls that `rules` know as sites of parameter use.
 
-    `num_sequences` is N, the leading extent that makes an output per-sequence.
+    `num_sequences` is N. A call is recorded once for each dimension of that extent; which
+    of them holds the sequences, if any, only the gradients tell (`plan.usable_sites`).
     """
 
     def __init__(
-        self, parameters: Parameters, num_sequences: int, rules: Mapping[Callable[..., Any], Rule]
+        self,
+        parameters: Parameters,
+        num_sequences: int,
+        rules: Mapping[Callable[..., Any], Rule | Replacement],
     ) -> None:
         super().__init__()
         self.parameters = parameters
@@ -136,38 +191,81 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.gelu and len(args) == 1:
-            return _Gelu.apply(args[0], kwargs.get("approximate", "none"))
-        output = func(*args, **kwargs)
         rule = self._rules.get(func)
-        if rule is None or not isinstance(output, Tensor) or output.grad_fn is None:
-            return output
-        if output.dim() == 0 or output.shape[0] != self._num_sequences:
-            if func is F.embedding:
-                self._note_shared_lookup(args, output)
-            return output
-        uses = rule(self, args, kwargs, output)
-        if uses:
-            places = {use.place for use in uses}
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            others = [t for t in tensors if self._place_behind(t) not in places]
-            self._recorded.append(Site(output, uses, others, output._version))
+        if isinstance(rule, Replacement):
+            result = rule.function(self._linear, *args, **kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+        if rule is None:
+            return func(*args, **kwargs)
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        # Before the call: one in place makes its own output of an input.
+        nodes = [tensor.grad_fn for tensor in tensors]
+        output = func(*args, **kwargs)
+        if isinstance(output, Tensor) and output.grad_fn is not None:
+            if func is not F.embedding or not self._note_shared_lookup(args, output):
+                self._record(rule, args, kwargs, output, list(zip(tensors, nodes, strict=True)))
         return output
 
-    def _note_shared_lookup(self, args: tuple[Any, ...], output: Tensor) -> None:
-        """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
-        place = self.parameters.place(args[1]) if len(args) == 2 or args[2:] == _PLAIN else None
-        if place is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,)):
-            self.shared_lookups[id(output)] = (output, place, args[0].reshape(-1))
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.__torch_function__(F.linear, (), (input, weight, bias))
 
-    def _place_behind(self, tensor: Tensor) -> Place | None:
-        if id(tensor) in self.shared_lookups:
-            return self.shared_lookups[id(tensor)][1]
-        return self.parameters.either_place(tensor)
+    def _record(
+        self,
+        rule: Rule,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Tensor,
+        tensors: list[tuple[Tensor, Node | None]],
+    ) -> None:
+        for dim, extent in enumerate(output.shape):
+            if extent != self._num_sequences or (edge := _edge(output)) is None:
+                continue
+            described = rule(Call(args, kwargs, output, dim, self))
+            known = [id(tensor) for tensor, _ in described]
+            # An argument in two roles, of which the rule has described one, is left alone.
+            if not described or any(
+                sum(tensor is other for other, _ in tensors) != 1 for tensor, _ in described
+            ):
+                continue
+            beyond = [
+                get_gradient_edge(tensor).node if node is None else node
+                for tensor, node in tensors
+                if id(tensor) not in known and (node is not None or tensor.is_leaf)
+                if tensor.requires_grad
+            ]
+            uses = [use for _, use in described]
+            self._recorded.append(Site(edge, output.shape, dim, uses, beyond))
+            if self._num_sequences == 1:
+                # Everything belongs to the one sequence, however it is read.
+                break
+
+    def _note_shared_lookup(self, args: tuple[Any, ...], output: Tensor) -> bool:
+        """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
+        if self._num_sequences in (1, len(output)):
+            return False
+        place = self.parameters.place(args[1]) if len(args) == 2 or args[2:] == _PLAIN else None
+        shared = place is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,))
+        if shared:
+            assert place is not None
+            self.shared_lookups[id(output)] = (output, place, args[0].reshape(-1))
+        return shared
 
     def sites(self) -> list[Site]:
-        """The recorded sites whose output was not overwritten in place afterwards."""
-        return [site for site in self._recorded if site.output._version == site.version]
+        """The recorded sites, in the order of the calls."""
+        return self._recorded
+
+
+def _edge(output: Tensor) -> GradientEdge | None:
+    """Where the whole gradient of a call's output arrives, whatever happens to it afterwards.
+
+    That is the base's edge for a view of all of it, as F.linear returns one: writing to
+    a view in place leaves the view's own node behind. None for a view of a part.
+    """
+    base = output._base
+    if base is None:
+        return get_gradient_edge(output)
+    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return get_gradient_edge(base) if whole and base.grad_fn is not None else None
 
 
 def uncaptured(result: Tensor, sites: Iterable[Site], parameters: Parameters) -> set[str]:
@@ -177,18 +275,17 @@ def uncaptured(result: Tensor, sites: Iterable[Site], parameters: Parameters) ->
     inputs; a parameter still reached has a use that no rule saw.
     """
     leaves = {id(parameter): name for name, parameter in parameters.named.items()}
-    beyond = {site.output.grad_fn: site.others for site in sites}
-    # A leaf has no node of its own until something uses it outside a site.
-    found = {leaves[id(t)] for site in sites for t in site.others if id(t) in leaves}
-    seen: set[Any] = set()
-    stack = [result.grad_fn]
+    beyond = {site.output.node: site.beyond for site in sites}
+    found: set[str] = set()
+    seen: set[Node] = set()
+    stack: list[Node | None] = [result.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if node in beyond:
-            stack.extend(tensor.grad_fn for tensor in beyond[node])
+            stack.extend(beyond[node])
             continue
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in leaves:

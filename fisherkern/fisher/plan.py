@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.fisher.capture import Parameters, Place, Site, Use, uncaptured
-from fisherkern.fisher.rules import Lookup
+from fisherkern.fisher.rules.uses import Joinable, Lookup
 
 # Elements of per-sequence gradients held at once where a place has several uses.
 _TILE_ELEMENTS = 2**24
@@ -19,11 +20,13 @@ _TILE_ELEMENTS = 2**24
 
 @dataclasses.dataclass
 class Group:
-    """All uses of one place: sites by index, and the uses there."""
+    """All uses of one place: sites by index, and, in the same order, the site and the use."""
 
     place: Place
     sites: list[int]
+    captured: list[Site]
     uses: list[Use]
+    _joined: dict[tuple[int, ...], Joinable] = dataclasses.field(default_factory=dict)
 
     @property
     def lookups_only(self) -> bool:
@@ -36,32 +39,52 @@ class Group:
     def joined_delta(self, deltas: Sequence[Tensor | None]) -> Tensor:
         """The output gradients that belong to `joined_lookup`, (N, T, D)."""
         parts = []
-        for site, use in zip(self.sites, self.uses, strict=True):
+        for index, site, use in zip(self.sites, self.captured, self.uses, strict=True):
             assert isinstance(use, Lookup)
-            delta = deltas[site]
+            delta = deltas[index]
             n, positions, width = *use.ids.shape, use.place.shape[1]
             if delta is None:
-                delta = torch.zeros(n, positions, width, device=use.ids.device)
-            parts.append(delta.reshape(n, positions, width))
+                parts.append(torch.zeros(n, positions, width, device=use.ids.device))
+            else:
+                parts.append(use.positions(site.sequences_first(delta)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def add_square_(self, fisher: Tensor, deltas: Sequence[Tensor | None]) -> None:
         """fisher += Σ_n (the sum over the uses of their gradients)²; `deltas` by site."""
-        present = [
-            (use, delta)
-            for site, use in zip(self.sites, self.uses, strict=True)
-            if (delta := deltas[site]) is not None
-        ]
-        if len(present) == 1:
-            use, delta = present[0]
-            use.add_square_(fisher, delta)
-        elif present:
-            n = len(present[0][1])
+        numbers, present = [], []
+        for number, (index, site) in enumerate(zip(self.sites, self.captured, strict=True)):
+            if (delta := deltas[index]) is not None:
+                numbers.append(number)
+                present.append(site.sequences_first(delta))
+        uses = [self.uses[number] for number in numbers]
+        if len(uses) == 1:
+            uses[0].add_square_(fisher, present[0])
+        elif uses and (joined := self._join(tuple(numbers))) is not None:
+            parts = [
+                use.positions(delta)
+                for use, delta in zip(uses, present, strict=True)
+                if isinstance(use, Joinable)
+            ]
+            joined.add_square_(fisher, torch.cat(parts, dim=1))
+        elif uses:
+            n = len(present[0])
             step = max(1, _TILE_ELEMENTS // fisher.numel())
             for first in range(0, n, step):
                 part = slice(first, min(first + step, n))
-                total = torch.stack([use.per_sequence(delta, part) for use, delta in present])
-                fisher += total.sum(dim=0).square_().sum(dim=0)
+                total = fisher.new_zeros(part.stop - first, *fisher.shape)
+                for use, delta in zip(uses, present, strict=True):
+                    total += use.per_sequence(delta, part)
+                fisher += total.square_().sum(dim=0)
+
+    def _join(self, numbers: tuple[int, ...]) -> Joinable | None:
+        """One use of those of the given numbers, kept for the next probe; None if they differ."""
+        uses = [self.uses[number] for number in numbers]
+        first = uses[0]
+        if any(type(use) is not type(first) for use in uses) or not isinstance(first, Joinable):
+            return None
+        if numbers not in self._joined:
+            self._joined[numbers] = first.joined(uses)
+        return self._joined[numbers]
 
 
 @dataclasses.dataclass
@@ -91,33 +114,42 @@ def make_plan(
     groups: dict[Place, Group] = {}
     for index in usable:
         for use in sites[index].uses:
-            group = groups.setdefault(use.place, Group(use.place, [], []))
+            group = groups.setdefault(use.place, Group(use.place, [], [], []))
             group.sites.append(index)
+            group.captured.append(sites[index])
             group.uses.append(use)
     fallback |= _overlapping(list(groups))
     return Plan([g for g in groups.values() if g.place.name not in fallback], fallback)
 
 
 def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
-    """Indices of the sites that `result` depends on sequence by sequence.
+    """Indices of the sites that `result` depends on sequence by sequence, as they are read.
 
     One backward pass from the first and one from the last sequence: a site that gets no
     gradient is a dead branch; one that gets some in another sequence's place mixes
-    sequences, or has something else (time, say) in its first dimension. Two, because
-    time with a single position in use looks like sequences to the one of the same number.
+    sequences, or has something else (time, say) in the dimension read as theirs. Two,
+    because time with a single position in use looks like sequences to the one of the
+    same number. A call that stands both tests read in two ways is left to the fallback.
     """
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(result[0].shape, generator=generator).to(result)
-    outputs = [site.output for site in sites]
+    edges = {site.output.node: site.output for site in sites}
     usable = set(range(len(sites)))
     for number in {0, len(result) - 1}:
         seed = torch.zeros_like(result)
         seed[number] = direction
-        deltas = torch.autograd.grad(result, outputs, seed, retain_graph=True, allow_unused=True)
-        for index, delta in enumerate(deltas):
+        gradients = torch.autograd.grad(
+            result, list(edges.values()), seed, retain_graph=True, allow_unused=True
+        )
+        found = dict(zip(edges, gradients, strict=True))
+        for index in sorted(usable):
+            delta = found[sites[index].output.node]
+            if delta is not None:
+                delta = sites[index].sequences_first(delta)
             if delta is None or delta[:number].any() or delta[number + 1 :].any():
                 usable.discard(index)
-    return sorted(usable)
+    readings = collections.Counter(sites[index].output.node for index in usable)
+    return sorted(index for index in usable if readings[sites[index].output.node] == 1)
 
 
 def _overlapping(places: Sequence[Place]) -> set[str]:

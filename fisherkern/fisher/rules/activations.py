@@ -1,0 +1,33 @@
+"""Activations whose backward pass is made cheaper: each probe goes through them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherkern.fisher.capture import Linear, Replacement, Rules
+
+
+class _Gelu(torch.autograd.Function):
+    """F.gelu with its derivative kept: every probe's backward pass is one product, not an erf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        one = torch.ones_like(x)
+        ctx.save_for_backward(torch.ops.aten.gelu_backward(one, x, approximate=approximate))
+        return F.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, None]:
+        (derivative,) = ctx.saved_tensors
+        return deltas[0] * derivative, None
+
+
+def gelu(linear: Linear, input: Tensor, *, approximate: str = "none") -> Any:
+    return _Gelu.apply(input, approximate)
+
+
+RULES: Rules = {F.gelu: Replacement(gelu)}

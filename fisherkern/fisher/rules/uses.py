@@ -1,0 +1,202 @@
+"""Kinds of use: what a call's output gradient says about one parameter, per sequence.
+
+Everywhere N sequences first, then any positions, flattened to T. `joined` makes one use
+of several of the same kind and place, for output gradients put side by side along the
+positions, each as `positions` gives it: a weight used at every step of a recurrence is
+one product over all steps, and its per-sequence gradients are never stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fisherkern import ops
+from fisherkern.fisher.capture import Place
+
+
+@runtime_checkable
+class Joinable(Protocol):
+    """A use of which several make one; see above."""
+
+    def positions(self, delta: Tensor) -> Tensor:
+        """The part of `delta` that `joined` wants side by side, (N, T, ...)."""
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        """See `Use`; also takes what `positions` gives."""
+
+    @staticmethod
+    def joined(uses: Sequence[Any]) -> Joinable:
+        """The use of all positions of several uses of the same kind and place."""
+
+
+def by_position(tensor: Tensor, trailing: int) -> Tensor:
+    """(N, ..., *last) -> (N, T, *last) with `trailing` last dimensions kept."""
+    kept = tensor.shape[tensor.dim() - trailing :]
+    return tensor.reshape(tensor.shape[0], -1, *kept)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """(N, C, ...) -> (N, T, C)."""
+    return tensor.flatten(2).transpose(1, 2) if tensor.dim() > 2 else tensor[:, None]
+
+
+@dataclasses.dataclass
+class LinearWeight:
+    """W of y = x Wᵀ + b: g_n = Σ_t δ_nt x_ntᵀ."""
+
+    place: Place
+    inputs: Tensor  # (N, T, I)
+
+    def positions(self, delta: Tensor) -> Tensor:
+        return by_position(delta, 1)
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        ops.segment_outer_square_(fisher, self.positions(delta), self.inputs)
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        return torch.bmm(self.positions(delta[part]).transpose(1, 2), self.inputs[part])
+
+    @staticmethod
+    def joined(uses: Sequence[LinearWeight]) -> LinearWeight:
+        return LinearWeight(uses[0].place, torch.cat([use.inputs for use in uses], dim=1))
+
+
+@dataclasses.dataclass
+class ConvolutionWeight(LinearWeight):
+    """The weight, (O, C·k), of a convolution: a Linear's on the unfolded input, (N, L, C·k)."""
+
+    def positions(self, delta: Tensor) -> Tensor:
+        return channels_last(delta)
+
+    @staticmethod
+    def joined(uses: Sequence[LinearWeight]) -> LinearWeight:
+        # The same as a Linear's once `positions` has put the channels last.
+        return LinearWeight.joined(uses)
+
+
+@dataclasses.dataclass
+class GroupedWeight:
+    """The weight, (O, (C/G)·k), of a convolution in G groups, each a Linear on its channels."""
+
+    place: Place
+    inputs: Tensor  # (N, L, G, (C/G)·k)
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        fisher += self.per_sequence(delta, slice(None)).square_().sum(dim=0)
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        inputs = self.inputs[part]
+        by_group = channels_last(delta[part]).unflatten(2, (inputs.shape[2], -1))
+        g = torch.einsum("nlgo,nlgi->ngoi", by_group, inputs)
+        return g.reshape(len(g), *self.place.shape)
+
+
+@dataclasses.dataclass
+class MatrixWeight:
+    """W of y = x W, (I, O): g_n = Σ_t x_nt δ_ntᵀ."""
+
+    place: Place
+    inputs: Tensor  # (N, T, I)
+
+    def positions(self, delta: Tensor) -> Tensor:
+        return by_position(delta, 1)
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        ops.segment_outer_square_(fisher, self.inputs, self.positions(delta))
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        return torch.bmm(self.inputs[part].transpose(1, 2), self.positions(delta[part]))
+
+    @staticmethod
+    def joined(uses: Sequence[MatrixWeight]) -> MatrixWeight:
+        return MatrixWeight(uses[0].place, torch.cat([use.inputs for use in uses], dim=1))
+
+
+@dataclasses.dataclass
+class Added:
+    """A summand that broadcasts (bias, learned positions): g_n is δ_n summed over the copies."""
+
+    place: Place
+    copies: tuple[int, ...]  # the dimensions of δ over which the place is repeated
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        fisher += self.per_sequence(delta, slice(None)).square().sum(dim=0)
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        g = delta[part]
+        g = g.sum(dim=self.copies) if self.copies else g
+        return g.reshape(g.shape[0], *self.place.shape)
+
+
+@dataclasses.dataclass
+class Scaled(Added):
+    """A factor that broadcasts (gain of a norm): g_n is δ_n ∘ x_n summed over the copies."""
+
+    inputs: Tensor  # (N, ...), what the place multiplies
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        return super().per_sequence(delta[part] * self.inputs[part], slice(None))
+
+
+@dataclasses.dataclass
+class Lookup:
+    """Rows of an embedding: g_n[v] = Σ_{t: id_nt = v} δ_nt, kept for the rows that occur.
+
+    Equal ids of one sequence form a segment, summed before squaring.
+    """
+
+    place: Place
+    ids: Tensor  # (N, T) int64; -1 where the lookup passes no gradient (padding_idx)
+
+    @functools.cached_property
+    def _segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        n, rows = self.ids.shape[0], self.place.shape[0]
+        first = torch.arange(n, device=self.ids.device)[:, None] * (rows + 1)
+        keys, inverse = torch.unique(first + self.ids + 1, return_inverse=True)
+        return keys // (rows + 1), keys % (rows + 1) - 1, inverse.flatten()
+
+    @functools.cached_property
+    def _by_row(self) -> ops.LookupSegments:
+        return ops.lookup_segments(self.ids)
+
+    @property
+    def sequence(self) -> Tensor:
+        """(U,) the sequence of each segment."""
+        return self._segments[0]
+
+    @property
+    def row(self) -> Tensor:
+        """(U,) the embedding row of each segment, -1 where no gradient passes."""
+        return self._segments[1]
+
+    def sums(self, delta: Tensor) -> Tensor:
+        """(U, D): the gradient of each segment's row, zero where its row is -1."""
+        flat = delta.reshape(-1, delta.shape[-1])
+        sums = flat.new_zeros(len(self.row), flat.shape[1]).index_add_(0, self._segments[2], flat)
+        return sums.masked_fill_((self.row < 0)[:, None], 0)
+
+    def positions(self, delta: Tensor) -> Tensor:
+        return by_position(delta, 1)
+
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        ops.lookup_square_(fisher, delta.reshape(1, -1, delta.shape[-1]), self._by_row)
+
+    def add_rows_(self, fisher: Tensor, values: Tensor) -> None:
+        """fisher[row] += values, (U, D), summed over the segments."""
+        fisher.index_add_(0, self.row.clamp(min=0), values.to(fisher.dtype))
+
+    def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
+        here = dataclasses.replace(self, ids=self.ids[part])
+        g = delta.new_zeros(len(here.ids), *self.place.shape)
+        index = (here.sequence, here.row.clamp(min=0))
+        return g.index_put_(index, here.sums(delta[part]), accumulate=True)
+
+    @staticmethod
+    def joined(uses: Sequence[Lookup]) -> Lookup:
+        return Lookup(uses[0].place, torch.cat([use.ids for use in uses], dim=1))
