@@ -1,0 +1,326 @@
+"""align(): members brought as close to a reference as their symmetries allow, functions kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.errors import InputError
+from fisherkern.merging import checks
+from fisherkern.merging.rows import Catalogue
+from fisherkern.merging.rows import align as align_rows
+from fisherkern.merging.symmetries import (
+    Group,
+    Piece,
+    Symmetries,
+    Transforms,
+    act,
+    folded,
+    symmetries_of,
+    transformed,
+)
+from fisherkern.merging.ties import named_tensors
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Of the reference's squared norm: what a step must gain, more than rounding does, and what a
+# round over the groups must, for another. Turns of linked groups settle slowly.
+STEP_GAIN, ROUND_GAIN = 1e-12, 1e-8
+
+
+def align(
+    models: Sequence[ModelT],
+    *,
+    reference: int = 0,
+    item_ids: Sequence[Sequence[str] | None] | None = None,
+    symmetries: Callable[[ModelT], Symmetries] | None = None,
+    rotate: bool = True,
+    sweeps: int = 100,
+) -> list[ModelT]:
+    """New models with the members' functions, their weights moved towards the reference's:
+
+        minimise  sum_k || theta_ref,k - (T theta_m)_k ||^2  over the admissible T of each member
+
+    T is a product of one element per group of the encoder's `Symmetries`: the order of
+    feed-forward units (linear assignment); the order of attention heads (linear assignment) with
+    an orthogonal map within each head for queries and keys and another for values and outputs
+    (Procrustes: the largest sum of singular values); the channels of the residual stream and of
+    h, permuted (linear assignment), or rotated (Procrustes among Q with Q 1 = 1) where no layer
+    norm's gain stands in the way. Groups are solved in turn, each exactly with the others held,
+    until a round lowers the sum by less than 1e-8 of the reference's own: once from the members
+    as they are, once from the match of their item tables, whose rows mean the same item in
+    every member. The lower end wins, so the distance never grows. It is a local minimum.
+
+    models: M >= 1 modules of one class and configuration with known symmetries (`SYMMETRIES`, a
+        method `symmetries()`, or the argument `symmetries`, model -> Symmetries).
+    item_ids: as for `merge`. Where catalogues differ, the items common to the member and the
+        reference count.
+    rotate: False keeps to permutations of the residual stream. Where all members admit a
+        rotation, the gains and biases of layer norms are first folded into the layers that read
+        them, in every member and in the reference too.
+    sweeps: the most rounds over the groups.
+
+    Each result carries `align_report`, JSON-ready: reference, groups (name -> kind), distance
+    before (after folding, if any) and after (the square root of the sum above, over parameters
+    that the function depends on), and sweeps. Permutations move values without rounding; for
+    the rest logits agree to rounding of the dtype. A Fisher belongs to the weights it was
+    computed at: compute it after aligning.
+
+    Allocates the new models and, a tensor at a time, float64 copies of it and of the
+    reference's; products with the reference's item table, D x D, are made once. Raises
+    InputError as `merge` does, and for a class without known symmetries.
+    Source: Ainsworth et al., arXiv 2209.04836 (weight matching, coordinate descent); rotations
+    within heads and of the residual stream as in arXiv 2502.00264 and 2506.22712.
+    """
+    models = list(models)
+    ties = checks.check_members(models)
+    checks.check_config(models)
+    catalogue = align_rows(models, item_ids)
+    checks.check_tensors([named_tensors(model) for model in models], ties, catalogue)
+    if not 0 <= reference < len(models):
+        raise InputError(f"reference is {reference} where 0..{len(models) - 1} was expected")
+    if sweeps < 1:
+        raise InputError(f"sweeps is {sweeps} where at least 1 was expected")
+    found = [_symmetries(model, symmetries) for model in models]
+    spec = _common(found, rotate)
+    members: Sequence[ModelT] = models
+    if any(group.kind == "rotation" for group in spec.groups.values()):
+        members = [folded(model, spec) for model in models]
+    aligned = []
+    for number, member in enumerate(members):
+        pair = _pair(spec, members, catalogue, reference, number)
+        transforms, rounds = _match(pair, sweeps) if number != reference else ({}, 0)
+        new = transformed(member, spec, transforms)
+        new.align_report = {
+            "reference": reference,
+            "groups": {name: group.kind for name, group in spec.groups.items()},
+            "distance_before": pair.distance({}),
+            "distance_after": pair.distance(transforms),
+            "sweeps": rounds,
+        }
+        aligned.append(new)
+    return aligned
+
+
+def _pair(
+    spec: Symmetries,
+    members: Sequence[nn.Module],
+    catalogue: Catalogue,
+    reference: int,
+    number: int,
+) -> _Pair:
+    tensors = [named_tensors(member) for member in members]
+    rows = {}
+    for name in catalogue.parameters:
+        found = catalogue.rows(name, [len(own[name]) for own in tensors])
+        if found is not None:
+            common = (found[reference] >= 0) & (found[number] >= 0)
+            rows[name] = (found[reference][common], found[number][common])
+    return _Pair(spec, tensors[reference], tensors[number], rows, catalogue.parameters)
+
+
+def _symmetries(model: Any, given: Callable[[Any], Symmetries] | None) -> Symmetries:
+    if given is None:
+        return symmetries_of(model)
+    found = given(model)
+    found.check(model)
+    return found
+
+
+def _common(found: Sequence[Symmetries], rotate: bool) -> Symmetries:
+    """What all members admit: a rotation that one of them does not is a permutation for all."""
+    groups = dict(found[0].groups)
+    for name, group in groups.items():
+        if group.kind == "rotation" and not (
+            rotate and all(own.groups[name].kind == "rotation" for own in found)
+        ):
+            groups[name] = Group(group.size, "permutation", group.labels)
+    return Symmetries(groups, found[0].pieces, found[0].idle, found[0].folds)
+
+
+class _Pair:
+    """A reference's and a member's weights, and how well they overlap under transforms."""
+
+    def __init__(
+        self,
+        symmetries: Symmetries,
+        reference: Mapping[str, Tensor],
+        member: Mapping[str, Tensor],
+        rows: Mapping[str, tuple[Tensor, Tensor]],
+        items: Collection[str],
+    ) -> None:
+        """`rows`: per tensor with item rows, those of the two that stand for the same item."""
+        self.symmetries = symmetries
+        self._items = items
+        self._parts: list[tuple[str, Piece, Tensor, Tensor]] = []
+        self._products: dict[int, Tensor] = {}
+        for name in sorted(symmetries.pieces.keys() & reference.keys() - symmetries.idle):
+            own, other = reference[name].detach(), member[name].detach()
+            if name in rows:
+                own, other = own[rows[name][0]], other[rows[name][1]]
+            for piece in symmetries.pieces[name]:
+                self._parts.append((name, piece, piece.of(own), piece.of(other)))
+        squares = [own.double().square().sum() for _, _, own, _ in self._parts]
+        self.scale = float(torch.stack(squares).sum())
+
+    def of_items(self, name: str) -> bool:
+        """Whether group `name` acts on a tensor with a row per item."""
+        labels = self.symmetries.labels(name)
+        return any(
+            label in labels
+            for tensor, piece, _, _ in self._parts
+            if tensor in self._items
+            for label in piece.labels
+        )
+
+    def correlation(
+        self, label: str, transforms: Transforms, items_only: bool = False
+    ) -> Tensor | None:
+        """(n, n) C with C_ij = <channel i of the reference, channel j of the member>, or None.
+
+        The sum over all tensors with an axis of this label, whose other axes are transformed;
+        or over those with a row per item.
+        """
+        total = None
+        for number, (name, piece, _, _) in enumerate(self._parts):
+            if items_only and name not in self._items:
+                continue
+            for dim, own in enumerate(piece.labels):
+                if own == label:
+                    product = self._product(number, dim, transforms)
+                    total = product if total is None else total + product
+        return total
+
+    def overlap(self, transforms: Transforms) -> float:
+        """sum_k <theta_ref,k, (T theta_m)_k>; the squared distance falls by twice what it gains."""
+        total = 0.0
+        for number, (_, piece, own, other) in enumerate(self._parts):
+            labelled = [dim for dim, label in enumerate(piece.labels) if label]
+            if len(labelled) == 1:
+                product = self._product(number, labelled[0], transforms)
+                turn = (str(piece.labels[labelled[0]]), None)
+                total += float(act(product.t(), turn, transforms).diagonal().sum())
+            elif labelled:
+                total += float((own.double() * act(other.double(), piece.labels, transforms)).sum())
+        return total
+
+    def distance(self, transforms: Transforms) -> float:
+        """sqrt of the sum of squares of theta_ref - T theta_m, tensors without effect left out."""
+        total = 0.0
+        for _, piece, own, other in self._parts:
+            moved = act(other.double(), piece.labels, transforms)
+            total += float((own.double() - moved).square().sum())
+        return total**0.5
+
+    def _product(self, number: int, dim: int, transforms: Transforms) -> Tensor:
+        _, piece, own, other = self._parts[number]
+        rest = tuple(None if d == dim else label for d, label in enumerate(piece.labels))
+        if number in self._products:
+            return self._products[number]
+        moved = act(other.double(), rest, transforms)
+        size = own.shape[dim]
+        first, second = (x.movedim(dim, 0).reshape(size, -1) for x in (own.double(), moved))
+        product = first @ second.t()
+        if not any(rest):
+            self._products[number] = product
+        return product
+
+
+def _match(pair: _Pair, sweeps: int) -> tuple[dict[str, Tensor], int]:
+    """The transforms with the larger overlap of two descents, and that one's rounds."""
+    anchored: dict[str, Tensor] = {}
+    for name, group in pair.symmetries.groups.items():
+        found = [pair.correlation(x, {}, items_only=True) for x in pair.symmetries.labels(name)]
+        if all(c is not None for c in found):
+            anchored |= _solve(group, dict(zip(pair.symmetries.labels(name), found, strict=True)))
+    ends = [_descend(pair, start, sweeps) for start in ([{}, anchored] if anchored else [{}])]
+    return max(ends, key=lambda end: pair.overlap(end[0]))
+
+
+def _descend(
+    pair: _Pair, transforms: dict[str, Tensor], sweeps: int
+) -> tuple[dict[str, Tensor], int]:
+    """Solve the groups in turn, inner ones first, until no step gains; (transforms, rounds)."""
+    best = pair.overlap(transforms)
+    groups = pair.symmetries.groups
+    # The item table's space is last: what the start says of it holds until the others followed.
+    order = sorted(groups, key=pair.of_items)
+    for number in range(1, sweeps + 1):
+        before = best
+        for name in order:
+            labels = pair.symmetries.labels(name)
+            found = {label: pair.correlation(label, transforms) for label in labels}
+            step = transforms | _solve(groups[name], found)
+            # A tensor with two axes of one group makes the step a guess: its gain is checked.
+            value = pair.overlap(step)
+            if value > best + STEP_GAIN * pair.scale:
+                transforms, best = step, value
+        if best <= before + ROUND_GAIN * pair.scale:
+            return transforms, number
+    return transforms, sweeps
+
+
+def _solve(group: Group, correlations: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Per label the admissible T with the largest sum of <T, C> over the group's labels."""
+    found = {label: c for label, c in correlations.items() if c is not None}
+    if not found:
+        return {}
+    if group.kind == "permutation":
+        (label, total), *others = found.items()
+        index = _assignment(sum((c for _, c in others), total))
+        return dict.fromkeys([label, *(other for other, _ in others)], index)
+    if group.kind == "signed":
+        return _signed(found)
+    if group.kind in ("rotation", "orthogonal"):
+        turn = _rotation if group.kind == "rotation" else _procrustes
+        return {label: turn(c) for label, c in found.items()}
+    width = group.size // group.heads
+    factors = {}
+    for label, c in found.items():
+        blocks = c.reshape(group.heads, width, group.heads, width).transpose(1, 2)
+        factors[label] = torch.linalg.svd(blocks)
+    score = torch.stack([s.sum(-1) for _, s, _ in factors.values()]).sum(0)
+    order = _assignment(score)
+    turned = {}
+    for label, (u, _, v) in factors.items():
+        matrix = u.new_zeros(group.heads, width, group.heads, width)
+        for head, partner in enumerate(order.tolist()):
+            matrix[head, :, partner] = u[head, partner] @ v[head, partner]
+        turned[label] = matrix.reshape(group.size, group.size)
+    return turned
+
+
+def _assignment(score: Tensor) -> Tensor:
+    """(n,) int64 index with the largest sum_i score[i, index_i] of all permutations."""
+    from scipy.optimize import linear_sum_assignment
+
+    return torch.from_numpy(linear_sum_assignment(score.cpu().numpy(), maximize=True)[1])
+
+
+def _signed(correlations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One permutation for all labels, with the best signs for the first."""
+    (label, signed), *others = correlations.items()
+    index = _assignment(sum((c for _, c in others), signed.abs()))
+    rows = torch.arange(len(index))
+    matrix = torch.zeros_like(signed)
+    matrix[rows, index] = torch.where(signed[rows, index] < 0, -1.0, 1.0).to(matrix.dtype)
+    return {label: matrix, **{other: index for other, _ in others}}
+
+
+def _procrustes(correlation: Tensor) -> Tensor:
+    """Orthogonal Q with the largest <Q, C>."""
+    u, _, v = torch.linalg.svd(correlation)
+    return u @ v
+
+
+def _rotation(correlation: Tensor) -> Tensor:
+    """Orthogonal Q with Q 1 = 1 and the largest <Q, C>: Procrustes in the complement of 1."""
+    size = len(correlation)
+    basis = torch.eye(size, dtype=correlation.dtype, device=correlation.device)
+    basis[:, 0] = 1
+    complement = torch.linalg.qr(basis)[0][:, 1:]
+    inner = _procrustes(complement.t() @ correlation @ complement)
+    return 1 / size + complement @ inner @ complement.t()
