@@ -2,5 +2,6 @@
 
 from fisherkern.training.checkpoint import load_model, save_model
 from fisherkern.training.loop import TrainingLog, train
+from fisherkern.training.settings import TrainingSettings
 
-__all__ = ["TrainingLog", "load_model", "save_model", "train"]
+__all__ = ["TrainingLog", "TrainingSettings", "load_model", "save_model", "train"]

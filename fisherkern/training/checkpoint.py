@@ -1,12 +1,10 @@
-"""Model files and the state file a training run resumes from."""
+"""Model files: a safetensors file and a JSON file beside it."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,10 @@ from fisherkern.files import (
     atomic_path,
     load_tensors,
     read_json,
-    save_tensors,
     write_json,
     write_tensors,
 )
+from fisherkern.training.provenance import versions
 
 PathLike = str | os.PathLike[str]
 
@@ -37,10 +35,10 @@ def save_model(
 ) -> None:
     """Write `model` as `x.safetensors` (tensors, class, config) and `x.json` beside it.
 
-    The JSON holds item ids, `metrics`, `extra` (JSON values) and versions. Both files are
-    complete before either takes its name, the JSON first, so a model file is never without
-    its item ids and a full disk leaves both as they were. Raises InputError for another
-    suffix or a class that `load_model` could not rebuild.
+    The JSON holds item ids, `metrics`, `extra` (JSON values), versions and the commit of
+    fisherkern's source where it is known. Both files are complete before either takes its name,
+    the JSON first, so a model file is never without its item ids and a full disk leaves both as
+    they were. Raises InputError for another suffix or a class that `load_model` could not rebuild.
     """
     path = _model_path(path)
     name = type(model).__name__
@@ -52,7 +50,7 @@ def save_model(
         "item_ids": model.item_ids,
         "metrics": dict(metrics or {}),
         "extra": dict(extra or {}),
-        "versions": _versions(),
+        "versions": versions(),
     }
     header = {
         "kind": "model",
@@ -97,64 +95,6 @@ def load_model(path: PathLike) -> SequenceEncoder:
     return model.eval()
 
 
-def save_state(
-    path: PathLike,
-    model: SequenceEncoder,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-    losses: list[float],
-    step: int,
-) -> None:
-    """Write all that `load_state` needs to go on after `step` steps and `len(losses)` epochs.
-
-    No clock time is in the file: the same run gives the same bytes.
-    """
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
-    header = {"kind": "training", "settings": settings, "losses": losses, "step": step}
-    save_tensors(path, tensors, header)
-
-
-def load_state(
-    path: PathLike,
-    model: SequenceEncoder,
-    optimizer: torch.optim.Optimizer,
-    settings: Mapping[str, Any],
-) -> tuple[list[float], int]:
-    """Put a saved run into `model` and `optimizer`; its losses per epoch and its steps.
-
-    Raises InputError if the file is no training state, or of a run with other settings or data.
-    """
-    tensors, header = load_tensors(path)
-    if header.get("kind") != "training":
-        raise InputError(f"{path}: not a training state")
-    saved = header["settings"]
-    for name in sorted(settings.keys() | saved.keys()):
-        if saved.get(name) != settings.get(name):
-            raise InputError(
-                f"{path}: belongs to a run with {name} = {saved.get(name)}, "
-                f"not {settings.get(name)}; remove it or use another state file"
-            )
-    own = {
-        name.removeprefix("model."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("model.")
-    }
-    check_tensors(path, own, model.state_dict())
-    model.load_state_dict(own)
-    for name, parameter in model.named_parameters():
-        if f"exp_avg.{name}" in tensors:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(header["step"]), device=parameter.device),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
-    return list(header["losses"]), int(header["step"])
-
-
 def check_tensors(
     path: PathLike, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
@@ -185,11 +125,3 @@ def _sha256(item_ids: list[str] | None) -> str | None:
     if item_ids is None:
         return None
     return hashlib.sha256(json.dumps(item_ids).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    try:
-        own = importlib.metadata.version("fisherkern")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
-    return {"fisherkern": own, "torch": str(torch.__version__), "python": platform.python_version()}

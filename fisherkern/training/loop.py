@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
-from fisherkern.training.checkpoint import PathLike, load_state, save_state
+from fisherkern.training import processes
+from fisherkern.training.averaging import WeightAverage
+from fisherkern.training.scalars import Scalars
+from fisherkern.training.settings import TrainingSettings, learning_rate
+from fisherkern.training.state import PathLike, Progress, Trainee, load_state, save_state
 
 OnEpoch = Callable[[int, SequenceEncoder, float], None]
+Validate = Callable[[SequenceEncoder], float]
 
 
 class TrainingData(Protocol):
@@ -39,44 +46,36 @@ class TrainingData(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLog:
-    """`losses`: each epoch's mean loss over its steps; `seconds`: wall time of this call."""
+    """What a run was like.
+
+    losses: each epoch's mean loss over its steps. seconds: wall time of this call. scores:
+    validation score by epoch, counted from 1. best_epoch: the one whose weights the model has, None
+    without validation. ema: the averaged weights as a model of their own, None without `ema`.
+    """
 
     losses: list[float]
     seconds: float
     steps: int
+    scores: dict[int, float]
+    best_epoch: int | None
+    ema: SequenceEncoder | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What, with model and data, decides the bits of a run; checked on construction."""
+class _Saving:
+    """Where the state goes, and when."""
 
-    epochs: int
-    batch_size: int
-    lr: float
-    schedule: str
-    warmup_steps: int
-    weight_decay: float
-    clip: float | None
-    betas: tuple[float, float]
-    seed: int
-    crop: str
-    max_len: int
+    path: PathLike | None
+    every: int
+    every_steps: int | None
+    every_seconds: float | None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_len"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.schedule not in ("constant", "linear"):
-            raise InputError(f"schedule must be 'constant' or 'linear', got {self.schedule!r}")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
-        if self.clip is not None and not self.clip > 0:
-            raise InputError(f"clip must be positive or None, got {self.clip}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        for name in ("every", "every_steps", "every_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 1 or name == "every_seconds" and value > 0):
+                least = "positive" if name == "every_seconds" else "at least 1"
+                raise InputError(f"save_{name} must be {least}, got {value}")
 
 
 def train(
@@ -84,166 +83,236 @@ def train(
     data: TrainingData,
     *,
     objective: Objective | None = None,
-    epochs: int,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    weight_decay: float = 0.0,
-    clip: float | None = 5.0,
-    betas: tuple[float, float] = (0.9, 0.98),
-    seed: int = 0,
-    crop: str = "random",
-    max_len: int | None = None,
+    validate: Validate | None = None,
+    on_epoch: OnEpoch | None = None,
     state: PathLike | None = None,
     save_every: int = 1,
-    on_epoch: OnEpoch | None = None,
+    save_every_steps: int | None = None,
+    save_every_seconds: float | None = None,
+    log_dir: PathLike | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> TrainingLog:
     """Minimise `objective` (default `MaskedItems(0.2)`) over the windows of `data` with AdamW.
 
-    `learning_rate` gives the rate of each step. Decay acts on matrices only; gradients are
-    scaled to a norm of at most `clip` (None: never). `max_len` (default: the model's) and `crop`
-    go to `data.windows`. `on_epoch(epoch, model, mean_loss)`, epochs counted from 1, is called
-    before the epoch's state is saved.
+    `settings` are the fields of `TrainingSettings`, `epochs` among them. `validate(model)` gives
+    the score of an epoch, higher being better; at the end the model has the weights of the best
+    epoch. `on_epoch(epoch, model, mean_loss)`, epochs counted from 1, is called before the epoch's
+    state is saved. `log_dir` is for TensorBoard: loss, learning rate and gradient norm of each
+    step, the score of each validation.
 
-    With `state`, the run is saved to that file every `save_every` epochs and goes on from it
-    if it exists: the file's parameters replace the model's, and the bits are those of a run never
-    interrupted (same machine, threads and versions). A finished run returns at once. Random
+    With `state`, the run is saved to that file every `save_every` epochs, and inside of them
+    every `save_every_steps` steps or `save_every_seconds` seconds, and goes on from it if it
+    exists: the file's tensors replace those of the model and the objective's modules, and the
+    bits are those of a run never interrupted (same machine, threads, processes and versions; with
+    `compile`, as far as the compiler repeats itself). A finished run returns at once. Random
     numbers depend on (seed, step) alone; the caller's generators are left untouched. Sets
     `model.item_ids`; leaves the model in eval mode.
 
+    Where `torch.distributed` is initialised, every process calls this with the same arguments, a
+    step's `batch_size` windows are shared out, and gradients are averaged by
+    DistributedDataParallel: to rounding, the single process's result where nothing is dropped out
+    (see `BatchLoss`). Process 0 alone calls `validate` and `on_epoch` and writes; all read `state`.
+
     Raises InputError for settings out of range, data of another catalogue size, the state of
-    another run, and a loss or gradient that is not finite.
+    another run, a missing TensorBoard, and a loss, gradient or score that is not finite.
     """
-    max_len = model.max_len if max_len is None else max_len
-    settings = Settings(
-        epochs,
-        batch_size,
-        lr,
-        schedule,
-        warmup_steps,
-        weight_decay,
-        clip,
-        betas,
-        seed,
-        crop,
-        max_len,
-    )
+    chosen = TrainingSettings(**settings)
+    max_len = model.max_len if chosen.max_len is None else chosen.max_len
+    chosen = dataclasses.replace(chosen, max_len=max_len)
     if data.num_items != model.num_items:
         raise InputError(f"data has {data.num_items} items, the model {model.num_items}")
     if max_len > model.max_len:
         raise InputError(f"max_len = {max_len} exceeds the model's {model.max_len}")
-    if save_every < 1:
-        raise InputError(f"save_every must be at least 1, got {save_every}")
+    if chosen.patience is not None and validate is None:
+        raise InputError("patience needs validate, which gives the score of an epoch")
+    saving = _Saving(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    return _run(model, data, objective, settings, state, save_every, on_epoch, progress)
+    with Scalars(log_dir if processes.rank() == 0 else None) as scalars:
+        run = _Run(model, data, objective, chosen, validate, on_epoch, saving, scalars)
+        return run.go(progress and processes.rank() == 0)
 
 
-def _run(
-    model: SequenceEncoder,
-    data: TrainingData,
-    objective: Objective,
-    settings: Settings,
-    state: PathLike | None,
-    save_every: int,
-    on_epoch: OnEpoch | None,
-    progress: bool,
-) -> TrainingLog:
-    started = time.perf_counter()
-    optimizer = _optimizer(model, settings)
-    run = {
-        **dataclasses.asdict(settings),
-        "betas": list(settings.betas),  # as JSON gives it back
-        "model": {"class": type(model).__name__, **model.config},
-        "objective": objective.settings(),
-        "data": data.fingerprint(),
-    }
-    losses: list[float] = []
-    step = 0
-    if state is not None and Path(state).exists():
-        losses, step = load_state(state, model, optimizer, run)
-    model.item_ids = list(data.item_ids)
-    total = settings.epochs * len(_windows(data, settings, 1))
-    with tqdm(total=total, initial=step, unit="step", disable=not progress) as bar:
-        for epoch in range(len(losses) + 1, settings.epochs + 1):
-            bar.set_description(f"epoch {epoch}/{settings.epochs}")
-            model.train()
-            epoch_losses = []
-            for tokens in _windows(data, settings, epoch):
-                loss = _step(model, objective, tokens, optimizer, settings, step, total)
-                epoch_losses.append(loss)
-                step += 1
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-            losses.append(sum(epoch_losses) / len(epoch_losses))
-            if on_epoch is not None:
-                on_epoch(epoch, model, losses[-1])
-            if state is not None and (epoch % save_every == 0 or epoch == settings.epochs):
-                save_state(state, model, optimizer, run, losses, step)
-    model.eval()
-    return TrainingLog(losses, time.perf_counter() - started, step)
+class _Run:
+    """One call of `train`."""
 
+    def __init__(
+        self,
+        model: SequenceEncoder,
+        data: TrainingData,
+        objective: Any,
+        settings: TrainingSettings,
+        validate: Validate | None,
+        on_epoch: OnEpoch | None,
+        saving: _Saving,
+        scalars: Scalars,
+    ) -> None:
+        self.started = time.perf_counter()
+        max_len = settings.max_len or model.max_len
+        self.model, self.data, self.settings = model, data, settings
+        self.validate, self.on_epoch = validate, on_epoch
+        self.saving, self.scalars = saving, scalars
+        self.saved = self.started
+        self.device = next(model.parameters()).device
+        if hasattr(objective, "bind"):
+            objective = objective.bind(data, max_len)
+        self.width = max_len + getattr(objective, "lookahead", 0)
+        modules = {
+            name: m.to(self.device) for name, m in getattr(objective, "modules", dict)().items()
+        }
+        parts = {"model": model, **{f"objective.{name}": m for name, m in modules.items()}}
+        self.trained = nn.ModuleList(parts.values())
+        self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
+        if self.average is not None:
+            parts["ema"] = self.average.model
+        self.optimizer = _optimizer(self.trained, settings)
+        self.trainee = Trainee(parts, self.optimizer)
+        self.identity = {
+            **dataclasses.asdict(settings),
+            "betas": list(settings.betas),  # as JSON gives it back
+            "model": {"class": type(model).__name__, **model.config},
+            "objective": objective.settings(),
+            "data": data.fingerprint(),
+            "validation": validate is not None,
+        }
+        self.progress = Progress()
+        if saving.path is not None and Path(saving.path).exists():
+            self.progress = load_state(saving.path, self.trainee, self.identity)
+        processes.check_same_start(self.progress.step, self.device)
+        states = {}
+        if settings.compile:
+            backend = "inductor" if settings.compile is True else settings.compile
+            states = {"states": torch.compile(model.states, backend=backend)}
+        self.loss = processes.in_parallel(processes.BatchLoss(model, objective, modules, states))
+        model.item_ids = list(data.item_ids)
+        self.total = settings.epochs * len(self.windows(1))
 
-def _windows(data: TrainingData, settings: Settings, epoch: int) -> Any:
-    return data.windows(
-        batch_size=settings.batch_size,
-        max_len=settings.max_len,
-        seed=settings.seed,
-        epoch=epoch,
-        crop=settings.crop,
-    )
-
-
-def learning_rate(step: int, total: int, lr: float, schedule: str, warmup_steps: int) -> float:
-    """The rate of step `step` = 0..total-1.
-
-    lr (step + 1) / warmup_steps while that is below lr; after it lr ("constant") or
-    lr (total - step) / (total - warmup_steps), zero at `total` ("linear").
-    """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "linear":
-        return lr * (total - step) / max(1, total - warmup_steps)
-    return lr
-
-
-def _step(
-    model: SequenceEncoder,
-    objective: Objective,
-    tokens: Tensor,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    step: int,
-    total: int,
-) -> float:
-    device = next(model.parameters()).device
-    # Two streams from (seed, step): were they one, what is masked would depend on what is
-    # dropped. Nothing is carried over, so a resumed run needs no generator's state.
-    entropy = np.random.SeedSequence([settings.seed, step])
-    dropout_seed, mask_seed = (int(word) for word in entropy.generate_state(2, np.uint64))
-    generator = torch.Generator().manual_seed(mask_seed)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(dropout_seed)
-        loss = objective(model, tokens.to(device), generator)
-    rate = learning_rate(step, total, settings.lr, settings.schedule, settings.warmup_steps)
-    optimizer.zero_grad()
-    loss.backward()
-    limit = math.inf if settings.clip is None else settings.clip
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    if not bool(loss.isfinite() & norm.isfinite()):
-        raise InputError(
-            f"training diverged at step {step} with lr = {rate:g}: "
-            f"loss {loss.item()}, gradient norm {norm.item()}"
+    def windows(self, epoch: int) -> Any:
+        return self.data.windows(
+            batch_size=self.settings.batch_size,
+            max_len=self.width,
+            seed=self.settings.seed,
+            epoch=epoch,
+            crop=self.settings.crop,
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return loss.item()
+
+    def go(self, show: bool) -> TrainingLog:
+        now, settings = self.progress, self.settings
+        self.scalars.resume(now.step)
+        with tqdm(total=self.total, initial=now.step, unit="step", disable=not show) as bar:
+            while len(now.losses) < settings.epochs and not now.out_of_patience(settings.patience):
+                bar.set_description(f"epoch {len(now.losses) + 1}/{settings.epochs}")
+                self.epoch(bar)
+        self.trainee.restore_best()
+        self.trained.eval()
+        return TrainingLog(
+            list(now.losses),
+            time.perf_counter() - self.started,
+            now.step,
+            dict(now.scores),
+            now.best_epoch,
+            None if self.average is None else self.average.model,
+        )
+
+    def epoch(self, bar: Any) -> None:
+        """The epoch after `progress.losses`, or what is left of it."""
+        now, epoch = self.progress, len(self.progress.losses) + 1
+        self.trained.train()
+        for tokens in itertools.islice(self.windows(epoch), now.batch, None):
+            loss = self.step(tokens)
+            now.step += 1
+            now.batch += 1
+            now.batch_losses += loss
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            self.save_inside()
+        now.losses.append(now.batch_losses / now.batch)
+        now.batch, now.batch_losses = 0, 0.0
+        last = epoch == self.settings.epochs
+        if self.validate is not None and (last or epoch % self.settings.validate_every == 0):
+            self.score(epoch)
+        if self.on_epoch is not None and processes.rank() == 0:
+            self.on_epoch(epoch, self.model, now.losses[-1])
+        last = last or now.out_of_patience(self.settings.patience)
+        if last or epoch % self.saving.every == 0:
+            self.save()
+
+    def score(self, epoch: int) -> None:
+        """Validate, and keep the weights if they are the best so far."""
+        self.trained.eval()
+        score = 0.0
+        if processes.rank() == 0:
+            assert self.validate is not None
+            score = float(self.validate(self.model))
+        score = processes.from_first_process(score, self.device)
+        if not math.isfinite(score):
+            raise InputError(f"validate gave {score} after epoch {epoch}")
+        self.progress.scores[epoch] = score
+        self.scalars.add("validation", score, self.progress.step)
+        if self.progress.best_epoch == epoch:
+            self.trainee.keep_best()
+
+    def save_inside(self) -> None:
+        """Save between two steps of an epoch, when it is time."""
+        steps, seconds = self.saving.every_steps, self.saving.every_seconds
+        if (steps is not None and self.progress.step % steps == 0) or (
+            seconds is not None and time.perf_counter() - self.saved >= seconds
+        ):
+            self.save()
+
+    def save(self) -> None:
+        if self.saving.path is not None and processes.rank() == 0:
+            save_state(self.saving.path, self.trainee, self.progress, self.identity)
+            self.saved = time.perf_counter()
+
+    def step(self, tokens: Tensor) -> float:
+        """One step of the optimiser on one batch of windows; its loss."""
+        settings, step = self.settings, self.progress.step
+        with self.drawing(step) as generator:
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+            ):
+                loss = self.loss(tokens.to(self.device), generator)
+        rate = learning_rate(
+            step, self.total, settings.lr, settings.schedule, settings.warmup_steps
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        limit = math.inf if settings.clip is None else settings.clip
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
+        value, size = processes.mean_over_processes(loss).item(), norm.item()
+        if not math.isfinite(value + size):
+            raise InputError(
+                f"training diverged at step {step} with lr = {rate:g}: "
+                f"loss {value}, gradient norm {size}"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model, step)
+        for name, scalar in (("loss", value), ("learning_rate", rate), ("gradient_norm", size)):
+            self.scalars.add(name, scalar, step)
+        return value
+
+    @contextlib.contextmanager
+    def drawing(self, step: int) -> Iterator[torch.Generator]:
+        """The random numbers of a step: the objective's generator, and torch's own for dropout.
+
+        Two streams from (seed, step): were they one, what is masked would depend on what is
+        dropped. Nothing is carried over, so a resumed run needs no generator's state. Processes
+        make the same draws for the whole batch, and drop out differently, each on its rows.
+        """
+        seed = self.settings.seed
+        _, draws = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64)
+        dropout = np.random.SeedSequence([seed, step, processes.rank()])
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
+            yield torch.Generator().manual_seed(int(draws))
 
 
-def _optimizer(model: SequenceEncoder, settings: Settings) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def _optimizer(trained: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    parameters = [p for p in trained.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -1,0 +1,185 @@
+"""Several processes, one run: each computes its rows of every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fisherkern.encoders import Batch, SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.objectives import Objective
+
+
+def rank() -> int:
+    """This process's number, 0 where there is only one."""
+    return dist.get_rank() if _joined() else 0
+
+
+def world() -> int:
+    """The number of processes in the run."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def torchrun(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes where torchrun started this one; the device to work on.
+
+    NCCL between GPUs, one per process of a machine; gloo otherwise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a 0-dim tensor, the same bits in every process."""
+    if world() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / world()
+
+
+def from_first_process(value: float, device: torch.device) -> float:
+    """Process 0's `value` in all of them."""
+    if world() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.broadcast(tensor, 0)
+    return tensor.item()
+
+
+def check_same_start(step: int, device: torch.device) -> None:
+    """Raise InputError unless every process starts from the same step."""
+    if step != from_first_process(step, device):
+        raise InputError(
+            f"state: process {rank()} starts from step {step}, process 0 from another; "
+            "all processes must see the same file"
+        )
+
+
+class BatchLoss(nn.Module):
+    """An objective as a module, whose mean over the processes is the loss of the whole batch.
+
+    Every process makes the same draws for the whole batch and computes its loss, except that the
+    encoder's `states` and `encode` run on this process's rows, and the results are gathered: exact
+    for every objective, in-batch negatives included. `methods` stand before the model's own
+    of the same names.
+    """
+
+    def __init__(
+        self,
+        model: SequenceEncoder,
+        objective: Objective,
+        modules: Mapping[str, nn.Module],
+        methods: Mapping[str, Callable[..., Tensor]],
+    ) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        self.trained = nn.ModuleList(modules.values())
+        self.methods = dict(methods)
+        if world() > 1:
+            own: dict[str, Callable[..., Tensor]]
+            own = {"encode": model.encode, "states": model.states, **self.methods}
+            rows = _Rows()
+            self.methods = {name: functools.partial(rows, own[name]) for name in own}
+
+    def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss, 0-dim, of `tokens` (N, T)."""
+        with _shadowed(self.model, self.methods):
+            return self.objective(self.model, tokens, generator)
+
+
+def in_parallel(loss: BatchLoss) -> nn.Module:
+    """`loss`, whose gradients are averaged over the processes while backward runs."""
+    if world() == 1:
+        return loss
+    # A batch may leave parameters out: those of a part that has nothing to learn from it.
+    return DistributedDataParallel(loss, find_unused_parameters=True)
+
+
+@contextlib.contextmanager
+def _shadowed(model: nn.Module, methods: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """Let `methods` stand before the model's own of the same names, on this object alone."""
+    for name, method in methods.items():
+        setattr(model, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(model, name)
+
+
+class _Rows:
+    """Calls a method of the encoder on this process's rows of its arguments; gathers all rows."""
+
+    def __init__(self) -> None:
+        # Apart from the averaging of gradients, which goes on while gathered rows' gradients are
+        # added up: the two need no common order then.
+        self.group = dist.new_group()
+        self.inside = False
+
+    def __call__(
+        self, method: Callable[..., Tensor], batch: Batch, *more: Any, **named: Any
+    ) -> Any:
+        if self.inside:  # `encode` calls `states`, by now on rows of its own
+            return method(batch, *more, **named)
+        history = batch["history"] if isinstance(batch, Mapping) else batch
+        count = len(history)
+        share = -(-count // world())
+        # Equal shares, as gathering needs; what stands beyond the last row is cut off again.
+        rows = (torch.arange(share) + rank() * share).clamp(max=count - 1).to(history.device)
+
+        def own(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: own(entry) for name, entry in value.items()}
+            return value[rows] if isinstance(value, Tensor) else value
+
+        self.inside = True
+        try:
+            result = method(*map(own, (batch, *more)), **{n: own(v) for n, v in named.items()})
+        finally:
+            self.inside = False
+        return _GatherRows.apply(result, self.group)[:count]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All processes' rows, one process's after another's.
+
+    What goes back to a row is the sum of its gradients in all processes' losses: averaged over
+    the processes with everything else, that is its gradient in the mean of their losses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(own) for _ in range(world())]
+        dist.all_gather(parts, own.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].float() if gradients[0].dtype == torch.bfloat16 else gradients[0]
+        total = total.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(world())[rank()].to(gradients[0].dtype), None

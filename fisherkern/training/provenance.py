@@ -1,0 +1,50 @@
+"""What made a file: versions, and the commit of the source where git knows it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of fisherkern, torch and Python, and `source_commit()`."""
+    try:
+        own = importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"
+    return {
+        "fisherkern": own,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "commit": source_commit(),
+    }
+
+
+@functools.cache
+def source_commit(package: Path = PACKAGE) -> str | None:
+    """The git commit of `package`'s source, with "-dirty" after it if files differ from it.
+
+    None without git, or where the package lies outside a checkout of its own: one installed
+    into a virtual environment inside somebody's project is not that project's commit.
+    """
+    top = _git(package, "rev-parse", "--show-toplevel")
+    if top is None or Path(top) != package.parent:
+        return None
+    return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    # Reading must not take the index lock from a git command of the user's.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

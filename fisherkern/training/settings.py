@@ -1,0 +1,80 @@
+"""What decides a training run, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fisherkern.errors import InputError
+
+CHOICES = {"schedule": ("constant", "linear"), "precision": ("fp32", "bf16")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """What, with model, data and objective, decides a run: the keyword arguments of `train`.
+
+    epochs: passes over the data. batch_size: windows in a step, of all processes together.
+    lr, schedule, warmup_steps: see `learning_rate`. weight_decay: AdamW's, on matrices only.
+    clip: the gradient over all parameters is scaled to a norm of at most this; None: never.
+    betas: AdamW's. seed: of the windows and their order, dropout and the objective's draws.
+    crop, max_len: for `data.windows`; max_len None is the model's.
+    validate_every: epochs between validations; the last epoch is always validated. patience: stop
+    after so many validations in a row without a new best score; None: never.
+    precision: "bf16" computes the loss under autocast, in "fp32" nothing is; weights, gradients
+    and AdamW's moments keep their type. compile: the encoder's `states` go through torch.compile,
+    with the backend named if it is a string. ema: see `WeightAverage`; None: no average.
+
+    Raises InputError for what is out of range.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 1e-3
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 5.0
+    betas: tuple[float, float] = (0.9, 0.98)
+    seed: int = 0
+    crop: str = "random"
+    max_len: int | None = None
+    validate_every: int = 1
+    patience: int | None = None
+    precision: str = "fp32"
+    compile: bool | str = False
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_len", "validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        for name in ("seed", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = " or ".join(map(repr, choices))
+                raise InputError(f"{name} must be {known}, got {getattr(self, name)!r}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be positive and finite, got {self.lr}")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip must be positive or None, got {self.clip}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError(f"ema must be in [0, 1) or None, got {self.ema}")
+
+
+def learning_rate(step: int, total: int, lr: float, schedule: str, warmup_steps: int) -> float:
+    """The rate of step `step` = 0..total-1.
+
+    lr (step + 1) / warmup_steps while that is below lr; after it lr ("constant") or
+    lr (total - step) / (total - warmup_steps), zero at `total` ("linear").
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "linear":
+        return lr * (total - step) / max(1, total - warmup_steps)
+    return lr

@@ -1,0 +1,152 @@
+"""The state file a training run goes on from, whenever it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.errors import InputError
+from fisherkern.files import load_tensors, save_tensors
+from fisherkern.training.checkpoint import check_tensors
+
+PathLike = str | os.PathLike[str]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is.
+
+    step: steps made. losses: mean loss of each whole epoch. batch, batch_losses: steps made in
+    the epoch after them, and the sum of their losses. scores: validation score by epoch.
+    """
+
+    step: int = 0
+    losses: list[float] = dataclasses.field(default_factory=list)
+    batch: int = 0
+    batch_losses: float = 0.0
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The first epoch with the highest score."""
+        return max(self.scores, key=lambda epoch: self.scores[epoch]) if self.scores else None
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the last `patience` validations brought no new best score."""
+        best = self.best_epoch
+        if patience is None or best is None:
+            return False
+        return sum(epoch > best for epoch in self.scores) >= patience
+
+
+@dataclasses.dataclass
+class Trainee:
+    """Everything tensor-valued that a run changes.
+
+    parts: the modules by name, "model", "objective.NAME" and perhaps "ema". best: their tensors,
+    by name, after the best epoch, empty before the first validation.
+    """
+
+    parts: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts' tensors themselves, as "model.item_embedding.weight"; a shared one, once."""
+        seen: set[tuple[int, torch.Size]] = set()
+        found = {}
+        for part, module in self.parts.items():
+            for name, tensor in module.state_dict().items():
+                storage = (tensor.data_ptr(), tensor.shape)
+                if storage not in seen or not tensor.numel():
+                    seen.add(storage)
+                    found[f"{part}.{name}"] = tensor
+        return found
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimiser moves, by the names of `tensors`; one that is shared, once."""
+        seen: set[nn.Parameter] = set()
+        found = {}
+        for part, module in self.parts.items():
+            for name, parameter in module.named_parameters():
+                if part != "ema" and parameter.requires_grad and parameter not in seen:
+                    seen.add(parameter)
+                    found[f"{part}.{name}"] = parameter
+        return found
+
+    def keep_best(self) -> None:
+        """Copy the tensors as they are to `best`."""
+        self.best = {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Put `best`, where there is one, back into the parts."""
+        own = self.tensors()
+        for name, tensor in self.best.items():
+            own[name].copy_(tensor)
+
+
+def save_state(
+    path: PathLike, trainee: Trainee, progress: Progress, run: Mapping[str, Any]
+) -> None:
+    """Write all that `load_state` needs to go on; `run` says, in JSON values, what run it is.
+
+    No clock time is in the file: the same run gives the same bytes.
+    """
+    tensors = trainee.tensors()
+    tensors |= {f"best.{name}": tensor for name, tensor in trainee.best.items()}
+    for name, parameter in trainee.parameters().items():
+        moments = trainee.optimizer.state[parameter]
+        tensors |= {f"{key}.{name}": moments[key] for key in MOMENTS if key in moments}
+        if "step" in moments:
+            tensors[f"steps.{name}"] = moments["step"]
+    reached = dataclasses.asdict(progress) | {"scores": list(progress.scores.items())}
+    save_tensors(path, tensors, {"kind": "training", "run": run, "progress": reached})
+
+
+def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Progress:
+    """Put a saved run into `trainee`; how far it is.
+
+    Raises InputError if the file is no training state, or that of a run with other settings, model,
+    objective or data.
+    """
+    tensors, header = load_tensors(path)
+    if header.get("kind") != "training" or "progress" not in header:
+        raise InputError(f"{path}: not a training state")
+    saved = header["run"]
+    for name in sorted(run.keys() | saved.keys()):
+        if saved.get(name) != run.get(name):
+            raise InputError(
+                f"{path}: belongs to a run with {name} = {saved.get(name)}, "
+                f"not {run.get(name)}; remove it or use another state file"
+            )
+    own = trainee.tensors()
+    parameters = trainee.parameters()
+    best = {n.removeprefix("best."): t for n, t in tensors.items() if n.startswith("best.")}
+    moments = {
+        name: {key: tensors[f"{key}.{name}"] for key in ("steps", *MOMENTS)}
+        for name in parameters
+        if f"steps.{name}" in tensors
+    }
+    others = {f"{key}.{name}" for name in moments for key in ("steps", *MOMENTS)}
+    others |= {f"best.{name}" for name in best}
+    check_tensors(path, {n: t for n, t in tensors.items() if n not in others}, own)
+    if best:
+        check_tensors(path, best, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    trainee.best = {name: tensor.to(own[name].device) for name, tensor in best.items()}
+    for name, values in moments.items():
+        parameter = parameters[name]
+        values = {key: tensor.to(parameter.device) for key, tensor in values.items()}
+        trainee.optimizer.state[parameter] = {"step": values.pop("steps"), **values}
+    progress = dict(header["progress"])
+    progress["scores"] = {int(epoch): score for epoch, score in progress["scores"]}
+    return Progress(**progress)
