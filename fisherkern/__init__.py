@@ -6,10 +6,26 @@ from fisherkern.data import SequenceDataset, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, SASRec
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
-from fisherkern.fisher import DiagFisher, adapt, diag_fisher
+from fisherkern.fisher import (
+    DiagFisher,
+    LinearGrams,
+    adapt,
+    diag_fisher,
+    fisher_product,
+    linear_grams,
+)
 from fisherkern.merging import merge
-from fisherkern.objectives import MaskedItems
-from fisherkern.training import load_model, save_model, train
+from fisherkern.objectives import (
+    Attributes,
+    CL4SRec,
+    DuoRec,
+    MaskedItems,
+    NextItem,
+    NTXent,
+    RepPad,
+    SymmetricNoiseTolerant,
+)
+from fisherkern.training import TrainingSettings, load_model, save_model, train
 
 try:
     __version__ = version("fisherkern")
@@ -17,20 +33,31 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "unknown"
 
 __all__ = [
+    "Attributes",
     "BERT4Rec",
+    "CL4SRec",
     "Caser",
     "DiagFisher",
+    "DuoRec",
     "GRU4Rec",
     "InputError",
+    "LinearGrams",
     "MaskedItems",
+    "NTXent",
+    "NextItem",
+    "RepPad",
     "Report",
     "SASRec",
     "ScoreEnsemble",
     "SequenceDataset",
+    "SymmetricNoiseTolerant",
+    "TrainingSettings",
     "adapt",
     "compare",
     "diag_fisher",
     "evaluate",
+    "fisher_product",
+    "linear_grams",
     "load",
     "load_model",
     "merge",

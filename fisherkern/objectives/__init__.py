@@ -1,5 +1,68 @@
 """What a trainer minimises."""
 
-from fisherkern.objectives.masked_items import MaskedItems, Objective
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["MaskedItems", "Objective"]
+from fisherkern.errors import InputError
+from fisherkern.objectives.attributes import Attributes
+from fisherkern.objectives.base import Objective, TrainingSequences, WeightedSum
+from fisherkern.objectives.cl4srec import CL4SRec
+from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, SymmetricNoiseTolerant
+from fisherkern.objectives.duorec import DuoRec
+from fisherkern.objectives.masked_items import MaskedItems
+from fisherkern.objectives.next_item import NextItem
+from fisherkern.objectives.reppad import RepPad
+
+#: What `from_settings` can make, by class name.
+OBJECTIVES: dict[str, type] = {
+    "Attributes": Attributes,
+    "CL4SRec": CL4SRec,
+    "DuoRec": DuoRec,
+    "MaskedItems": MaskedItems,
+    "NTXent": NTXent,
+    "NextItem": NextItem,
+    "RepPad": RepPad,
+    "SymmetricNoiseTolerant": SymmetricNoiseTolerant,
+    "WeightedSum": WeightedSum,
+}
+
+
+def from_settings(settings: Mapping[str, Any]) -> Any:
+    """The objective, or contrastive loss, whose `settings()` these are, unbound.
+
+    Raises InputError for an unknown name or arguments that it does not have.
+    """
+    arguments = {key: _made(value) for key, value in settings.items() if key != "name"}
+    name = settings.get("name")
+    if name not in OBJECTIVES:
+        raise InputError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
+    try:
+        return OBJECTIVES[name](**arguments)
+    except TypeError as error:
+        raise InputError(f"the arguments of {name} do not fit: {error}") from None
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return from_settings(value)
+    if isinstance(value, list):
+        return tuple(_made(item) for item in value)
+    return value
+
+
+__all__ = [
+    "OBJECTIVES",
+    "Attributes",
+    "CL4SRec",
+    "ContrastiveLoss",
+    "DuoRec",
+    "MaskedItems",
+    "NTXent",
+    "NextItem",
+    "Objective",
+    "RepPad",
+    "SymmetricNoiseTolerant",
+    "TrainingSequences",
+    "WeightedSum",
+    "from_settings",
+]

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-
-
-class Objective(Protocol):
-    """A loss of a model on a batch of windows; random draws come from `generator` alone."""
-
-    def __call__(
-        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
-    ) -> Tensor: ...
-
-    def settings(self) -> dict:
-        """Name and arguments as JSON values; a resumed run must have the same."""
-        ...
+from fisherkern.objectives.base import Objective
+from fisherkern.objectives.scoring import softmax_loss
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedItems:
+class MaskedItems(Objective):
     """Cloze loss of BERT4Rec (Sun et al., CIKM 2019, section 3.6), mean over masked places.
 
         -(1/|M|) Σ_{(n,t) in M} log softmax(W h_nt + b)[s_nt]
@@ -52,14 +40,15 @@ class MaskedItems:
     ) -> Tensor:
         """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0.
 
-        Holds |M| x V logits, for the masked places only. `generator` is on the CPU, so that
-        the draws do not depend on the model's device. Raises InputError if no row has an item.
+        Scores the masked places only; `softmax_loss` says what it holds. `generator` is on the
+        CPU, so that the draws do not depend on the model's device. Raises InputError if no row
+        has an item.
         """
         positions, chosen = self.draw(tokens, generator)
         hidden = model.states(model.mask_items(tokens, positions, chosen), positions)
         weight, bias = model.head()
-        logits = F.linear(model.transform(hidden[chosen]), weight, bias)
-        return F.cross_entropy(logits, tokens.gather(1, positions)[chosen] - model.first_item)
+        column = tokens.gather(1, positions)[chosen] - model.first_item
+        return softmax_loss(model.transform(hidden[chosen]), column, weight, bias)
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Places to mask: columns (N, Q) int64, distinct in a row, and which count (N, Q) bool.
@@ -81,6 +70,3 @@ class MaskedItems:
             raise InputError("tokens hold no item to mask: every row is padding")
         positions = keys.topk(most, dim=1).indices
         return positions, torch.arange(most, device=tokens.device) < counts[:, None]
-
-    def settings(self) -> dict:
-        return {"name": type(self).__name__, **dataclasses.asdict(self)}

@@ -1,0 +1,168 @@
+"""What a training loop asks of an objective, and how objectives are added up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
+
+Self = TypeVar("Self", bound="Objective")
+
+
+class TrainingSequences(Protocol):
+    """What `bind` may read of a data set; `SequenceDataset` has it."""
+
+    items: Any
+    offsets: Any
+    item_ids: Any
+    attributes: Any
+
+    @property
+    def num_items(self) -> int: ...
+
+
+class Objective:
+    """A loss of a model on a batch of windows: subclass it as a frozen dataclass.
+
+    `objective(model, tokens, generator)` is the loss, 0-dim, of `tokens` (N, T + lookahead)
+    int64, left-padded with 0; every random draw of its own comes from the CPU `generator`.
+    Objectives of one loop add up: `MaskedItems() + 0.1 * CL4SRec()`.
+    """
+
+    #: Columns that the windows need beyond the model's `max_len`, 0 or 1.
+    lookahead: int = 0
+    #: Whether a row's items must stand side by side, without the delimiters of `RepPad`.
+    contiguous: bool = False
+
+    def __call__(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """Name and arguments as JSON values; a resumed run must have the same.
+
+        A field that the printed form leaves out (`repr=False`) is what `bind` found, and left
+        out here as well. `from_settings` gives the objective back, unbound.
+        """
+        return {"name": type(self).__name__, **_arguments(self)}
+
+    def bind(self: Self, data: TrainingSequences, max_len: int) -> Self:
+        """The objective with what it needs of the data; called once, before training."""
+        return self
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Trainable parts of a bound objective, by name.
+
+        The loop moves them to the model's device, gives them to the optimizer and keeps them
+        in the state of the run; they are no part of the model.
+        """
+        return {}
+
+    def columns(self, tokens: Tensor, extra: int) -> Tensor:
+        """Which columns this part of a sum reads where another made windows `extra` wider.
+
+        The last ones: all parts see the newest item.
+        """
+        return tokens[:, extra:]
+
+    def __add__(self, other: Objective) -> WeightedSum:
+        if not isinstance(other, Objective):
+            return NotImplemented
+        (weights, parts), (others, more) = _terms(self), _terms(other)
+        return WeightedSum(weights + others, parts + more)
+
+    def __mul__(self, weight: float) -> WeightedSum:
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            return NotImplemented
+        weights, parts = _terms(self)
+        return WeightedSum(tuple(weight * own for own in weights), parts)
+
+    __rmul__ = __mul__
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSum(Objective):
+    """Σ_i weights_i parts_i: what `+` and `*` make, flat however they are nested.
+
+    The parts draw from the generator in their order, so one added at the end changes none
+    before it. Where they ask for different windows, each gets the width it asked for, and its
+    `columns` says which. Raises InputError for a weight that is negative or not finite, and
+    for as many weights as there are not parts.
+    """
+
+    weights: tuple[float, ...]
+    parts: tuple[Objective, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.parts) or not self.parts:
+            raise InputError(
+                f"WeightedSum: {len(self.weights)} weights do not fit {len(self.parts)} parts"
+            )
+        for weight in self.weights:
+            if not 0 <= weight < math.inf:
+                raise InputError(
+                    f"the weight of an objective must be 0 or more and finite, got {weight}"
+                )
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
+        return max(part.lookahead for part in self.parts)
+
+    @property
+    def contiguous(self) -> bool:  # type: ignore[override]
+        return any(part.contiguous for part in self.parts)
+
+    def __call__(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        losses = []
+        for weight, part in zip(self.weights, self.parts, strict=True):
+            columns = part.columns(tokens, self.lookahead - part.lookahead)
+            losses.append(weight * part(model, columns, generator))
+        return torch.stack(losses).sum()
+
+    def bind(self, data: TrainingSequences, max_len: int) -> WeightedSum:
+        bound = tuple(part.bind(data, max_len) for part in self.parts)
+        return dataclasses.replace(self, parts=bound)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {
+            f"part{index}_{name}": module
+            for index, part in enumerate(self.parts)
+            for name, module in part.modules().items()
+        }
+
+
+def no_loss(model: SequenceEncoder) -> Tensor:
+    """A zero that can be differentiated, for a batch with nothing to learn from."""
+    return model.head()[0].sum() * 0.0
+
+
+def _terms(objective: Objective) -> tuple[tuple[float, ...], tuple[Objective, ...]]:
+    if isinstance(objective, WeightedSum):
+        return objective.weights, objective.parts
+    return (1.0,), (objective,)
+
+
+def _arguments(value: Any) -> dict:
+    return {
+        field.name: _json(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if field.repr
+    }
+
+
+def _json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {"name": type(value).__name__, **_arguments(value)}
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    return value

@@ -1,0 +1,107 @@
+"""Contrastive losses between two views of every sequence in a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherkern.errors import InputError
+
+
+class ContrastiveLoss(Protocol):
+    """A loss of two views, rows in the same order; a frozen dataclass, for its settings."""
+
+    def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        """0-dim loss of `first` and `second` (N, D); `same` (N, N) bool, symmetric: no negatives
+        of each other."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NTXent:
+    """InfoNCE over 2N views (SimCLR's NT-Xent; CL4SRec eq. 4; DuoRec eq. 10), their mean.
+
+        -(1/2N) Σ_i log( exp(s_i,i+ / τ) / Σ_{j != i} exp(s_ij / τ) )
+
+    s_ij is the dot product of views i and j or their cosine, i+ the other view of i's
+    sequence. The defaults, τ = 1 and the bare dot product, are those of the released code of
+    CL4SRec and DuoRec. Views that `same` ties are left out of each other's denominators.
+    Holds 2N x 2N similarities. Raises InputError for a temperature that is not positive and
+    finite or an unknown similarity.
+    """
+
+    temperature: float = 1.0
+    similarity: str = "dot"
+
+    def __post_init__(self) -> None:
+        _check("NTXent", self.temperature, self.similarity)
+
+    def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        count = first.shape[0]
+        views = _scaled(torch.cat([first, second]), self.similarity)
+        scores = views @ views.t() / self.temperature
+        index = torch.arange(2 * count, device=scores.device)
+        partner = (index + count) % (2 * count)
+        left_out = torch.zeros_like(scores, dtype=torch.bool)
+        if same is not None:
+            left_out = same.repeat(2, 2)
+            left_out[index, partner] = False
+        left_out[index, index] = True
+        return F.cross_entropy(scores.masked_fill(left_out, -math.inf), partner)
+
+
+@dataclasses.dataclass(frozen=True)
+class SymmetricNoiseTolerant:
+    """SGCL's loss against noisy views (Zhao et al., TOIS 2025, arXiv 2408.02691), mean over N.
+
+        (1/N) Σ_i [ -exp(q s_ii) / q + (λ (exp(s_ii) + Σ_j exp(s_ij)))^q / q ]
+
+    s_ij = cos(first_i, second_j) / τ. This is the function of the authors' released code with its
+    q = 0.01, λ = 0.1 and τ = 0.2, taken from there and not from the text of the paper. It is the
+    RINCE loss (Chuang et al., CVPR 2022), which counts the positive once and not twice in the
+    second term; as q -> 0 both tend to InfoNCE, and q = 1 is symmetric in the sense of noisy
+    binary labels. Unlike `NTXent`, only rows of `second` are negatives and only rows of `first`
+    anchors. j leaves out what `same` ties to i, but not i. Holds N x N similarities. Raises
+    InputError for q outside (0, 1], or λ or a temperature that is not positive and finite.
+    """
+
+    q: float = 0.01
+    weight: float = 0.1
+    temperature: float = 0.2
+    similarity: str = "cosine"
+
+    def __post_init__(self) -> None:
+        _check("SymmetricNoiseTolerant", self.temperature, self.similarity)
+        if not 0 < self.q <= 1:
+            raise InputError(f"SymmetricNoiseTolerant: q must be in (0, 1], got {self.q}")
+        if not 0 < self.weight < math.inf:
+            raise InputError(
+                f"SymmetricNoiseTolerant: weight must be positive and finite, got {self.weight}"
+            )
+
+    def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        first, second = _scaled(first, self.similarity), _scaled(second, self.similarity)
+        scores = first @ second.t() / self.temperature
+        positive = scores.diagonal()
+        if same is not None:
+            own = torch.eye(len(same), dtype=torch.bool, device=same.device)
+            scores = scores.masked_fill(same & ~own, -math.inf)
+        # In logarithms: exp(s) alone would overflow at low temperatures.
+        total = torch.logaddexp(positive, scores.logsumexp(dim=1)) + math.log(self.weight)
+        return (((self.q * total).exp() - (self.q * positive).exp()) / self.q).mean()
+
+
+def _scaled(views: Tensor, similarity: str) -> Tensor:
+    return F.normalize(views, dim=1) if similarity == "cosine" else views
+
+
+def _check(name: str, temperature: float, similarity: str) -> None:
+    if not 0 < temperature < math.inf:
+        raise InputError(f"{name}: temperature must be positive and finite, got {temperature}")
+    if similarity not in ("dot", "cosine"):
+        raise InputError(f"{name}: similarity must be 'dot' or 'cosine', got {similarity!r}")

@@ -1,0 +1,175 @@
+"""Next item: predict every item of a sequence, or its last, from those before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
+from fisherkern.objectives.scoring import softmax_loss
+
+LOSSES = ("softmax", "sampled_softmax", "bce", "gbce")
+
+
+@dataclasses.dataclass(frozen=True)
+class NextItem(Objective):
+    """Next-item prediction, mean over the P positions that have a next item.
+
+    At each, s+ = W h + b at the next item, and s_k the same at K sampled negatives:
+
+        "softmax"          -log( exp(s+) / Σ_y exp(s_y) )                     y over all V items
+        "sampled_softmax"  -log( exp(s+) / (exp(s+) + Σ_k exp(s_k - c_k)) )
+        "bce"              -( log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1)
+        "gbce"             -( β log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1),  β = 1 - t (1 - α)
+
+    with c_k = log(K q_k) where `log_q` (the sum then is an unbiased estimate of the one over
+    all other items; Bengio and Senécal 2008) and 0 otherwise, q_k the probability of drawing
+    item k. "bce" is SASRec's loss (Kang and McAuley, ICDM 2018) divided by K + 1. "gbce" is that of
+    gSASRec (Petrov and Macdonald, RecSys 2023, eq. 10 and 14), α = K / (V - 1).
+
+    K = `negatives` are drawn with replacement, `sampling` "uniform" or by "popularity" in the
+    training part, once for each "position", as in both papers, or once for each "sequence"
+    (`negatives_per`), which holds N x K x D values, not P x K x D. A negative that is the next item
+    itself does not count, in K + 1 neither. The full softmax holds what `softmax_loss` says.
+
+    All positions need a causal encoder. `last_only` predicts the last item of the window from
+    those before it, with any encoder, by way of `encode`. Raises InputError for an unknown
+    name, K < 1, t outside [0, 1], `log_q` with a loss that has no use for it, K >= V with
+    "gbce", an encoder that is not causal, and "popularity" when not bound.
+    """
+
+    loss: str = "softmax"
+    negatives: int = 256
+    t: float = 0.75
+    log_q: bool = False
+    sampling: str = "uniform"
+    negatives_per: str = "sequence"
+    last_only: bool = False
+    log_popularity: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    lookahead = 1
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("loss", LOSSES),
+            ("sampling", ("uniform", "popularity")),
+            ("negatives_per", ("position", "sequence")),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"NextItem: {name} must be one of {', '.join(choices)}, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.negatives < 1:
+            raise InputError(f"NextItem: negatives must be at least 1, got {self.negatives}")
+        if not 0 <= self.t <= 1:
+            raise InputError(f"NextItem: t must be in [0, 1], got {self.t}")
+        if self.log_q and self.loss != "sampled_softmax":
+            raise InputError(f"NextItem: log_q corrects 'sampled_softmax', not {self.loss!r}")
+
+    def __call__(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The loss, 0-dim, of `tokens` (N, T + 1) int64 left-padded with 0.
+
+        0 where no row has two items.
+        """
+        if not (self.last_only or model.causal):
+            raise InputError(
+                f"NextItem needs a causal encoder or last_only=True: {type(model).__name__} sees"
+                " at every position the items after it"
+            )
+        if self.loss == "gbce" and self.negatives >= model.num_items:
+            raise InputError(
+                f"NextItem: negatives = {self.negatives} must be below the {model.num_items} items"
+            )
+        tokens = tokens[(tokens[:, :-1] != 0).any(dim=1)]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        valid = (inputs != 0) & (targets != 0)
+        if not valid.any():
+            return no_loss(model)
+        row = torch.arange(len(tokens), device=tokens.device)
+        if self.last_only:
+            h, target = model.encode(inputs), tokens[:, -1]
+        else:
+            h, target = model.transform(model.states(inputs)[valid]), targets[valid]
+            row = row[:, None].expand_as(valid)[valid]
+        weight, bias = model.head()
+        column = target - model.first_item
+        if self.loss == "softmax":
+            return softmax_loss(h, column, weight, bias)
+        return self._sampled(h, column, row, len(tokens), weight, bias, generator)
+
+    def _sampled(
+        self,
+        h: Tensor,
+        column: Tensor,
+        row: Tensor,
+        rows: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The loss of h (P, D) with next items `column` (P,), of the sequences `row` (P,)."""
+        by_row = self.negatives_per == "sequence"
+        drawn, log_q = self._draw(rows if by_row else len(h), weight.shape[0], generator)
+        drawn, log_q = drawn.to(h.device), log_q.to(h)
+        vectors = F.embedding(drawn, weight)
+        if by_row:
+            # One product for all positions of a sequence; `place` is where each stands in it.
+            first = torch.searchsorted(row, torch.arange(rows, device=row.device))
+            place = torch.arange(len(row), device=row.device) - first[row]
+            grid = h.new_zeros(rows, int(place.max()) + 1, h.shape[1])
+            grid = grid.index_put((row, place), h)
+            scores = (grid @ vectors.transpose(1, 2))[row, place]
+            drawn, log_q = drawn[row], log_q[row]
+        else:
+            scores = (vectors @ h.unsqueeze(2)).squeeze(2)
+        positive = (h * F.embedding(column, weight)).sum(dim=1)
+        if bias is not None:
+            scores, positive = scores + bias[drawn], positive + bias[column]
+        hit = drawn == column[:, None]
+        if self.loss == "sampled_softmax":
+            if self.log_q:
+                scores = scores - (log_q + math.log(self.negatives))
+            scores = scores.masked_fill(hit, -math.inf)
+            total = torch.logaddexp(positive, scores.logsumexp(dim=1))
+            return (total - positive).mean()
+        alpha = self.negatives / (weight.shape[0] - 1) if self.loss == "gbce" else 1.0
+        beta = 1 - self.t * (1 - alpha)
+        wrong = F.softplus(scores).masked_fill(hit, 0.0).sum(dim=1)
+        return ((beta * F.softplus(-positive) + wrong) / (1 + (~hit).sum(dim=1))).mean()
+
+    def _draw(self, rows: int, items: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`rows` x K columns in 0..V-1 int64, and the logarithm of each one's probability."""
+        shape = (rows, self.negatives)
+        if self.sampling == "uniform":
+            return torch.randint(items, shape, generator=generator), torch.full(
+                shape, -math.log(items)
+            )
+        if self.log_popularity is None:
+            raise InputError("NextItem with sampling='popularity' must be bound to the data")
+        ends = self.log_popularity.exp().cumsum(0)
+        draws = torch.rand(shape, generator=generator, dtype=torch.float64) * ends[-1]
+        drawn = torch.searchsorted(ends, draws, right=True).clamp(max=items - 1)
+        return drawn, self.log_popularity[drawn]
+
+    def bind(self, data: TrainingSequences, max_len: int) -> NextItem:
+        """With the items' shares of the training part, s_1..s_{n-2} of every user; 8 V bytes."""
+        if self.sampling == "uniform":
+            return self
+        begin, end = data.offsets[:-1], data.offsets[1:]
+        train = np.ones(len(data.items), bool)
+        for held_out in (1, 2):
+            places = end - held_out
+            train[places[places >= begin]] = False
+        counts = np.bincount(data.items[train], minlength=data.num_items + 1)[1:]
+        shares = torch.from_numpy(counts / max(1, counts.sum()))
+        return dataclasses.replace(self, log_popularity=shares.log())

@@ -1,0 +1,72 @@
+"""RepPad: fill the padding of short sequences with the sequences themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.objectives.base import Objective, TrainingSequences
+
+
+@dataclasses.dataclass(frozen=True)
+class RepPad(Objective):
+    """`objective` on windows whose padding is filled by repetition (Dang et al., RecSys 2024).
+
+        0 0 0 0 0 0 a b c   becomes   b c 0 a b c 0 a b c   cut on the left to the same width
+
+    with a 0 between the copies, which no objective predicts or predicts from. `repeats` "fill"
+    goes on to the left end; "random" adds 1 to floor(T / n) copies, drawn for every row
+    of n items, as the released code does. That code repeats inputs and targets apart, so the
+    newest item never is an input; here the copies are of the whole window, and it is. For
+    objectives over all or masked positions: raises InputError for one that reads a row as a
+    single sequence (`CL4SRec`, `DuoRec`), and for an unknown `repeats`.
+    """
+
+    objective: Objective
+    repeats: str = "fill"
+
+    def __post_init__(self) -> None:
+        if self.repeats not in ("fill", "random"):
+            raise InputError(f"RepPad: repeats must be 'fill' or 'random', got {self.repeats!r}")
+        if not isinstance(self.objective, Objective) or self.objective.contiguous:
+            raise InputError(
+                f"RepPad: {type(self.objective).__name__} cannot read repeated sequences"
+            )
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
+        return self.objective.lookahead
+
+    def __call__(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
+        return self.objective(model, self.repeat(tokens, generator), generator)
+
+    def repeat(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """`tokens` (N, T) with the padding filled, a new tensor."""
+        width = tokens.shape[1]
+        length = (tokens != 0).sum(dim=1, keepdim=True)
+        back = torch.arange(width - 1, -1, -1, device=tokens.device)  # columns from the right
+        place = back % (length + 1)
+        filled = tokens.gather(1, width - 1 - place).masked_fill(place == length, 0)
+        if self.repeats == "random":
+            most = (width // length.clamp(min=1)).clamp(min=1)
+            draws = torch.rand(length.shape, generator=generator, dtype=torch.float64)
+            copies = 1 + (draws.to(tokens.device) * most).long().minimum(most - 1)
+            filled = filled.masked_fill(back >= (copies + 1) * (length + 1), 0)
+        return filled
+
+    def bind(self, data: TrainingSequences, max_len: int) -> RepPad:
+        return dataclasses.replace(self, objective=self.objective.bind(data, max_len))
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        return self.objective.modules()
+
+    def columns(self, tokens: Tensor, extra: int) -> Tensor:
+        return self.objective.columns(tokens, extra)

@@ -1,0 +1,64 @@
+"""The full softmax over the catalogue, without a (places, V) matrix where that is large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits held at once: 64 MB of float32 in one piece, tiles of 16 MB beyond that.
+_WHOLE = 1 << 24
+_TILE = 1 << 22
+
+
+def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Mean over P places of -log softmax(W h + b)[column], 0-dim.
+
+    `h` is (P, D), `column` (P,) int64 in 0..V-1, `weight` (V, D), `bias` (V,) or None. With up to
+    2^24 logits they are held as autograd does. Beyond that a tile of them is made, and its
+    gradient with it, so a step costs the same three products and holds 2^22 logits (one row
+    where V is larger) and the gradients of h, W and b; it can be differentiated once.
+    """
+    if h.shape[0] * weight.shape[0] <= _WHOLE:
+        return F.cross_entropy(F.linear(h, weight, bias), column)
+    return _TiledSoftmaxLoss.apply(h, column, weight, bias, max(1, _TILE // weight.shape[0]))
+
+
+class _TiledSoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        total = h.new_zeros(())
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for first in range(0, h.shape[0], rows):
+            part = slice(first, first + rows)
+            index = column[part, None]
+            logits = F.linear(h[part], weight, bias)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (normaliser - logits.gather(1, index)).sum()
+            # p - 1[v = column], the gradient of the logits, in their place.
+            error = logits.sub_(normaliser).exp_()
+            error.scatter_add_(1, index, error.new_full(index.shape, -1.0))
+            torch.mm(error, weight, out=grad_h[part])
+            grad_weight.addmm_(error.t(), h[part])
+            if grad_bias is not None:
+                grad_bias += error.sum(dim=0)
+        ctx.save_for_backward(grad_h, grad_weight, grad_bias)
+        return total / h.shape[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad / grad_h.shape[0]
+        return (
+            grad_h * scale,
+            None,
+            grad_weight * scale,
+            None if grad_bias is None else grad_bias * scale,
+            None,
+        )
