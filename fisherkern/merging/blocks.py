@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,86 +15,152 @@ from fisherkern.merging.rules import Operands
 # shares stay in the processor's cache: four times as fast as blocks of 4 million.
 BLOCK = 1 << 16
 
+Part = Tensor | slice
+
+
+@dataclass(frozen=True)
+class TensorBlocks:
+    """One tensor of every member and all that a rule may know of it, except lambda.
+
+    tensors: M of them. rows: per member, the row that each merged row comes from, -1 for none
+    (`Catalogue.rows`); None where nothing moves. fishers: each member's Fisher and the unit to
+    divide it by. base, base_rows: the same for the base. grams: see `rules.Blocks`.
+    """
+
+    name: str
+    tensors: Sequence[Tensor]
+    rows: Sequence[Tensor] | None = None
+    fishers: Sequence[tuple[Tensor, float]] | None = None
+    base: Tensor | None = None
+    base_rows: Tensor | None = None
+    grams: list[Tensor] | None = None
+    floor: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def dims(self) -> int:
+        return self.tensors[0].dim()
+
+    @property
+    def members(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the merged tensor."""
+        first = self.tensors[0]
+        if self.rows is None:
+            return tuple(first.shape)
+        return len(self.rows[0]), *first.shape[1:]
+
+    def __iter__(self) -> Iterator[Operands]:
+        """The operands of each block with equal weights, as `Rule.prepare` sees them."""
+        for _, operands in self.operands([1 / self.members] * self.members, None):
+            yield operands
+
+    def operands(self, weights: Sequence[float], stats: Any) -> Iterator[tuple[slice, Operands]]:
+        """(Rows of the merged table, operands) of each block; none for an empty tensor."""
+        device = self.tensors[0].device
+        length = self.shape[0] if self.shape else 1
+        columns = as_table(self.tensors[0]).shape[1]
+        if length == 0 or columns == 0:
+            return
+        lam = torch.tensor(weights, dtype=torch.float64)
+        step = max(1, BLOCK // columns)
+        for start in range(0, length, step):
+            place = slice(start, min(start + step, length))
+            size = place.stop - start
+            part: list[Part] = [place] * self.members
+            if self.rows is not None:
+                part = [row[place] for row in self.rows]
+            owns = torch.stack([_present(index, size) for index in part])
+            base, base_owns = None, torch.zeros(size, dtype=torch.bool)
+            if self.base is not None:
+                where: Part = place if self.base_rows is None else self.base_rows[place]
+                base, base_owns = _rows_of(self.base, where, device), _present(where, size)
+            yield (
+                place,
+                Operands(
+                    theta=_gather(self.tensors, part, device),
+                    weights=_owner_weights(lam, owns)[:, :, None].to(device),
+                    fisher=self._fisher(part, device),
+                    floor=self.floor,
+                    lam=lam.to(device),
+                    owns=owns[:, :, None].to(device),
+                    base=base,
+                    base_owns=base_owns[:, None].to(device),
+                    name=self.name,
+                    start=start,
+                    options=self.options,
+                    stats=stats,
+                    seed=self.seed,
+                ),
+            )
+
+    def _fisher(self, part: Sequence[Part], device: torch.device) -> Tensor | None:
+        if self.fishers is None:
+            return None
+        units = [unit for _, unit in self.fishers]
+        unit = torch.tensor(units, dtype=torch.float64, device=device)[:, None, None]
+        return _gather([value for value, _ in self.fishers], part, device) / unit
+
 
 def merge_tensor(
     function: Callable[[Operands], Tensor],
-    tensors: Sequence[Tensor],
+    blocks: TensorBlocks,
     weights: Sequence[float],
-    fishers: Sequence[tuple[Tensor, float]] | None,
-    rows: Sequence[Tensor] | None,
-    floor: float,
+    stats: Any = None,
 ) -> Tensor:
-    """`function` (a rule) applied to the members' `tensors`; the dtype of member 0's.
+    """`function` (a rule) applied block by block; the dtype of member 0's tensor.
 
-    weights: lambda, M numbers. fishers: each member's Fisher and the unit to divide it by.
-    rows: per member, the row that each merged row comes from, -1 for none (`Catalogue.rows`).
+    weights: lambda, M numbers. stats: what the rule's `prepare` found for this tensor.
     """
-    first = tensors[0]
-    if first.numel() == 0 and rows is None:
-        return first.clone()
-    length = len(rows[0]) if rows is not None else len(_table(first))
-    shape = (length, *first.shape[1:]) if first.dim() else ()
-    merged = torch.empty(shape, dtype=first.dtype, device=first.device)
-    table = _table(merged)
-    step = max(1, BLOCK // max(1, table.shape[1]))
-    for start in range(0, length, step):
-        stop = min(start + step, length)
-        part: list[Tensor | slice] = [slice(start, stop)] * len(tensors)
-        if rows is not None:
-            part = [row[start:stop] for row in rows]
-        fisher = None
-        if fishers is not None:
-            units = [unit for _, unit in fishers]
-            unit = torch.tensor(units, dtype=torch.float64, device=first.device)[:, None, None]
-            fisher = _gather([value for value, _ in fishers], part, first.device) / unit
-        theta = _gather(tensors, part, first.device)
-        lam = _owner_weights(weights, part, stop - start, first.device)
-        table[start:stop] = function(Operands(theta, lam, fisher, floor)).to(first.dtype)
+    first = blocks.tensors[0]
+    merged = torch.empty(blocks.shape, dtype=first.dtype, device=first.device)
+    for place, operands in blocks.operands(weights, stats):
+        as_table(merged)[place] = function(operands).to(first.dtype)
     return merged
 
 
-def _table(tensor: Tensor) -> Tensor:
+def as_table(tensor: Tensor) -> Tensor:
     """`tensor` as (rows, columns); a number is one row of one."""
-    return tensor.reshape(len(tensor), -1) if tensor.dim() else tensor.reshape(1, 1)
+    if tensor.dim() == 0:
+        return tensor.reshape(1, 1)
+    return tensor.reshape(len(tensor), -1) if tensor.numel() else tensor.reshape(len(tensor), 0)
 
 
-def _gather(
-    tensors: Sequence[Tensor], rows: Sequence[Tensor | slice], device: torch.device
-) -> Tensor:
+def _present(index: Part, length: int) -> Tensor:
+    """(length,) bool: whether there is such a row."""
+    if isinstance(index, slice):
+        return torch.ones(length, dtype=torch.bool)
+    return index >= 0
+
+
+def _rows_of(tensor: Tensor, index: Part, device: torch.device) -> Tensor:
+    """(n, c) float64 of a tensor's rows, zeros where a row is -1."""
+    table = as_table(tensor)
+    if isinstance(index, slice):
+        return table[index].to(device, torch.float64)
+    index = index.to(table.device)
+    block = table[index.clamp(min=0)].to(device, torch.float64)
+    block[(index < 0).to(device)] = 0
+    return block
+
+
+def _gather(tensors: Sequence[Tensor], rows: Sequence[Part], device: torch.device) -> Tensor:
     """(M, n, c) float64 of the members' rows, zeros where a row is -1."""
-    found = []
-    for tensor, index in zip(tensors, rows, strict=True):
-        table = _table(tensor)
-        if isinstance(index, slice):
-            block = table[index].to(device, torch.float64)
-        else:
-            index = index.to(table.device)
-            block = table[index.clamp(min=0)].to(device, torch.float64)
-            block[(index < 0).to(device)] = 0
-        found.append(block)
+    found = [_rows_of(tensor, index, device) for tensor, index in zip(tensors, rows, strict=True)]
     return torch.stack(found)
 
 
-def _owner_weights(
-    weights: Sequence[float],
-    rows: Sequence[Tensor | slice],
-    length: int,
-    device: torch.device,
-) -> Tensor:
-    """(M, n, 1) float64 lambda, 0 where a member lacks the row.
+def _owner_weights(lam: Tensor, owns: Tensor) -> Tensor:
+    """(M, n) float64 lambda, 0 where a member lacks the row.
 
     A row all of whose owners have lambda 0 is shared by them equally: it keeps their value.
     """
-    lam = torch.tensor(weights, dtype=torch.float64)[:, None].expand(-1, length)
-    present = torch.stack(
-        [
-            torch.ones(length, dtype=torch.bool) if isinstance(index, slice) else index >= 0
-            for index in rows
-        ]
-    )
-    lam = torch.where(present, lam, 0.0)
-    lam = torch.where(lam.sum(0) > 0, lam, present.double())
-    return lam[:, :, None].to(device)
+    weights = torch.where(owns, lam[:, None], 0.0)
+    return torch.where(weights.sum(0) > 0, weights, owns.double())
 
 
 def agree(tensors: Sequence[Tensor], rows: Sequence[Tensor] | None) -> tuple[Tensor | None, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,46 +13,62 @@ from torch import Tensor, nn
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.merging.rows import Catalogue
-from fisherkern.merging.rules import RULES, Rule
+from fisherkern.merging.rules import RULES, Rule, check_options
 from fisherkern.merging.ties import Tie, find_ties, named_tensors
 
 
 def choose_rule(
     method: str | None,
-    weights: Any,
-    fishers: Any,
-    score: Callable[[Any], float] | None,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
     floor: float,
     normalize: str | None,
-) -> tuple[str, Rule]:
-    """The rule's name and the rule, after checking that the options fit it and one another."""
+    steps: int | None,
+) -> tuple[str, Rule, dict[str, Any]]:
+    """The rule's name, the rule and its options, after checking that the arguments fit it."""
+    weights = inputs["weights"]
     if method is None:
         method = "uniform" if weights is None else "weighted"
-        method = method if fishers is None else "fisher"
+        method = method if inputs["fishers"] is None else "fisher"
     if method not in RULES:
         raise InputError(f"method {method!r} is not one of {', '.join(RULES)}")
     rule = RULES[method]
-    if weights is not None and not rule.takes_weights:
-        raise InputError(f"method {method!r} takes no weights; did you mean 'weighted'?")
-    if weights is None and method == "weighted":
-        raise InputError("method 'weighted' needs weights: one number per member, or 'search'")
     if isinstance(weights, str) and weights != "search":
         raise InputError(f"weights is {weights!r} where numbers or 'search' were expected")
     searching = isinstance(weights, str)
-    if searching != (score is not None):
-        raise InputError(
-            "weights='search' needs score=, a function of a model whose value is to be high"
-            if searching
-            else "score= is used by weights='search' only"
-        )
-    if (fishers is not None) != rule.takes_fishers:
-        verb = "needs" if rule.takes_fishers else "takes no"
-        raise InputError(f"method {method!r} {verb} fishers")
+    for name, value in inputs.items():
+        use = rule.inputs.get(name, "no")
+        if name == "score" and use == "no":
+            if searching != (value is not None):
+                raise InputError(
+                    "weights='search' needs score=, a function of a model whose value is to be high"
+                    if searching
+                    else "score= is used by weights='search' only"
+                )
+            continue
+        if value is not None and use == "no":
+            raise InputError(f"method {method!r} takes no {name}{HINTS.get((method, name), '')}")
+        if value is None and use == "must":
+            raise InputError(f"method {method!r} needs {name}{NEEDED[name]}")
     if not (math.isfinite(floor) and floor >= 0):
         raise InputError(f"floor is {floor} where a number of at least 0 was expected")
     if normalize not in ("mean", None):
         raise InputError(f"normalize is {normalize!r} where 'mean' or None was expected")
-    return method, rule
+    if steps is not None and steps < 0:
+        raise InputError(f"steps is {steps} where a number of at least 0 was expected")
+    return method, rule, check_options(method, rule, options)
+
+
+HINTS = {("uniform", "weights"): "; did you mean 'weighted'?"}
+NEEDED = {
+    "weights": ": one number per member, or 'search'",
+    "fishers": ": one mapping per member, as diag_fisher makes",
+    "base": ": the model that the members were trained from",
+    "grams": ": one mapping per member, as linear_grams makes",
+    "products": ": one function per member, as fisher_product makes",
+    "score": ": a function of a model whose value is to be high",
+    "validation": ": batches of histories and next items",
+}
 
 
 def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> list[float]:
@@ -129,6 +146,15 @@ def check_tensors(
                 raise InputError(f"tensor {tie.name!r} of member {number} holds a NaN")
 
 
+@contextlib.contextmanager
+def renamed(old: str, new: str) -> Iterator[None]:
+    """Checks of members inside the block, said of something else: `new` where they name `old`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(old, new)) from None
+
+
 def check_finite(tensors: Sequence[Tensor], name: str) -> None:
     """No member's tensor `name` holds an infinity (NaN was refused before)."""
     for number, tensor in enumerate(tensors):
@@ -154,7 +180,25 @@ def check_config(models: Sequence[nn.Module]) -> None:
                 )
 
 
-def check_fingerprints(models: Sequence[nn.Module], fishers: Sequence[Mapping[str, Any]]) -> None:
+def check_mappings(
+    given: Sequence[Mapping[str, Tensor]], what: str, argument: str, members: int
+) -> list[Mapping[str, Tensor]]:
+    """One mapping per member."""
+    found = list(given)
+    if len(found) != members:
+        raise InputError(f"there are {len(found)} {argument} for {members} members")
+    for number, mapping in enumerate(found):
+        if not isinstance(mapping, Mapping):
+            raise InputError(
+                f"the {what} of member {number} is a {type(mapping).__name__}, not a mapping "
+                "from names to tensors"
+            )
+    return found
+
+
+def check_fingerprints(
+    models: Sequence[nn.Module], fishers: Sequence[Mapping[str, Any]], what: str = "Fisher"
+) -> None:
     """Each Fisher that says which model it was computed on was computed on its member."""
     prints: list[str] | None = None
     for number, fisher in enumerate(fishers):
@@ -165,7 +209,7 @@ def check_fingerprints(models: Sequence[nn.Module], fishers: Sequence[Mapping[st
         if expected != prints[number]:
             hint = f" (it is of member {prints.index(expected)})" if expected in prints else ""
             raise InputError(
-                f"the Fisher of member {number} was computed on another model{hint}: its "
+                f"the {what} of member {number} was computed on another model{hint}: its "
                 f"fingerprint is {expected[:12]} and the member's {prints[number][:12]}"
             )
 
@@ -202,3 +246,32 @@ def check_fisher(
             raise InputError(f"tensor {names[0]!r} of {whose} holds a negative value")
         found[tie.name] = value.detach()
     return found
+
+
+def check_grams(
+    grams: Sequence[Mapping[str, Tensor]],
+    tensors: Sequence[Mapping[str, Tensor]],
+    ties: Sequence[Tie],
+) -> dict[str, list[Tensor]]:
+    """Tie name -> every member's Gram matrix, for the tensors of which all members have one."""
+    for number, own in enumerate(grams):
+        whose = f"the Gram mapping of member {number}"
+        for name, gram in own.items():
+            weight = tensors[number].get(name)
+            if weight is None:
+                raise InputError(f"{whose} has a tensor {name!r}, which the model does not")
+            width = weight.shape[-1] if weight.dim() == 2 else None
+            if width is None or gram.shape != (width, width):
+                raise InputError(
+                    f"tensor {name!r} of {whose} has shape {tuple(gram.shape)}, which does not "
+                    f"fit the model's of shape {tuple(weight.shape)}"
+                )
+            if not gram.is_floating_point() or not torch.isfinite(gram).all():
+                raise InputError(f"tensor {name!r} of {whose} holds a value that is not finite")
+            if (gram.diagonal() < 0).any():
+                raise InputError(f"tensor {name!r} of {whose} has a negative diagonal entry")
+    return {
+        tie.name: [own[tie.name].detach() for own in grams]
+        for tie in ties
+        if all(tie.name in own for own in grams)
+    }

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from fisherkern.errors import InputError
 from fisherkern.merging import checks
-from fisherkern.merging.blocks import agree, merge_tensor
-from fisherkern.merging.fishers import Fishers
-from fisherkern.merging.rows import Catalogue, align
-from fisherkern.merging.rules import Rule, average
-from fisherkern.merging.search import search_weights
-from fisherkern.merging.ties import Tie, find_ties, named_tensors, write_tied
+from fisherkern.merging.full_fisher import Product, solve_full_fisher
+from fisherkern.merging.learned import learn_weights
+from fisherkern.merging.members import Members
+from fisherkern.merging.merger import Merger, Weights
+from fisherkern.merging.search import greedy_weights, search_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -27,34 +23,57 @@ def merge(
     method: str | None = None,
     weights: Sequence[float] | Tensor | str | None = None,
     fishers: Sequence[Mapping[str, Tensor]] | None = None,
+    base: ModelT | None = None,
+    grams: Sequence[Mapping[str, Tensor]] | None = None,
+    products: Sequence[Product] | None = None,
+    options: Mapping[str, Any] | None = None,
     floor: float = 0.1,
     normalize: str | None = "mean",
     score: Callable[[ModelT], float] | None = None,
+    validation: Iterable[Any] | Callable[[ModelT], Iterable[Any]] | None = None,
     item_ids: Sequence[Sequence[str] | None] | None = None,
     check_fingerprint: bool = True,
-    steps: int = 20,
+    steps: int | None = None,
     seed: int = 0,
 ) -> ModelT:
-    """A new model of the members' class, with for every entry of every parameter
+    """A new model of the members' class; by default, for every entry of every parameter
 
         theta* = sum_m lambda_m f_m theta_m / sum_m lambda_m f_m,   f_m = F_m/mean(F_m) + floor
 
     models: M modules of one class with the same tensors. They are left as they are.
-    method: "uniform" (lambda_m = 1/M, no Fisher), "weighted" (lambda, no Fisher) or "fisher";
-        by default what the arguments given imply.
+    method: a name in `RULES`, whose functions' docstrings have the formulas; without one,
+        "fisher" where fishers are given, else "weighted" or "uniform".
+
+        uniform, weighted   lambda-averages
+        fisher              above; option group: "entry", "row", "neuron" or "tensor"
+        slerp               `slerp`; lambda are the places on the great circle
+        task_arithmetic, ties, dare    task vectors from `base`; options scale, density, per
+        pcrec               `layer_mix`; options criterion, alpha, bins
+        regmean             `regmean`, with `grams`; options alpha, ridge
+        full_fisher         `solve_full_fisher`, with `products` and `fishers`; option tol
+        greedy_soup         members added while `score` does not fall, see `greedy_weights`
+        learned_soup, layer_wise    lambda, one or one per layer, by gradient descent on the
+            cross-entropy of `validation`, see `learn_weights`; options lr, temperature
     weights: lambda, M numbers >= 0 of which the sum does not matter; "search" looks for those
         with the highest `score` (see `search_weights`); None means equal.
     fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
         parameters' shapes. mean(F_m) is over all entries of the member's Fisher, so a Fisher
         scaled by a constant changes nothing. A `.meta["fingerprint"]` must fit the member,
         unless check_fingerprint=False.
+    base: the model the members were trained from, of their class; its items may differ.
+    grams: M mappings from names of linear weights to (I, I) tensors, as `linear_grams` makes.
+    products: M functions v -> F_m v, as `fisher_product` makes.
+    options: the rule's own options by name.
     floor: the weight of the plain lambda-average, relative to the mean Fisher entry.
     normalize: "mean" as above; None divides every F_m by the mean over all members instead, so
         that a member with a larger Fisher counts more.
     score: model -> float, higher is better, to be measured on validation data. It is handed one
         and the same model with other values each time.
+    validation: batches with next items (mappings with "history" and "target", or pairs), or a
+        function of the model that gives them.
     item_ids: external ids of each member's items, for models without an `item_ids` attribute.
-    steps, seed: number and seed of the random draws of the search.
+    steps: random draws of the search (20), gradient steps of the learned lambdas (60), or
+        iterations of "full_fisher" (20). seed: of draws and of "dare".
 
     What Fisher cannot decide is averaged by lambda: entries where every member's Fisher is zero,
     tensors for which it is rounding noise (largest entry below 1e-10 of the model's mean, as in
@@ -68,10 +87,11 @@ def merge(
     are merged among its owners (even if all of those have lambda 0), padding and mask rows among
     all members.
 
-    The result carries `merge_report`, a JSON-ready dict: method, members, weights, floor,
-    normalize, candidates (weights and score of each tried), items (number of owners -> number
-    of items), coverage (tensor -> per member, share of entries whose Fisher exceeds the floor),
-    averaged_buffers.
+    The result carries `merge_report`, a JSON-ready dict: method, members, weights (a list, or
+    tensor -> list where learned by layer), options, floor, normalize, candidates (weights and
+    score of each tried), items (number of owners -> number of items), coverage (tensor -> per
+    member, share of entries whose Fisher exceeds the floor), averaged_buffers, and residuals of
+    "full_fisher".
 
     Allocates the new model and one merged copy of its tensors; the float64 work is done in
     blocks of some 65,000 entries. Raises InputError, naming the member, tensor or argument, for
@@ -80,164 +100,65 @@ def merge(
     recommenders; the relative floor and the units are ours.
     """
     models = list(models)
-    name, rule = checks.choose_rule(method, weights, fishers, score, floor, normalize)
-    merger = _Merger(models, rule, floor, item_ids)
+    inputs = {
+        "weights": weights,
+        "fishers": fishers,
+        "base": base,
+        "grams": grams,
+        "products": products,
+        "score": score,
+        "validation": validation,
+    }
+    name, rule, options = checks.choose_rule(method, inputs, options, floor, normalize, steps)
+    members = Members(models, item_ids)
     if fishers is not None:
-        merger.use_fishers(fishers, normalize, check_fingerprint)
-    target = merger.new_model()
-    candidates: list[dict[str, Any]] = []
-    if score is not None:
-
-        def score_of(point: list[float]) -> float:
-            merger.write(target, point)
-            return score(target)
-
-        chosen, candidates = search_weights(score_of, len(models), steps=steps, seed=seed)
-    else:
-        chosen = checks.check_weights(None if isinstance(weights, str) else weights, len(models))
-    averaged = merger.write(target, chosen)
+        members.use_fishers(fishers, normalize, check_fingerprint)
+    if base is not None:
+        members.use_base(base)
+    if grams is not None:
+        members.use_grams(grams, check_fingerprint)
+    merger = Merger(members, rule, options, floor, seed)
+    chosen, candidates = _choose(merger, weights, score, validation, steps)
     report: dict[str, Any] = {
         "method": name,
         "members": len(models),
         "weights": chosen,
+        "options": options,
         "floor": floor,
         "normalize": normalize,
         "candidates": candidates,
-        "items": merger.catalogue.owners(),
-        "coverage": merger.coverage(),
-        "averaged_buffers": averaged,
+        "items": members.catalogue.owners(),
+        "coverage": members.coverage(floor),
+        "averaged_buffers": members.averaged_buffers,
     }
-    target.merge_report = report
-    return target
+    if products is None:
+        merger.write(chosen)
+    else:
+        assert isinstance(chosen, list)
+        found, report["residuals"] = solve_full_fisher(
+            members, products, chosen, floor, steps=steps or 20, tol=options["tol"]
+        )
+        merger.write(chosen, found)
+    merger.target.merge_report = report
+    return merger.target
 
 
-class _Merger:
-    """The checked members and everything about a merge that does not depend on lambda."""
+def _choose(
+    merger: Merger, weights: Any, score: Any, validation: Any, steps: int | None
+) -> tuple[Weights, list[dict[str, Any]]]:
+    """(lambda, the candidates tried): given, searched, greedy or learned."""
+    number = len(merger.members)
 
-    def __init__(
-        self,
-        models: Sequence[nn.Module],
-        rule: Rule,
-        floor: float,
-        item_ids: Sequence[Sequence[str] | None] | None,
-    ) -> None:
-        self.ties = checks.check_members(models)
-        self.catalogue: Catalogue = align(models, item_ids)
-        self.tensors = [named_tensors(model) for model in models]
-        checks.check_tensors(self.tensors, self.ties, self.catalogue)
-        checks.check_config(models)
-        self.models, self.rule, self.floor = models, rule, floor
-        self.parameters = {name for name, _ in models[0].named_parameters(remove_duplicate=False)}
-        self.fishers: Fishers | None = None
-        # Integer tensors, and floating buffers the members agree on (masks may hold infinities).
-        self.fixed: dict[str, Tensor] = {}
-        for tie in self.ties:
-            own = [tensors[tie.name] for tensors in self.tensors]
-            if own[0].is_floating_point() and tie.name in self.parameters:
-                checks.check_finite(own, tie.name)
-                continue
-            agreed, member = agree(own, self._rows(tie))
-            if agreed is not None:
-                self.fixed[tie.name] = agreed
-            elif own[0].is_floating_point():
-                checks.check_finite(own, tie.name)
-            else:
-                raise InputError(
-                    f"tensor {tie.name!r} of member {member} differs from that of the members "
-                    f"before it, and values of type {own[0].dtype} cannot be averaged"
-                )
+    def score_of(point: list[float]) -> float:
+        merger.write(point)
+        return score(merger.target)
 
-    def use_fishers(
-        self,
-        fishers: Sequence[Mapping[str, Tensor]],
-        normalize: str | None,
-        check_fingerprint: bool,
-    ) -> None:
-        """Check the members' Fishers and merge by them."""
-        fishers = list(fishers)
-        if len(fishers) != len(self.models):
-            raise InputError(f"there are {len(fishers)} fishers for {len(self.models)} members")
-        for number, fisher in enumerate(fishers):
-            if not isinstance(fisher, Mapping):
-                raise InputError(
-                    f"the Fisher of member {number} is a {type(fisher).__name__}, not a mapping "
-                    "from names to tensors"
-                )
-        if check_fingerprint:
-            checks.check_fingerprints(self.models, fishers)
-        merged = [tie for tie in self.ties if tie.name in self.parameters - self.fixed.keys()]
-        checked = [
-            checks.check_fisher(fisher, tensors, merged, number)
-            for number, (fisher, tensors) in enumerate(zip(fishers, self.tensors, strict=True))
-        ]
-        self.fishers = Fishers(checked, normalize)
-
-    def new_model(self) -> Any:
-        """The model to write to: a copy of member 0, or a new one for the united catalogue."""
-        first, items = self.models[0], self.catalogue.item_ids
-        target: Any
-        # Member 0's items come first, so a union of the same size is its own catalogue.
-        if items is None or len(items) == self.catalogue.sizes[0]:
-            self.layout = first
-            target = copy.deepcopy(first)
-        else:
-            config = getattr(first, "config", None)
-            if not isinstance(config, dict) or "num_items" not in config:
-                raise InputError(
-                    f"the members' catalogues differ, and {type(first).__name__} has no config "
-                    "with num_items to build a model for their union from"
-                )
-            with torch.random.fork_rng(devices=[]):
-                target = type(first)(**{**config, "num_items": len(items)})
-            target.train(first.training)
-            frozen = {name for name, p in first.named_parameters() if not p.requires_grad}
-            for name, parameter in target.named_parameters():
-                parameter.requires_grad_(name not in frozen and parameter.requires_grad)
-            if find_ties(target, "the model for the united catalogue") != self.ties:
-                raise InputError(
-                    f"{type(first).__name__}(**config) does not build a model with the tensors "
-                    "and ties of the members, so their catalogues cannot be united"
-                )
-            self.layout = target
-        if items is not None:
-            target.item_ids = list(items)
-        return target
-
-    def write(self, target: nn.Module, weights: Sequence[float]) -> list[str]:
-        """Merge with `weights` into `target`; the names of the buffers that were averaged."""
-        values = dict(self.fixed)
-        averaged = []
-        for tie in self.ties:
-            if tie.name in self.fixed:
-                continue
-            if tie.name not in self.parameters:
-                averaged.append(tie.name)
-            values[tie.name] = self._merge(tie, weights)
-        shapes = {name: tensor.shape for name, tensor in named_tensors(self.layout).items()}
-        for name, value in values.items():
-            if shapes.get(name) != value.shape:
-                raise InputError(
-                    f"tensor {name!r} is to have shape {tuple(value.shape)}, which the "
-                    f"{type(target).__name__} built for the united catalogue does not provide"
-                )
-        write_tied(target, self.layout, self.ties, values)
-        return averaged
-
-    def coverage(self) -> dict[str, list[float]]:
-        """See `Fishers.coverage`; {} for rules without a Fisher."""
-        if self.fishers is None:
-            return {}
-        names = [tie.name for tie in self.ties if tie.name in self.parameters - self.fixed.keys()]
-        return self.fishers.coverage(names, self.floor)
-
-    def _rows(self, tie: Tie) -> list[Tensor] | None:
-        tensors = [own[tie.name] for own in self.tensors]
-        return self.catalogue.rows(tie.name, [len(t) if t.dim() else 1 for t in tensors])
-
-    def _merge(self, tie: Tie, weights: Sequence[float]) -> Tensor:
-        """One tensor merged: by the rule if a parameter, by plain lambda if a buffer."""
-        own = [tensors[tie.name].detach() for tensors in self.tensors]
-        is_parameter = tie.name in self.parameters
-        fishers = self.fishers.scaled(tie.name) if self.fishers and is_parameter else None
-        function = self.rule.function if is_parameter else average
-        return merge_tensor(function, own, weights, fishers, self._rows(tie), self.floor)
+    if merger.rule.choose == "greedy":
+        return greedy_weights(score_of, number)
+    if merger.rule.choose == "learned":
+        batches = validation(merger.target) if callable(validation) else validation
+        return learn_weights(merger, batches, steps=60 if steps is None else steps)
+    if isinstance(weights, str):
+        draws = 20 if steps is None else steps
+        return search_weights(score_of, number, steps=draws, seed=merger.seed)
+    return checks.check_weights(weights, number), []
