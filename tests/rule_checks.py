@@ -1,0 +1,52 @@
+"""Whether a model's parameters are all served by rules, and right, against brute force."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import brute
+import pytest
+from models import HISTORIES, NUM_ITEMS, shaken
+from test_fisher import assert_equal
+from torch import Tensor, nn
+
+import fisherkern as fk
+
+# As many sequences as positions; fewer; and a single one, in batches of their own.
+SIZES = [5, 3, 2, 1]
+
+
+class Recommender(nn.Module):
+    """Item embedding, a body of one's own, and a decoder: the least that recommends.
+
+    `body` maps (N, T, D) to a state (N, D); the history comes along, for its padding.
+    """
+
+    def __init__(
+        self, body: Callable[[Tensor, Tensor], Tensor], width: int = 4, out: int | None = None
+    ) -> None:
+        super().__init__()
+        self.items = nn.Embedding(NUM_ITEMS + 1, width, padding_idx=0)
+        self.body = body
+        self.decoder = nn.Linear(out or width, NUM_ITEMS + 1)
+
+    def forward(self, history: Tensor) -> Tensor:
+        return self.decoder(self.body(self.items(history), history))
+
+
+def assert_right(
+    model: nn.Module,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    fallback: Sequence[str] = (),
+    history: Tensor = HISTORIES,
+) -> None:
+    """Every parameter to 1e-9, with `fallback` naming those, and only those, that no rule took."""
+    model = shaken(model)
+    p, gradients = brute.all_gradients(model, history)
+    with caplog.at_level(logging.WARNING, logger="fisherkern"):
+        fisher = fk.diag_fisher(model, [history], sampler="exact", progress=False)
+    assert_equal(fisher, brute.fisher(gradients, p))
+    messages = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert messages == ([f"no rule for {', '.join(sorted(fallback))}"] if fallback else [])

@@ -1,0 +1,147 @@
+"""Gains, norms, sums and lookups in the forms that recommenders use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import HISTORIES
+from rule_checks import SIZES, Recommender, assert_right
+from torch import Tensor, nn
+
+Body = Callable[[nn.ParameterDict, Tensor], Tensor]
+
+
+class Bare(nn.Module):
+    """A body written as a function of bare parameters."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], body: Body) -> None:
+        super().__init__()
+        self.parameter = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+        )
+        self.function = body
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        return self.function(self.parameter, x)
+
+
+def in_place(p: nn.ParameterDict, x: Tensor) -> Tensor:
+    x = x * 1
+    x += p["t"]
+    return torch.tanh(x).sum(1)
+
+
+def time_first(p: nn.ParameterDict, x: Tensor) -> Tensor:
+    x = torch.tanh(x.transpose(0, 1) + p["t"][: x.shape[1]])
+    return (F.layer_norm(x, (4,), p["g"], p["b"]) @ p["w"]).sum(0)
+
+
+def overwritten(p: nn.ParameterDict, x: Tensor) -> Tensor:
+    y = F.linear(x, p["w"], p["b"])
+    y[:, 0] = 0
+    return y.relu_().sum(1)
+
+
+BODIES: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
+    "gain": ({"g": (4,)}, lambda p, x: (torch.tanh(x) * p["g"]).sum(1)),
+    "gain on the left": ({"g": (4,)}, lambda p, x: torch.mul(p["g"], torch.tanh(x)).sum(1)),
+    "gain of every position": ({"g": (5, 1)}, lambda p, x: (x * p["g"]).sum(1)),
+    "scalar gain": ({"g": ()}, lambda p, x: (x * p["g"]).sum(1)),
+    "gain of a constant": ({"g": (4,)}, lambda p, x: x.sum(1) + p["g"] * torch.ones(len(x), 1)),
+    "gain, then position": (
+        {"g": (1, 1, 4), "t": (5, 4)},
+        lambda p, x: torch.tanh(x * p["g"] + p["t"]).sum(1),
+    ),
+    "sum in place": ({"t": (5, 4)}, in_place),
+    "time first": ({"t": (7, 1, 4), "g": (4,), "b": (4,), "w": (4, 4)}, time_first),
+    "output overwritten": ({"w": (4, 4), "b": (4,)}, overwritten),
+    "addmm": (
+        {"b": (4,), "w": (4, 4)},
+        lambda p, x: torch.addmm(p["b"], torch.tanh(x.sum(1)), p["w"]),
+    ),
+    "product with a transpose": (
+        {"w": (4, 4)},
+        lambda p, x: torch.matmul(torch.tanh(x), p["w"].transpose(0, 1)).sum(1),
+    ),
+    "rows by index": (
+        {"e": (3, 4)},
+        lambda p, x: (x * torch.tanh(p["e"][(x[:, :, 0] > 0).long() - 1])).sum(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bare_parameters(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert_right(Recommender(Bare(*BODIES[name])), caplog)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["gain of every position", "time first"])
+def test_on_any_number(name: str, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    assert_right(Recommender(Bare(*BODIES[name])), caplog, history=HISTORIES[:size])
+
+
+UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
+    "gain squared": ({"g": (4,)}, lambda p, x: (x * p["g"] * p["g"].exp()).sum(1)),
+    "parameter times itself": ({"g": (4,)}, lambda p, x: x.sum(1) * (p["g"] * p["g"])),
+    "both factors of a product": ({"g": (5, 5)}, lambda p, x: (p["g"] @ p["g"] @ x).sum(1)),
+    "flattened": ({"g": (4, 4)}, lambda p, x: (x.reshape(-1, 4) @ p["g"]).view(x.shape).sum(1)),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_other_uses_fall_back(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    body = Bare(*UNSEEN[name])
+    assert_right(Recommender(body), caplog, fallback=["body.parameter.g"])
+
+
+class Norm(nn.Module):
+    """A norm of (N, T, D), or of (N, D, T) where its channels are dimension 1."""
+
+    def __init__(self, norm: nn.Module, channel: bool) -> None:
+        super().__init__()
+        self.norm, self.channel = norm, channel
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        if self.channel:
+            return torch.tanh(self.norm(x.transpose(1, 2))).sum(2)
+        return torch.tanh(self.norm(x)).sum(1)
+
+
+def batch_norm(running: bool) -> nn.Module:
+    norm = nn.BatchNorm1d(4, track_running_stats=running)
+    if running:
+        norm.running_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+        norm.running_var.copy_(torch.tensor([0.5, 1.5, 2.0, 1.0]))
+    return norm
+
+
+NORMS = {
+    "layer": lambda: Norm(nn.LayerNorm(4), False),
+    "layer, of two dimensions": lambda: Norm(nn.LayerNorm((5, 4)), False),
+    "root mean square": lambda: Norm(nn.RMSNorm(4), False),
+    "batch": lambda: Norm(batch_norm(True), True),
+    "groups": lambda: Norm(nn.GroupNorm(2, 4), True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert_right(Recommender(NORMS[name]()), caplog)
+
+
+def test_batch_norm_of_states(caplog: pytest.LogCaptureFixture) -> None:
+    """(N, D), where every dimension but the channels' is the sequences'."""
+
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = batch_norm(True)
+
+        def forward(self, x: Tensor, history: Tensor) -> Tensor:
+            return torch.tanh(self.norm(x.sum(1)))
+
+    assert_right(Recommender(States()), caplog, history=HISTORIES[:4])
