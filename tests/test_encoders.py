@@ -194,6 +194,7 @@ def test_two_calls_in_training_are_two_views(case: str) -> None:
     assert not torch.isclose(one[:5], other[:5]).all(dim=1).any()
     torch.manual_seed(1)
     assert torch.equal(model.encode(ROWS), one)
+    assert not torch.isclose(*(model.states(ROWS)[:5, -1] for _ in range(2))).all(dim=1).any()
     (one * other).sum().backward()
     assert model.item_embedding.weight.grad.abs().sum(dim=1).gt(0)[HISTORIES.unique()[1:]].all()
     assert torch.equal(*(make(case, dropout=0.0).train().encode(ROWS) for _ in range(2)))

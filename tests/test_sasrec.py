@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import shaken
 from torch import Tensor, nn
 
@@ -136,13 +137,16 @@ def test_the_last_block_computes_the_last_position_alone() -> None:
             module.register_forward_hook(
                 lambda _, inputs, __, name=name: calls.setdefault(name, []).append(inputs[0].shape)
             )
-    model.encode(torch.nn.functional.pad(TOKENS[2:3], (2, 0)))
+    model.encode(F.pad(TOKENS[2:3], (2, 0)))
     assert all(len(shapes) == 1 for shapes in calls.values())
     assert calls["position_embedding"] == [(1, 4)]  # padding is not computed
     assert calls["blocks.0.feed_forward.inner"] == [(1, 4, D)]
     assert calls["blocks.1.attention.key"] == [(1, 4, D)]
     for last in ("attention.query", "attention.output", "feed_forward.inner", "feed_forward.outer"):
         assert calls[f"blocks.1.{last}"] == [(1, 1, D)]
+    calls.clear()
+    model.encode(TOKENS[[3, 3]])
+    assert calls["position_embedding"] == [(2, 1)]
 
 
 @pytest.mark.parametrize("tied, bias", list(itertools.product([True, False], repeat=2)))

@@ -89,7 +89,8 @@ class Caser(SequenceEncoder):
 
         Equals `transform(states(read_history(batch))[:, -1])`, but for one window only.
         """
-        tokens = self.read_history(batch)[:, -self.window :]
+        tokens = self.read_history(batch)
+        # A negative extent cuts.
         features = self._features(F.pad(tokens, (self.window - tokens.shape[1], 0)))
         return self.transform(self.dense(self.dropout(features.squeeze(1))).relu())
 
