@@ -175,7 +175,7 @@ if __name__ == "__main__":
         extra_compile_args=(
             ["/std:c++17", "/O2"]
             if sys.platform == "win32"
-            else ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"]
+            else ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0", "-pthread"]
         ),
     )
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -132,10 +132,11 @@ LookupSquare lookup_problem(Address fisher, Address delta, Address order, Addres
       "hidden"_a, "sequence"_a, "probes"_a, "positions"_a, "segments"_a, "groups"_a, "rows"_a, \
       "width"_a, "sequences"_a, "delta_bf16"_a
 
-// A function of Python from the one that makes the problem and the one that works on it.
-template <class Problem, class... Arguments>
-auto on_cpu(Problem (*make)(Arguments...), void (*work)(const Problem&)) {
-  return [=](Arguments... arguments) { work(make(arguments...)); };
+// A function of Python from the one that makes the problem and the one that works on it, which
+// may take more arguments (threads).
+template <class Problem, class... Arguments, class... More>
+auto on_cpu(Problem (*make)(Arguments...), void (*work)(const Problem&, More...)) {
+  return [=](Arguments... arguments, More... more) { work(make(arguments...), more...); };
 }
 
 #ifdef FISHERKERN_WITH_CUDA
@@ -171,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = numbers({FISHERKERN_CUDA_ARCHS});
   m.attr("cuda_ptx") = numbers({FISHERKERN_CUDA_PTX});
   m.def("segment_outer_square_cpu", on_cpu(segment_problem, segment_outer_square_cpu), py::kw_only(),
-        SEGMENT_ARGUMENTS, Unlocked());
+        SEGMENT_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, Unlocked());
   m.def("lookup_square_cpu", on_cpu(lookup_problem, lookup_square_cpu), py::kw_only(),
         LOOKUP_ARGUMENTS, Unlocked());
 #ifdef FISHERKERN_WITH_CUDA

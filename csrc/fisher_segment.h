@@ -62,7 +62,9 @@ struct Launch {
   float* workspace;  // (splits, rows, columns), or (splits, groups, width) of lookup_square
 };
 
-void segment_outer_square_cpu(const SegmentOuterSquare& problem);
+// On up to `threads` threads, on whose number the result does not depend, with vectors of `lanes`
+// floats (4, 8 or 16; 0: the processor's widest).
+void segment_outer_square_cpu(const SegmentOuterSquare& problem, int threads, int lanes);
 void lookup_square_cpu(const LookupSquare& problem);
 
 void segment_outer_square_cuda(const SegmentOuterSquare& problem, const Launch& launch);

@@ -162,6 +162,42 @@ def test_results_repeat(where: tuple[Any, str, bool]) -> None:
     assert torch.equal(*found)
 
 
+class OnThreads:
+    """The extension with the CPU's number of threads and vector width fixed."""
+
+    def __init__(self, extension: Any, threads: int, lanes: int) -> None:
+        self.extension, self.fixed = extension, {"threads": threads, "lanes": lanes}
+
+    def segment_outer_square_cpu(self, **arguments: Any) -> None:
+        self.extension.segment_outer_square_cpu(**{**arguments, **self.fixed})
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("case", SEGMENTS, ids=str)
+def test_every_vector_width_and_number_of_threads(
+    case: tuple[int, list[int], int, int], lanes: int
+) -> None:
+    built = _extension.compiled()
+    if built is None:
+        pytest.skip(NO_EXTENSION)
+    probes, lengths, rows, columns = case
+    starts = [0, *itertools.accumulate(lengths)]
+    delta, inputs = guarded(probes, starts[-1], rows), guarded(starts[-1], columns, seed=1)
+    found = []
+    for threads in (1, 2, 3, 50):
+        fisher = torch.zeros(rows, columns)
+        try:
+            _extension.segment_outer_square_(
+                OnThreads(built, threads, lanes), fisher, delta, inputs, torch.tensor(starts)
+            )
+        except ValueError as error:
+            assert "this processor has no vectors" in str(error)
+            pytest.skip(str(error))
+        found.append(fisher)
+    assert_close(found[0], brute_segments(delta, inputs, starts))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 # (R, N, T, V, D): one of everything; primes with duplicates; no position; more than 128
 # columns, and more pairs of a row than threads along them; widths that are and are not a
 # multiple of 4.

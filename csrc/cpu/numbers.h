@@ -27,4 +27,6 @@ inline float to_tf32(float value) {
   return finite ? from_bits((bits + 0x1000u) & 0xffffe000u) : value;
 }
 
+inline float read_tf32(const void* from, int64_t i) { return to_tf32(read_float(from, i)); }
+
 }  // namespace fisherkern

@@ -1,18 +1,19 @@
-// The CUDA kernel's arithmetic in plain loops: the same products, fp32 sums.
+// The CUDA kernel's products on the CPU: a tile of F in registers, its square added once a
+// segment, so that no product is ever stored.
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../fisher_segment.h"
 #include "numbers.h"
 
+#define FISHERKERN_INLINE inline __attribute__((always_inline))
+
 namespace fisherkern {
 namespace {
-
-// Rows of F whose products are held at once: with 1024 columns they stay in L1.
-constexpr int64_t kRows = 8;
 
 int64_t offset(const SegmentOuterSquare& p, int64_t segment) {
   if (p.offset_bytes == 4) return static_cast<const int32_t*>(p.offsets)[segment];
@@ -20,7 +21,8 @@ int64_t offset(const SegmentOuterSquare& p, int64_t segment) {
   return segment * p.length;
 }
 
-void check_offsets(const SegmentOuterSquare& p) {
+int64_t check_offsets(const SegmentOuterSquare& p) {
+  int64_t longest = 0;
   for (int64_t n = 0; n < p.segments; ++n) {
     const int64_t start = offset(p, n), end = offset(p, n + 1);
     if (start < 0 || end < start || end > p.positions) {
@@ -28,44 +30,147 @@ void check_offsets(const SegmentOuterSquare& p) {
                                   std::to_string(start) + ", " + std::to_string(end) + ") of " +
                                   std::to_string(p.positions) + " positions");
     }
+    longest = std::max(longest, end - start);
+  }
+  return longest;
+}
+
+// sum (kRows, kWidth) += (sum_t delta[t, :] inputs[t, :]^T)^2; both panels are packed, (length,
+// kRows) and (length, kWidth). The loops have constant bounds: the products stay in registers.
+template <int kLanes, int kRows, int kVectors>
+FISHERKERN_INLINE void add_tile(const float* delta, const float* inputs, int64_t length,
+                                float* sum) {
+  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  Vector product[kRows][kVectors] = {};
+  for (int64_t t = 0; t < length; ++t) {
+    const Vector* in = reinterpret_cast<const Vector*>(inputs + t * kVectors * kLanes);
+#pragma GCC unroll 8
+    for (int o = 0; o < kRows; ++o) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) product[o][v] += delta[t * kRows + o] * in[v];
+    }
+  }
+  Vector* out = reinterpret_cast<Vector*>(sum);
+#pragma GCC unroll 8
+  for (int o = 0; o < kRows; ++o) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) out[o * kVectors + v] += product[o][v] * product[o][v];
   }
 }
 
-template <class Read>
-void add(const SegmentOuterSquare& p, Read read) {
-  std::vector<float> product(kRows * p.columns), inputs(p.columns);
-  for (int64_t first = 0; first < p.rows; first += kRows) {
-    const int64_t rows = std::min(kRows, p.rows - first);
-    for (int64_t n = 0; n < p.segments; ++n) {
+// panel (length, kWidth) = columns first..first + kWidth of the positions from start, 0 past the
+// last column.
+template <int kWidth, class Read>
+FISHERKERN_INLINE void pack(const void* from, int64_t start, int64_t length, int64_t columns,
+                            int64_t first, float* panel, Read read) {
+  const int64_t width = std::min<int64_t>(kWidth, columns - first);
+  const int64_t corner = start * columns + first;
+  if (width == kWidth) {  // with a constant bound the copy is a few vector moves
+    for (int64_t t = 0; t < length; ++t) {
+      for (int64_t i = 0; i < kWidth; ++i) panel[t * kWidth + i] = read(from, corner + t * columns + i);
+    }
+    return;
+  }
+  std::fill(panel, panel + length * kWidth, 0.0f);
+  for (int64_t t = 0; t < length; ++t) {
+    for (int64_t i = 0; i < width; ++i) panel[t * kWidth + i] = read(from, corner + t * columns + i);
+  }
+}
+
+// The tiles of rows low..high of F, in their order: what is summed does not depend on who does it.
+template <int kLanes, int kRows, int kVectors, class Read>
+FISHERKERN_INLINE void add(const SegmentOuterSquare& p, int64_t longest, int64_t low, int64_t high,
+                           Read read) {
+  constexpr int kWidth = kLanes * kVectors;
+  const int64_t tall = (high - low + kRows - 1) / kRows;
+  const int64_t wide = (p.columns + kWidth - 1) / kWidth;
+  std::vector<float> inputs(longest * kWidth), delta(longest * kRows);
+  std::vector<float> sums(tall * wide * kRows * kWidth);
+  for (int64_t n = 0; n < p.segments; ++n) {
+    const int64_t start = offset(p, n), length = offset(p, n + 1) - start;
+    for (int64_t j = 0; j < wide; ++j) {
+      pack<kWidth>(p.inputs, start, length, p.columns, j * kWidth, inputs.data(), read);
       for (int64_t r = 0; r < p.probes; ++r) {
-        std::fill(product.begin(), product.end(), 0.0f);
-        for (int64_t t = offset(p, n); t < offset(p, n + 1); ++t) {
-          for (int64_t i = 0; i < p.columns; ++i) inputs[i] = read(p.inputs, t * p.columns + i);
-          for (int64_t o = 0; o < rows; ++o) {
-            const float d = read(p.delta, (r * p.positions + t) * p.rows + first + o);
-            float* row = product.data() + o * p.columns;
-            for (int64_t i = 0; i < p.columns; ++i) row[i] += d * inputs[i];
-          }
+        for (int64_t i = 0; i < tall; ++i) {
+          pack<kRows>(p.delta, r * p.positions + start, length, p.rows, low + i * kRows,
+                      delta.data(), read);
+          add_tile<kLanes, kRows, kVectors>(delta.data(), inputs.data(), length,
+                                            sums.data() + (i * wide + j) * kRows * kWidth);
         }
-        float* fisher = p.fisher + first * p.columns;
-        for (int64_t e = 0; e < rows * p.columns; ++e) fisher[e] += product[e] * product[e];
       }
+    }
+  }
+  for (int64_t o = low; o < high; ++o) {
+    const float* tiles = sums.data() + (o - low) / kRows * wide * kRows * kWidth;
+    const float* row = tiles + (o - low) % kRows * kWidth;
+    for (int64_t i = 0; i < p.columns; ++i) {
+      p.fisher[o * p.columns + i] += row[i / kWidth * kRows * kWidth + i % kWidth];
     }
   }
 }
 
-}  // namespace
-
-void segment_outer_square_cpu(const SegmentOuterSquare& p) {
-  check_offsets(p);
+template <int kLanes, int kRows, int kVectors>
+FISHERKERN_INLINE void add_numbers(const SegmentOuterSquare& p, int64_t longest, int64_t low,
+                                   int64_t high) {
   switch (p.precision) {
     case Precision::fp32:
-      return add(p, read_float);
+      return add<kLanes, kRows, kVectors>(p, longest, low, high, read_float);
     case Precision::tf32:
-      return add(p, [](const void* from, int64_t i) { return to_tf32(read_float(from, i)); });
+      return add<kLanes, kRows, kVectors>(p, longest, low, high, read_tf32);
     case Precision::bf16:
-      return add(p, read_bf16);
+      return add<kLanes, kRows, kVectors>(p, longest, low, high, read_bf16);
   }
+}
+
+// Tiles as large as the registers hold, with a row of inputs and one delta beside them.
+using Add = void (*)(const SegmentOuterSquare&, int64_t, int64_t, int64_t);
+constexpr int kRows = 6;  // of every tile, so that threads part F alike on every machine
+
+void add_plain(const SegmentOuterSquare& p, int64_t longest, int64_t low, int64_t high) {
+  add_numbers<4, kRows, 2>(p, longest, low, high);
+}
+
+#ifdef __x86_64__
+__attribute__((target("avx2,fma"))) void add_avx2(const SegmentOuterSquare& p, int64_t longest,
+                                                  int64_t low, int64_t high) {
+  add_numbers<8, kRows, 2>(p, longest, low, high);
+}
+
+__attribute__((target("avx512f"))) void add_avx512(const SegmentOuterSquare& p, int64_t longest,
+                                                   int64_t low, int64_t high) {
+  add_numbers<16, kRows, 4>(p, longest, low, high);
+}
+#endif
+
+// The widest vectors that the processor has, or those of `lanes` floats, null if it has not.
+Add widest(int lanes) {
+#ifdef __x86_64__
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (lanes != 4 && lanes != 8 && __builtin_cpu_supports("avx512f")) return add_avx512;
+  if (lanes != 4 && lanes != 16 && avx2) return add_avx2;
+#endif
+  return lanes == 0 || lanes == 4 ? add_plain : nullptr;
+}
+
+}  // namespace
+
+void segment_outer_square_cpu(const SegmentOuterSquare& p, int threads, int lanes) {
+  const Add work = widest(lanes);
+  if (work == nullptr) {
+    throw std::invalid_argument("segment_outer_square: this processor has no vectors of " +
+                                std::to_string(lanes) + " floats");
+  }
+  const int64_t longest = check_offsets(p);
+  const int64_t tall = (p.rows + kRows - 1) / kRows;
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tall));
+  // Whole tiles each, so that the result has the same bits for any number of threads.
+  const auto bound = [&](int64_t part) { return std::min(p.rows, part * tall / parts * kRows); };
+  std::vector<std::thread> others;
+  for (int64_t part = 1; part < parts; ++part) {
+    others.emplace_back([&, part] { work(p, longest, bound(part), bound(part + 1)); });
+  }
+  work(p, longest, 0, bound(1));
+  for (std::thread& other : others) other.join();
 }
 
 }  // namespace fisherkern

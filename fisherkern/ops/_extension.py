@@ -23,6 +23,7 @@ log = logging.getLogger("fisherkern")
 
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 2}
 _TF32 = 1
+_PRODUCTS_PER_THREAD = 2**25
 
 
 class Split(NamedTuple):
@@ -90,8 +91,8 @@ def segment_outer_square_(
     bf16. `offsets` is (N + 1,) int32 or int64, segment n being the positions
     offsets[n] to offsets[n + 1] − 1, or the length T of segments that are all alike.
     fp32 products are exact, or of tf32 numbers with `tf32`; sums are fp32. With `split`
-    the CUDA kernel runs on the current stream, else the CPU's loops. Allocates
-    splits × O × I where splits > 1. Raises InputError for tensors that do not fit.
+    the CUDA kernel runs on the current stream, else the CPU's, on PyTorch's number of
+    threads. Allocates splits × O × I where splits > 1, on the CPU O × I. Raises InputError for tensors that do not fit.
     """
     (probes, positions, rows), columns = _shape("delta", delta, 3), fisher.shape[-1]
     _require(_shape("fisher", fisher, 2) == (rows, columns), "fisher", "(O, I)", fisher)
@@ -124,7 +125,10 @@ def segment_outer_square_(
         "precision": _TF32 if tf32 and delta.dtype == torch.float32 else _PRECISIONS[delta.dtype],
     }
     if split is None:
-        extension.segment_outer_square_cpu(**arguments)
+        # A thread earns its start from some half a millisecond of products on.
+        products = probes * positions * rows * columns
+        threads = min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD)
+        extension.segment_outer_square_cpu(**arguments, threads=threads)
         return
     workspace = _workspace(fisher, split, rows, columns)
     launch = _launch(fisher, split, workspace)

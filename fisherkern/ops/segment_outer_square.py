@@ -22,11 +22,13 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
         d, a = delta[:, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
         fisher.addmm_(d.square().T, a.square())
         return
-    # On a CPU PyTorch's own products are faster than the extension's loops.
-    extension = _extension.serving(fisher, delta, inputs) if fisher.is_cuda else None
+    extension = _extension.serving(fisher, delta, inputs)
     if extension is not None and delta.dtype == inputs.dtype:
-        split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, n))
         d, a = delta.reshape(1, n * positions, rows), inputs.reshape(n * positions, columns)
+        if not fisher.is_cuda:
+            _extension.segment_outer_square_(extension, fisher, d, a, positions)
+            return
+        split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, n))
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         _extension.segment_outer_square_(extension, fisher, d, a, positions, tf32=tf32, split=split)
         return
@@ -58,9 +60,10 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
 
     fisher (O, I), delta (N, T, O): gradients at a Linear's output, inputs
     (N, T, I): what it was applied to; padded positions have δ = 0. Accumulates in
-    fisher's dtype. Holds a tile of N of the O×I products, never all; on a GPU that the
-    extension covers, partial sums of F alone, its fp32 products exact unless PyTorch is
-    told to use tf32.
+    fisher's dtype. Holds a tile of N of the O×I products, never all; in the extension
+    partial sums of F alone, on a GPU its fp32 products exact unless PyTorch is told to use
+    tf32. On one thread of an AVX-512 machine the extension takes half the time of PyTorch's
+    products (benchmarks/bench_segment.py).
     Design section 1, token-wise layers.
     """
     _op(fisher, delta, inputs)
