@@ -24,7 +24,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fisherkern.ops.launch_table import PRECISION, Launch, rows_of_table
-from fisherkern.ops.softmax_sketch_triton import PROBES
 from fisherkern.ops.softmax_topk import MAX_TRITON_K
 
 ARCHITECTURE = 90
@@ -40,13 +39,17 @@ FP32 = (
     "total_ptr",
     "mean_ptr",
     "covariance_ptr",
+    "centre_ptr",
+    "sums_ptr",
+    "totals_ptr",
+    "z_ptr",
 )
-INT64 = ("keys_ptr", "ids_ptr", "order_ptr", "stop_ptr", "part_ptr")
-FP64 = ("mass_ptr", "below_ptr", "u_ptr")
+INT64 = ("keys_ptr", "bit_ptr", "ids_ptr", "order_ptr", "stop_ptr", "part_ptr")
+FP64 = ("ranges_ptr", "mass_ptr", "below_ptr", "u_ptr")
 POINTERS = (
     dict.fromkeys(FP32, "*fp32") | dict.fromkeys(FP64, "*fp64") | dict.fromkeys(INT64, "*i64")
 )
-POINTERS["softmax_topk.ids_ptr"] = "*i32"
+POINTERS["softmax_topk.ids_ptr"] = POINTERS["rotation_ptr"] = "*i32"
 
 # Every kernel: its module, and the constants that do not follow from the launch-table row.
 KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -56,10 +59,10 @@ KERNELS: dict[str, tuple[str, dict[str, Any]]] = {
     "head_sqgrad_sparse": ("head_sqgrad", {}),
     "softmax_mean": ("softmax_moments", {}),
     "softmax_covariance": ("softmax_moments", {}),
-    "softmax_sketch": ("softmax_sketch", {"PROBES": PROBES}),
-    "sample_items_mass": ("sample_items", {}),
+    "softmax_sketch": ("softmax_sketch", {}),
     "sample_items_total": ("sample_items", {}),
     "sample_items": ("sample_items", {}),
+    "sample_distinct": ("sample_distinct", {}),
     "segment_outer_square_": ("segment_outer_square", {}),
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fisherkern as fk
 from fisherkern.ops import counter
+from fisherkern.ops.sample_distinct import sample_distinct_reference
 
 TARGETS = torch.tensor([4, 11, 3, 6, 1])
 CASES = [(tied, norm, t) for tied in (True, False) for norm in ("post", "pre") for t in (1, 5)]
@@ -80,6 +81,38 @@ def test_sketch_with_all_directions_is_exact(tied: bool, norm: str, length: int)
     p, gradients = brute.all_gradients(model, histories(length))
     fisher = fk.diag_fisher(model, loader(length), sampler="sketch", probes=6, progress=False)
     assert_equal(fisher, brute.fisher(gradients, p))
+
+
+@pytest.mark.parametrize("tied, norm, length", CASES)
+def test_streamed_sketch_with_a_probe_for_every_item_is_exact(
+    tied: bool, norm: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fisherkern.fisher.samplers._COVARIANCE_LIMIT", 0)
+    model = bert(tied, norm, max_len=length)
+    p, gradients = brute.all_gradients(model, histories(length))
+    arguments = {"sampler": "sketch", "probes": NUM_ITEMS, "progress": False}
+    fisher = fk.diag_fisher(model, loader(length), **arguments)
+    assert_equal(fisher, brute.fisher(gradients, p))
+
+
+def distinct_omega(k: int, p: Tensor) -> Tensor:
+    """ω of k draws without replacement: the twin's, by noise on every item and a sort."""
+    v = p.shape[1]
+    inputs = p.log(), torch.eye(v).double(), None
+    ids, weights = sample_distinct_reference(*inputs, torch.arange(len(p)), k, 7)
+    return brute.counts(ids, weights, v)
+
+
+@pytest.mark.parametrize("tied, norm, length", CASES)
+@pytest.mark.parametrize("k", [3, 8, 1000])
+def test_without_replacement(k: int, tied: bool, norm: str, length: int) -> None:
+    model = bert(tied, norm, max_len=length)
+    p, gradients = brute.all_gradients(model, histories(length))
+    omega = p if k > p.shape[1] else distinct_omega(k, p)
+    arguments = {"sampler": "model", "replacement": False, "k": k, "seed": 7, "progress": False}
+    fisher = fk.diag_fisher(model, loader(length), **arguments)
+    assert_equal(fisher, brute.fisher(gradients, omega))
+    assert fisher.meta["replacement"] is False
 
 
 def test_empirical_fisher() -> None:
@@ -171,7 +204,9 @@ def test_batchwise_differs_from_the_fisher() -> None:
 
 
 @pytest.mark.parametrize("tie", ["matmul", "module", "alias", "none"])
-@pytest.mark.parametrize("sampler, k", [("exact", 1), ("topk", 4)])
+@pytest.mark.parametrize(
+    "sampler, k", [("exact", 1), ("topk", 4), ("distinct", 4), ("distinct", 50)]
+)
 def test_foreign_model_by_logits_alone(tie: str, sampler: str, k: int) -> None:
     model = shaken(Foreign(tie))
     p, gradients = brute.all_gradients(model, HISTORIES)
@@ -179,7 +214,12 @@ def test_foreign_model_by_logits_alone(tie: str, sampler: str, k: int) -> None:
     if sampler == "topk":
         top = p.topk(k, dim=1)
         omega = brute.counts(top.indices, top.values, NUM_ITEMS + 1)
-    fisher = fk.diag_fisher(model, [HISTORIES], sampler=sampler, k=k, progress=False)
+    elif sampler == "distinct" and k < p.shape[1]:
+        omega = distinct_omega(k, p)
+    arguments = {"sampler": sampler, "k": k, "seed": 7, "progress": False}
+    if sampler == "distinct":
+        arguments |= {"sampler": "model", "replacement": False}
+    fisher = fk.diag_fisher(model, [HISTORIES], **arguments)
     assert_equal(fisher, brute.fisher(gradients, omega))
 
 

@@ -229,7 +229,7 @@ def test_batches_of_every_kind() -> None:
         ({"k": 0}, "k: must be at least 1"),
         ({"k": 12}, "k: 12 items of a catalogue of 11"),
         ({"sampler": "random", "k": 12}, "k: 12 items of a catalogue of 11"),
-        ({"sampler": "sketch", "probes": 65}, "probes: must be 1 to 64"),
+        ({"sampler": "topk", "replacement": False}, "replacement: False is for sampler 'model'"),
         ({"sampler": "exact", "tol": 1.0}, "tol: must be in"),
         ({"sampler": "exact", "reduction": "batchwise"}, "'batchwise' needs an item sampler"),
         ({"reduction": "mean"}, "reduction: 'mean'"),

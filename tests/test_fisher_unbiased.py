@@ -1,4 +1,6 @@
-"""`model`, `random` and `sketch` have the exact Fisher as their expectation."""
+"""`model`, with and without replacement, `random` and `sketch` have the exact Fisher as their
+expectation.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ SEEDS = 120
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    "sampler, streamed", [("model", 0), ("random", 0), ("sketch", 0)] + [("sketch", 1)]
+    "sampler, streamed",
+    [("model", 0), ("distinct", 0), ("random", 0), ("sketch", 0), ("sketch", 1)],
 )
 def test_mean_over_seeds_is_exact(
     sampler: str, streamed: int, tied: bool, monkeypatch: pytest.MonkeyPatch
@@ -32,10 +35,12 @@ def test_mean_over_seeds_is_exact(
     p, gradients = brute.all_gradients(model, histories)
     exact = brute.fisher(gradients, p)
     number = torch.arange(3)
+    replacement, sampler = sampler != "distinct", "model" if sampler == "distinct" else sampler
     draws: dict[str, list[torch.Tensor]] = {name: [] for name in exact}
     for seed in range(SEEDS):
         engine = Engine(
-            Subject.of(model), Settings(sampler, 4, 3, seed, None, False, "probability")
+            Subject.of(model),
+            Settings(sampler, 4, 3, seed, None, False, "probability", replacement),
         )
         engine.add(histories, number)
         for name, total in engine.fisher.items():

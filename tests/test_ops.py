@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.ops import counter
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
-from fisherkern.ops.sample_items import sample_items_reference
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
-from fisherkern.ops.softmax_moments import softmax_moments_reference
+from fisherkern.ops.softmax_moments import range_lse_reference, softmax_moments_reference
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import softmax_topk_reference
 
@@ -58,11 +56,12 @@ def test_softmax_lse(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 def test_softmax_topk(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     h, weight, bias = layer(*shape, dtype)
     k = min(shape[1], 50)
-    p, ids, lse = ops.softmax_topk(h, weight, bias, k)
+    p, ids, lse, mean = ops.softmax_topk(h, weight, bias, k)
     exact_p, exact_ids, exact_lse = softmax_topk_reference(h, weight, bias, k)
     assert torch.equal(ids, exact_ids)
     assert_close(p, exact_p)
     assert_close(lse, exact_lse)
+    assert_close(mean, softmax_moments_reference(h, weight, bias)[0])
 
 
 def test_softmax_topk_gives_ties_to_the_lower_id() -> None:
@@ -71,58 +70,60 @@ def test_softmax_topk_gives_ties_to_the_lower_id() -> None:
     h = torch.randint(-2, 3, (6, 3), generator=g).float()
     weight = torch.randint(-2, 3, (600, 3), generator=g).float()
     for k in (1, 5, 128, 600):
-        _, ids, _ = ops.softmax_topk(h, weight, None, k)
+        _, ids, _, _ = ops.softmax_topk(h, weight, None, k)
         assert torch.equal(ids, softmax_topk_reference(h, weight, None, k)[1])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_sample_items(shape: tuple[int, int, int]) -> None:
-    h, weight, bias = layer(*shape)
-    rows = torch.arange(10, 10 + shape[0])
-    lse = ops.softmax_lse(h, weight, bias)
-    found = ops.sample_items(h, weight, bias, lse, rows, 40, 3)
-    exact = sample_items_reference(h, weight, bias, rows, 40, 3)
-    # A draw within rounding of a step of the distribution may fall on its other side.
-    assert float((found != exact).double().mean()) <= 0.01
-    double = [t.double() for t in (h, weight, bias)]
-    found = ops.sample_items(*double, ops.softmax_lse(*double), rows, 40, 3)
-    assert torch.equal(found, exact)
+@pytest.mark.parametrize("rising", [False, True])
+def test_softmax_topk_of_ordered_items(rising: bool) -> None:
+    """Every tile full of candidates, and none after the first."""
+    weight = torch.linspace(-3, 3, 1500)[:, None]
+    weight = weight if rising else weight.flip(0)
+    h = torch.tensor([[1.0], [50.0], [0.5]])
+    p, ids, lse, mean = ops.softmax_topk(h, weight, None, 300)
+    exact_p, exact_ids, exact_lse = softmax_topk_reference(h, weight, None, 300)
+    assert torch.equal(ids, exact_ids)
+    # Logits up to 150 in fp32: their exponentials are good to 150 × 6e-8.
+    assert_close(p, exact_p, 5)
+    assert_close(lse, exact_lse)
+    assert_close(mean, softmax_moments_reference(h, weight, None)[0])
 
 
-def test_sample_items_follows_the_softmax() -> None:
-    h, weight, bias = layer(1, 9, 4)
-    rows, draws = torch.arange(4000), 5
-    many = h.expand(4000, -1)
-    lse = ops.softmax_lse(many, weight, bias)
-    ids = ops.sample_items(many, weight, bias, lse, rows, draws, 0)
-    p = (h @ weight.T + bias).softmax(1)[0]
-    share = torch.bincount(ids.flatten(), minlength=9) / ids.numel()
-    assert ((share - p).abs() < 5 * (p * (1 - p) / ids.numel()).sqrt() + 1e-4).all()
-    other = ops.sample_items(many, weight, bias, lse, rows, draws, 1)
-    assert float((ids == other).double().mean()) < 0.9
+def test_softmax_topk_with_impossible_items() -> None:
+    """A bias of −inf for whole tiles, and for all items but three."""
+    h, weight, bias = layer(4, 900, 3)
+    bias[:600] = -torch.inf
+    bias[603:] = -torch.inf
+    p, ids, lse, mean = ops.softmax_topk(h, weight, bias, 5)
+    assert torch.equal(ids, softmax_topk_reference(h, weight, bias, 5)[1])
+    assert_close(lse, softmax_lse_reference(h, weight, bias))
+    assert_close(mean, softmax_moments_reference(h, weight, bias)[0])
+    assert (p[:, 3:] == 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_moments(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     h, weight, bias = layer(*shape, dtype)
-    lse = ops.softmax_lse(h, weight, bias)
-    mean = ops.softmax_mean(h, weight, bias, lse)
+    lse, mean, ranges = ops.softmax_mean(h, weight, bias)
     covariance = ops.softmax_covariance(h, weight, bias, lse, mean)
     exact_mean, exact = softmax_moments_reference(h, weight, bias)
+    assert_close(lse, softmax_lse_reference(h, weight, bias))
     assert_close(mean, exact_mean)
+    assert ranges.dtype == torch.float64
+    assert_close(ranges, range_lse_reference(h, weight, bias))
     scale = float(weight.double().square().sum(1).max())
     assert float((covariance.double() - exact).abs().max()) <= 1e-5 * scale
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_softmax_sketch(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("probes", [1, 3, 64])
+def test_softmax_sketch(shape: tuple[int, int, int], probes: int) -> None:
     h, weight, bias = layer(*shape)
-    rows = torch.arange(shape[0]) + 5
-    lse = ops.softmax_lse(h, weight, bias)
-    mean = ops.softmax_mean(h, weight, bias, lse)
-    u, totals = ops.softmax_sketch(h, weight, bias, lse, mean, rows, 3, 9)
-    exact_u, exact_totals = softmax_sketch_reference(h, weight, bias, rows, 3, 9)
+    rows = torch.arange(shape[0]) * 13 + 5  # several words of signs
+    lse, mean, _ = ops.softmax_mean(h, weight, bias)
+    u, totals = ops.softmax_sketch(h, weight, bias, lse, mean, rows, probes, 9)
+    exact_u, exact_totals = softmax_sketch_reference(h, weight, bias, rows, probes, 9)
     assert_close(totals, exact_totals, 3)
     assert float((u.double() - exact_u).abs().max()) <= 1e-5 * float(weight.abs().max()) * 5
 
@@ -132,11 +133,40 @@ def test_softmax_sketch_has_the_covariance_as_its_expectation() -> None:
     repeats = 20000
     many, rows = h.expand(repeats, -1).double(), torch.arange(repeats)
     args = (many, weight.double(), bias.double())
-    lse = ops.softmax_lse(*args)
-    u, _ = ops.softmax_sketch(*args, lse, ops.softmax_mean(*args, lse), rows, 2, 0)
+    lse, mean, _ = ops.softmax_mean(*args)
+    u, _ = ops.softmax_sketch(*args, lse, mean, rows, 2, 0)
     samples = torch.einsum("nrd,nre->nde", u, u)
     error = samples.mean(0) - softmax_moments_reference(h, weight, bias)[1][0]
     assert (error.abs() < 5 * samples.std(0) / repeats**0.5).all()
+
+
+def test_softmax_sketch_error_falls_with_rows_times_probes() -> None:
+    """The mean over rows of u uᵀ misses C by about 1/sqrt(N R), as dense signs would.
+
+    trace(E[(Σ u uᵀ − C)²]) is at most (trace(C)² + trace(C²)) / (N R): the literal
+    variance of R dense sign vectors, less the part of v = v'.
+    """
+    h, weight, bias = (t.double() for t in layer(1, 500, 6))
+    exact = softmax_moments_reference(h, weight, bias)[1][0]
+    bound = exact.trace() ** 2 + exact.square().sum()
+    for n, probes in ((64, 1), (64, 16), (1024, 1), (1024, 16)):
+        many, rows = h.expand(n, -1), torch.arange(n)
+        lse, mean, _ = ops.softmax_mean(many, weight, bias)
+        errors = []
+        for seed in range(30):
+            u, _ = ops.softmax_sketch(many, weight, bias, lse, mean, rows, probes, seed)
+            errors.append((torch.einsum("nrd,nre->de", u, u) / n - exact).square().sum())
+        found = float(torch.stack(errors).mean() * n * probes / bound)
+        assert 0.5 < found < 1.4, (n, probes, found)
+
+
+def test_softmax_sketch_with_a_probe_for_every_item_is_exact() -> None:
+    h, weight, bias = (t.double() for t in layer(3, 40, 5))
+    lse, mean, _ = ops.softmax_mean(h, weight, bias)
+    for probes in (40, 50):
+        u, _ = ops.softmax_sketch(h, weight, bias, lse, mean, torch.arange(3), probes, 1)
+        exact = softmax_moments_reference(h, weight, bias)[1]
+        torch.testing.assert_close(torch.einsum("nrd,nre->nde", u, u), exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -188,15 +218,18 @@ def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     h, weight, bias = layer(3, 300, 4)
     rows = torch.arange(3)
     lse = softmax_lse_reference(h, weight, bias).float()
+    ranges = range_lse_reference(h, weight, bias)
     mean = softmax_moments_reference(h, weight, bias)[0].float()
     ids, omega = torch.tensor([[1, 2], [2, 2], [0, 299]]), torch.rand(3, 2)
+    drawn = (h, weight, bias, lse, ranges, rows)
     fisher = torch.ops.fisherkern
     lookups = ops.lookup_segments(torch.tensor([[0, 3], [2, 2], [-1, 3]]))
     return [
         ("softmax_lse", fisher.softmax_lse.default, (h, weight, bias)),
         ("softmax_topk", fisher.softmax_topk.default, (h, weight, bias, 5)),
-        ("sample_items", fisher.sample_items.default, (h, weight, bias, lse, rows, 4, 1)),
-        ("softmax_mean", fisher.softmax_mean.default, (h, weight, bias, lse)),
+        ("sample_items", fisher.sample_items.default, (*drawn, 4, 1)),
+        ("sample_distinct", fisher.sample_distinct.default, (*drawn, 4, 1)),
+        ("softmax_mean", fisher.softmax_mean.default, (h, weight, bias)),
         ("softmax_covariance", fisher.softmax_covariance.default, (h, weight, bias, lse, mean)),
         ("softmax_sketch", fisher.softmax_sketch.default, (h, weight, None, lse, mean, rows, 2, 1)),
         (
@@ -233,28 +266,3 @@ def test_compiles_whole(name: str, op: Callable[..., Any], arguments: tuple[Any,
     expected, found = op(*eager), compiled(*arguments)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(arguments, eager)
-
-
-def test_counter_numbers_depend_on_position_alone() -> None:
-    rows, columns = torch.arange(5), torch.arange(300)
-    whole = counter.random_bits(3, rows, columns)
-    part = counter.random_bits(3, rows[2:4], columns[100:200])
-    assert torch.equal(whole[2:4, 100:200], part)
-    assert not torch.equal(whole, counter.random_bits(4, rows, columns))
-    assert torch.equal(counter.random_bits_at(3, rows, columns[:5]), whole[:, :5].diagonal())
-    # splitmix64 of 0 after one step, from the reference implementation.
-    assert int(counter._mix(torch.tensor([counter.GOLDEN]))[0]) == -2152535657050944081
-
-
-def test_counter_numbers_look_random() -> None:
-    u = counter.uniform(0, torch.arange(200), torch.arange(500))
-    assert 0 <= float(u.min()) and float(u.max()) < 1
-    assert abs(float(u.mean()) - 0.5) < 5 * (1 / 12 / u.numel()) ** 0.5
-    counts = torch.histc(u, bins=20, min=0, max=1)
-    expected = u.numel() / 20
-    assert float(((counts - expected) ** 2 / expected).sum()) < 50  # chi², 19 degrees
-    bits = counter.random_bits(0, torch.arange(200), torch.arange(500))
-    signs = torch.stack([counter.signs(bits, r, torch.float64) for r in (0, 1, 31, 63)])
-    assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    correlation = torch.corrcoef(signs.flatten(1)) - torch.eye(4, dtype=torch.float64)
-    assert float(correlation.abs().max()) < 5 / bits.numel() ** 0.5

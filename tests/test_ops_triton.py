@@ -21,6 +21,7 @@ OPS = [
     "softmax_lse",
     "softmax_topk",
     "sample_items",
+    "sample_distinct",
     "softmax_mean",
     "softmax_covariance",
     "softmax_sketch",

@@ -18,7 +18,6 @@ from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.samplers import SAMPLERS, Settings
 from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
 from fisherkern.ops._dispatch import use_backend
-from fisherkern.ops.softmax_sketch import MAX_PROBES
 
 DEFAULT_SKETCH_PROBES = 16
 
@@ -35,6 +34,7 @@ def diag_fisher(
     tol: float | None = None,
     rescale: bool = False,
     weight: str = "probability",
+    replacement: bool = True,
     chunk: int | None = None,
     backend: str = "auto",
     progress: bool = True,
@@ -51,17 +51,20 @@ def diag_fisher(
       directions that hold at most that share of the energy, `probes` keeps a number.
     - "sketch": `probes` (default 16) random directions whose expectation is exact;
       up to V·D²/2 = 2²⁸ half of them are the top directions of the covariance, kept
-      exactly. Unbiased; one streamed pass over the items for any V.
+      exactly. Unbiased; one more streamed pass over the items for any V.
     - "topk": the k most likely items, ω = p. Low by the captured mass, which
       `meta["captured_mass"]` holds; `rescale` divides it out per sequence.
-    - "model": k draws from p, ω = 1/k. Unbiased.
+    - "model": k draws from p, ω = 1/k. Unbiased. With replacement=False the draws are
+      distinct and ω = p / P(drawn) (Kool et al., ICLR 2020): unbiased, with less
+      noise the more of p they hold, and exact for k >= V.
     - "random": k uniform draws, ω = p V / k. Unbiased, noisy.
     - "target": the next item alone, ω = p, or 1 with weight="one" (empirical Fisher).
 
     Backward passes per chunk: min(k, D) for the item samplers. Beside them "exact"
-    costs N·V·D²/2 multiply-adds, "model" and "topk" N·V·D, "sketch" the first or
-    N·V·D·probes. A model with `encode` and `head` (see `adapt`) needs those few; one
-    known only by its logits needs V passes for "exact" and k for the rest.
+    costs N·V·D²/2 multiply-adds; every other sampler streams over the items in two
+    matrix products of N·V·D, "sketch" for large V in four. A model with `encode` and
+    `head` (see `adapt`) needs those few; one known only by its logits needs V passes for
+    "exact" and k for the rest.
 
     reduction="batchwise" is the paper's eq. 6, which squares the gradient summed over
     each batch: for comparison only, its scale and direction depend on the batch size.
@@ -84,7 +87,7 @@ def diag_fisher(
         raise InputError(f"reduction: {reduction!r} is not 'sequence' or 'batchwise'")
     if chunk is not None and chunk < 1:
         raise InputError(f"chunk: must be at least 1, got {chunk}")
-    settings = _settings(sampler, k, probes, seed, tol, rescale, weight)
+    settings = _settings(sampler, k, probes, seed, tol, rescale, weight, replacement)
     if reduction == "batchwise" and sampler in ("exact", "sketch"):
         raise InputError(f"reduction: 'batchwise' needs an item sampler, not {sampler!r}")
     subject = Subject.of(model)
@@ -112,6 +115,7 @@ def diag_fisher(
         "tol": tol,
         "rescale": rescale,
         "weight": weight if sampler == "target" else None,
+        "replacement": replacement if sampler == "model" else None,
         "num_sequences": count,
         "captured_mass": engine.mass / count if sampler == "topk" else None,
         "kept_energy": engine.kept / count if sampler == "exact" else None,
@@ -129,22 +133,23 @@ def _settings(
     tol: float | None,
     rescale: bool,
     weight: str,
+    replacement: bool,
 ) -> Settings:
     if sampler not in SAMPLERS:
         raise InputError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
     if k < 1:
         raise InputError(f"k: must be at least 1, got {k}")
-    if probes is not None and not 1 <= probes <= MAX_PROBES and sampler == "sketch":
-        raise InputError(f"probes: must be 1 to {MAX_PROBES} for 'sketch', got {probes}")
     if probes is not None and probes < 1:
         raise InputError(f"probes: must be at least 1, got {probes}")
     if tol is not None and not 0 <= tol < 1:
         raise InputError(f"tol: must be in [0, 1), got {tol}")
     if weight not in ("probability", "one"):
         raise InputError(f"weight: {weight!r} is not 'probability' or 'one'")
+    if not replacement and sampler != "model":
+        raise InputError(f"replacement: False is for sampler 'model', not {sampler!r}")
     if sampler == "sketch" and probes is None:
         probes = DEFAULT_SKETCH_PROBES
-    return Settings(sampler, k, probes, seed, tol, rescale, weight)
+    return Settings(sampler, k, probes, seed, tol, rescale, weight, replacement)
 
 
 def _add_in_chunks(engine: Engine, batch: Any, first: int, n: int, chunk: int) -> None:

@@ -62,7 +62,7 @@ class Engine:
             return False
         h = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        rows = Rows(h, weight, bias, ops.softmax_lse(h, weight, bias), number, self._target(batch))
+        rows = Rows.of(h, weight, bias, number, self._target(batch), self.settings)
         factor = factorise(rows, self.settings)
         self._add_head(rows, factor, places)
         tied = [g for g in plan.groups if places[0] is not None and g.place.name == places[0].name]

@@ -9,13 +9,14 @@ the N×V logits that the model makes anyway, and in `exact` mode V backward pass
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from fisherkern.fisher.samplers import Factor, Settings, sample
 from fisherkern.ops import counter
+from fisherkern.ops.sample_distinct import distinct_from_ranges
+from fisherkern.ops.softmax_lse import RANGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,21 @@ class LogitRows:
         u = counter.uniform(seed, self.number, torch.arange(k, device=self.number.device))
         cdf = self.log_p.double().exp().cumsum(dim=1)
         return torch.searchsorted(cdf, u, right=True).clamp_(max=self.num_items - 1)
+
+    def draw_distinct(self, k: int, seed: int) -> tuple[Tensor, Tensor]:
+        if k == self.num_items:
+            items = torch.arange(k, device=self.log_p.device)
+            return items.expand(len(self.log_p), -1), self.log_p.exp()
+        missing = -self.num_items % RANGE
+        padded = torch.nn.functional.pad(self.log_p.double(), (0, missing), value=-torch.inf)
+        ranges = padded.unflatten(1, (-1, RANGE))
+
+        def log_p_of(parts: Tensor) -> Tensor:
+            return ranges.gather(1, parts[:, :, None].expand(-1, -1, RANGE))
+
+        log_mass = ranges.logsumexp(dim=2)
+        ids, omega = distinct_from_ranges(log_mass, log_p_of, self.number, self.num_items, k, seed)
+        return ids, omega.to(self.log_p.dtype)
 
     def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor:
         return self.log_p[sequence, item]
@@ -68,12 +84,12 @@ def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
 def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
     assert settings.probes is not None
     items = torch.arange(rows.num_items, device=p.device)
-    bits = counter.random_bits(settings.seed, rows.number, items)
-    scale = 1 / math.sqrt(settings.probes)
+    signed = counter.with_random_signs(p.sqrt(), settings.seed, rows.number, items)
+    bucket = counter.bucket_at(settings.seed, items, settings.probes)
 
     def column(r: int) -> Tensor:
-        signed = p.sqrt() * counter.signs(bits, r, p.dtype)
-        return (signed - p * signed.sum(dim=1, keepdim=True)) * scale
+        own = signed * (bucket == r)
+        return own - p * own.sum(dim=1, keepdim=True)
 
     return Factor(probes=settings.probes, column=column, cross=_no_cross)
 

@@ -12,7 +12,6 @@ m_v = Σ_y ω_y (1[v=y] − p_v)(w_y − w̄), the sum over the items the sample
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -40,23 +39,48 @@ class Settings:
     tol: float | None
     rescale: bool
     weight: str
+    replacement: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The output layer's inputs for one chunk.
+    """The output layer's inputs for one chunk, and what one pass over the items gives.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,), number (N,) int64: each
-    sequence's place in the loader, which keys its random numbers; target (N,) int64
-    columns, for sampler="target" only.
+    h (N, D), weight (V, D), bias (V,) or None, number (N,) int64: each sequence's place
+    in the loader, which keys its random numbers; target (N,) int64 columns, for
+    sampler="target" only. lse (N,); mean (N, D): w̄; top: probabilities and columns of
+    the most likely items, (N, k) each, for sampler="topk" only; ranges (N, ⌈V/256⌉):
+    log-sum-exps of the ranges of items, for the others.
     """
 
     h: Tensor
     weight: Tensor
     bias: Tensor | None
-    lse: Tensor
     number: Tensor
     target: Tensor | None
+    lse: Tensor
+    mean: Tensor
+    top: tuple[Tensor, Tensor] | None
+    ranges: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        number: Tensor,
+        target: Tensor | None,
+        settings: Settings,
+    ) -> Rows:
+        """The pass over the items that every sampler needs, with topk's own work in it."""
+        inputs = h, weight, bias
+        if settings.sampler == "topk":
+            _check_k(settings.k, len(weight))
+            p, ids, lse, mean = ops.softmax_topk(*inputs, settings.k)
+            return cls(*inputs, number, target, lse, mean, (p, ids), None)
+        lse, mean, ranges = ops.softmax_mean(*inputs)
+        return cls(*inputs, number, target, lse, mean, None, ranges)
 
     @property
     def num_items(self) -> int:
@@ -64,12 +88,20 @@ class Rows:
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """Probabilities and columns of the k most likely items, (N, k) each."""
-        p, ids, _ = ops.softmax_topk(self.h, self.weight, self.bias, k)
-        return p, ids
+        assert self.top is not None and self.top[1].shape[1] == k
+        return self.top
 
     def draw(self, k: int, seed: int) -> Tensor:
         """k draws from each softmax, (N, k) int64."""
-        return ops.sample_items(self.h, self.weight, self.bias, self.lse, self.number, k, seed)
+        return ops.sample_items(*self._sampled(), k, seed)
+
+    def draw_distinct(self, k: int, seed: int) -> tuple[Tensor, Tensor]:
+        """k draws without replacement and their weights, (N, k) each."""
+        return ops.sample_distinct(*self._sampled(), k, seed)
+
+    def _sampled(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        assert self.ranges is not None
+        return self.h, self.weight, self.bias, self.lse, self.ranges, self.number
 
     def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor:
         """log p_sequence(item) for pairs, (U,) and (U,) -> (U,)."""
@@ -122,18 +154,21 @@ class Distribution(Protocol):
     def num_items(self) -> int: ...
     def topk(self, k: int) -> tuple[Tensor, Tensor]: ...
     def draw(self, k: int, seed: int) -> Tensor: ...
+    def draw_distinct(self, k: int, seed: int) -> tuple[Tensor, Tensor]: ...
     def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor: ...
 
 
 def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     """The items of an item sampler: ids (N, K) int64, weights ω (N, K), captured mass (N,)."""
     n, k, v = len(rows.number), settings.k, rows.num_items
-    if settings.sampler in ("topk", "random") and k > v:
-        raise InputError(f"k: {k} items of a catalogue of {v} cannot be taken")
+    if settings.sampler in ("topk", "random"):
+        _check_k(k, v)
     if settings.sampler == "topk":
         p, ids = rows.topk(k)
         mass = p.sum(dim=1)
         return ids, p / mass[:, None] if settings.rescale else p, mass
+    if settings.sampler == "model" and not settings.replacement:
+        return *rows.draw_distinct(min(k, v), settings.seed), None
     if settings.sampler == "model":
         ids = rows.draw(k, settings.seed)
         return ids, torch.full(ids.shape, 1 / k, device=ids.device), None
@@ -153,8 +188,13 @@ def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tens
     return ids, p * scale, None
 
 
+def _check_k(k: int, v: int) -> None:
+    if k > v:
+        raise InputError(f"k: {k} items of a catalogue of {v} cannot be taken")
+
+
 def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> Factor:
-    mean = ops.softmax_mean(rows.h, rows.weight, rows.bias, rows.lse)
+    mean = rows.mean
     root = omega.to(mean.dtype).sqrt()
     columns = root[:, :, None] * (rows.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)
 
@@ -228,26 +268,25 @@ def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> T
     return (torch.bmm(padded, basis) * inverse[:, None])[local, position]
 
 
-def _all_items_moment(rows: Rows, mean: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _all_items_moment(rows: Rows) -> Callable[[Tensor, Tensor], Tensor]:
     """m_v = p_v (w_v − w̄), the sum over all items."""
 
     def moment(sequence: Tensor, item: Tensor) -> Tensor:
         p = rows.log_probability(sequence, item).exp()
-        return p[:, None] * (rows.weight[item].to(mean.dtype) - mean[sequence])
+        return p[:, None] * (rows.weight[item].to(p.dtype) - rows.mean[sequence])
 
     return moment
 
 
-def _eigen_of_covariance(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(mean, basis, values, trace) of every sequence's C, all D directions or V − 1."""
-    mean = ops.softmax_mean(rows.h, rows.weight, rows.bias, rows.lse)
-    covariance = ops.softmax_covariance(rows.h, rows.weight, rows.bias, rows.lse, mean)
+def _eigen_of_covariance(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """(basis, values, trace) of every sequence's C, all D directions or V − 1."""
+    covariance = ops.softmax_covariance(rows.h, rows.weight, rows.bias, rows.lse, rows.mean)
     rank = min(rows.h.shape[1], max(len(rows.weight) - 1, 1))
-    return mean, *_eigen(covariance, mean.dtype, rank)
+    return _eigen(covariance, rows.mean.dtype, rank)
 
 
 def _exact(rows: Rows, settings: Settings) -> Factor:
-    mean, basis, values, trace = _eigen_of_covariance(rows)
+    basis, values, trace = _eigen_of_covariance(rows)
     if settings.tol is not None:
         # Per sequence, the fewest directions that leave at most tol of the trace out.
         tail = trace[:, None] - values.cumsum(dim=1)
@@ -258,7 +297,7 @@ def _exact(rows: Rows, settings: Settings) -> Factor:
         basis, values = basis[:, :, :keep], values[:, :keep]
     if settings.probes is not None:
         basis, values = basis[:, :, : settings.probes], values[:, : settings.probes]
-    moment = _all_items_moment(rows, mean)
+    moment = _all_items_moment(rows)
     return Factor(
         probes=basis.shape[2],
         column=_scaled_column(basis, values),
@@ -270,51 +309,53 @@ def _exact(rows: Rows, settings: Settings) -> Factor:
 def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
     """The top directions of C kept exactly, the rest sketched in C's own eigenbasis.
 
-    The rest is L_rest ε_r / sqrt(R) with random signs ε over the remaining directions:
-    the same expectation as signs over the items, with less to be random about.
+    The remaining directions are dealt into buckets and summed with random signs, as
+    `softmax_sketch` does with items: the same expectation, with less to be random about.
     """
     assert settings.probes is not None
-    mean, basis, values, _ = _eigen_of_covariance(rows)
+    basis, values, _ = _eigen_of_covariance(rows)
     if settings.probes >= basis.shape[2]:
         top, sketched = basis.shape[2], 0
     else:
         top = settings.probes // 2
         sketched = settings.probes - top
-    moment = _all_items_moment(rows, mean)
-    number = torch.arange(basis.shape[2] - top, device=basis.device)
-    bits = counter.random_bits(settings.seed, rows.number, number)
+    moment = _all_items_moment(rows)
+    rest = torch.arange(basis.shape[2] - top, device=basis.device)
+    signs = counter.with_random_signs(
+        basis.new_ones(len(basis), len(rest)), settings.seed, rows.number, rest
+    )
+    bucket = counter.bucket_at(settings.seed, rest, max(sketched, 1))
     root = values.sqrt()
-
-    def direction_signs(r: int) -> Tensor:
-        return counter.signs(bits, r, basis.dtype) / math.sqrt(sketched)
 
     def column(r: int) -> Tensor:
         if r < top:
             return basis[:, :, r] * root[:, r : r + 1]
-        signed = direction_signs(r - top) * root[:, top:]
-        return torch.einsum("ndr,nr->nd", basis[:, :, top:], signed)
+        own = (bucket == r - top).nonzero()[:, 0]
+        signed = signs[:, own] * root[:, top + own]
+        return torch.einsum("ndr,nr->nd", basis[:, :, top + own], signed)
 
     def cross(sequence: Tensor, item: Tensor) -> Tensor:
         alpha = _solve(basis, values, sequence, moment(sequence, item))
-        rest = [(alpha[:, top:] * direction_signs(r)[sequence]).sum(dim=1) for r in range(sketched)]
-        return torch.cat([alpha[:, :top], *(beta[:, None] for beta in rest)], dim=1)
+        signed = alpha[:, top:] * signs[sequence]
+        beta = signed.new_zeros(len(signed), sketched).index_add_(1, bucket, signed)
+        return torch.cat([alpha[:, :top], beta], dim=1)
 
     return Factor(probes=top + sketched, column=column, cross=cross)
 
 
 def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
     assert settings.probes is not None
-    probes = settings.probes
-    mean = ops.softmax_mean(rows.h, rows.weight, rows.bias, rows.lse)
+    probes, seed = settings.probes, settings.seed
     u, totals = ops.softmax_sketch(
-        rows.h, rows.weight, rows.bias, rows.lse, mean, rows.number, probes, settings.seed
+        rows.h, rows.weight, rows.bias, rows.lse, rows.mean, rows.number, probes, seed
     )
 
     def cross(sequence: Tensor, item: Tensor) -> Tensor:
         log_p = rows.log_probability(sequence, item)
-        bits = counter.random_bits_at(settings.seed, rows.number[sequence], item)
-        signs = torch.stack([counter.signs(bits, r, u.dtype) for r in range(probes)], dim=1)
-        own = (0.5 * log_p).exp()[:, None] * signs
-        return (own - log_p.exp()[:, None] * totals[sequence]) / math.sqrt(probes)
+        signs = counter.random_signs_at(seed, rows.number[sequence], item, u.dtype)
+        bucket = counter.bucket_at(seed, item, probes)
+        beta = -log_p.exp()[:, None] * totals[sequence]
+        own = (0.5 * log_p).exp() * signs
+        return beta.scatter_add_(1, bucket[:, None], own[:, None])
 
     return Factor(probes=probes, column=lambda r: u[:, r], cross=cross)

@@ -6,6 +6,7 @@ benchmark; a trailing underscore means that it mutates its first argument.
 
 from fisherkern.ops.head_sqgrad import head_sqgrad_
 from fisherkern.ops.lookup_square import LookupSegments, lookup_segments, lookup_square_
+from fisherkern.ops.sample_distinct import sample_distinct
 from fisherkern.ops.sample_items import sample_items
 from fisherkern.ops.segment_outer_square import segment_outer_square_
 from fisherkern.ops.softmax_lse import softmax_lse
@@ -18,6 +19,7 @@ __all__ = [
     "head_sqgrad_",
     "lookup_segments",
     "lookup_square_",
+    "sample_distinct",
     "sample_items",
     "segment_outer_square_",
     "softmax_covariance",

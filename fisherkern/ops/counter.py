@@ -47,6 +47,69 @@ def uniform(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
     return _shift_right(random_bits(seed, rows, columns), 11).double() * 2.0**-53
 
 
+def gumbel_at(seed: int, row: Tensor, column: Tensor) -> Tensor:
+    """Standard Gumbel numbers −log(−log u), float64, for int64 tensors that broadcast."""
+    # 52 bits and a half: neither 0 nor 1, whose logarithms are not finite.
+    u = (_shift_right(random_bits_at(seed, row, column), 12).double() + 0.5) * 2.0**-52
+    return u.log_().neg_().log_().neg_()
+
+
 def signs(bits: Tensor, probe: int, dtype: torch.dtype) -> Tensor:
     """±1 from bit `probe` (0..63) of `bits`, elementwise."""
     return 1 - 2 * ((bits >> probe) & 1).to(dtype)
+
+
+# Rows that take their signs from one word: making words costs ten times what using a bit does.
+_ROWS_OF_A_WORD = 32
+
+
+def sign_keys(seed: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a row's signs are: (the key of its words (N,), the bit of them (N,)), int64.
+
+    The sign of (row, column) is bit 63 − row mod 32 of the word keyed by (seed, ⌊row/32⌋,
+    column): words are shared by rows, never by columns, so that the signs of a row's
+    columns, and those of a column's rows, are as independent as the generator's bits.
+    """
+    return row_keys(seed, rows // _ROWS_OF_A_WORD), 63 - rows % _ROWS_OF_A_WORD
+
+
+def random_signs_at(seed: int, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
+    """Independent ±1 for each (row, column), int64 tensors of one shape."""
+    keys, bit = sign_keys(seed, row)
+    return 1 - 2 * ((_mix(keys + column * GOLDEN) >> bit) & 1).to(dtype)
+
+
+def with_random_signs(values: Tensor, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """`values` (N, C), none negative, times `random_signs_at` of (N,) rows and (C,) columns."""
+    groups, index = torch.unique(rows // _ROWS_OF_A_WORD, return_inverse=True)
+    words = (random_bits(seed, groups, columns) >> 32).int()[index]
+    # The row's bit becomes the sign bit of a float that lends it to the value.
+    words <<= (rows % _ROWS_OF_A_WORD).int()[:, None]
+    return torch.copysign(values, words.view(torch.float32))
+
+
+# A row's number in the keys of the buckets; no sequence has it.
+_BUCKETS = -1
+
+
+def bucket_rotations(seed: int, blocks: Tensor, probes: int) -> Tensor:
+    """A random number below `probes` for each block, int64."""
+    bits = random_bits_at(seed, torch.full_like(blocks, _BUCKETS), blocks)
+    return _shift_right(bits, 33) % probes
+
+
+def bucket_at(seed: int, column: Tensor, probes: int) -> Tensor:
+    """The bucket, 0 … probes − 1, of each column, int64.
+
+    The `probes` columns of a block (columns R j … R j + R − 1) take one bucket each, in an
+    order turned by a random number: columns of different blocks meet with probability
+    1/R, those of one block never.
+    """
+    return (column + bucket_rotations(seed, column // probes, probes)) % probes
+
+
+def bucket_members(rotations: Tensor, bucket: int, probes: int, columns: int) -> Tensor:
+    """The columns below `columns` that `bucket_at` puts into `bucket`, ascending, int64."""
+    blocks = torch.arange(len(rotations), device=rotations.device)
+    members = blocks * probes + (bucket - rotations) % probes
+    return members[members < columns]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
-from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
+from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles, reference_logits
 
 
 def _head_sqgrad_(
@@ -28,14 +28,15 @@ def _head_sqgrad_(
         )
         return
     squared = h.to(lse.dtype).square()
-    total = None if omega is None else omega.to(lse.dtype).sum(dim=1, keepdim=True)
-    for start, stop, z in logit_tiles(h, weight, bias):
-        p = (z - lse[:, None]).exp_()
-        coefficient = p - p * p if total is None else total * p * p
+    share = torch.ones_like(lse) if omega is None else omega.to(lse.dtype).sum(dim=1)
+    scaled = share[:, None] * squared
+    for start, stop, z in logit_tiles(h, weight, bias, by_item=True):
+        p = exp_minus_(z, lse)  # (items, N): the product below then needs no transposed copy
+        coefficient = p.square_() if omega is not None else p.addcmul_(p, p, value=-1)
         if weight_fisher is not None:
-            weight_fisher[start:stop] += coefficient.T @ squared
+            _add_product_(weight_fisher[start:stop], coefficient, scaled)
         if bias_fisher is not None:
-            bias_fisher[start:stop] += coefficient.sum(dim=0)
+            bias_fisher[start:stop] += coefficient @ share
     if ids is None or omega is None:
         return
     rows = weight[ids].to(lse.dtype)
@@ -48,6 +49,13 @@ def _head_sqgrad_(
         weight_fisher.index_add_(0, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
     if bias_fisher is not None:
         bias_fisher.index_add_(0, ids.flatten(), coefficient.flatten().to(bias_fisher.dtype))
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 _op = register(

@@ -1,4 +1,8 @@
-"""K items of every row drawn from its softmax."""
+"""K items of every row drawn from its softmax, from the ranges' log-sum-exps.
+
+`softmax_mean` gives the mass of every range of items as it streams over them. A draw
+chooses a range by those, then looks at the items of that range alone.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +12,115 @@ from torch import Tensor
 from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
-from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
+from fisherkern.ops.softmax_lse import RANGE, reference_logits
+
+# Logits of ranges held at once: 8 MB in fp32, and twice that for each fp64 temporary.
+_ELEMENTS = 2**21
+
+
+def row_blocks(num_rows: int, elements_of_a_row: int) -> list[slice]:
+    """Slices of the rows such that what is held for each stays within a few tens of MB."""
+    step = max(1, _ELEMENTS // max(elements_of_a_row, 1))
+    return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+
+
+def range_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) -> Tensor:
+    """Logits of the items RANGE·part + 0 … RANGE − 1, −inf past the last item.
+
+    h (N, D), weight (V, D), bias (V,) or None, parts (N, m) int64 -> (N, m, RANGE).
+    """
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    inputs, v = h.to(dtype), weight.shape[0]
+    found = torch.full((parts.numel(), RANGE), -torch.inf, dtype=dtype, device=h.device)
+    # One product for all rows that want a range: a copy of the vectors for each is slower.
+    ordered, place = torch.sort(parts.flatten())
+    distinct, counts = torch.unique_consecutive(ordered, return_counts=True)
+    for part, own in zip(distinct.tolist(), place.split(counts.tolist()), strict=True):
+        first, last = part * RANGE, min((part + 1) * RANGE, v)
+        z = inputs[own // parts.shape[1]] @ weight[first:last].to(dtype).T
+        if bias is not None:
+            z += bias[first:last].to(dtype)
+        found[own, : last - first] = z
+    return found.view(*parts.shape, RANGE)
 
 
 def _sample_items(
-    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, rows: Tensor, k: int, seed: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ranges: Tensor,
+    rows: Tensor,
+    k: int,
+    seed: int,
 ) -> Tensor:
     if use_triton(h, weight, bias, lse):
         from fisherkern.ops import sample_items_triton
 
-        return sample_items_triton.sample_items(h, weight, bias, lse, rows, k, seed)
+        return sample_items_triton.sample_items(h, weight, bias, lse, ranges, rows, k, seed)
+    ids = torch.empty(h.shape[0], k, dtype=torch.int64, device=h.device)
     u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
-    ids = torch.zeros(h.shape[0], k, dtype=torch.int64, device=h.device)
-    below = torch.zeros(h.shape[0], 1, dtype=torch.float64, device=h.device)
-    for _, _, z in logit_tiles(h, weight, bias):
+    for block in row_blocks(h.shape[0], max(ranges.shape[1], k * RANGE)):
+        total = (ranges[block] - lse[block, None].double()).exp_().cumsum(dim=1)
+        part, below = chosen_range(total, u[block])
+        z = range_logits(h[block], weight, bias, part)
         # fp64, because ten million fp32 terms would not add up to one.
-        cdf = below + torch.cumsum((z - lse[:, None]).exp().double(), dim=1)
-        # The number of cdf values <= u, summed over the tiles, is the item drawn.
-        ids += torch.searchsorted(cdf, u, right=True)
-        below = cdf[:, -1:]
+        cdf = (z - lse[block, None, None]).double().exp_().cumsum(dim=2)
+        # Rounding can put u at the range's end: the draw is then its last possible item.
+        inside = torch.nextafter(cdf[:, :, -1], torch.zeros_like(below))
+        inside = torch.minimum(u[block] - below, inside)
+        place = torch.searchsorted(cdf, inside[:, :, None], right=True)[:, :, 0]
+        ids[block] = part * RANGE + place
     return ids.clamp_(max=weight.shape[0] - 1)
 
 
+def chosen_range(total: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The range each u (N, k) falls into and the mass below it; total (N, P): running sums."""
+    part = torch.searchsorted(total, u, right=True).clamp_(max=total.shape[1] - 1)
+    return part, torch.where(part > 0, total.gather(1, (part - 1).clamp_(min=0)), 0.0)
+
+
 def _fake(
-    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, rows: Tensor, k: int, seed: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ranges: Tensor,
+    rows: Tensor,
+    k: int,
+    seed: int,
 ) -> Tensor:
     return h.new_empty((h.shape[0], k), dtype=torch.int64)
 
 
 _op = register(
-    "sample_items(Tensor h, Tensor weight, Tensor? bias, Tensor lse, Tensor rows, int k, int seed)"
-    " -> Tensor",
+    "sample_items(Tensor h, Tensor weight, Tensor? bias, Tensor lse, Tensor ranges, Tensor rows,"
+    " int k, int seed) -> Tensor",
     _sample_items,
     _fake,
 )
 
 
 def sample_items(
-    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, rows: Tensor, k: int, seed: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ranges: Tensor,
+    rows: Tensor,
+    k: int,
+    seed: int,
 ) -> Tensor:
     """k independent draws from softmax(h Wᵀ + b) for every row, with replacement.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) from `softmax_lse`, rows
-    (N,) int64: each sequence's number, which keys its random numbers together with
-    the seed. Returns ids (N, k) int64 by inversion of the streamed cumulative
-    distribution: the result depends on (seed, row), not on the batch or the tile,
-    up to rounding of a cumulative sum next to a draw.
+    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and ranges (N, ⌈V/256⌉) from
+    `softmax_mean`, rows (N,) int64: each sequence's number, which keys its random numbers
+    together with the seed. Returns ids (N, k) int64 by inversion of the cumulative
+    distribution, first over the ranges, then inside one: 256·k logits a row. The result
+    depends on (seed, row), not on the batch or the tile, up to rounding of a cumulative
+    sum next to a draw.
     """
-    return _op(h, weight, bias, lse, rows, k, seed)
+    return _op(h, weight, bias, lse, ranges, rows, k, seed)
 
 
 def sample_items_reference(

@@ -1,7 +1,7 @@
-"""Triton kernels of `sample_items`: the mass of every range of items, then a search in one.
+"""Triton kernels of `sample_items`: the ranges' masses added up, then a search in one.
 
 The cumulative distribution is never stored: a draw falls into the range where the
-ranges' masses, added up in fp64, first exceed it, and only that range is streamed again.
+ranges' masses, added up in fp64, first exceed it, and only that range is looked at.
 """
 
 from __future__ import annotations
@@ -12,32 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops import counter
-from fisherkern.ops.launch_table import PRECISION, launch
-from fisherkern.ops.tiles_triton import biased, dot_settings, logit_tile, prepared, width_tile
-
-# Items of a range: a draw reads this many vectors, and a row has V / RANGE masses.
-RANGE = 2048
-
-
-@triton.jit
-def sample_items_mass_kernel(
-    h_ptr, w_ptr, bias_ptr, lse_ptr, mass_ptr, n, v, d, length,
-    ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """mass (n, ranges) fp64: Σ p over each range of `length` items."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    part = tl.program_id(1)
-    first = part * length
-    lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
-    mass = tl.zeros((ROWS,), tl.float64)
-    for start in range(first, tl.minimum(first + length, v), ITEMS):
-        items = start + tl.arange(0, ITEMS).to(tl.int64)
-        z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        p = tl.exp(biased(z, bias_ptr, items, v) - lse[:, None])  # (ROWS, ITEMS)
-        # fp64, because ten million fp32 terms would not add up to one.
-        mass += tl.sum(p, 1).to(tl.float64)
-    tl.store(mass_ptr + rows * tl.num_programs(1) + part, mass, mask=rows < n)
+from fisherkern.ops.launch_table import launch
+from fisherkern.ops.sample_items import chosen_range
+from fisherkern.ops.softmax_lse import RANGE
+from fisherkern.ops.tiles_triton import prepared, width_tile
 
 
 @triton.jit
@@ -87,25 +65,25 @@ def sample_items_kernel(
 
 
 def sample_items(
-    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, rows: Tensor, k: int, seed: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ranges: Tensor,
+    rows: Tensor,
+    k: int,
+    seed: int,
 ) -> Tensor:
     h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
-    row, constants = dot_settings("sample_items_mass", h, weight)
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]
-    ranges = triton.cdiv(v, RANGE)
-    mass = torch.empty(n, ranges, dtype=torch.float64, device=h.device)
+    mass = (ranges - lse[:, None].double()).exp_()
+    row = launch("sample_items_total", h.device, h.dtype)
     with torch.cuda.device_of(h):
-        sample_items_mass_kernel[triton.cdiv(n, row.rows), ranges](
-            h, weight, bias, lse, mass, n, v, d, RANGE,
-            ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
-        )  # fmt: skip
-        row = launch("sample_items_total", h.device, h.dtype)
         sample_items_total_kernel[n,](
-            mass, ranges, ITEMS=row.items, num_warps=row.warps, num_stages=row.stages
+            mass, mass.shape[1], ITEMS=row.items, num_warps=row.warps, num_stages=row.stages
         )
     u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
-    part = torch.searchsorted(mass, u, right=True).clamp_(max=ranges - 1)
-    below = torch.where(part > 0, mass.gather(1, (part - 1).clamp_(min=0)), 0.0)
+    part, below = chosen_range(mass, u)
     ids = torch.empty(n, k, dtype=torch.int64, device=h.device)
     row = launch("sample_items", h.device, h.dtype)
     width = width_tile(d, row.width)

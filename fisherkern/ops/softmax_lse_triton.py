@@ -20,11 +20,11 @@ from fisherkern.ops.tiles_triton import (
 
 @triton.jit
 def softmax_lse_kernel(
-    h_ptr, w_ptr, bias_ptr, lse_ptr, n, v, d, length,
+    h_ptr, w_ptr, bias_ptr, ranges_ptr, n, v, d, length,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """lse (n, splits): log Σ exp of the logits in each range of `length` items."""
+    """ranges (n, splits) fp64: log Σ exp of the logits in each range of `length` items."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     first = split * length
@@ -34,20 +34,27 @@ def softmax_lse_kernel(
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
         highest, total = add_to_lse(biased(z, bias_ptr, items, v), highest, total)
-    out = lse_ptr + rows * tl.num_programs(1) + split
-    tl.store(out, highest + tl.log(total), mask=rows < n)
+    out = ranges_ptr + rows * tl.num_programs(1) + split
+    # fp64: samplers add up the masses of thousands of ranges.
+    tl.store(out, highest.to(tl.float64) + tl.log(total.to(tl.float64)), mask=rows < n)
 
 
 def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    row, _ = dot_settings("softmax_lse", h, weight)
+    _, length = item_splits(weight.shape[0], row.items, triton.cdiv(h.shape[0], row.rows))
+    return torch.logsumexp(range_lse(h, weight, bias, length), dim=1).float()
+
+
+def range_lse(h: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
+    """log Σ exp over every `length` items, a whole number of tiles: (N, ⌈V / length⌉) fp64."""
     h, weight, bias = prepared(h), prepared(weight), prepared(bias)
     row, constants = dot_settings("softmax_lse", h, weight)
     n, v = h.shape[0], weight.shape[0]
-    programs = triton.cdiv(n, row.rows)
-    splits, length = item_splits(v, row.items, programs)
-    lse = torch.empty(n, splits, dtype=torch.float32, device=h.device)
+    splits = triton.cdiv(v, length)
+    ranges = torch.empty(n, splits, dtype=torch.float64, device=h.device)
     with torch.cuda.device_of(h):
-        softmax_lse_kernel[programs, splits](
-            h, weight, bias, lse, n, v, h.shape[1], length,
+        softmax_lse_kernel[triton.cdiv(n, row.rows), splits](
+            h, weight, bias, ranges, n, v, h.shape[1], length,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
-    return torch.logsumexp(lse, dim=1)
+    return ranges

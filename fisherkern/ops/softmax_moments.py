@@ -1,4 +1,4 @@
-"""Mean and covariance of the item vectors under every row's softmax."""
+"""Log-sum-exp, mean and covariance of the item vectors under every row's softmax."""
 
 from __future__ import annotations
 
@@ -7,22 +7,68 @@ from torch import Tensor
 
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
-from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
+from fisherkern.ops.softmax_lse import RANGE, exp_minus_, logit_tiles, reference_logits
 
 # Items whose D(D+1)/2 products are held at once: 17 MB in fp32 at D = 64.
 _PRODUCT_ELEMENTS = 2**22
 
 
-def _softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    if use_triton(h, weight, bias, lse):
+class OnlineMean:
+    """lse and w̄ of a stream of tiles: sums relative to the largest logit so far.
+
+    When a larger one comes the sums are rescaled, so that the logits are needed once
+    (Milakov and Gimelshein, arXiv 1805.02867).
+    """
+
+    def __init__(self, h: Tensor, weight: Tensor) -> None:
+        n, dtype = h.shape[0], torch.promote_types(h.dtype, torch.float32)
+        self._highest = torch.full((n,), -torch.inf, dtype=dtype, device=h.device)
+        # fp64, because ten million fp32 terms would not add up to one.
+        self._total = torch.zeros(n, dtype=torch.float64, device=h.device)
+        self._sums = torch.zeros(n, weight.shape[1], dtype=dtype, device=h.device)
+
+    def add(self, z: Tensor, items: Tensor, top: Tensor) -> Tensor:
+        """Add logits z (N, C), overwritten, of vectors items (C, D); top (N,): z's row maxima.
+
+        Returns the log-sum-exp of every RANGE items, (N, ⌈C / RANGE⌉) fp64.
+        """
+        new = torch.maximum(self._highest, top)
+        # A row that is all −inf so far has no finite maximum to subtract.
+        shift = new.masked_fill(new == -torch.inf, 0.0)
+        fade = (self._highest - shift).exp_()
+        e = exp_minus_(z, shift[:, None])
+        whole = e.shape[1] // RANGE * RANGE
+        parts = e[:, :whole].unflatten(1, (-1, RANGE)).sum(dim=2)
+        if whole < e.shape[1]:
+            parts = torch.cat((parts, e[:, whole:].sum(dim=1, keepdim=True)), dim=1)
+        parts = parts.double()
+        self._total = self._total * fade + parts.sum(dim=1)
+        self._sums.mul_(fade[:, None]).addmm_(e, items.to(e.dtype))
+        self._highest = new
+        return parts.log_().add_(shift[:, None])
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(lse (N,), w̄ (N, D))."""
+        lse = (self._highest + self._total.log()).to(self._sums.dtype)
+        return lse, self._sums / self._total.to(self._sums.dtype)[:, None]
+
+
+def _softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if use_triton(h, weight, bias):
         from fisherkern.ops import softmax_moments_triton
 
-        return softmax_moments_triton.softmax_mean(h, weight, bias, lse)
-    mean = torch.zeros(h.shape[0], weight.shape[1], dtype=lse.dtype, device=h.device)
+        return softmax_moments_triton.softmax_mean(h, weight, bias)
+    state = OnlineMean(h, weight)
+    ranges = h.new_empty((h.shape[0], num_ranges(weight)), dtype=torch.float64)
     for start, stop, z in logit_tiles(h, weight, bias):
-        p = (z - lse[:, None]).exp_()
-        mean += p @ weight[start:stop].to(lse.dtype)
-    return mean
+        found = state.add(z, weight[start:stop], z.amax(dim=1))
+        ranges[:, start // RANGE : start // RANGE + found.shape[1]] = found
+    return *state.finish(), ranges
+
+
+def num_ranges(weight: Tensor) -> int:
+    """Ranges of RANGE items that a catalogue has, the last one perhaps shorter."""
+    return -(-weight.shape[0] // RANGE)
 
 
 def _products(w: Tensor) -> Tensor:
@@ -53,7 +99,7 @@ def _softmax_covariance(
     centre = mean.mean(dim=0)
     step = max(1, _PRODUCT_ELEMENTS // upper.shape[1])
     for start, _, z in logit_tiles(h, weight, bias):
-        p = (z - lse[:, None]).exp_()
+        p = exp_minus_(z, lse[:, None])
         for first in range(0, p.shape[1], step):
             part = p[:, first : first + step]
             rows = slice(start + first, start + first + part.shape[1])
@@ -66,8 +112,10 @@ def _softmax_covariance(
     return covariance
 
 
-def _fake_mean(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    return lse.new_empty((h.shape[0], weight.shape[1]))
+def _fake_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = h.shape[0], torch.promote_types(h.dtype, torch.float32)
+    ranges = h.new_empty((n, num_ranges(weight)), dtype=torch.float64)
+    return h.new_empty((n,), dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype), ranges
 
 
 def _fake_covariance(
@@ -77,7 +125,7 @@ def _fake_covariance(
 
 
 _mean_op = register(
-    "softmax_mean(Tensor h, Tensor weight, Tensor? bias, Tensor lse) -> Tensor",
+    "softmax_mean(Tensor h, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     _softmax_mean,
     _fake_mean,
 )
@@ -88,9 +136,17 @@ _covariance_op = register(
 )
 
 
-def softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    """w̄ = Σ_v p(v) w_v for every row: (N, D), (V, D), (V,) or None, (N,) -> (N, D)."""
-    return _mean_op(h, weight, bias, lse)
+def softmax_mean(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum-exp and w̄ = Σ_v p(v) w_v of every row, in one streamed pass.
+
+    h (N, D), weight (V, D), bias (V,) or None. Returns lse (N,) and w̄ (N, D), fp32 or
+    wider, and the log-sum-exp of the items 256 r … 256 r + 255 for every range r,
+    (N, ⌈V / 256⌉) fp64, from which `sample_items` and `sample_distinct` draw. Two matrix
+    products of N·V·D; on the GPU three, as the kernel of lse comes before that of w̄.
+    """
+    return _mean_op(h, weight, bias)
 
 
 def softmax_covariance(
@@ -99,9 +155,9 @@ def softmax_covariance(
     """C = Σ_v p(v) w_v w_vᵀ − w̄ w̄ᵀ for every row, (N, D, D), fp32 or wider.
 
     h (N, D), weight (V, D), bias (V,) or None, lse (N,) and mean (N, D) from
-    `softmax_lse` and `softmax_mean`. Costs N·V·D(D+1)/2 multiply-adds, streamed over
-    the items: in PyTorch one matrix product over the packed upper triangle, which
-    holds one tile of logits and one of products. Design section 1; the paper's eq. 5.
+    `softmax_mean`. Costs N·V·D(D+1)/2 multiply-adds, streamed over the items: in
+    PyTorch one matrix product over the packed upper triangle, which holds one tile of
+    logits and one of products. Design section 1; the paper's eq. 5.
     """
     return _covariance_op(h, weight, bias, lse, mean)
 
@@ -114,3 +170,9 @@ def softmax_moments_reference(
     mean = p @ weight.double()
     centred = weight.double()[None] - mean[:, None]
     return mean, torch.einsum("nv,nvd,nve->nde", p, centred, centred)
+
+
+def range_lse_reference(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The fp64 twin of the ranges' log-sum-exp, (N, ⌈V / RANGE⌉)."""
+    z = reference_logits(h, weight, bias)
+    return torch.stack([part.logsumexp(dim=1) for part in z.split(RANGE, dim=1)], dim=1)

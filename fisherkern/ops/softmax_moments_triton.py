@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION
+from fisherkern.ops.softmax_lse import RANGE
+from fisherkern.ops.softmax_lse_triton import range_lse
 from fisherkern.ops.tiles_triton import (
     biased,
     dot_settings,
@@ -90,7 +92,13 @@ def softmax_covariance_kernel(
     tl.store(out + left[:, None] * d + right[None, :], sums, mask=mask)
 
 
-def softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
+def softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    ranges = range_lse(h, weight, bias, RANGE)
+    lse = torch.logsumexp(ranges, dim=1).float()
+    return lse, mean_given_lse(h, weight, bias, lse), ranges
+
+
+def mean_given_lse(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
     h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
     row, constants = dot_settings("softmax_mean", h, weight)
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]

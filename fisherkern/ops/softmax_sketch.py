@@ -1,8 +1,15 @@
-"""Random-sign sketch of every row's item covariance, without forming it."""
+"""Random sketch of every row's item covariance, without forming it.
+
+Items are dealt into R buckets and their vectors summed with random signs, a bucket a probe:
+u_r = Σ_{v in bucket r} sqrt(p_v) ε_v (w_v − w̄) (CountSketch: Charikar, Chen and
+Farach-Colton, ICALP 2002; as a map of matrices: Clarkson and Woodruff, STOC 2013). Every
+item enters one probe, so that a sketch costs one matrix product whatever R is. With
+independent signs of mean zero E[Σ_r u_r u_rᵀ] = C for any buckets. For a direction x and
+a_v = sqrt(p_v) (w_v − w̄)·x the variance of Σ_r (u_r·x)² is 2 Σ_{v≠v'} a_v² a_v'² P(v, v'
+meet), at most 2/R (Σ_v a_v²)²: what R dense sign vectors would have, at R times the work.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -10,9 +17,7 @@ from torch import Tensor
 from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
-from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
-
-MAX_PROBES = 64  # one 64-bit word per (row, item) holds the signs of all probes
+from fisherkern.ops.softmax_lse import exp_minus_, reference_logits, tile_rows
 
 
 def _softmax_sketch(
@@ -32,16 +37,27 @@ def _softmax_sketch(
     n, width = h.shape[0], weight.shape[1]
     sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
     totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
-    for start, stop, z in logit_tiles(h, weight, bias):
-        root = (0.5 * (z - lse[:, None])).exp_()
-        bits = counter.random_bits(seed, rows, torch.arange(start, stop, device=h.device))
-        w = weight[start:stop].to(lse.dtype)
-        for r in range(probes):
-            signed = root * counter.signs(bits, r, lse.dtype)
+    inputs = h.to(lse.dtype)
+    rotations = bucket_rotations(seed, weight, probes)
+    for r in range(probes):
+        members = counter.bucket_members(rotations, r, probes, len(weight))
+        for items in members.split(tile_rows(n, h.device)):
+            w = weight[items].to(lse.dtype)
+            z = inputs @ w.T
+            if bias is not None:
+                z += bias[items].to(lse.dtype)
+            root = exp_minus_(z, lse[:, None], 0.5)
+            signed = counter.with_random_signs(root, seed, rows, items)
             sums[:, r].addmm_(signed, w)
             totals[:, r] += signed.sum(dim=1)
     sums -= totals[:, :, None] * mean[:, None]
-    return sums / math.sqrt(probes), totals
+    return sums, totals
+
+
+def bucket_rotations(seed: int, weight: Tensor, probes: int) -> Tensor:
+    """`counter.bucket_rotations` of the blocks of `probes` items that the catalogue has."""
+    blocks = torch.arange(-(-len(weight) // probes), device=weight.device)
+    return counter.bucket_rotations(seed, blocks, probes)
 
 
 def _fake(
@@ -76,12 +92,13 @@ def softmax_sketch(
     probes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """u_r = Σ_v sqrt(p(v)) ε_rv (w_v − w̄) / sqrt(R), so that E[Σ_r u_r u_rᵀ] = C.
+    """u_r = Σ_v sqrt(p(v)) ε_v 1[v in bucket r] (w_v − w̄), so that E[Σ_r u_r u_rᵀ] = C.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,), mean (N, D), rows (N,)
-    int64 sequence numbers, 1 <= probes <= 64. The signs ε are bit r of a
-    counter-based word keyed by (seed, row, item). Returns u (N, R, D) and the sums
-    Σ_v sqrt(p(v)) ε_rv (N, R). One streamed pass, N·V·D·R multiply-adds.
+    h (N, D), weight (V, D), bias (V,) or None, lse (N,), mean (N, D), rows (N,) int64
+    sequence numbers, probes = R >= 1. The signs ε are `counter.random_signs_at` of
+    (seed, row, item), the buckets `counter.bucket_at` of (seed, item), the same for all
+    rows. Returns u (N, R, D) and the sums Σ_v sqrt(p(v)) ε_v 1[v in bucket r] (N, R).
+    One streamed pass of two matrix products of N·V·D, whatever R. Exact for R >= V.
     """
     return _op(h, weight, bias, lse, mean, rows, probes, seed)
 
@@ -91,8 +108,11 @@ def softmax_sketch_reference(
 ) -> tuple[Tensor, Tensor]:
     """The fp64 twin of `softmax_sketch`; holds N·V·R numbers."""
     p = reference_logits(h, weight, bias).softmax(dim=1)
-    bits = counter.random_bits(seed, rows, torch.arange(weight.shape[0], device=h.device))
-    signs = torch.stack([counter.signs(bits, r, p.dtype) for r in range(probes)], dim=1)
-    signed = p.sqrt()[:, None] * signs
+    items = torch.arange(weight.shape[0], device=h.device)
+    row, item = torch.broadcast_tensors(rows[:, None], items[None, :])
+    signed = p.sqrt() * counter.random_signs_at(seed, row, item, p.dtype)
+    bucket = counter.bucket_at(seed, items, probes)
+    mine = bucket[None] == torch.arange(probes, device=h.device)[:, None]
+    signed = signed[:, None] * mine
     centred = weight.double()[None] - (p @ weight.double())[:, None]
-    return torch.einsum("nrv,nvd->nrd", signed, centred) / math.sqrt(probes), signed.sum(dim=2)
+    return torch.einsum("nrv,nvd->nrd", signed, centred), signed.sum(dim=2)

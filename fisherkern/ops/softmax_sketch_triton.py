@@ -1,8 +1,6 @@
-"""Triton kernel of `softmax_sketch`: signs from the counter's words, made where they are used."""
+"""Triton kernel of `softmax_sketch`: a bucket's items per program, signs made in place."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from fisherkern.ops import counter
 from fisherkern.ops.launch_table import PRECISION
+from fisherkern.ops.softmax_sketch import bucket_rotations
 from fisherkern.ops.tiles_triton import (
     biased,
     dot_settings,
@@ -20,54 +19,49 @@ from fisherkern.ops.tiles_triton import (
     random_words,
 )
 
-# Probes of one program. Its logits serve all of them, and its sums are rows × PROBES × columns.
-PROBES = 8
-
 
 @triton.jit
 def softmax_sketch_kernel(
-    h_ptr, w_ptr, bias_ptr, lse_ptr, centre_ptr, keys_ptr, sums_ptr, totals_ptr,
-    n, v, d, length, probes,
+    h_ptr, w_ptr, bias_ptr, lse_ptr, centre_ptr, rotation_ptr, keys_ptr, bit_ptr,
+    sums_ptr, totals_ptr, n, v, d, length, blocks, probes,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
-    PROBES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums (splits, n, probes, d): Σ_v sqrt(p_v) ε_rv (w_v − centre) over a range of items,
-    totals (splits, n, probes): Σ_v sqrt(p_v) ε_rv. Grid: rows × (columns, probes) × splits.
+    """sums (splits, n, probes, d): Σ_v sqrt(p_v) ε_v (w_v − centre) over the items v that a
+    range of blocks has in a bucket, totals (splits, n, probes): Σ_v sqrt(p_v) ε_v.
+    Grid: rows × (columns, buckets) × splits.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(1) % CHUNKS * WIDTH
-    first_probe = tl.program_id(1) // CHUNKS * PROBES
+    bucket = tl.program_id(1) // CHUNKS
     column = first_column + tl.arange(0, WIDTH)
     split = tl.program_id(2)
     first = split * length
     lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
     keys = tl.load(keys_ptr + rows, mask=rows < n, other=0)
+    bit = tl.load(bit_ptr + rows, mask=rows < n, other=0)
     centre = tl.load(centre_ptr + column, mask=column < d, other=0.0)
-    sums = tl.zeros((ROWS * PROBES, WIDTH), tl.float32)
-    totals = tl.zeros((ROWS * PROBES,), tl.float32)
-    bit = tl.arange(0, PROBES)
-    for start in range(first, tl.minimum(first + length, v), ITEMS):
-        items = start + tl.arange(0, ITEMS).to(tl.int64)
+    sums = tl.zeros((ROWS, WIDTH), tl.float32)
+    totals = tl.zeros((ROWS,), tl.float32)
+    for start in range(first, tl.minimum(first + length, blocks), ITEMS):
+        block = start + tl.arange(0, ITEMS).to(tl.int64)
+        rotation = tl.load(rotation_ptr + block, mask=block < blocks, other=0)
+        # Blocks past the last give items past the last.
+        items = block * probes + (bucket + probes - rotation) % probes
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
         root = tl.exp(0.5 * (biased(z, bias_ptr, items, v) - lse[:, None]))  # (ROWS, ITEMS)
-        # Only this program's bits: 32-bit words are half the registers.
-        words = random_words(keys[:, None], items[None, :]) >> first_probe
-        words = words.to(tl.int32)[:, None, :] >> bit[None, :, None]
-        signed = tl.where((words & 1) == 0, root[:, None, :], -root[:, None, :])
-        signed = tl.reshape(signed, (ROWS * PROBES, ITEMS))
+        words = random_words(keys[:, None], items[None, :]) >> bit[:, None]
+        signed = tl.where((words & 1) == 0, root, -root)
         mask = (items < v)[:, None] & (column < d)[None, :]
         w = tl.load(w_ptr + items[:, None] * d + column[None, :], mask=mask, other=0.0)
         w = w.to(tl.float32) - centre[None, :]
         sums = tl.dot(signed, w, sums, input_precision=PRECISION)
         totals += tl.sum(signed, 1)
-    probe = first_probe + bit
-    place = (split.to(tl.int64) * n + rows[:, None]) * probes + probe[None, :]
-    mask = (rows < n)[:, None] & (probe < probes)[None, :]
-    place, mask = tl.reshape(place, (ROWS * PROBES,)), tl.reshape(mask, (ROWS * PROBES,))
+    place = (split.to(tl.int64) * n + rows) * probes + bucket
     out = sums_ptr + place[:, None] * d + column[None, :]
-    tl.store(out, sums, mask=mask[:, None] & (column < d)[None, :])
+    tl.store(out, sums, mask=(rows < n)[:, None] & (column < d)[None, :])
     if first_column == 0:
-        tl.store(totals_ptr + place, totals, mask=mask)
+        tl.store(totals_ptr + place, totals, mask=rows < n)
 
 
 def softmax_sketch(
@@ -83,18 +77,19 @@ def softmax_sketch(
     h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
     row, constants = dot_settings("softmax_sketch", h, weight)
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]
-    programs = triton.cdiv(n, row.rows), constants["CHUNKS"] * triton.cdiv(probes, PROBES)
-    splits, length = item_splits(v, row.items, programs[0] * programs[1])
+    rotations = bucket_rotations(seed, weight, probes).int()
+    programs = triton.cdiv(n, row.rows), constants["CHUNKS"] * probes
+    splits, length = item_splits(len(rotations), row.items, programs[0] * programs[1])
     # Centred by the rows' common mean: what is left to subtract cancels little.
     centre = mean.float().mean(dim=0)
     sums = torch.empty(splits, n, probes, d, dtype=torch.float32, device=h.device)
     totals = torch.empty(splits, n, probes, dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
         softmax_sketch_kernel[*programs, splits](
-            h, weight, bias, lse, centre, counter.row_keys(seed, rows), sums, totals,
-            n, v, d, length, probes,
-            ROWS=row.rows, ITEMS=row.items, PROBES=PROBES, PRECISION=PRECISION, **constants,
+            h, weight, bias, lse, centre, rotations, *counter.sign_keys(seed, rows),
+            sums, totals, n, v, d, length, len(rotations), probes,
+            ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
     joined, total = sums.sum(dim=0), totals.sum(dim=0)
     joined -= total[:, :, None] * (mean - centre)[:, None]
-    return joined / math.sqrt(probes), total
+    return joined, total

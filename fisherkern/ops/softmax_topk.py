@@ -1,4 +1,4 @@
-"""The K most probable items of every row."""
+"""The K most probable items of every row, with the softmax's log-sum-exp and mean."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import Tensor
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
+from fisherkern.ops.softmax_moments import OnlineMean
 
 MAX_TRITON_K = 128  # what a program's registers hold of candidates
 
 
-def _topk_lower_id_first(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top k of each row by (value descending, id ascending): (N, C) z and ids -> (N, k) each."""
+def _select(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """k largest of each row, of equal ones the lower ids: (N, C) z, ids -> (N, k), unordered."""
     values, index = torch.topk(z, k, dim=1)
     # topk breaks ties as it likes; only rows with a tie across the cut need a full sort.
     tied = (z >= values[:, -1:]).sum(dim=1) > k
@@ -22,45 +23,81 @@ def _topk_lower_id_first(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor
         by_id = torch.argsort(ids[rows], dim=1)
         order = torch.argsort(z[rows].gather(1, by_id), dim=1, descending=True, stable=True)
         index[rows] = by_id.gather(1, order)[:, :k]
-    chosen_ids, order = torch.sort(ids.gather(1, index), dim=1)
-    values = z.gather(1, index).gather(1, order)
-    values, order = torch.sort(values, dim=1, descending=True, stable=True)
-    return values, chosen_ids.gather(1, order)
+    return z.gather(1, index), ids.gather(1, index)
+
+
+def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by (value descending, id ascending)."""
+    ids, order = torch.sort(ids, dim=1)
+    values, order = torch.sort(values.gather(1, order), dim=1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+class _OnlineTopk:
+    """The k largest of a stream of tiles, whose items come in ascending order."""
+
+    def __init__(self, h: Tensor, k: int) -> None:
+        self._k = k
+        self._values = h.new_empty((h.shape[0], 0), dtype=torch.promote_types(h.dtype, torch.float))
+        self._ids = h.new_empty((h.shape[0], 0), dtype=torch.int64)
+
+    def add(self, z: Tensor, start: int, top: Tensor) -> None:
+        """Take from z (N, C) of the items from `start` on; top (N,): z's row maxima."""
+        ids = torch.arange(start, start + z.shape[1], device=z.device).expand(z.shape[0], -1)
+        if self._values.shape[1] < self._k:
+            both = torch.cat((self._values, z), dim=1), torch.cat((self._ids, ids), dim=1)
+            self._values, self._ids = _select(*both, min(self._k, both[0].shape[1]))
+            return
+        # Only what is larger than the least enters: among equal ones the lower ids, which
+        # came first, stay. After some tiles few rows have any, and those have few.
+        least = self._values.amin(dim=1)
+        rows = (top > least).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return
+        z = z[rows]
+        entering = int((z > least[rows, None]).sum(dim=1).max())
+        values, ids = _select(z, ids[: len(rows)], min(self._k, entering))
+        values = torch.cat((self._values[rows], values), dim=1)
+        ids = torch.cat((self._ids[rows], ids), dim=1)
+        self._values[rows], self._ids[rows] = _select(values, ids, self._k)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(logits, ids), (N, k) each, the largest first."""
+        return _ordered(self._values, self._ids)
 
 
 def _softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if k <= MAX_TRITON_K and use_triton(h, weight, bias):
         from fisherkern.ops import softmax_topk_triton
 
-        candidates, places, lse = softmax_topk_triton.softmax_topk(h, weight, bias, k)
-        values, ids = _topk_lower_id_first(candidates, places, k)
+        candidates, places, lse, mean = softmax_topk_triton.softmax_topk(h, weight, bias, k)
+        values, ids = _ordered(*_select(candidates, places, k))
         # Only a row with NaN has fewer items than k to choose from.
-        return (values - lse[:, None]).exp(), ids.clamp_(max=weight.shape[0] - 1), lse
-    dtype = torch.promote_types(h.dtype, torch.float32)
-    lse = torch.full((h.shape[0],), -torch.inf, dtype=dtype, device=h.device)
-    best: Tensor | None = None
-    best_ids: Tensor | None = None
+        return (values - lse[:, None]).exp(), ids.clamp_(max=weight.shape[0] - 1), lse, mean
+    moments, best = OnlineMean(h, weight), _OnlineTopk(h, k)
     for start, stop, z in logit_tiles(h, weight, bias):
-        lse = torch.logaddexp(lse, torch.logsumexp(z, dim=1))
-        ids = torch.arange(start, stop, device=h.device).expand(h.shape[0], -1)
-        if best is not None and best_ids is not None:
-            z, ids = torch.cat((best, z), dim=1), torch.cat((best_ids, ids), dim=1)
-        best, best_ids = _topk_lower_id_first(z, ids, min(k, z.shape[1]))
-    assert best is not None and best_ids is not None
-    return (best - lse[:, None]).exp(), best_ids, lse
+        top = z.amax(dim=1)
+        best.add(z, start, top)
+        moments.add(z, weight[start:stop], top)
+    values, ids = best.finish()
+    lse, mean = moments.finish()
+    return (values - lse[:, None]).exp(), ids, lse, mean
 
 
-def _fake(h: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(h.dtype, torch.float32)
     n = h.shape[0]
-    ids = h.new_empty((n, k), dtype=torch.int64)
-    return h.new_empty((n, k), dtype=dtype), ids, h.new_empty((n,), dtype=dtype)
+    p, ids = h.new_empty((n, k), dtype=dtype), h.new_empty((n, k), dtype=torch.int64)
+    return p, ids, h.new_empty((n,), dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype)
 
 
 _op = register(
-    "softmax_topk(Tensor h, Tensor weight, Tensor? bias, int k) -> (Tensor, Tensor, Tensor)",
+    "softmax_topk(Tensor h, Tensor weight, Tensor? bias, int k)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _softmax_topk,
     _fake,
 )
@@ -68,13 +105,14 @@ _op = register(
 
 def softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities and ids of the k largest logits, and the log-sum-exp, in one streamed pass.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k most likely items, log-sum-exp and w̄ = Σ_v p(v) w_v, in one streamed pass.
 
     h (N, D), weight (V, D), bias (V,) or None, 1 <= k <= V. Returns p (N, k) in
-    descending order, ids (N, k) int64, lse (N,); p and lse are fp32 or wider.
-    Ties go to the lower id. Holds one tile of logits and N·k candidates for each
-    range of items worked on at once. Above k = 128 every backend takes PyTorch's path.
+    descending order, ids (N, k) int64, lse (N,), w̄ (N, D); all but ids are fp32 or
+    wider. Ties go to the lower id. Two matrix products of N·V·D; on the GPU three, as
+    w̄ has a kernel of its own. Holds one tile of logits and N·k candidates for each range
+    of items worked on at once. Above k = 128 every backend takes PyTorch's path.
     """
     return _op(h, weight, bias, k)
 

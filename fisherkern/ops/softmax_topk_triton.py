@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION
+from fisherkern.ops.softmax_moments_triton import mean_given_lse
 from fisherkern.ops.tiles_triton import (
     add_to_lse,
     biased,
@@ -70,8 +71,8 @@ def softmax_topk_kernel(
 
 def softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (N, C), their ids (N, C) int64, C >= k, and lse (N,); ids from V on are none."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Candidates (N, C), ids (N, C) int64 (none from V on), C >= k, lse (N,), w̄ (N, D)."""
     h, weight, bias = prepared(h), prepared(weight), prepared(bias)
     row, constants = dot_settings("softmax_topk", h, weight)
     n, v = h.shape[0], weight.shape[0]
@@ -85,4 +86,6 @@ def softmax_topk(
             h, weight, bias, best, ids, lse, n, v, h.shape[1], length, k,
             ROWS=row.rows, ITEMS=row.items, KEPT=kept, PRECISION=PRECISION, **constants,
         )  # fmt: skip
-    return best.flatten(1), ids.flatten(1).long(), torch.logsumexp(lse, dim=1)
+    joined = torch.logsumexp(lse, dim=1)
+    mean = mean_given_lse(h, weight, bias, joined)
+    return best.flatten(1), ids.flatten(1).long(), joined, mean
