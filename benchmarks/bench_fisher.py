@@ -1,206 +1,303 @@
 """Time, error and memory of Fisher estimates, ours and others', on one model: the paper's Fig. 2.
 
-    python benchmarks/bench_fisher.py --checkpoint runs/.../base.safetensors --data ml-1m
-    python benchmarks/bench_fisher.py --checkpoint ... --sequences 6040 --only sketch --repeats 1
+    python benchmarks/bench_fisher.py --data ml-1m                          # trains one first
+    python benchmarks/bench_fisher.py --data ml-1m --model base.safetensors
+    python benchmarks/bench_fisher.py --data ml-1m --max-len 200 --sequences 64 --only topk
 
-Every estimate runs in this process, in turn with the batch-wise one of the same size, whose time
-is the unit of the `ratio` column: absolute times of a shared machine mean nothing. Rivals that
-take minutes for all sequences are run on `--rival-sequences` and scaled up, which the column
-`sequences` shows. Refuses to start unless ours equals brute force on the first sequences.
+Every estimate runs in this process, in turn with batch-wise K = 10, the unit of the column
+`ratio`: absolute times of a shared machine mean nothing. Times are per sequence. What takes
+longer than `--limit` seconds for all `--sequences` runs on fewer, which the column `sequences`
+says. `error` is against `exact` on the same sequences after the best common factor; `off` and
+`off_tied`, for rivals, the relative distance from ours with the same value or expectation,
+over everything and over the item table. Refuses to start unless ours equals brute force.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, peak_megabytes, seconds
+from common import append, check_columns, device, matmul_rate, percentiles, seconds, with_peak
+from figures import draw_figure
+from flops import count
+from rivals import RIVALS, Rival
+from rivals.autograd import naive
 from torch import Tensor
+from trained import trained_model
 
 import fisherkern as fk
 from fisherkern.experiments.fisher_cost import best_scaled_error, relative_error
 
-Estimate = dict[str, Tensor]
-
-
-def naive_topk(model: torch.nn.Module, history: Tensor, k: int) -> Estimate:
-    """One backward pass for every (sequence, item): the definition, with no library."""
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    parameters = list(model.parameters())
-    for row in history.split(1):
-        log_p = torch.log_softmax(model(row), dim=1)[0]
-        top = log_p.detach().exp().topk(k)
-        for p, item in zip(top.values, top.indices, strict=True):
-            gradients = torch.autograd.grad(log_p[item], parameters, retain_graph=True)
-            for name, gradient in zip(total, gradients, strict=True):
-                total[name] += p * gradient.square()
-    return {name: value / len(history) for name, value in total.items()}
-
-
-class FromTokens(torch.nn.Module):
-    """The model after its input checks, whose data-dependent branches vmap cannot enter."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        last = torch.full((len(tokens), 1), tokens.shape[1] - 1)
-        h = self.model.transform(self.model.states(tokens, last).squeeze(1))
-        weight, bias = self.model.head()
-        return h @ weight.T + bias
-
-
-def vmap_topk(model: torch.nn.Module, history: Tensor, k: int, chunk: int = 32) -> Estimate:
-    """torch.func: vmap over sequences of the gradient, one rank after the other."""
-    inner = FromTokens(model)
-    parameters = {name: p.detach() for name, p in inner.named_parameters()}
-    tokens = model.append_mask(history)
-    with torch.no_grad():
-        top = torch.log_softmax(model(history), dim=1).exp().topk(k)
-
-    def log_probability(parameters: Estimate, row: Tensor, item: Tensor) -> Tensor:
-        logits = torch.func.functional_call(inner, parameters, (row[None],))
-        return torch.log_softmax(logits, dim=1)[0].gather(0, item[None])[0]
-
-    gradient = torch.func.vmap(
-        torch.func.grad(log_probability), in_dims=(None, 0, 0), chunk_size=chunk
-    )
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for j in range(k):
-        found = gradient(parameters, tokens, top.indices[:, j])
-        for name, g in found.items():
-            total[name] += torch.einsum("n,n...->...", top.values[:, j], g.square())
-    return {name.removeprefix("model."): value / len(history) for name, value in total.items()}
-
-
-RIVALS: dict[str, Callable[[torch.nn.Module, Tensor, int], Estimate]] = {
-    "naive loop": naive_topk,
-    "torch.func vmap(grad)": vmap_topk,
-}
-
+BATCHWISE = "batchwise (paper)"
 OURS: list[tuple[str, dict[str, Any]]] = [
+    *[(BATCHWISE, {"k": k, "reduction": "batchwise"}) for k in (10, 30, 50)],
     *[("topk", {"sampler": "topk", "k": k}) for k in (10, 30, 50, 100)],
     *[("model", {"sampler": "model", "k": k}) for k in (10, 30, 50, 100)],
     *[("random", {"sampler": "random", "k": k}) for k in (10, 30, 50)],
     ("target", {"sampler": "target", "k": 1}),
-    *[("sketch", {"sampler": "sketch", "probes": r, "k": r}) for r in (4, 8, 16)],
-    *[("exact, top directions", {"sampler": "exact", "probes": r, "k": r}) for r in (8, 32)],
-    ("exact", {"sampler": "exact", "k": 64}),
+    *[("sketch", {"sampler": "sketch", "probes": r}) for r in (4, 8, 16)],
+    *[("exact, top directions", {"sampler": "exact", "probes": r}) for r in (8, 32)],
+    ("exact", {"sampler": "exact"}),
 ]
+RIVAL_SIZES = (10, 50)
+# "cpu" counts this process's own time, for machines that others use as well.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+# Rivals start with so few sequences, and double.
+FEWEST = 4
 
 
-def check(model: torch.nn.Module, history: Tensor) -> None:
-    """Ours against brute force on a few sequences, before anything is timed."""
-    few = history[:3]
-    ours = fk.diag_fisher(model, [few], sampler="topk", k=5, progress=False)
-    error = relative_error(ours, naive_topk(model, few, 5))
-    assert error < 1e-4, f"ours differs from brute force by {error}"
+@dataclasses.dataclass
+class Timing:
+    """Seconds per sequence of an estimate and, run in turn with it, of batch-wise K = 10."""
+
+    result: Mapping[str, Tensor]
+    sequences: int
+    own: list[float]
+    unit: list[float]
+    gflop: float
+    extra_mb: float
 
 
 class Bench:
-    """The model, its sequences and exact Fisher, the unit times, and the rows so far."""
+    """The model, its sequences, and what has been measured."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model, self.data = fk.load_model(options.checkpoint), fk.load(options.data)
+        self.data = fk.load(options.data)
+        folder = Path(options.out)
+        self.model = trained_model(
+            self.data,
+            options.model,
+            folder,
+            max_len=options.max_len,
+            dim=options.dim,
+            epochs=options.epochs,
+        ).to(device())
         loader = self.data.loader(
-            split="train", batch_size=256, max_len=self.model.max_len, limit=options.sequences
+            split="train",
+            batch_size=options.sequences,
+            max_len=self.model.max_len,
+            limit=options.sequences,
         )
-        self.batches = list(loader)
-        self.history = self.batches[0]["history"]
-        check(self.model, self.history)
-        self.exact = self.fisher(sampler="exact")
-        self.units: dict[int, float] = {}
-        self.rows: list[dict[str, Any]] = []
+        (whole,) = loader
+        self.whole = {name: tensor.to(device()) for name, tensor in whole.items()}
+        self.sequences = len(whole["history"])
+        self.ceiling = matmul_rate(1024)
+        self.same_size: dict[int, float] = {}
+        self._reference: dict[tuple[str, int | None, int], fk.DiagFisher] = {}
 
-    def fisher(self, **arguments: Any) -> fk.DiagFisher:
-        return fk.diag_fisher(self.model, self.batches, progress=False, **arguments)
+    def check(self) -> None:
+        """Raise SystemExit unless ours is brute force on a few sequences, in float32."""
+        few = self.whole["history"][:3]
+        k = min(5, self.model.num_items)
+        ours = fk.diag_fisher(self.model, [few], sampler="topk", k=k, progress=False)
+        error = relative_error(ours, naive(self.model)(few, k))
+        if not error < 1e-4:
+            raise SystemExit(f"bench_fisher: ours differs from brute force by {error:.2g}; stopped")
 
-    def ours(self, name: str, arguments: dict[str, Any]) -> None:
-        """Time one of our estimates, in turn with batch-wise K = 10 which keeps the unit fresh."""
-        times, units = [], []
+    def ours(self, arguments: Mapping[str, Any], n: int | None = None) -> fk.DiagFisher:
+        """Our estimate on the first `n` sequences, in batches of the size asked for."""
+        size = self.options.batch
+        part = {name: tensor[:n] for name, tensor in self.whole.items()}
+        batches = [
+            {name: tensor[first : first + size] for name, tensor in part.items()}
+            for first in range(0, len(part["history"]), size)
+        ]
+        return fk.diag_fisher(self.model, batches, progress=False, **arguments)
+
+    def reference(self, sampler: str, k: int | None, n: int) -> fk.DiagFisher:
+        """Ours, made once."""
+        key = (sampler, k, n)
+        if key not in self._reference:
+            size = {} if k is None else {"k": k}
+            self._reference[key] = self.ours({"sampler": sampler, **size}, n)
+        return self._reference[key]
+
+    def unit(self) -> float:
+        whole = self.seconds(lambda: self.ours({"k": 10, "reduction": "batchwise"}))
+        return whole / self.sequences
+
+    def seconds(self, function: Callable[[], Any]) -> float:
+        return seconds(function, CLOCKS[self.options.clock])
+
+    def time(self, run: Callable[[int], Mapping[str, Tensor]], fewest: int) -> Timing:
+        """The estimate on as many sequences as the limit allows, and its repeats there.
+
+        Repeats share the time left after the runs that found the number; there is always one.
+        """
+        limit, n = self.options.limit, min(fewest, self.sequences)
+        started = time.perf_counter()
+        if n < self.sequences:
+            run(n)  # what a library does once does not count
+        while True:
+            last = time.perf_counter()
+            ((result, flop), extra) = with_peak(lambda n=n: count(lambda: run(n)))
+            last = time.perf_counter() - last
+            if n == self.sequences or 2 * last * (1 + self.options.repeats) > limit:
+                break
+            n = min(2 * n, self.sequences)
+        own, unit = [], []
         for _ in range(self.options.repeats):
-            units.append(seconds(lambda: self.fisher(k=10, reduction="batchwise")))
-            times.append(seconds(lambda: self.fisher(**arguments)))
-        drift = statistics.median(units) / self.units[10]
-        found = self.fisher(**arguments)
-        self.row(name, arguments["k"], times, self.options.sequences, found, drift)
+            unit.append(self.unit())
+            own.append(self.seconds(lambda: run(n)) / n)
+            if time.perf_counter() - started + n * own[-1] > limit:
+                break
+        return Timing(result, n, own, unit, flop / n / 1e9, extra)
 
-    def rival(self, name: str, rival: Callable[..., Estimate]) -> None:
-        """Time a rival on a few sequences, scaled up, beside batch-wise as it runs just then."""
-        part = self.history[: self.options.rival_sequences]
-        exact = fk.diag_fisher(self.model, [part], sampler="exact", progress=False)
-        rival(self.model, part[:2], 2)
-        for k in (10, 50):
-            unit = seconds(lambda: self.fisher(k=10, reduction="batchwise"))
-            elapsed = seconds(lambda k=k: rival(self.model, part, k))
-            scaled = elapsed * self.options.sequences / len(part)
-            found = rival(self.model, part, k)
-            self.row(name, k, [scaled], len(part), found, unit / self.units[10], exact)
-
-    def row(
-        self,
-        name: str,
-        k: int,
-        times: list[float],
-        n: int,
-        found: Any,
-        drift: float = 1.0,
-        exact: fk.DiagFisher | None = None,
-    ) -> None:
-        unit = drift * self.units[max((size for size in self.units if size <= k), default=10)]
-        p50 = statistics.median(times)
-        shared = dict(self.exact if exact is None else exact)
-        self.rows.append(
-            {
-                "provider": name,
-                "data": self.data.name,
-                "T": self.model.max_len,
-                "D": self.model.dim,
-                "V": self.data.num_items,
-                "k": k,
-                "sequences": n,
-                "seconds": p50,
-                "seconds_min": min(times),
-                "ratio": p50 / unit,
-                "error": best_scaled_error(found, shared),
-                "relative_error": relative_error(found, shared),
-                "peak_mb": peak_megabytes(),
-            }
+    def row(self, name: str, sampler: str, k: int, timing: Timing, **about: Any) -> None:
+        """Append the row to the CSV and print its essence."""
+        p = percentiles([1e3 * t for t in timing.own])
+        # Pair by pair: a run and the unit just before it had the same neighbours.
+        pairs = zip(timing.own, timing.unit, strict=True)
+        ratio = statistics.median(own / unit for own, unit in pairs)
+        if name == BATCHWISE:
+            self.same_size[k] = ratio
+        n, exact = timing.sequences, self.reference("exact", None, timing.sequences)
+        full = {key: timing.result.get(key, torch.zeros_like(exact[key])) for key in exact}
+        missing = [key for key in exact if key not in timing.result]
+        rate = timing.gflop * 1e9 / (p["p50_ms"] / 1e3)
+        row = {
+            "provider": name,
+            "version": about.get("version", ""),
+            "data": self.data.name,
+            "T": self.model.max_len,
+            "D": self.model.dim,
+            "V": self.data.num_items,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "sampler": sampler,
+            "k": k,
+            "batch": min(self.options.batch, n),
+            "sequences": n,
+            "repeats": len(timing.own),
+            "clock": self.options.clock,
+            **{f"{key}_per_sequence": value for key, value in p.items()},
+            "ratio": ratio,
+            "ratio_same_k": ratio / self.same_size[k] if k in self.same_size else "",
+            "error": best_scaled_error(full, exact),
+            "relative_error": relative_error(full, exact),
+            "off": about.get("off", ""),
+            "off_tied": about.get("off_tied", ""),
+            "missing": len(missing),
+            "gflop_per_sequence": timing.gflop,
+            "share_of_matmul": rate / self.ceiling,
+            "extra_mb": timing.extra_mb,
+        }
+        append("fisher", [row])
+        few = f"  {n} sequences only" if n < self.sequences else ""
+        lacking = f"  nothing for {len(missing)} of {len(exact)} tensors" if missing else ""
+        off = (
+            f"  off {row['off']:.2g}, tied table {row['off_tied']:.2g}" if row["off"] != "" else ""
         )
-        print(f"{name:<24} k={k:<4} {p50:8.2f} s  ratio {p50 / unit:6.2f}", flush=True)
+        print(
+            f"{name:<22} k={k:<4} {p['p50_ms']:8.2f} ms a sequence  ratio {ratio:6.2f}"
+            f"  error {row['error']:.4f}{off}{lacking}{few}",
+            flush=True,
+        )
+
+    def one_of_ours(self, name: str, arguments: dict[str, Any]) -> None:
+        arguments = _within(arguments, self.model.num_items)
+        timing = self.time(lambda n: self.ours(arguments, n), self.sequences)
+        meta = timing.result.meta  # type: ignore[attr-defined]
+        size = arguments.get("k") or arguments.get("probes") or meta["probes"]
+        self.row(name, meta["sampler"], size, timing)
+
+    def one_rival(self, rival: Rival, size: int) -> None:
+        k = min(size, self.model.num_items)
+        run = rival.prepare(self.model)
+        timing = self.time(lambda n: run(self.whole["history"][:n], k), FEWEST)
+        same = self.reference(
+            rival.sampler, k if rival.sampler == "topk" else None, timing.sequences
+        )
+        full = {key: timing.result.get(key, torch.zeros_like(same[key])) for key in same}
+        table = "item_embedding.weight"
+        self.row(
+            rival.name,
+            rival.sampler,
+            k,
+            timing,
+            version=rival.version(),
+            off=relative_error(full, same),
+            off_tied=relative_error({table: full[table]}, {table: same[table]}),
+        )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True)
+def _within(arguments: dict[str, Any], num_items: int) -> dict[str, Any]:
+    """The arguments with no more items than there are."""
+    return {**arguments, "k": min(arguments["k"], num_items)} if "k" in arguments else arguments
+
+
+def run_rivals(bench: Bench, only: str | None) -> None:
+    """Every rival that can be had; one line says why another cannot."""
+    for rival in RIVALS:
+        if only and only not in rival.name:
+            continue
+        reason = rival.missing()
+        for size in () if reason else RIVAL_SIZES:
+            try:
+                # Hooks on embeddings, layers without support: their rows say what came of it.
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    bench.one_rival(rival, size)
+            except Exception as error:  # a library of others may raise anything
+                reason = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
+                break
+        if reason:
+            print(f"{rival.name:<22} skipped: {reason}", flush=True)
+
+
+COLUMNS = """provider version data T D V dtype sampler k batch sequences repeats clock
+    p20_ms_per_sequence p50_ms_per_sequence p80_ms_per_sequence ratio ratio_same_k error
+    relative_error off off_tied missing gflop_per_sequence share_of_matmul extra_mb""".split()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="ml-1m")
+    parser.add_argument("--model", type=Path, help="a BERT4Rec's .safetensors; T and D are its own")
+    parser.add_argument("--max-len", type=int, default=50, help="T of the model trained here")
+    parser.add_argument("--dim", type=int, default=64, help="D of the model trained here")
+    parser.add_argument("--epochs", type=int, default=16, help="of the model trained here")
+    parser.add_argument("--out", default="runs/bench_fisher", help="keeps the model trained here")
     parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--rival-sequences", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=256, help="sequences at once, of ours")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=20, help="seconds for one estimate and size")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", help="estimates whose name holds this, and batchwise K = 10")
-    parser.add_argument("--size", type=int, help="with --only: of this size alone")
-    options = parser.parse_args()
+    parser.add_argument("--only", help="estimates whose name holds this")
+    options = parser.parse_args(argv)
+    for name in ("sequences", "batch", "repeats", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: must be at least 1")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
     torch.set_num_threads(options.threads)
-    bench = Bench(options)
-    for k in (10,) if options.size else (10, 30, 50):
-        arguments: dict[str, Any] = {"k": k, "reduction": "batchwise"}
-        times = [seconds(lambda a=arguments: bench.fisher(**a)) for _ in range(options.repeats)]
-        bench.units[k] = statistics.median(times)
-        bench.row("batchwise (paper)", k, times, options.sequences, bench.fisher(**arguments))
+    try:
+        check_columns("fisher", COLUMNS)
+        bench = Bench(options)
+    except fk.InputError as error:
+        raise SystemExit(f"bench_fisher: {error}") from None
+    bench.check()
+    bench.unit()  # warm
     for name, arguments in OURS:
-        chosen = not options.only or options.only in name
-        if chosen and options.size in (None, arguments["k"]):
-            bench.ours(name, arguments)
-    for name, rival in RIVALS.items():
-        if not options.only or options.only in name:
-            bench.rival(name, rival)
-    append("fisher", bench.rows)
+        if not options.only or options.only in name or name == BATCHWISE:
+            bench.one_of_ours(name, arguments)
+    run_rivals(bench, options.only)
+    print(draw_figure(bench.data.name, bench.model.max_len, bench.sequences))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 
+from fisherkern.errors import InputError
+
 RESULTS = Path(__file__).parent / "results"
+# What `append` adds to every row.
+MACHINE = ("device", "threads", "torch", "python", "commit", "date")
 
 
 def synchronise() -> None:
@@ -23,13 +27,13 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(function: Callable[[], Any]) -> float:
+def seconds(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """One timed call, with the GPU waited for."""
     synchronise()
-    started = time.perf_counter()
+    started = clock()
     function()
     synchronise()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def alternate(
@@ -45,10 +49,11 @@ def alternate(
     for _ in range(repeats):
         for name, function in providers.items():
             times[name].append(1e3 * seconds(function))
-    return {name: _percentiles(values) for name, values in times.items()}
+    return {name: percentiles(values) for name, values in times.items()}
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 of times in milliseconds."""
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     found = torch.quantile(torch.tensor(values, dtype=torch.float64), quantiles)
     return dict(zip(("p20_ms", "p50_ms", "p80_ms"), found.tolist(), strict=True))
@@ -92,6 +97,30 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+def with_peak(function: Callable[[], Any]) -> tuple[Any, float]:
+    """The function's result, and how many MB above what was held before it went at its peak.
+
+    Where neither a GPU nor Linux can reset the peak, it is the growth of the process's own.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        return function(), torch.cuda.max_memory_allocated() / 2**20 - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before, peak = _status_megabytes("VmRSS"), lambda: _status_megabytes("VmHWM")
+    except OSError:
+        before, peak = peak_megabytes(), peak_megabytes
+    return function(), max(0.0, peak() - before)
+
+
+def _status_megabytes(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 2**10
+    raise OSError(f"/proc/self/status has no {field}")
+
+
 def commit() -> str:
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -102,11 +131,28 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def results_path(what: str) -> Path:
+    return RESULTS / f"{what}.csv"
+
+
+def check_columns(what: str, columns: Sequence[str]) -> None:
+    """Raise InputError if results/<what>.csv holds other columns than `columns` and the machine's.
+
+    For the start of a long run, which `append` would else refuse at its end.
+    """
+    path = results_path(what)
+    if not path.exists():
+        return
+    with path.open(newline="") as stream:
+        header = next(csv.reader(stream), [])
+    if header != [*columns, *MACHINE]:
+        raise InputError(f"{path}: holds rows of other columns; move it away first")
+
+
 def append(what: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Append rows to results/<what>.csv with the machine, versions, commit and date in each.
 
-    A row whose columns are not the file's is an error: rows of different columns do not
-    belong into one file.
+    Raises InputError as `check_columns` does: rows of different columns do not belong together.
     """
     about = {
         "device": device_name(),
@@ -117,13 +163,10 @@ def append(what: str, rows: Sequence[Mapping[str, Any]]) -> Path:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     full = [{**row, **about} for row in rows]
-    path = RESULTS / f"{what}.csv"
+    path = results_path(what)
     path.parent.mkdir(exist_ok=True)
+    check_columns(what, list(rows[0]))
     fresh = not path.exists()
-    if not fresh:
-        with path.open(newline="") as stream:
-            header = next(csv.reader(stream))
-        assert list(full[0]) == header, f"{path}: its columns are {header}"
     with path.open("a", newline="") as stream:
         writer = csv.DictWriter(stream, list(full[0]))
         if fresh:
@@ -131,5 +174,4 @@ def append(what: str, rows: Sequence[Mapping[str, Any]]) -> Path:
         writer.writerows(full)
         stream.flush()
         os.fsync(stream.fileno())
-    print(f"{len(full)} rows appended to {path}")
     return path

@@ -2,14 +2,17 @@
 
 A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where FOLDER is in
 benchmarks/results and WHAT is `result.json` (the story's rows) or `fisher_cost` (time, error);
-or WHAT is `fisher.csv`, the latest row of bench_fisher.py for each estimate and size.
+or WHAT is `fisher.csv` or `segment.csv`, the latest row of each estimate and size that
+bench_fisher.py or bench_segment.py wrote; `fisher.csv?data=ml-1m&T=50` takes the rows with
+those values alone.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
+
+from figures import latest_fisher_rows, read_rows
 
 from fisherkern.experiments.fisher_cost import cost_table
 from fisherkern.experiments.tables import story_table
@@ -19,25 +22,53 @@ HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- table: (\S*?)/?([^/\s]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def fisher_rows() -> str:
+def fisher_rows(**chosen: str) -> str:
     """bench_fisher.py's rows; the last one counts where an estimate was run again."""
-    with (HERE / "results" / "fisher.csv").open(newline="") as stream:
-        rows = {(r["sequences"], r["provider"], r["k"]): r for r in csv.DictReader(stream)}
     lines = [
-        "| estimate | K or R | sequences | time / batch-wise | error, best-scaled |",
-        "|---|---:|---:|---:|---:|",
+        "| estimate | K or R | sequences | time, batch-wise K = 10 is 1"
+        " | batch-wise of the same K is 1 | error, best-scaled"
+        " | off its own definition | on the tied table | tensors missing |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    for row in latest_fisher_rows(**chosen):
+        same_k, off, tied = (
+            f"{float(row[column]):.2g}" if row[column] else ""
+            for column in ("ratio_same_k", "off", "off_tied")
+        )
+        lines.append(
+            f"| {row['provider']} {row['version']}".rstrip()
+            + f" | {row['k']} | {row['sequences']} | {float(row['ratio']):.2f} | {same_k}"
+            f" | {float(row['error']):.4f} | {off} | {tied}"
+            f" | {'' if row['missing'] == '0' else row['missing']} |"
+        )
+    return "\n".join(lines)
+
+
+def segment_rows(**chosen: str) -> str:
+    """bench_segment.py's rows, the latest of each provider and shape."""
+    lines = [
+        "| provider | N | T | O × I | ms | GFLOP/s | share of a large matrix product"
+        " | MB above inputs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    key = ("device", "provider", "N", "T", "O", "I", "dtype")
     lines += [
-        f"| {row['provider']} | {k} | {sequences} | {float(row['ratio']):.2f}"
-        f" | {float(row['error']):.4f} |"
-        for (sequences, _, k), row in rows.items()
+        f"| {row['provider']} | {row['N']} | {row['T']} | {row['O']} × {row['I']}"
+        f" | {float(row['p50_ms']):.2f} | {float(row['gflop_s']):.3g}"
+        f" | {float(row['share_of_matmul']):.2f} | {float(row['extra_mb']):.0f} |"
+        for row in {tuple(r[c] for c in key): r for r in read_rows("segment", **chosen)}.values()
     ]
     return "\n".join(lines)
 
 
+CSV_TABLES = {"fisher.csv": fisher_rows, "segment.csv": segment_rows}
+
+
 def table(match: re.Match[str]) -> str:
-    if match[3] == "fisher.csv":
-        return f"{match[1]}{fisher_rows()}\n{match[4]}"
+    name, _, query = match[3].partition("?")
+    if name in CSV_TABLES:
+        chosen = dict(part.split("=", 1) for part in query.split("&") if part)
+        return f"{match[1]}{CSV_TABLES[name](**chosen)}\n{match[4]}"
     result = read_json(HERE / "results" / match[2] / "result.json")
     if match[3] == "fisher_cost":
         text = cost_table(result["fisher_cost"])

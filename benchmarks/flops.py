@@ -1,0 +1,68 @@
+"""Counting the multiply-adds of matrix products, ours inside the ops of fisherkern included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+Shape = tuple[int, ...]
+
+
+def _head(products: float) -> Callable[..., int]:
+    """`products` matrix products of h (N, D) with W (V, D)."""
+    return lambda h, weight, *_, **__: round(2 * products * h[0] * weight[0] * weight[1])
+
+
+def _covariance(h: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    # The upper triangle of Σ_y p(y) w_y w_yᵀ beside the logits.
+    return h[0] * weight[0] * weight[1] * (weight[1] + 3)
+
+
+def _sketch(h: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
+    probes = rest[4]  # after bias, lse, mean, rows
+    return 2 * (1 + probes) * h[0] * weight[0] * weight[1]
+
+
+def _head_sqgrad(_fisher: Any, _bias_fisher: Any, h: Shape, weight: Shape, *_: Any, **__: Any):
+    return _head(2)(h, weight)
+
+
+def _segment(_fisher: Shape, delta: Shape, inputs: Shape, **__: Any) -> int:
+    return 2 * delta[0] * delta[1] * delta[2] * inputs[2]
+
+
+# FLOP of one call, by op; a lookup has no matrix product.
+FORMULAS: dict[str, Callable[..., int]] = {
+    "softmax_lse": _head(1),
+    "softmax_topk": _head(1),
+    "softmax_mean": _head(2),
+    "softmax_covariance": _covariance,
+    "softmax_sketch": _sketch,
+    "sample_items": _head(1),
+    "head_sqgrad_": _head_sqgrad,
+    "segment_outer_square_": _segment,
+    "lookup_square_": lambda *_, **__: 0,
+}
+
+
+class _NoModules:
+    """Stands for the counter's module tracker, whose hooks torch.func's transforms refuse."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def count(function: Callable[[], Any]) -> tuple[Any, int]:
+    """The function's result, and 2 × the multiply-adds of the matrix products it does."""
+    ours = {getattr(torch.ops.fisherkern, name): formula for name, formula in FORMULAS.items()}
+    counter = FlopCounterMode(display=False, custom_mapping=ours)
+    counter.mod_tracker = _NoModules()
+    with counter:
+        result = function()
+    return result, counter.get_total_flops()
