@@ -1,0 +1,79 @@
+"""merge(method="auto"): every rule that the arguments allow, and every member alone, by score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fisherkern.errors import InputError
+from fisherkern.merging.rules import RULES
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_DATA = ("fishers", "base", "grams", "products", "validation")
+
+
+def merge_auto(
+    merge: Callable[..., ModelT],
+    models: Sequence[ModelT],
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> ModelT:
+    """The candidate with the highest `score`: never worse there than the best member alone.
+
+    Tried are each member (in the united catalogue, where catalogues differ), and each rule in
+    `RULES` whose inputs are given: with equal lambda where it knows none, else with those that
+    weights="search" finds. The first of equals wins, members before rules.
+
+    merge: the function of that name. inputs: its arguments that rules use, by name. settings:
+    its other arguments. The result's `merge_report` is the winner's ("single" for a member),
+    with `auto`: score, and per candidate its method, weights and score. The search
+    scores some 40 models per rule and more with many members. Keeps two models at a time.
+    Raises InputError without `score`, for `weights`, and for a score that is not finite.
+    """
+    score = inputs["score"]
+    if score is None:
+        raise InputError("method 'auto' needs score: a function of a model whose value is high")
+    if inputs["weights"] is not None:
+        raise InputError("method 'auto' takes no weights: it looks for them")
+    if settings.get("options") is not None:
+        raise InputError("method 'auto' takes no options: they are of one rule each")
+    if isinstance(inputs["validation"], Iterator):
+        inputs = {**inputs, "validation": list(inputs["validation"])}
+    best: ModelT | None = None
+    best_score = -math.inf
+    tried: list[dict[str, Any]] = []
+    for name, arguments in _candidates(len(models), inputs):
+        model = merge(models, **{**settings, **arguments})
+        value = float(score(model))
+        report: dict[str, Any] = model.merge_report  # type: ignore[assignment]
+        if not math.isfinite(value):
+            raise InputError(f"the score of candidate {name!r} is {value}, not a finite number")
+        report["method"] = name
+        tried.append({"method": name, "weights": report["weights"], "score": value})
+        if best is None or value > best_score:
+            best, best_score = model, value
+    assert best is not None
+    best.merge_report["auto"] = {"score": best_score, "candidates": tried}  # type: ignore
+    return best
+
+
+def _candidates(members: int, inputs: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Name, arguments of `merge`) of each; members first, so that they win ties."""
+    for member in range(members):
+        vertex = [float(number == member) for number in range(members)]
+        yield "single", {"method": "weighted", "weights": vertex}
+    given = {name for name in _DATA if inputs[name] is not None}
+    for name, rule in RULES.items():
+        needed = {kind for kind, use in rule.inputs.items() if use == "must" and kind in _DATA}
+        if not needed <= given:
+            continue
+        used = {kind: inputs[kind] for kind in given if kind in rule.inputs}
+        if rule.takes_weights and "products" not in rule.inputs:
+            used |= {"weights": "search", "score": inputs["score"]}
+        elif rule.inputs.get("score") == "must":
+            used["score"] = inputs["score"]
+        yield name, {"method": name, **used}

@@ -1,0 +1,244 @@
+"""preflight(): what to expect of a merge before it is made."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.errors import InputError
+from fisherkern.merging.members import Members
+from fisherkern.merging.merge import merge
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+# Shares of the best member's score: a dip below the line that counts as none, and a rise above
+# the better end that counts, as validation scores are uncertain by about as much.
+FLAT, RISE = 0.02, 0.005
+# Cosines of whole models, from small experiments on ML-1M: branches of one run, .98, gained by
+# averaging; members of one start with other losses, .77 to .81, lost some 3 % of the best one's
+# NDCG@10; members of different starts, 0, lost half of it.
+NEAR, FAR = 0.9, 0.5
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What `preflight` found; matrices are M lists of M numbers.
+
+    cosine, task_cosine (None without a base); scores: each member's, None without `score`;
+    paths: per pair "members", "t", "scores", "barrier" and "gain"; inconsistency (None without
+    `hits`); items: number of owners -> number of items; verdict: one sentence; recipe:
+    "align" (whether to align first), "fine_tune" (whether to train on afterwards) and "merge"
+    (arguments for `merge`).
+    """
+
+    cosine: list[list[float]]
+    task_cosine: list[list[float]] | None
+    scores: list[float] | None
+    paths: list[dict[str, Any]] | None
+    inconsistency: list[list[float]] | None
+    items: dict[str, int]
+    verdict: str
+    recipe: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def preflight(
+    models: Sequence[ModelT],
+    *,
+    base: ModelT | None = None,
+    score: Callable[[ModelT], float] | None = None,
+    hits: Callable[[ModelT], Any] | None = None,
+    points: int = 3,
+    item_ids: Sequence[Sequence[str] | None] | None = None,
+) -> Preflight:
+    """How near the members are, in weights and in what they do, and a recipe.
+
+    cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters,
+        item rows that both own; with a `base`, also of theta - theta_base (task vectors).
+    Along the line between two members, s(t) the score of (1-t) theta_a + t theta_b:
+        barrier = max_t [(1-t) s(0) + t s(1) - s(t)],   gain = max_{0<t<1} s(t) - max(s(0), s(1)).
+    error inconsistency: the share of users on which exactly one of the two is right.
+
+    models, base, item_ids: as for `merge`. score: model -> float, higher is better, on
+    validation data. hits: model -> (U,) bool, whether the model is right for each user (the
+    item within its first k), the same users for all. points: models scored between two ends.
+
+    The best single member is a candidate of the recipe, merge(method="auto"), which is thus
+    never worse than it on the data of `score`. The verdict rests on the paths where there is a
+    score, else on cosines, whose bounds (0.9, 0.5) come from a few small experiments.
+    Inconsistency is reported and not used: it did not tell good merges from bad ones there.
+
+    Scores M + points M (M-1)/2 models (with different catalogues, the ends of each path too),
+    holds one merged model at a time. Raises InputError as `merge` does, for a score that is not
+    finite, and for hits of different lengths or with other values than 0 and 1.
+    Source: Frankle et al., arXiv 1912.05671 (barrier); arXiv 2307.05476, A.1 and Gontijo-Lopes
+    et al., arXiv 2110.12899 (error inconsistency).
+    """
+    models = list(models)
+    if points < 1:
+        raise InputError(f"points is {points} where at least 1 was expected")
+    members = Members(models, item_ids)
+    if base is not None:
+        members.use_base(base)
+    cosine, task_cosine = _cosines(members, base is not None)
+    scores = paths = None
+    if score is not None:
+        scores = [_scored(score, model, f"member {n}") for n, model in enumerate(models)]
+        paths = _paths(models, score, scores, points, item_ids, members.catalogue.positions is None)
+    verdict, recipe = _judge(cosine, scores, paths)
+    return Preflight(
+        cosine=cosine,
+        task_cosine=task_cosine,
+        scores=scores,
+        paths=paths,
+        inconsistency=None if hits is None else _inconsistency(models, hits),
+        items=members.catalogue.owners(),
+        verdict=verdict,
+        recipe=recipe,
+    )
+
+
+def _cosines(
+    members: Members, with_base: bool
+) -> tuple[list[list[float]], list[list[float]] | None]:
+    number = len(members)
+    found = []
+    sums = torch.zeros(4, number, number, dtype=torch.float64)
+    for tie in members.merged:
+        for block in members.blocks(tie, 0.0, {}, 0):
+            parts = [(block.theta, block.owns.double())]
+            if with_base and block.base is not None:
+                owns = block.owns & block.base_owns
+                parts.append(((block.theta - block.base) * owns, owns.double()))
+            for place, (theta, owns) in enumerate(parts):
+                # Rows that a member lacks hold zeros; the other's must not count in its norm.
+                sums[2 * place] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
+                square = theta.square().sum(2)
+                sums[2 * place + 1] += (square @ owns.squeeze(2).t()).cpu()
+    for inner, square in (sums[:2], sums[2:]):
+        norms = (square * square.t()).sqrt()
+        found.append(torch.where(norms > 0, inner / norms, 0.0).clamp(-1, 1).tolist())
+    return found[0], found[1] if with_base else None
+
+
+def _scored(score: Callable[[Any], float], model: Any, what: str) -> float:
+    value = float(score(model))
+    if not math.isfinite(value):
+        raise InputError(f"the score of {what} is {value}, not a finite number")
+    return value
+
+
+def _paths(
+    models: Sequence[Any],
+    score: Callable[[Any], float],
+    ends: Sequence[float],
+    points: int,
+    item_ids: Sequence[Sequence[str] | None] | None,
+    same_items: bool,
+) -> list[dict[str, Any]]:
+    """Every pair's scores along the line between them."""
+    found = []
+    shares = [step / (points + 1) for step in range(points + 2)]
+    for a, b in itertools.combinations(range(len(models)), 2):
+        ids = None if item_ids is None else [item_ids[a], item_ids[b]]
+        values = []
+        for t in shares:
+            # With other items the end is the member with the rows it lacks filled in.
+            if same_items and t in (0, 1):
+                values.append(ends[b if t else a])
+                continue
+            between = merge(
+                [models[a], models[b]], method="weighted", weights=[1 - t, t], item_ids=ids
+            )
+            values.append(_scored(score, between, f"the point {t:g} between {a} and {b}"))
+        first, last = values[0], values[-1]
+        dips = [(1 - t) * first + t * last - s for t, s in zip(shares, values, strict=True)]
+        found.append(
+            {
+                "members": [a, b],
+                "t": shares,
+                "scores": values,
+                "barrier": max(dips),
+                "gain": max(values[1:-1]) - max(first, last),
+            }
+        )
+    return found
+
+
+def _inconsistency(models: Sequence[Any], hits: Callable[[Any], Any]) -> list[list[float]]:
+    found: list[Tensor] = []
+    for number, model in enumerate(models):
+        own = torch.as_tensor(hits(model)).cpu()
+        if own.dim() != 1 or len(own) == 0 or not bool(((own == 0) | (own == 1)).all()):
+            raise InputError(f"hits of member {number} are no (U,) tensor of true and false")
+        if found and len(own) != len(found[0]):
+            raise InputError(
+                f"hits of member {number} are of {len(own)} users and those of member 0 of "
+                f"{len(found[0])}"
+            )
+        found.append(own.bool())
+    table = torch.stack(found).double()
+    return ((table[:, None] != table[None]).double().mean(2)).tolist()
+
+
+def _judge(
+    cosine: Sequence[Sequence[float]],
+    scores: Sequence[float] | None,
+    paths: Sequence[dict[str, Any]] | None,
+) -> tuple[str, dict[str, Any]]:
+    """(The verdict, the recipe)."""
+    pairs = list(itertools.combinations(range(len(cosine)), 2))
+    recipe: dict[str, Any] = {"align": False, "fine_tune": False, "merge": {"method": "uniform"}}
+    mend = {"align": True, "fine_tune": True}
+    if not pairs:
+        return "There is one member, so there is nothing to merge.", recipe
+    if scores is None or paths is None:
+        a, b = min(pairs, key=lambda pair: cosine[pair[0]][pair[1]])
+        where = f"the cosine of members {a} and {b} is {cosine[a][b]:.2f}"
+        if cosine[a][b] >= NEAR:
+            return f"Merging is likely to help: {where}, as of branches of one run.", recipe
+        if cosine[a][b] >= FAR:
+            verdict = (
+                f"Merging may help or harm a little, so measure it: {where}, as of one start "
+                "and different training."
+            )
+            return verdict, recipe
+        verdict = (
+            f"Merging is likely to harm: {where}, as of different starts; align first, and train "
+            "on afterwards."
+        )
+        return verdict, recipe | mend
+    recipe["merge"] = {"method": "auto"}
+    best = max(paths, key=lambda path: path["gain"])
+    worst = max(paths, key=lambda path: path["barrier"])
+    scale = max(abs(value) for value in scores)
+    if best["gain"] > RISE * scale:
+        a, b = best["members"]
+        verdict = (
+            f"Merging is likely to help: between members {a} and {b} the score reaches "
+            f"{max(best['scores']):.4g}, {best['gain']:.2g} above the better of the two."
+        )
+        return verdict, recipe
+    a, b = worst["members"]
+    if worst["barrier"] <= FLAT * scale:
+        verdict = (
+            "Merging is unlikely to help or harm much: between no two members does the score rise "
+            f"above the better one by {100 * RISE:g} % or fall below their line by "
+            f"{100 * FLAT:g} %."
+        )
+        return verdict, recipe
+    verdict = (
+        f"Merging is likely to harm: between members {a} and {b} the score falls "
+        f"{worst['barrier']:.2g} below their line, and their cosine is {cosine[a][b]:.2f}; align "
+        "first, and train on afterwards if it still falls."
+    )
+    return verdict, recipe | mend
