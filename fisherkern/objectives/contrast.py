@@ -44,7 +44,7 @@ class NTXent:
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
         count = first.shape[0]
         views = _scaled(torch.cat([first, second]), self.similarity)
-        scores = views @ views.t() / self.temperature
+        scores = _products(views, views) / self.temperature
         index = torch.arange(2 * count, device=scores.device)
         partner = (index + count) % (2 * count)
         left_out = torch.zeros_like(scores, dtype=torch.bool)
@@ -86,7 +86,7 @@ class SymmetricNoiseTolerant:
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
         first, second = _scaled(first, self.similarity), _scaled(second, self.similarity)
-        scores = first @ second.t() / self.temperature
+        scores = _products(first, second) / self.temperature
         positive = scores.diagonal()
         if same is not None:
             own = torch.eye(len(same), dtype=torch.bool, device=same.device)
@@ -98,6 +98,13 @@ class SymmetricNoiseTolerant:
 
 def _scaled(views: Tensor, similarity: str) -> Tensor:
     return F.normalize(views, dim=1) if similarity == "cosine" else views
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    # A temperature magnifies what autocast would round.
+    with torch.autocast(first.device.type, enabled=False):
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        return first.to(dtype) @ second.to(dtype).t()
 
 
 def _check(name: str, temperature: float, similarity: str) -> None:

@@ -120,7 +120,7 @@ class NextItem(Objective):
         """The loss of h (P, D) with next items `column` (P,), of the sequences `row` (P,)."""
         by_row = self.negatives_per == "sequence"
         drawn, log_q = self._draw(rows if by_row else len(h), weight.shape[0], generator)
-        drawn, log_q = drawn.to(h.device), log_q.to(h)
+        drawn, log_q = drawn.to(h.device), log_q.to(weight)
         vectors = F.embedding(drawn, weight)
         if by_row:
             # One product for all positions of a sequence; `place` is where each stands in it.
@@ -133,6 +133,7 @@ class NextItem(Objective):
         else:
             scores = (vectors @ h.unsqueeze(2)).squeeze(2)
         positive = (h * F.embedding(column, weight)).sum(dim=1)
+        scores = scores.to(weight.dtype)  # autocast makes the products half precision
         if bias is not None:
             scores, positive = scores + bias[drawn], positive + bias[column]
         hit = drawn == column[:, None]
@@ -151,9 +152,8 @@ class NextItem(Objective):
         """`rows` x K columns in 0..V-1 int64, and the logarithm of each one's probability."""
         shape = (rows, self.negatives)
         if self.sampling == "uniform":
-            return torch.randint(items, shape, generator=generator), torch.full(
-                shape, -math.log(items)
-            )
+            log_q = torch.full(shape, -math.log(items), dtype=torch.float64)
+            return torch.randint(items, shape, generator=generator), log_q
         if self.log_popularity is None:
             raise InputError("NextItem with sampling='popularity' must be bound to the data")
         ends = self.log_popularity.exp().cumsum(0)
