@@ -36,6 +36,8 @@ def choose_rule(
     if isinstance(weights, str) and weights != "search":
         raise InputError(f"weights is {weights!r} where numbers or 'search' were expected")
     searching = isinstance(weights, str)
+    if searching and "products" in rule.inputs:
+        raise InputError(f"method {method!r} takes numbers as weights, not 'search'")
     for name, value in inputs.items():
         use = rule.inputs.get(name, "no")
         if name == "score" and use == "no":
@@ -196,8 +198,22 @@ def check_mappings(
     return found
 
 
+def check_products(
+    models: Sequence[nn.Module], products: Sequence[Any], check_fingerprint: bool
+) -> None:
+    """One function per member, made with it where it says so."""
+    if len(products) != len(models):
+        raise InputError(f"there are {len(products)} products for {len(models)} members")
+    for number, product in enumerate(products):
+        if not callable(product):
+            kind = type(product).__name__
+            raise InputError(f"the product of member {number} is a {kind}, not a function")
+    if check_fingerprint:
+        check_fingerprints(models, products, "product")
+
+
 def check_fingerprints(
-    models: Sequence[nn.Module], fishers: Sequence[Mapping[str, Any]], what: str = "Fisher"
+    models: Sequence[nn.Module], fishers: Sequence[Any], what: str = "Fisher"
 ) -> None:
     """Each Fisher that says which model it was computed on was computed on its member."""
     prints: list[str] | None = None

@@ -57,7 +57,7 @@ def learn_weights(
             with torch.enable_grad():
                 tensors = mixture.tensors({n: lam[_layer(n, by_layer)] for n in merger.blocks})
                 logits = functional_call(merger.target, tensors, (history,))
-                loss = F.cross_entropy(logits.double() * b.exp(), target)
+                loss = F.cross_entropy(_known(logits, target).double() * b.exp(), target)
             if not torch.isfinite(loss):
                 raise InputError("validation: the cross-entropy of a batch is not finite")
             optimizer.zero_grad()
@@ -99,6 +99,13 @@ def _history_and_target(batch: Any, model: Any) -> tuple[Any, Tensor]:
             "or (history, target) pairs"
         )
     return history, torch.as_tensor(target).long() - int(getattr(model, "first_item", 0))
+
+
+def _known(logits: Tensor, target: Tensor) -> Tensor:
+    """`logits` (N, V), after checking that the targets are among its columns."""
+    if len(target) and (int(target.min()) < 0 or int(target.max()) >= logits.shape[1]):
+        raise InputError("validation: a batch's next items are outside the catalogue")
+    return logits
 
 
 class _Mixture:
@@ -162,7 +169,7 @@ def _cross_entropy(
     `free`: at the temperature that makes it lowest, found by golden section on b in [-3, 3].
     """
     merger.write(weights)
-    logits = [merger.target(history).double() for history, _ in batches]
+    logits = [_known(merger.target(history), target).double() for history, target in batches]
     count = sum(len(target) for _, target in batches)
 
     def mean(b: float) -> float:

@@ -65,6 +65,19 @@ class Members:
         names = [tie.name for tie in self.ties]
         return [name for name in names if name not in self.parameters and name not in self.fixed]
 
+    def use(
+        self, inputs: Mapping[str, Any], normalize: str | None, check_fingerprint: bool
+    ) -> None:
+        """Check what `merge` was given beside the members, and merge by it."""
+        if inputs["fishers"] is not None:
+            self.use_fishers(inputs["fishers"], normalize, check_fingerprint)
+        if inputs["base"] is not None:
+            self.use_base(inputs["base"])
+        if inputs["grams"] is not None:
+            self.use_grams(inputs["grams"], check_fingerprint)
+        if inputs["products"] is not None:
+            checks.check_products(self.models, inputs["products"], check_fingerprint)
+
     def use_fishers(
         self,
         fishers: Sequence[Mapping[str, Tensor]],

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fisherkern.merging import checks
+from fisherkern.merging.auto import merge_auto
 from fisherkern.merging.full_fisher import Product, solve_full_fisher
 from fisherkern.merging.learned import learn_weights
 from fisherkern.merging.members import Members
@@ -54,6 +55,8 @@ def merge(
         greedy_soup         members added while `score` does not fall, see `greedy_weights`
         learned_soup, layer_wise    lambda, one or one per layer, by gradient descent on the
             cross-entropy of `validation`, see `learn_weights`; options lr, temperature
+        auto                every member alone and every rule whose inputs are given: the one with
+            the highest `score`, see `merge_auto`
     weights: lambda, M numbers >= 0 of which the sum does not matter; "search" looks for those
         with the highest `score` (see `search_weights`); None means equal.
     fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
@@ -109,14 +112,13 @@ def merge(
         "score": score,
         "validation": validation,
     }
+    if method == "auto":
+        settings = {"options": options, "floor": floor, "normalize": normalize, "seed": seed}
+        settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint, "steps": steps}
+        return merge_auto(merge, models, inputs, settings)
     name, rule, options = checks.choose_rule(method, inputs, options, floor, normalize, steps)
     members = Members(models, item_ids)
-    if fishers is not None:
-        members.use_fishers(fishers, normalize, check_fingerprint)
-    if base is not None:
-        members.use_base(base)
-    if grams is not None:
-        members.use_grams(grams, check_fingerprint)
+    members.use(inputs, normalize, check_fingerprint)
     merger = Merger(members, rule, options, floor, seed)
     chosen, candidates = _choose(merger, weights, score, validation, steps)
     report: dict[str, Any] = {
@@ -131,16 +133,19 @@ def merge(
         "coverage": members.coverage(floor),
         "averaged_buffers": members.averaged_buffers,
     }
-    if products is None:
-        merger.write(chosen)
-    else:
+    found: Mapping[str, Tensor] | None = None
+    if products is not None:
         assert isinstance(chosen, list)
         found, report["residuals"] = solve_full_fisher(
-            members, products, chosen, floor, steps=steps or 20, tol=options["tol"]
+            members, products, chosen, floor, steps=_or(steps, 20), tol=options["tol"]
         )
-        merger.write(chosen, found)
+    merger.write(chosen, found)
     merger.target.merge_report = report
     return merger.target
+
+
+def _or(steps: int | None, default: int) -> int:
+    return default if steps is None else steps
 
 
 def _choose(
@@ -155,10 +160,9 @@ def _choose(
 
     if merger.rule.choose == "greedy":
         return greedy_weights(score_of, number)
-    if merger.rule.choose == "learned":
+    if merger.rule.choose in ("learned", "learned by layer"):
         batches = validation(merger.target) if callable(validation) else validation
-        return learn_weights(merger, batches, steps=60 if steps is None else steps)
+        return learn_weights(merger, batches, steps=_or(steps, 60))
     if isinstance(weights, str):
-        draws = 20 if steps is None else steps
-        return search_weights(score_of, number, steps=draws, seed=merger.seed)
+        return search_weights(score_of, number, steps=_or(steps, 20), seed=merger.seed)
     return checks.check_weights(weights, number), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,19 +53,20 @@ def _coefficients(gram: Tensor, lam: Tensor) -> Tensor | None:
     if not (length > 0).all() or int((lam > 0).sum()) < 2:
         return None
     cosines = gram / length[:, None] / length
-    mean_length = float(lam @ cosines @ lam) ** 0.5 if float(lam @ cosines @ lam) > 0 else 0.0
-    if mean_length < PARALLEL:
+    chord = math.sqrt(max(0.0, float(lam @ cosines @ lam)))
+    if chord < PARALLEL:
         return None
-    mu = lam / mean_length  # over u
+    # From here on vectors are coefficients of u_0, u_1, ...
+    mu = lam / chord
     along = (cosines @ mu).clamp(-1, 1)
-    across = (1 - along.square()).clamp(min=0).sqrt()
+    across = (1 - along.square()).sqrt()
     used = lam > 0
     if not (across[used] > PARALLEL).any() or (along[used] < PARALLEL - 1).any():
         return None
     # log_mu(u) = angle/sin(angle) (u - cos(angle) mu)
     ratio = torch.where(across > PARALLEL, along.acos() / across.clamp(min=PARALLEL), 1.0)
     tangent = lam * ratio - (lam * ratio * along).sum() * mu
-    angle = float((tangent @ cosines @ tangent).clamp(min=0)) ** 0.5
-    sinc = 1.0 if angle < PARALLEL else torch.tensor(angle).sin().item() / angle
-    direction = torch.tensor(angle).cos().item() * mu + sinc * tangent
+    angle = math.sqrt(max(0.0, float(tangent @ cosines @ tangent)))
+    sinc = math.sin(angle) / angle if angle > PARALLEL else 1.0
+    direction = math.cos(angle) * mu + sinc * tangent
     return float(lam @ length) * direction / length
