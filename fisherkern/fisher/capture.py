@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fisherkern.fisher.linear_backward import linear
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -158,6 +160,26 @@ class Replacement:
 Rules = dict[Callable[..., Any], Rule | Replacement]
 
 
+# What puts leading dimensions into one, and what then works row by row.
+_RESHAPES = {
+    torch.reshape,
+    torch.flatten,
+    torch.Tensor.reshape,
+    torch.Tensor.view,
+    torch.Tensor.flatten,
+}
+_BY_ROW = {
+    F.relu,
+    F.relu_,
+    F.gelu,
+    F.silu,
+    F.leaky_relu,
+    F.dropout,
+    torch.relu,
+    torch.tanh,
+    torch.sigmoid,
+}
+
 # padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse of a lookup without extras.
 _PLAIN = (None, None, 2.0, False, False)
 
@@ -179,6 +201,8 @@ class Capture(TorchFunctionMode):
         self.parameters = parameters
         # Outputs of lookups that all sequences share (positions), by id: tensor, place, ids.
         self.shared_lookups: dict[int, tuple[Tensor, Place, Tensor]] = {}
+        # Tensors (N·T, ...) or (T·N, ...), by id: the tensor, and what its first dimension was.
+        self._flattened: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self._num_sequences = num_sequences
         self._rules = rules
         self._recorded: list[Site] = []
@@ -192,15 +216,24 @@ class Capture(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = self._rules.get(func)
-        if isinstance(rule, Replacement):
-            result = rule.function(self._linear, *args, **kwargs)
-            return func(*args, **kwargs) if result is NotImplemented else result
-        if rule is None:
-            return func(*args, **kwargs)
+        if rule is None or isinstance(rule, Replacement):
+            output = NotImplemented
+            if rule is not None:
+                output = rule.function(self._linear, *args, **kwargs)
+            if output is NotImplemented:
+                output = func(*args, **kwargs)
+            if func in _RESHAPES and args:
+                self._note_flattened(args[0], output)
+            elif func in _BY_ROW and (lead := self._lead(args, output)) is not None:
+                self._flattened[id(output)] = (output, lead)
+            return output
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         # Before the call: one in place makes its own output of an input.
         nodes = [tensor.grad_fn for tensor in tensors]
-        output = func(*args, **kwargs)
+        if func is F.linear:
+            output = linear(self._is_parameter, *args, **kwargs)
+        else:
+            output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.grad_fn is not None:
             if func is not F.embedding or not self._note_shared_lookup(args, output):
                 self._record(rule, args, kwargs, output, list(zip(tensors, nodes, strict=True)))
@@ -208,6 +241,9 @@ class Capture(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self.__torch_function__(F.linear, (), (input, weight, bias))
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        return self.parameters.place(tensor) is not None
 
     def _record(
         self,
@@ -217,10 +253,17 @@ class Capture(TorchFunctionMode):
         output: Tensor,
         tensors: list[tuple[Tensor, Node | None]],
     ) -> None:
-        for dim, extent in enumerate(output.shape):
+        call_args, shape = args, output.shape
+        if (lead := self._lead(args, output)) is not None:
+            self._flattened[id(output)] = (output, lead)
+            call_args = tuple(
+                t.reshape(*lead, *t.shape[1:]) if id(t) in self._flattened else t for t in args
+            )
+            shape = torch.Size((*lead, *output.shape[1:]))
+        for dim, extent in enumerate(shape):
             if extent != self._num_sequences or (edge := _edge(output)) is None:
                 continue
-            described = rule(Call(args, kwargs, output, dim, self))
+            described = rule(Call(call_args, kwargs, output.detach().reshape(shape), dim, self))
             known = [id(tensor) for tensor, _ in described]
             # An argument in two roles, of which the rule has described one, is left alone.
             if not described or any(
@@ -234,7 +277,7 @@ class Capture(TorchFunctionMode):
                 if tensor.requires_grad
             ]
             uses = [use for _, use in described]
-            self._recorded.append(Site(edge, output.shape, dim, uses, beyond))
+            self._recorded.append(Site(edge, shape, dim, uses, beyond))
             if self._num_sequences == 1:
                 # Everything belongs to the one sequence, however it is read.
                 break
@@ -249,6 +292,27 @@ class Capture(TorchFunctionMode):
             assert place is not None
             self.shared_lookups[id(output)] = (output, place, args[0].reshape(-1))
         return shared
+
+    def _note_flattened(self, input: Tensor, output: Tensor) -> None:
+        """Remember rows (N·T, ...) or (T·N, ...) that sequences and positions were put into."""
+        n = self._num_sequences
+        if output.dim() == 0 or len(output) == n or input.dim() <= output.dim():
+            return
+        for count in range(2, input.dim()):
+            lead = tuple(input.shape[:count])
+            if math.prod(lead) == len(output) and n in lead:
+                if self.parameters.place(output) is None:
+                    self._flattened[id(output)] = (output, lead)
+                return
+
+    def _lead(self, args: tuple[Any, ...], output: Tensor) -> tuple[int, ...] | None:
+        """What the first dimension of a call's output was, if it works on remembered rows."""
+        for tensor in args:
+            if id(tensor) in self._flattened and output.dim() > 0:
+                lead = self._flattened[id(tensor)][1]
+                if len(output) == math.prod(lead):
+                    return lead
+        return None
 
     def sites(self) -> list[Site]:
         """The recorded sites, in the order of the calls."""

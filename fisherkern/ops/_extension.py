@@ -92,7 +92,8 @@ def segment_outer_square_(
     offsets[n] to offsets[n + 1] − 1, or the length T of segments that are all alike.
     fp32 products are exact, or of tf32 numbers with `tf32`; sums are fp32. With `split`
     the CUDA kernel runs on the current stream, else the CPU's, on PyTorch's number of
-    threads. Allocates splits × O × I where splits > 1, on the CPU O × I. Raises InputError for tensors that do not fit.
+    threads. Allocates splits × O × I where splits > 1, on the CPU O × I.
+    Raises InputError for tensors that do not fit.
     """
     (probes, positions, rows), columns = _shape("delta", delta, 3), fisher.shape[-1]
     _require(_shape("fisher", fisher, 2) == (rows, columns), "fisher", "(O, I)", fisher)
