@@ -8,6 +8,7 @@ import brute
 import pytest
 import torch
 from models import HISTORIES, NUM_ITEMS, shaken
+from rule_checks import assert_right
 from test_fisher import assert_equal
 from torch import Tensor, nn
 
@@ -55,6 +56,16 @@ class LastLogits(nn.Module):
     def forward(self, history: Tensor) -> Tensor:
         mask = (history > 0).long()
         return self.model(input_ids=history, attention_mask=mask).logits[:, -1]
+
+
+def test_hugging_face_gpt2(caplog: pytest.LogCaptureFixture) -> None:
+    """Products of flattened (N·T, D), a query, key and value in one, positions (1, T), a tie."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=NUM_ITEMS + 1, n_embd=8, n_layer=2, n_head=2, n_inner=12, n_positions=8
+    )
+    model = LastLogits(transformers.GPT2LMHeadModel(config))
+    assert_right(model, caplog, history=HISTORIES[:3].flip(1))
 
 
 @pytest.mark.parametrize("path", ["logits", "factored"])

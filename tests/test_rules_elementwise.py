@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HISTORIES
+from models import HISTORIES, shaken
 from rule_checks import SIZES, Recommender, assert_right
 from torch import Tensor, nn
+
+import fisherkern as fk
 
 Body = Callable[[nn.ParameterDict, Tensor], Tensor]
 
@@ -39,6 +41,17 @@ def time_first(p: nn.ParameterDict, x: Tensor) -> Tensor:
     return (F.layer_norm(x, (4,), p["g"], p["b"]) @ p["w"]).sum(0)
 
 
+def flat(p: nn.ParameterDict, x: Tensor, time_first: bool) -> Tensor:
+    """Layers on (N·T, D), or on (T·N, D), one after the other."""
+    x = torch.tanh(x.transpose(0, 1) if time_first else x)
+    rows = F.layer_norm(x.reshape(-1, 4), (4,), p["g"])
+    rows = torch.addmm(p["b"], F.relu(F.linear(rows, p["in"])), p["out"]) * p["g"]
+    return rows.view(x.shape).sum(0 if time_first else 1)
+
+
+FLAT = {"g": (4,), "in": (6, 4), "b": (4,), "out": (6, 4)}
+
+
 def overwritten(p: nn.ParameterDict, x: Tensor) -> Tensor:
     y = F.linear(x, p["w"], p["b"])
     y[:, 0] = 0
@@ -58,6 +71,8 @@ BODIES: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
     "sum in place": ({"t": (5, 4)}, in_place),
     "time first": ({"t": (7, 1, 4), "g": (4,), "b": (4,), "w": (4, 4)}, time_first),
     "output overwritten": ({"w": (4, 4), "b": (4,)}, overwritten),
+    "flattened": (FLAT, lambda p, x: flat(p, x, False)),
+    "flattened, time first": (FLAT, lambda p, x: flat(p, x, True)),
     "addmm": (
         {"b": (4,), "w": (4, 4)},
         lambda p, x: torch.addmm(p["b"], torch.tanh(x.sum(1)), p["w"]),
@@ -78,8 +93,11 @@ def test_bare_parameters(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert_right(Recommender(Bare(*BODIES[name])), caplog)
 
 
+FLATTENED = ["flattened", "flattened, time first"]
+
+
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["gain of every position", "time first"])
+@pytest.mark.parametrize("name", ["gain of every position", "time first", *FLATTENED])
 def test_on_any_number(name: str, size: int, caplog: pytest.LogCaptureFixture) -> None:
     assert_right(Recommender(Bare(*BODIES[name])), caplog, history=HISTORIES[:size])
 
@@ -87,8 +105,13 @@ def test_on_any_number(name: str, size: int, caplog: pytest.LogCaptureFixture) -
 UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
     "gain squared": ({"g": (4,)}, lambda p, x: (x * p["g"] * p["g"].exp()).sum(1)),
     "parameter times itself": ({"g": (4,)}, lambda p, x: x.sum(1) * (p["g"] * p["g"])),
+    "rows of some positions": (
+        {"g": (4, 4)},
+        lambda p, x: (
+            torch.zeros_like(x).index_put((x[..., 0] > 0,), x[x[..., 0] > 0] @ p["g"]).sum(1)
+        ),
+    ),
     "both factors of a product": ({"g": (5, 5)}, lambda p, x: (p["g"] @ p["g"] @ x).sum(1)),
-    "flattened": ({"g": (4, 4)}, lambda p, x: (x.reshape(-1, 4) @ p["g"]).view(x.shape).sum(1)),
 }
 
 
@@ -145,3 +168,26 @@ def test_batch_norm_of_states(caplog: pytest.LogCaptureFixture) -> None:
             return torch.tanh(self.norm(x.sum(1)))
 
     assert_right(Recommender(States()), caplog, history=HISTORIES[:4])
+
+
+@pytest.mark.parametrize("size", [5, 3])
+def test_grams_do_not_depend_on_the_layout(size: int) -> None:
+    """Which positions count is read off the gradient, in the order of the inputs."""
+
+    class Masked(nn.Module):
+        def __init__(self, time_first: bool) -> None:
+            super().__init__()
+            self.time_first = time_first
+            self.dense = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, history: Tensor) -> Tensor:
+            y = self.dense(x.transpose(0, 1)).transpose(0, 1) if self.time_first else self.dense(x)
+            return (torch.tanh(y) * (history != 0)[..., None]).sum(1)
+
+    models = [shaken(Recommender(Masked(time_first))) for time_first in (False, True)]
+    models[1].load_state_dict(models[0].state_dict())
+    found = [fk.linear_grams(m, [HISTORIES[:size]], progress=False) for m in models]
+    x = models[0].items(HISTORIES[:size])[HISTORIES[:size] != 0]
+    expected = x.T @ x / len(x)
+    for grams in found:
+        torch.testing.assert_close(grams["body.dense.weight"], expected, rtol=1e-12, atol=0)

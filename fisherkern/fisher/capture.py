@@ -217,7 +217,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         rule = self._rules.get(func)
         if rule is None or isinstance(rule, Replacement):
-            output = NotImplemented
+            output: Any = NotImplemented
             if rule is not None:
                 output = rule.function(self._linear, *args, **kwargs)
             if output is NotImplemented:

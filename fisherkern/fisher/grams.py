@@ -128,12 +128,13 @@ class _Collector:
         found = torch.autograd.grad(logits, outputs, direction) if outputs else ()
         deltas = dict(zip(indices, found, strict=True))
         for name, group in linear.items():
-            for site, use in zip(group.sites, group.uses, strict=True):
+            for index, use in zip(group.sites, group.uses, strict=True):
                 assert isinstance(use, LinearWeight)
-                self._add(name, use.inputs.flatten(0, 1), deltas[site])
+                delta = use.positions(sites[index].sequences_first(deltas[index]))
+                self._add(name, use.inputs.flatten(0, 1), delta)
 
     def _add(self, name: str, inputs: Tensor, delta: Tensor) -> None:
-        """inputs (P, I), delta (..., O) of as many positions."""
+        """inputs (P, I), delta (N, T, O) of as many positions."""
         matters = (delta.reshape(len(inputs), -1) != 0).any(1)
         x = inputs[matters].double()
         gram = x.T @ x

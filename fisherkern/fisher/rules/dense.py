@@ -71,10 +71,10 @@ def matmul(call: Call) -> Described:
 
 def addmm(call: Call) -> Described:
     """b + x W of plain factors."""
-    if len(call.args) != 3 or call.kwargs or call.dim != 0:
+    if len(call.args) != 3 or call.kwargs:
         return []
     summand, input, weight = call.args
-    product = Call((input, weight), {}, call.output, 0, call.capture)
+    product = Call((input, weight), {}, call.output, call.dim, call.capture)
     return [*matmul(product), *added(call, summand)]
 
 
