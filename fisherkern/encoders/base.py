@@ -35,8 +35,9 @@ class SequenceEncoder(nn.Module):
       column t, and all positions can be asked for their next item at once.
     - `encode` in training mode applies dropout anew each time and is differentiable: two
       calls give two views of a sequence. Dropout draws from torch's global generator.
-    - `mask_items` is there where the catalogue is followed by a mask token; elsewhere it
-      raises InputError.
+    - An encoder with a mask token has its id as `mask_token`, `append_mask` to put it after
+      histories, as `encode` does, and `mask_items` to hide items behind it; without one,
+      `mask_items` raises InputError and the other two are missing.
     """
 
     first_item = 1  # the item id that column 0 of the logits stands for
