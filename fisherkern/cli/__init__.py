@@ -15,6 +15,7 @@ from fisherkern.cli.demo import add_demo
 from fisherkern.cli.evaluate import add_evaluate
 from fisherkern.cli.fisher import add_fisher
 from fisherkern.cli.merge import add_merge
+from fisherkern.cli.options import flags_from
 from fisherkern.cli.reproduce import add_reproduce
 from fisherkern.cli.train import add_train
 from fisherkern.errors import InputError
@@ -25,10 +26,15 @@ COMMANDS = (add_demo, add_reproduce, add_train, add_fisher, add_merge, add_evalu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 after one line on stderr that names what was wrong."""
     logging.basicConfig(format="%(message)s")
-    options = _parser().parse_args(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
+        if getattr(options, "config", None) is not None:
+            flags = flags_from(options.config, options)
+            options = parser.parse_args([options.command, *flags, *arguments[1:]])
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
         options.run(options)
     except InputError as error:
         print(f"fisherkern {options.command}: {error}", file=sys.stderr)

@@ -50,9 +50,12 @@ def over_catalogue_of(model: SequenceEncoder, data: SequenceDataset, path: Path)
 def finish(out: Path, options: argparse.Namespace, result: dict[str, Any]) -> None:
     """result.json: the command's arguments and what it found."""
     arguments = {
-        name: value if isinstance(value, (int, float, str, list, type(None))) else str(value)
+        name: value if isinstance(value, (int, float, str, list, tuple, type(None))) else str(value)
         for name, value in vars(options).items()
         if name != "run"
     }
-    arguments = {n: [str(v) for v in a] if isinstance(a, list) else a for n, a in arguments.items()}
+    arguments = {
+        name: [str(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        for name, value in arguments.items()
+    }
     write_json(out / "result.json", {"arguments": arguments, **result})

@@ -3,58 +3,147 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fisherkern.cli.common import command, finish, load_data, out_folder
+from fisherkern import data as data_package
+from fisherkern.cli.common import command, finish, out_folder, over_catalogue_of
+from fisherkern.cli.recipe import Recipe, from_file, from_flags
+from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import evaluate
-from fisherkern.fisher import DiagFisher
+from fisherkern.fisher import DiagFisher, fisher_product, linear_grams
 from fisherkern.merging import RULES, merge
 from fisherkern.training import load_model, save_model
+
+# Flags that a recipe has keys for; --data and --out may still be given beside it.
+IN_RECIPE = ("checkpoints", "fisher", "base", "method", "weights", "option", "floor", "steps")
 
 
 def add_merge(commands: Any) -> None:
     parser = command(commands, "merge", _merge, "one model out of several checkpoints")
-    parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--fisher", type=Path, nargs="+", default=[], help="one per checkpoint")
+    parser.add_argument("checkpoints", type=Path, nargs="*")
+    parser.add_argument("--recipe", type=Path, help="a YAML file that says what to merge and how")
+    parser.add_argument("--fisher", type=Path, nargs="+", help="one per checkpoint")
+    parser.add_argument("--base", type=Path, help="the checkpoint that the members started from")
     parser.add_argument("--method", choices=list(RULES), help="default: what the files imply")
     parser.add_argument("--weights", help="comma-separated, or 'search' (needs --data)")
-    parser.add_argument("--floor", type=float, default=0.1, help="relative to the mean Fisher")
+    parser.add_argument(
+        "--option", action="append", metavar="NAME=VALUE", help="of the method; may be repeated"
+    )
+    parser.add_argument("--floor", type=float, help="relative to the mean Fisher (default: 0.1)")
+    parser.add_argument("--steps", type=int, help="of searching, learning or solving")
+    parser.add_argument(
+        "--limit", type=int, help="sequences that regmean and full_fisher look at (default: 512)"
+    )
 
 
 def _merge(options: argparse.Namespace) -> None:
-    models = [load_model(path) for path in options.checkpoints]
-    fishers = [DiagFisher.load(path) for path in options.fisher]
-    weights: Any = options.weights
-    score = None
-    if weights == "search":
-        data = load_data(options)
-
-        def score(model: SequenceEncoder) -> float:
-            return evaluate(model, data, split="validation", k=(10,))["ndcg@10"]
-
-    elif weights is not None:
-        try:
-            weights = [float(part) for part in weights.split(",")]
-        except ValueError:
-            raise InputError(f"--weights: {weights!r} is neither numbers nor 'search'") from None
+    recipe = _recipe(options)
+    models = [load_model(path) for path in recipe.members]
     merged = merge(
         models,
-        method=options.method,
-        weights=weights,
-        fishers=fishers or None,
-        floor=options.floor,
-        score=score,
-        seed=options.seed,
+        method=recipe.method,
+        weights=recipe.weights,
+        fishers=[DiagFisher.load(path) for path in recipe.fishers] or None,
+        base=None if recipe.base is None else load_model(recipe.base),
+        options=recipe.options,
+        floor=recipe.floor,
+        normalize=recipe.normalize,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        **_from_data(recipe, models, progress=not options.quiet),
     )
-    out = out_folder(options, "merge")
+    out = out_folder(options, "merge") if recipe.out is None else recipe.out
     save_model(merged, out / "merged.safetensors", extra={"merge_report": merged.merge_report})
-    members = [str(path) for path in options.checkpoints]
+    members = [str(path) for path in recipe.members]
     finish(out, options, {"members": members, "report": merged.merge_report})
-    print(f"{'member':<40} weight")
     assert merged.merge_report is not None
-    for path, weight in zip(members, merged.merge_report["weights"], strict=True):
-        print(f"{path:<40} {weight:.4f}")
+    _print_weights(members, merged.merge_report["weights"])
     print(f"written to {out / 'merged.safetensors'}")
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    if options.recipe is None:
+        return from_flags(options)
+    for name in IN_RECIPE:
+        if getattr(options, name):
+            flag = name if name == "checkpoints" else f"--{name}"
+            raise InputError(f"{flag}: the --recipe says it; give one or the other")
+    recipe = from_file(options.recipe)
+    recipe.data = options.data or recipe.data
+    recipe.out = options.out or recipe.out
+    recipe.seed = options.seed or recipe.seed
+    recipe.limit = options.limit or recipe.limit
+    return recipe
+
+
+def _from_data(
+    recipe: Recipe, models: Sequence[SequenceEncoder], *, progress: bool
+) -> dict[str, Any]:
+    """The arguments of `merge` that the method takes from data: validation split or training."""
+    inputs = RULES[recipe.method].inputs if recipe.method in RULES else {}
+    wanted = {name for name in ("score", "validation", "grams", "products") if name in inputs}
+    if recipe.weights == "search":
+        wanted.add("score")
+    if not wanted:
+        return {}
+    if recipe.data is None:
+        raise InputError("--data: name a data set (ml-1m, beauty, synthetic) or a file")
+    data = data_package.load(recipe.data)
+    found: dict[str, Any] = {}
+    if "score" in wanted:
+        found["score"] = _score(data)
+    if "validation" in wanted:
+        found["validation"] = _validation(data, recipe)
+    for name, make in (
+        ("grams", lambda model, loader: linear_grams(model, loader, progress=progress)),
+        ("products", fisher_product),
+    ):
+        if name in wanted:
+            found[name] = [
+                make(model, _histories(model, data, path, recipe))
+                for model, path in zip(models, recipe.members, strict=True)
+            ]
+    return found
+
+
+def _score(data: SequenceDataset) -> Callable[[SequenceEncoder], float]:
+    def score(model: SequenceEncoder) -> float:
+        return evaluate(model, data, split="validation", k=(10,))["ndcg@10"]
+
+    return score
+
+
+def _validation(
+    data: SequenceDataset, recipe: Recipe
+) -> Callable[[SequenceEncoder], Iterable[Any]]:
+    def batches(model: SequenceEncoder) -> Iterable[Any]:
+        own = over_catalogue_of(model, data, Path("the merged model"))
+        return own.loader(split="validation", batch_size=recipe.batch_size, max_len=model.max_len)
+
+    return batches
+
+
+def _histories(
+    model: SequenceEncoder, data: SequenceDataset, path: Path, recipe: Recipe
+) -> Iterable[Any]:
+    return over_catalogue_of(model, data, path).loader(
+        split="train", batch_size=recipe.batch_size, max_len=model.max_len, limit=recipe.limit
+    )
+
+
+def _print_weights(members: Sequence[str], weights: Any) -> None:
+    """A table of lambda: a column of numbers, or one per tensor where they were learned so."""
+    if isinstance(weights, list):
+        print(f"{'member':<40} weight")
+        for path, weight in zip(members, weights, strict=True):
+            print(f"{path:<40} {weight:.4f}")
+        return
+    width = max(map(len, weights))
+    print(f"{'tensor':<{width}}  {'  '.join(members)}")
+    for name, own in weights.items():
+        columns = (f"{w:{max(6, len(path))}.4f}" for w, path in zip(own, members, strict=True))
+        print(f"{name:<{width}}  {'  '.join(columns)}")

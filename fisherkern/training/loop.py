@@ -154,12 +154,9 @@ class _Run:
         self.saving, self.scalars = saving, scalars
         self.saved = self.started
         self.device = next(model.parameters()).device
-        if hasattr(objective, "bind"):
-            objective = objective.bind(data, max_len)
-        self.width = max_len + getattr(objective, "lookahead", 0)
-        modules = {
-            name: m.to(self.device) for name, m in getattr(objective, "modules", dict)().items()
-        }
+        objective = objective.bind(data, max_len)
+        self.width = max_len + objective.lookahead
+        modules = {name: m.to(self.device) for name, m in objective.modules().items()}
         parts = {"model": model, **{f"objective.{name}": m for name, m in modules.items()}}
         self.trained = nn.ModuleList(parts.values())
         self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
