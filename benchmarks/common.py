@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import datetime
 import os
 import platform
@@ -106,12 +107,20 @@ def with_peak(function: Callable[[], Any]) -> tuple[Any, float]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
         return function(), torch.cuda.max_memory_allocated() / 2**20 - before
+    _release_freed()
     try:
         Path("/proc/self/clear_refs").write_text("5")
         before, peak = _status_megabytes("VmRSS"), lambda: _status_megabytes("VmHWM")
     except OSError:
         before, peak = peak_megabytes(), peak_megabytes
     return function(), max(0.0, peak() - before)
+
+
+def _release_freed() -> None:
+    """Give freed memory back to the system, as far as the C library can: else it counts as held."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status_megabytes(field: str) -> float:

@@ -42,6 +42,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "softmax_covariance": _covariance,
     "softmax_sketch": _sketch,
     "sample_items": _head(1),
+    "sample_distinct": _head(1),
     "head_sqgrad_": _head_sqgrad,
     "segment_outer_square_": _segment,
     "lookup_square_": lambda *_, **__: 0,

@@ -1,4 +1,7 @@
-"""Libraries that put hooks on modules: Opacus, BackPACK, ASDL."""
+"""Libraries that put hooks on modules: Opacus, BackPACK, ASDL.
+
+All three take the port in training mode, where it calls every layer as a module.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ def backpack(model: fk.BERT4Rec) -> Run:
     from backpack import extend
     from backpack.extensions import SumGradSquared
 
-    port = Port(model).eval()
+    port = Port(model).train()
     for module in port.modules():
         # It stores a module's result as `module.output`, a name that attention has for a child.
         if next(module.children(), None) is None:
@@ -76,7 +79,7 @@ def asdl(model: fk.BERT4Rec) -> Run:
     import asdl
     from asdl.fisher import FisherExactCrossEntropy
 
-    port = Port(model).eval()
+    port = Port(model).train()
     config = asdl.FisherConfig(
         fisher_type=asdl.FISHER_EXACT,
         fisher_shapes=[asdl.SHAPE_DIAG],

@@ -18,8 +18,9 @@ class Port(nn.Module):
     """The same network on tokens: no input checks, no dropout, an nn.Linear as output layer.
 
     The checks branch on data, which vmap cannot enter; a parameter used outside a module
-    of its own is invisible to hooks; Opacus wants `train()`, where dropout would act. A tied
-    output layer has the table's V + 2 rows, of which `forward` returns those of items.
+    of its own is invisible to hooks; Opacus wants `train()`, where dropout would act, and in
+    `eval()` attention takes a short cut past its key and value modules. A tied output layer
+    has the table's V + 2 rows, of which `forward` returns those of items.
     """
 
     def __init__(self, model: fk.BERT4Rec) -> None:
