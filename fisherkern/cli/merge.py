@@ -28,7 +28,7 @@ def add_merge(commands: Any) -> None:
     parser.add_argument("--recipe", type=Path, help="a YAML file that says what to merge and how")
     parser.add_argument("--fisher", type=Path, nargs="+", help="one per checkpoint")
     parser.add_argument("--base", type=Path, help="the checkpoint that the members started from")
-    parser.add_argument("--method", choices=list(RULES), help="default: what the files imply")
+    parser.add_argument("--method", choices=[*RULES, "auto"], help="default: what the files imply")
     parser.add_argument("--weights", help="comma-separated, or 'search' (needs --data)")
     parser.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="of the method; may be repeated"
@@ -49,7 +49,7 @@ def _merge(options: argparse.Namespace) -> None:
         weights=recipe.weights,
         fishers=[DiagFisher.load(path) for path in recipe.fishers] or None,
         base=None if recipe.base is None else load_model(recipe.base),
-        options=recipe.options,
+        options=recipe.options or None,
         floor=recipe.floor,
         normalize=recipe.normalize,
         steps=recipe.steps,
@@ -86,6 +86,8 @@ def _from_data(
     """The arguments of `merge` that the method takes from data: validation split or training."""
     inputs = RULES[recipe.method].inputs if recipe.method in RULES else {}
     wanted = {name for name in ("score", "validation", "grams", "products") if name in inputs}
+    if recipe.method == "auto":
+        wanted = {"score", "validation"}
     if recipe.weights == "search":
         wanted.add("score")
     if not wanted:

@@ -38,8 +38,6 @@ def solve_full_fisher(
     Each step takes one product of every member. Five copies of the parameters in float64.
     Source: Tam et al., MaTS, arXiv 2312.04339 (with block-diagonal K-FAC there).
     """
-    if len(products) != len(members):
-        raise InputError(f"there are {len(products)} products for {len(members)} members")
     space = _Space(members, weights, floor)
     operator = _Operator(space, products, weights, floor)
     start = space.start
