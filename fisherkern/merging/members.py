@@ -104,6 +104,11 @@ class Members:
     def use_base(self, base: nn.Module) -> None:
         """Check the model the members were trained from, and find its rows of their items."""
         pair = [self.models[0], base]
+        with checks.renamed("member 1", "the base"):
+            if checks.check_members(pair) != self.ties:
+                raise InputError("member 1 is tied in other ways than the members")
+        with checks.renamed("member 0", "the base"):
+            align([base], None)
         ids, own = self.catalogue.item_ids, getattr(base, "item_ids", None)
         if (ids is None) != (own is None):
             lacking, having = ("the base", "members") if own is None else ("member 0", "base")
@@ -111,8 +116,6 @@ class Members:
                 f"{lacking} has no item_ids, so its item rows cannot be matched with the {having}'s"
             )
         with checks.renamed("member 1", "the base"):
-            if checks.check_members(pair) != self.ties:
-                raise InputError("member 1 is tied in other ways than the members")
             place = align(pair, None) if own is None else _place(ids or [], list(own), self)
             tensors = named_tensors(base)
             checks.check_tensors([self.tensors[0], tensors], self.ties, place)
@@ -206,8 +209,6 @@ class Members:
 
 def _place(ids: Sequence[str], own: Sequence[str], members: Members) -> Catalogue:
     """Where the base, with items `own`, keeps the items `ids` of the merged model."""
-    if len(set(own)) != len(own):
-        raise InputError("member 1 has an item id twice in its item_ids")
     place = {item: position for position, item in enumerate(own)}
     positions = torch.tensor([place.get(item, -1) for item in ids])
     return Catalogue(list(ids), [positions], [len(own)], members.catalogue.parameters)

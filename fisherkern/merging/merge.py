@@ -113,8 +113,9 @@ def merge(
         "validation": validation,
     }
     if method == "auto":
-        settings = {"options": options, "floor": floor, "normalize": normalize, "seed": seed}
-        settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint, "steps": steps}
+        settings: dict[str, Any] = {"options": options, "floor": floor, "normalize": normalize}
+        settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
+        settings |= {"steps": steps, "seed": seed}
         return merge_auto(merge, models, inputs, settings)
     name, rule, options = checks.choose_rule(method, inputs, options, floor, normalize, steps)
     members = Members(models, item_ids)
