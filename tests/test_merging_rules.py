@@ -6,6 +6,7 @@ import pytest
 import torch
 from merging_models import Toy, encoder, random_fisher
 
+import fisherkern as fk
 from fisherkern.errors import InputError
 from fisherkern.merging import merge
 
@@ -275,6 +276,42 @@ def test_fisher_by_groups(group):
                 for share, model in zip(shares, models, strict=True)
             ) / sum(shares)
             torch.testing.assert_close(parameter[row].detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_fisher_by_heads():
+    models = [fk.BERT4Rec(7, max_len=4, dim=6, layers=2, heads=3).double() for _ in range(2)]
+    for seed, model in enumerate(models):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator).double()
+    fishers = [
+        {n: v.double() for n, v in random_fisher(m, seed).items()} for seed, m in enumerate(models)
+    ]
+    merged = merge(models, fishers=fishers, floor=0.0, normalize=None, options={"group": "head"})
+    for layer in ("blocks.0.attention", "blocks.1.attention"):
+        for head in range(3):
+            part = slice(2 * head, 2 * head + 2)
+            shares = []
+            for fisher in fishers:
+                entries = [fisher[f"{layer}.output.weight"][:, part].flatten()]
+                for name in ("query", "key", "value"):
+                    entries.append(fisher[f"{layer}.{name}.weight"][part].flatten())
+                    entries.append(fisher[f"{layer}.{name}.bias"][part])
+                shares.append(float(torch.cat(entries).mean()))
+            share = shares[0] / sum(shares)
+            for name in ("query.weight", "key.bias", "output.weight"):
+                one, two, found = (
+                    m.get_parameter(f"{layer}.{name}").detach() for m in (*models, merged)
+                )
+                cut = (slice(None), part) if name == "output.weight" else part
+                expected = share * one + (1 - share) * two
+                torch.testing.assert_close(found[cut], expected[cut])
+    neurons = merge(models, fishers=fishers, floor=0.0, normalize=None, options={"group": "neuron"})
+    name = "blocks.1.feed_forward.inner.weight"
+    assert torch.equal(merged.get_parameter(name), neurons.get_parameter(name))
+    with pytest.raises(InputError, match="no attention heads are known of the members"):
+        toy = [Toy(w=T([1.0])), Toy(w=T([2.0]))]
+        merge(toy, fishers=[{"w": T([1.0])}] * 2, options={"group": "head"})
 
 
 def test_regmean_is_the_papers_formula():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fisherkern.encoders.transformer import SelfAttention
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.fingerprint import fingerprint
@@ -81,6 +82,10 @@ def linear_grams(
     collector = _Collector(subject)
     count = 0
     with evaluation_mode(subject.module), torch.enable_grad():
+        for module in subject.module.modules():
+            # For one query it multiplies keys' and values' weights by other things than inputs.
+            if isinstance(module, SelfAttention):
+                module.training = True
         for batch in tqdm(loader, desc="Gram matrices", unit="batch", disable=not progress):
             n = batch_size(batch)
             for start in range(0, n, chunk or max(n, 1)):

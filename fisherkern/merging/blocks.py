@@ -24,7 +24,7 @@ class TensorBlocks:
 
     tensors: M of them. rows: per member, the row that each merged row comes from, -1 for none
     (`Catalogue.rows`); None where nothing moves. fishers: each member's Fisher and the unit to
-    divide it by. base, base_rows: the same for the base. grams: see `rules.Blocks`.
+    divide it by. base, base_rows: the same for the base. grams, heads: see `rules.Blocks`.
     """
 
     name: str
@@ -34,13 +34,10 @@ class TensorBlocks:
     base: Tensor | None = None
     base_rows: Tensor | None = None
     grams: list[Tensor] | None = None
+    heads: tuple[str, int, int] | None = None
     floor: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-
-    @property
-    def dims(self) -> int:
-        return self.tensors[0].dim()
 
     @property
     def members(self) -> int:

@@ -14,6 +14,7 @@ from fisherkern.merging import checks
 from fisherkern.merging.blocks import TensorBlocks, agree
 from fisherkern.merging.fishers import Fishers
 from fisherkern.merging.rows import Catalogue, align
+from fisherkern.merging.symmetries import Piece, symmetries_of
 from fisherkern.merging.ties import Tie, find_ties, named_tensors
 
 
@@ -34,6 +35,7 @@ class Members:
         self.models = models
         self.parameters = {name for name, _ in models[0].named_parameters(remove_duplicate=False)}
         self.fishers: Fishers | None = None
+        self.heads = attention_heads(models[0])
         self.grams: dict[str, list[Tensor]] = {}
         self._base: tuple[dict[str, Tensor], Catalogue] | None = None
         # Integer tensors, and floating buffers the members agree on (masks may hold infinities).
@@ -143,6 +145,7 @@ class Members:
             base=base,
             base_rows=base_rows,
             grams=self.grams.get(tie.name),
+            heads=self.heads.get(tie.name),
             floor=floor,
             options=options,
             seed=seed,
@@ -205,6 +208,24 @@ class Members:
 
     def __len__(self) -> int:
         return len(self.models)
+
+
+def attention_heads(model: nn.Module) -> dict[str, tuple[str, int, int]]:
+    """Parameter -> (attention, number of heads, dimension), where the symmetries say so."""
+    try:
+        symmetries = symmetries_of(model)
+    except InputError:
+        return {}
+    found = {}
+    for attention, group in symmetries.groups.items():
+        if group.kind != "heads":
+            continue
+        labels = symmetries.labels(attention)
+        for name, pieces in symmetries.pieces.items():
+            dims = [pieces[0].labels.index(label) for label in labels if label in pieces[0].labels]
+            if dims and len(pieces) == 1 and pieces[0] == Piece(pieces[0].labels):
+                found[name] = attention, group.heads, dims[0]
+    return found
 
 
 def _place(ids: Sequence[str], own: Sequence[str], members: Members) -> Catalogue:

@@ -28,7 +28,7 @@ RULES: dict[str, Rule] = {
     "fisher": Rule(
         fisher_average,
         {"weights": "may", "fishers": "must"},
-        {"group": choice("entry", "row", "neuron", "tensor")},
+        {"group": choice("entry", "row", "neuron", "head", "tensor")},
         group_means,
     ),
     "slerp": Rule(slerp, {"weights": "may"}, prepare=gram_of_members),

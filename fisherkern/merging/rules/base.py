@@ -56,15 +56,19 @@ class Operands:
 class Blocks(Protocol):
     """One tensor's operands, block after block; may be gone through several times.
 
-    dims: of the tensor. grams: the Gram matrix of its inputs for each member, if it has any.
+    shape: of the merged tensor. grams: the Gram matrix of its inputs for each member, if it has
+    any. heads: the attention it belongs to, the number of heads, and the dimension in which
+    they stand one after another.
     """
 
     @property
-    def dims(self) -> int: ...
+    def shape(self) -> tuple[int, ...]: ...
     @property
     def members(self) -> int: ...
     @property
     def grams(self) -> list[Tensor] | None: ...
+    @property
+    def heads(self) -> tuple[str, int, int] | None: ...
 
     def __iter__(self) -> Iterator[Operands]: ...
 

@@ -31,7 +31,7 @@ def layer_mix(x: Operands) -> Tensor:
 def layer_criteria(tensors: Mapping[str, Blocks], options: Mapping[str, Any]) -> dict[str, Tensor]:
     """(M,) per tensor: H_m of the layer it belongs to."""
     measure = _entropies if options["criterion"] == "entropy" else _l1_shares
-    own = {n: measure(b, options["bins"]) for n, b in tensors.items() if b.dims >= 2}
+    own = {n: measure(b, options["bins"]) for n, b in tensors.items() if len(b.shape) >= 2}
     found, current = {}, next(iter(own.values()), None)
     for name, blocks in tensors.items():
         current = own.get(name, current)
