@@ -14,7 +14,7 @@ from fisherkern.fisher import (
     fisher_product,
     linear_grams,
 )
-from fisherkern.merging import merge
+from fisherkern.merging import Preflight, align, merge, merge_files, preflight, recalibrate
 from fisherkern.objectives import (
     Attributes,
     CL4SRec,
@@ -45,6 +45,7 @@ __all__ = [
     "MaskedItems",
     "NTXent",
     "NextItem",
+    "Preflight",
     "RepPad",
     "Report",
     "SASRec",
@@ -53,6 +54,7 @@ __all__ = [
     "SymmetricNoiseTolerant",
     "TrainingSettings",
     "adapt",
+    "align",
     "compare",
     "diag_fisher",
     "evaluate",
@@ -61,6 +63,9 @@ __all__ = [
     "load",
     "load_model",
     "merge",
+    "merge_files",
+    "preflight",
+    "recalibrate",
     "save_model",
     "synthetic",
     "train",

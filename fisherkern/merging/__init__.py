@@ -1,6 +1,23 @@
-"""One network out of several: merge rules, weights, alignment of item tables."""
+"""One network out of several: merge rules, weights, alignment of members and item tables."""
 
+from fisherkern.merging.alignment import align
 from fisherkern.merging.merge import merge
+from fisherkern.merging.preflight import Preflight, preflight
+from fisherkern.merging.recalibrate import recalibrate
 from fisherkern.merging.rules import RULES, Operands, Rule
+from fisherkern.merging.streaming import merge_files
+from fisherkern.merging.symmetries import SYMMETRIES, Symmetries
 
-__all__ = ["RULES", "Operands", "Rule", "merge"]
+__all__ = [
+    "RULES",
+    "SYMMETRIES",
+    "Operands",
+    "Preflight",
+    "Rule",
+    "Symmetries",
+    "align",
+    "merge",
+    "merge_files",
+    "preflight",
+    "recalibrate",
+]

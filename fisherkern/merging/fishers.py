@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.merging.blocks import BLOCK, as_table
 
 # A tensor whose largest Fisher entry is below this share of its model's mean entry carries no
 # information: attention's key biases have Fisher exactly 0, and come out at some 1e-16 of the
 # mean by rounding in float32; real entries have been seen down to 1e-8 of it.
 NOISE = 1e-10
+
+
+def block_sums(value: Tensor) -> Iterator[float]:
+    """Sums of blocks of rows: the same for a tensor and for its blocks read one by one."""
+    table = as_table(value)
+    if table.numel():
+        for block in table.split(max(1, BLOCK // table.shape[1])):
+            yield float(block.sum(dtype=torch.float64))
 
 
 class Fishers:
@@ -27,7 +37,7 @@ class Fishers:
         self._fishers = fishers
         means = []
         for number, fisher in enumerate(fishers):
-            total = sum(float(value.sum(dtype=torch.float64)) for value in fisher.values())
+            total = math.fsum(part for value in fisher.values() for part in block_sums(value))
             mean = total / max(1, sum(value.numel() for value in fisher.values()))
             if mean <= 0:
                 raise InputError(f"the Fisher of member {number} is zero everywhere")
