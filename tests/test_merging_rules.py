@@ -183,6 +183,10 @@ def test_slerp_where_there_is_no_angle():
     merged = merge(models, method="slerp", weights=[1, 3])
     assert merged.u.tolist() == [-0.5, 0.0]
     assert merged.v.tolist() == [3.0, 3.0] and merged.w.item() == 2.75
+    # One of three opposite to where the others meet: which way to it?
+    models = [Toy(w=T(row)) for row in ([-1.0, 0.0], [0.6, 0.8], [0.6, -0.8])]
+    merged = merge(models, method="slerp")
+    torch.testing.assert_close(merged.w.data, T([0.2 / 3, 0.0]))
 
 
 def test_slerp_leaves_rows_of_one_owner_alone():
