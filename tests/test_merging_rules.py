@@ -218,11 +218,12 @@ def entropy_by_hand(values, bins):
     return -sum(p * math.log(p) for p in shares if p)
 
 
+@pytest.mark.parametrize("weights", [None, [0.2, 0.8]])
 @pytest.mark.parametrize("criterion", ["entropy", "l1"])
-def test_pcrec(criterion):
+def test_pcrec(criterion, weights):
     *models, _ = toys(2, seed=3)
     options = {"criterion": criterion, "alpha": 7.0, "bins": 4}
-    merged = merge(models, method="pcrec", options=options)
+    merged = merge(models, method="pcrec", options=options, weights=weights)
     expected, share = {}, None
     # a and b come before the first matrix and go with it.
     for name in ("c", "a", "b", "d"):
@@ -233,7 +234,8 @@ def test_pcrec(criterion):
             else:
                 sums = [sum(map(abs, own)) for own in values]
                 h = [one / sum(sums) for one in sums]
-            share = 1 / (1 + math.exp(-7.0 * (h[0] - h[1])))
+            odds = math.exp(-7.0 * (h[0] - h[1])) * (1.0 if weights is None else 4.0)
+            share = 1 / (1 + odds)
         expected[name] = [
             share * x + (1 - share) * y
             for x, y in zip(numbers(models[0], name), numbers(models[1], name), strict=True)
