@@ -141,6 +141,8 @@ def test_the_last_block_computes_the_last_position_alone() -> None:
     assert all(len(shapes) == 1 for shapes in calls.values())
     assert calls["position_embedding"] == [(1, 4)]  # padding is not computed
     assert calls["blocks.0.feed_forward.inner"] == [(1, 4, D)]
+    # The last block reads keys and values of no position: one query needs neither.
+    assert "blocks.1.attention.key" not in calls and "blocks.1.attention.value" not in calls
     for last in ("attention.query", "attention.output", "feed_forward.inner", "feed_forward.outer"):
         assert [shape.numel() for shape in calls[f"blocks.1.{last}"]] == [D]
     calls.clear()

@@ -30,6 +30,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
         """`queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1, 1 or Q, T)."""
+        if queries.shape[1] == 1 and not self.training:
+            return self._of_one(queries[:, 0], x, hidden[:, :, 0])[:, None]
         q = self._split(self.query(queries))
         k = self._split(self.key(x))
         v = self._split(self.value(x))
@@ -39,6 +41,26 @@ class SelfAttention(nn.Module):
         scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
         context = self.dropout(scores.softmax(dim=-1)) @ v
         return self.output(context.transpose(1, 2).flatten(2))
+
+    def _of_one(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
+        """The same for one query a sequence, (N, D), without the keys and values of T positions.
+
+        qᵀ(K x_t + c) = (Kᵀq)ᵀx_t + qᵀc and Σ_t a_t (V x_t + d) = V Σ_t a_t x_t + d, head by
+        head: D·heads products a position in place of 2 D², forward and backward.
+        """
+        q = self.query(queries).unflatten(1, (self.heads, -1))
+        width = q.shape[2]
+        rows = [slice(i * width, (i + 1) * width) for i in range(self.heads)]
+        seen, offsets = [], []
+        for i, part in enumerate(rows):
+            seen.append(q[:, i] @ self.key.weight[part])
+            offsets.append(F.linear(q[:, i], self.key.bias[part][None]))
+        scores = torch.stack(seen, dim=1) @ x.transpose(1, 2) + torch.stack(offsets, dim=1)
+        scores = (scores * width**-0.5).masked_fill(hidden, torch.finfo(scores.dtype).min)
+        mixed = scores.softmax(dim=-1) @ x
+        values, bias = self.value.weight, self.value.bias
+        heads = [F.linear(mixed[:, i], values[part], bias[part]) for i, part in enumerate(rows)]
+        return self.output(torch.cat(heads, dim=1))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

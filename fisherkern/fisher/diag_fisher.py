@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.batchwise import add_batchwise_
+from fisherkern.fisher.chunks import chunks
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.samplers import SAMPLERS, Settings
-from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
+from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode
 from fisherkern.ops._dispatch import use_backend
 
 DEFAULT_SKETCH_PROBES = 16
@@ -102,7 +103,8 @@ def diag_fisher(
             if reduction == "batchwise":
                 _add_whole_batch(engine, batch, count, n)
             else:
-                _add_in_chunks(engine, batch, count, n, chunk or max(n, 1))
+                for part, which in chunks(subject, batch, n, chunk or max(n, 1)):
+                    engine.add(part, _numbers(engine, count, count + n)[which])
             count += n
     if count == 0:
         raise InputError("loader: it gave no sequences")
@@ -150,13 +152,6 @@ def _settings(
     if sampler == "sketch" and probes is None:
         probes = DEFAULT_SKETCH_PROBES
     return Settings(sampler, k, probes, seed, tol, rescale, weight, replacement)
-
-
-def _add_in_chunks(engine: Engine, batch: Any, first: int, n: int, chunk: int) -> None:
-    for start in range(0, n, chunk):
-        stop = min(start + chunk, n)
-        part = batch if stop - start == n else batch_slice(batch, start, stop)
-        engine.add(part, _numbers(engine, first + start, first + stop))
 
 
 def _add_whole_batch(engine: Engine, batch: Any, first: int, n: int) -> None:

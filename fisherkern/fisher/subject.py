@@ -131,11 +131,16 @@ def batch_size(batch: Any) -> int:
 
 def batch_slice(batch: Any, start: int, stop: int) -> Any:
     """Sequences start..stop-1 of a batch, of the same kind."""
+    return batch_take(batch, slice(start, stop))
+
+
+def batch_take(batch: Any, which: slice | Tensor) -> Any:
+    """Some sequences of a batch, of the same kind; numbers (n,) int64 only from tensors."""
     if isinstance(batch, Mapping):
         return {
-            key: v[start:stop] if isinstance(v, Tensor) and v.dim() > 0 else v
+            key: v[which] if isinstance(v, Tensor) and v.dim() > 0 else v
             for key, v in batch.items()
         }
     if isinstance(batch, (tuple, list)):
-        return type(batch)(part[start:stop] for part in batch)
-    return batch[start:stop]
+        return type(batch)(part[which] for part in batch)
+    return batch[which]
