@@ -45,11 +45,11 @@ def test_signs_of_pairs_are_those_of_the_table() -> None:
     rows, columns = torch.tensor([0, 1, 31, 32, 33, 1000, 2**40]), torch.arange(40)
     for dtype in (torch.float32, torch.float64):
         values = torch.rand(7, 40, dtype=dtype) + 0.1
-        found = counter.with_random_signs(values, 5, rows, columns)
+        found = counter.put_random_signs_(values.clone(), 5, rows, columns)
         pairs = torch.broadcast_tensors(rows[:, None], columns)
         assert torch.equal(found, values * counter.random_signs_at(5, *pairs, dtype))
         assert found.dtype == dtype
-    part = counter.with_random_signs(values[2:5, 10:], 5, rows[2:5], columns[10:])
+    part = counter.put_random_signs_(values[2:5, 10:].clone(), 5, rows[2:5], columns[10:])
     assert torch.equal(part, found[2:5, 10:])
 
 
@@ -60,7 +60,7 @@ def test_signs_are_independent_across_rows_and_columns() -> None:
     rectangle all have mean zero: the last is what bit(item) xor bit(row) fails at.
     """
     n, c = 256, 400
-    signs = counter.with_random_signs(
+    signs = counter.put_random_signs_(
         torch.ones(n, c, dtype=torch.float64), 3, torch.arange(n), torch.arange(c)
     )
     for found in (signs, signs.T):

@@ -84,7 +84,7 @@ def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
 def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
     assert settings.probes is not None
     items = torch.arange(rows.num_items, device=p.device)
-    signed = counter.with_random_signs(p.sqrt(), settings.seed, rows.number, items)
+    signed = counter.put_random_signs_(p.sqrt(), settings.seed, rows.number, items)
     bucket = counter.bucket_at(settings.seed, items, settings.probes)
 
     def column(r: int) -> Tensor:

@@ -321,7 +321,7 @@ def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
         sketched = settings.probes - top
     moment = _all_items_moment(rows)
     rest = torch.arange(basis.shape[2] - top, device=basis.device)
-    signs = counter.with_random_signs(
+    signs = counter.put_random_signs_(
         basis.new_ones(len(basis), len(rest)), settings.seed, rows.number, rest
     )
     bucket = counter.bucket_at(settings.seed, rest, max(sketched, 1))

@@ -79,13 +79,14 @@ def random_signs_at(seed: int, row: Tensor, column: Tensor, dtype: torch.dtype) 
     return 1 - 2 * ((_mix(keys + column * GOLDEN) >> bit) & 1).to(dtype)
 
 
-def with_random_signs(values: Tensor, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """`values` (N, C), none negative, times `random_signs_at` of (N,) rows and (C,) columns."""
+def put_random_signs_(values: Tensor, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply values (N, C), none negative, by `random_signs_at` (N,) rows, (C,) columns."""
     groups, index = torch.unique(rows // _ROWS_OF_A_WORD, return_inverse=True)
-    words = (random_bits(seed, groups, columns) >> 32).int()[index]
+    # index_select copies whole rows, where indexing goes number by number.
+    words = (random_bits(seed, groups, columns) >> 32).int().index_select(0, index)
     # The row's bit becomes the sign bit of a float that lends it to the value.
     words <<= (rows % _ROWS_OF_A_WORD).int()[:, None]
-    return torch.copysign(values, words.view(torch.float32))
+    return values.copysign_(words.view(torch.float32))
 
 
 # A row's number in the keys of the buckets; no sequence has it.

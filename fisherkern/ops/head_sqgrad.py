@@ -31,8 +31,12 @@ def _head_sqgrad_(
     share = torch.ones_like(lse) if omega is None else omega.to(lse.dtype).sum(dim=1)
     scaled = share[:, None] * squared
     for start, stop, z in logit_tiles(h, weight, bias, by_item=True):
-        p = exp_minus_(z, lse)  # (items, N): the product below then needs no transposed copy
-        coefficient = p.square_() if omega is not None else p.addcmul_(p, p, value=-1)
+        # (items, N): the product below then needs no transposed copy.
+        if omega is not None:
+            coefficient = exp_minus_(z, lse, 2.0)
+        else:
+            p = exp_minus_(z, lse)
+            coefficient = p.addcmul_(p, p, value=-1)
         if weight_fisher is not None:
             _add_product_(weight_fisher[start:stop], coefficient, scaled)
         if bias_fisher is not None:

@@ -68,7 +68,11 @@ def distinct_from_ranges(
     maximum, parts = torch.topk(maxima, min(k + 1, maxima.shape[1]), dim=1)
     items = parts[:, :, None] * RANGE + torch.arange(RANGE, device=rows.device)
     log_p = log_p_of(parts).double()
-    values = given_maximum(log_p + counter.gumbel_at(seed, rows[:, None, None], items), maximum)
+    values = torch.empty_like(log_p)
+    # A few rows at a time: the noise takes a dozen temporaries.
+    for few in row_blocks(len(rows), 16 * items[0].numel()):
+        perturbed = log_p[few] + counter.gumbel_at(seed, rows[few, None, None], items[few])
+        values[few] = given_maximum(perturbed, maximum[few])
     # Where fewer than k items are possible, impossible ones of the catalogue fill up.
     values = values.clamp_(min=torch.finfo(values.dtype).min)
     values = values.masked_fill_(items >= num_items, -torch.inf).flatten(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
-from fisherkern.ops.softmax_lse import RANGE, reference_logits
+from fisherkern.ops.softmax_lse import RANGE, exp_minus_, reference_logits
 
 # Logits of ranges held at once: 8 MB in fp32, and twice that for each fp64 temporary.
 _ELEMENTS = 2**21
@@ -65,7 +65,7 @@ def _sample_items(
         part, below = chosen_range(total, u[block])
         z = range_logits(h[block], weight, bias, part)
         # fp64, because ten million fp32 terms would not add up to one.
-        cdf = (z - lse[block, None, None]).double().exp_().cumsum(dim=2)
+        cdf = exp_minus_(z, lse[block, None, None]).double().cumsum_(dim=2)
         # Rounding can put u at the range's end: the draw is then its last possible item.
         inside = torch.nextafter(cdf[:, :, -1], torch.zeros_like(below))
         inside = torch.minimum(u[block] - below, inside)

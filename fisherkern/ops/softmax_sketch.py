@@ -17,7 +17,7 @@ from torch import Tensor
 from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
-from fisherkern.ops.softmax_lse import exp_minus_, reference_logits, tile_rows
+from fisherkern.ops.softmax_lse import LogitProduct, exp_minus_, reference_logits, tile_rows
 
 
 def _softmax_sketch(
@@ -37,17 +37,16 @@ def _softmax_sketch(
     n, width = h.shape[0], weight.shape[1]
     sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
     totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
-    inputs = h.to(lse.dtype)
+    step = tile_rows(n, h.device)
+    product = LogitProduct(h, step)
     rotations = bucket_rotations(seed, weight, probes)
     for r in range(probes):
         members = counter.bucket_members(rotations, r, probes, len(weight))
-        for items in members.split(tile_rows(n, h.device)):
-            w = weight[items].to(lse.dtype)
-            z = inputs @ w.T
-            if bias is not None:
-                z += bias[items].to(lse.dtype)
-            root = exp_minus_(z, lse[:, None], 0.5)
-            signed = counter.with_random_signs(root, seed, rows, items)
+        for items in members.split(step):
+            w = weight.index_select(0, items).to(lse.dtype)
+            z = product(w, None if bias is None else bias[items])
+            signed = exp_minus_(z, lse[:, None], 0.5)
+            counter.put_random_signs_(signed, seed, rows, items)
             sums[:, r].addmm_(signed, w)
             totals[:, r] += signed.sum(dim=1)
     sums -= totals[:, :, None] * mean[:, None]

@@ -12,6 +12,8 @@ from fisherkern.ops.softmax_moments import OnlineMean
 
 MAX_TRITON_K = 128  # what a program's registers hold of candidates
 
+_GROUP = 32  # items whose maximum says whether to look at them
+
 
 def _select(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """k largest of each row, of equal ones the lower ids: (N, C) z, ids -> (N, k), unordered."""
@@ -41,22 +43,34 @@ class _OnlineTopk:
         self._values = h.new_empty((h.shape[0], 0), dtype=torch.promote_types(h.dtype, torch.float))
         self._ids = h.new_empty((h.shape[0], 0), dtype=torch.int64)
 
-    def add(self, z: Tensor, start: int, top: Tensor) -> None:
-        """Take from z (N, C) of the items from `start` on; top (N,): z's row maxima."""
-        ids = torch.arange(start, start + z.shape[1], device=z.device).expand(z.shape[0], -1)
+    def add(self, z: Tensor, start: int) -> Tensor:
+        """Take from z (N, C) of the items from `start` on; returns z's row maxima (N,)."""
         if self._values.shape[1] < self._k:
+            ids = torch.arange(start, start + z.shape[1], device=z.device).expand(z.shape[0], -1)
             both = torch.cat((self._values, z), dim=1), torch.cat((self._ids, ids), dim=1)
             self._values, self._ids = _select(*both, min(self._k, both[0].shape[1]))
-            return
+            return z.amax(dim=1)
         # Only what is larger than the least enters: among equal ones the lower ids, which
-        # came first, stay. After some tiles few rows have any, and those have few.
-        least = self._values.amin(dim=1)
-        rows = (top > least).nonzero().squeeze(1)
-        if len(rows) == 0:
-            return
-        z = z[rows]
-        entering = int((z > least[rows, None]).sum(dim=1).max())
-        values, ids = _select(z, ids[: len(rows)], min(self._k, entering))
+        # came first, stay. After some tiles few groups of items have any.
+        if missing := -z.shape[1] % _GROUP:
+            z = torch.nn.functional.pad(z, (0, missing), value=-torch.inf)
+        groups = z.unflatten(1, (-1, _GROUP))
+        peaks, least = groups.amax(dim=2), self._values.amin(dim=1)
+        row, group = (peaks > least[:, None]).nonzero().unbind(1)
+        if len(row) > 0:
+            few = groups[row, group]
+            pair, place = (few > least[row, None]).nonzero().unbind(1)
+            self._enter(row[pair], start + group[pair] * _GROUP + place, few[pair, place])
+        return peaks.amax(dim=1)
+
+    def _enter(self, row: Tensor, item: Tensor, value: Tensor) -> None:
+        """Items (U,) with their rows, ascending, and logits."""
+        rows, index, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[index]
+        # Unused places lose against every item, an impossible one included.
+        values = value.new_full((len(rows), int(counts.max())), -torch.inf)
+        ids = torch.full_like(values, torch.iinfo(torch.int64).max, dtype=torch.int64)
+        values[index, place], ids[index, place] = value, item
         values = torch.cat((self._values[rows], values), dim=1)
         ids = torch.cat((self._ids[rows], ids), dim=1)
         self._values[rows], self._ids[rows] = _select(values, ids, self._k)
@@ -78,8 +92,7 @@ def _softmax_topk(
         return (values - lse[:, None]).exp(), ids.clamp_(max=weight.shape[0] - 1), lse, mean
     moments, best = OnlineMean(h, weight), _OnlineTopk(h, k)
     for start, stop, z in logit_tiles(h, weight, bias):
-        top = z.amax(dim=1)
-        best.add(z, start, top)
+        top = best.add(z, start)
         moments.add(z, weight[start:stop], top)
     values, ids = best.finish()
     lse, mean = moments.finish()
