@@ -26,7 +26,7 @@ import common  # noqa: E402
 import figures  # noqa: E402
 import flops  # noqa: E402
 import readme_tables  # noqa: E402
-from rivals import RIVALS, Rival, autograd  # noqa: E402
+from rivals import RIVALS, Rival, autograd, hooks, operators  # noqa: E402
 from rivals.port import Port  # noqa: E402
 from trained import trained_model  # noqa: E402
 
@@ -35,6 +35,14 @@ V, K = 11, 4
 HISTORIES = torch.tensor([[0, 0, 0, 3, 5], [1, 2, 3, 2, 4], [6, 7, 8, 9, 10]])
 BY_NAME = {rival.name: rival for rival in RIVALS}
 TABLE = "item_embedding.weight"
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Rivals take the three histories in two parts, which must add up."""
+    for module in (autograd, hooks, operators):
+        monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(hooks, "BACKPACK_CHUNK", 2)
 
 
 def small(tied: bool) -> fk.BERT4Rec:
@@ -100,13 +108,6 @@ def test_rivals_that_are_right(name, tied, defined):
     assert off(found, expected, telling(expected)) < 1e-5
 
 
-def test_a_rivals_chunks_add_up(monkeypatch, defined):
-    monkeypatch.setattr(autograd, "CHUNK", 2)
-    expected = defined[True, "topk"]
-    found = estimate("torch.func vmap(grad)", small(True), K)
-    assert off(found, expected, telling(expected)) < 1e-5
-
-
 def test_backpack_knows_no_layer_norm_and_no_tie(defined):
     norms = [n for n in defined[False, "topk"] if "norm" in n or n.startswith("transform.2")]
     for tied in (False, True):
@@ -126,7 +127,8 @@ def test_asdl_squares_each_position(defined):
     assert found.keys() == expected.keys()
     assert off(found, expected, [n for n in expected if n.startswith(last)]) < 1e-5
     assert off(found, expected, ["blocks.0.feed_forward.inner.weight"]) > 0.1
-    assert off(estimate("ASDL", small(True), K), defined[True, "topk"], [TABLE]) > 0.01
+    # The table's two uses are both there, their cross terms are not.
+    assert 0.01 < off(estimate("ASDL", small(True), K), defined[True, "topk"], [TABLE]) < 0.2
 
 
 @pytest.mark.parametrize("tied", [True, False])
