@@ -123,12 +123,12 @@ def test_rows_of_one_item_or_none_stay_as_they_are():
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_loss_is_that_of_the_two_views(name):
-    model, objective = encoder(name), fk.CL4SRec(mask=0.5, loss=fk.NTXent(0.5, "cosine"))
+    model, objective = encoder(name), fk.CL4SRec(0.7, 0.5, 1.0, fk.NTXent(0.5, "cosine"))
     rows = [[3, 5, 3, 8, 1], [], [7], [2, 9, 4, 4], [1, 2]]
     loss = objective(model, padded(rows, 5), generator(3))
     tokens = padded([row for row in rows if row], 5)
     token = model.mask_token if name == "BERT4Rec" else None
-    views = augment.two_views(tokens, 0.6, 0.5, 0.6, generator(3), token)
+    views = augment.two_views(tokens, 0.7, 0.5, 1.0, generator(3), token)
     hidden = []
     for view in views:
         states = []

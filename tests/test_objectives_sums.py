@@ -211,6 +211,18 @@ def test_wrong_use_is_named():
         from_settings({"name": "Other"})
     with pytest.raises(fk.InputError, match="arguments of MaskedItems do not fit.*share"):
         from_settings({"name": "MaskedItems", "share": 1})
+    with pytest.raises(fk.InputError, match="arguments of MaskedItems do not fit"):
+        from_settings({"name": "MaskedItems", "ratio": "much"})
+    for settings in ({"name": "NTXent"}, [], "MaskedItems", None):
+        with pytest.raises(fk.InputError, match="settings of an objective are a mapping"):
+            from_settings(settings)
+    with pytest.raises(fk.InputError, match=r"unknown objective \('NTXent',\)"):
+        from_settings({"name": "CL4SRec", "loss": {"name": ["NTXent"]}})
+    for kind in (fk.CL4SRec, fk.DuoRec):
+        with pytest.raises(fk.InputError, match="loss must be a contrastive loss .* got 'NTXent'"):
+            from_settings({"name": kind.__name__, "loss": "NTXent"})
+    with pytest.raises(fk.InputError, match="'MaskedItems' is not an objective"):
+        from_settings({"name": "WeightedSum", "weights": [1.0], "parts": ["MaskedItems"]})
     with pytest.raises(fk.InputError, match="repeats must be 'fill' or 'random', got 'all'"):
         fk.RepPad(fk.MaskedItems(), "all")
     for inner in (fk.CL4SRec(), fk.DuoRec(), fk.MaskedItems() + fk.CL4SRec(), None):

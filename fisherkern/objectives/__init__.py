@@ -27,27 +27,30 @@ OBJECTIVES: dict[str, type] = {
 }
 
 
-def from_settings(settings: Mapping[str, Any]) -> Any:
-    """The objective, or contrastive loss, whose `settings()` these are, unbound.
+def from_settings(settings: Mapping[str, Any]) -> Objective:
+    """The objective whose `settings()` these are, unbound.
 
-    Raises InputError for an unknown name or arguments that it does not have.
+    Raises InputError for an unknown name, or arguments that it does not have or take.
     """
-    arguments = {key: _made(value) for key, value in settings.items() if key != "name"}
-    name = settings.get("name")
-    if name not in OBJECTIVES:
+    objective = _made(settings)
+    if not isinstance(objective, Objective):
+        raise InputError(f"the settings of an objective are a mapping with its name: {settings!r}")
+    return objective
+
+
+def _made(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_made(item) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    arguments = {key: _made(item) for key, item in value.items()}
+    name = arguments.pop("name", None)
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise InputError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
     try:
         return OBJECTIVES[name](**arguments)
     except TypeError as error:
         raise InputError(f"the arguments of {name} do not fit: {error}") from None
-
-
-def _made(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return from_settings(value)
-    if isinstance(value, list):
-        return tuple(_made(item) for item in value)
-    return value
 
 
 __all__ = [

@@ -94,8 +94,8 @@ class WeightedSum(Objective):
 
     The parts draw from the generator in their order, so one added at the end changes none
     before it. Where they ask for different windows, each gets the width it asked for, and its
-    `columns` says which. Raises InputError for a weight that is negative or not finite, and
-    for as many weights as there are not parts.
+    `columns` says which. Raises InputError for a weight that is negative or not finite, for
+    more or fewer weights than parts, and for a part that is no objective.
     """
 
     weights: tuple[float, ...]
@@ -106,6 +106,9 @@ class WeightedSum(Objective):
             raise InputError(
                 f"WeightedSum: {len(self.weights)} weights do not fit {len(self.parts)} parts"
             )
+        for part in self.parts:
+            if not isinstance(part, Objective):
+                raise InputError(f"WeightedSum: {part!r} is not an objective")
         for weight in self.weights:
             if not 0 <= weight < math.inf:
                 raise InputError(

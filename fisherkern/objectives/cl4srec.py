@@ -11,7 +11,7 @@ from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.augment import two_views
 from fisherkern.objectives.base import Objective, no_loss
-from fisherkern.objectives.contrast import ContrastiveLoss, NTXent
+from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, check_loss
 from fisherkern.objectives.views import encode_views
 
 
@@ -41,6 +41,7 @@ class CL4SRec(Objective):
     contiguous = True
 
     def __post_init__(self) -> None:
+        check_loss("CL4SRec", self.loss)
         if not 0 < self.crop <= 1:
             raise InputError(f"CL4SRec: crop must be in (0, 1], got {self.crop}")
         for name in ("mask", "reorder"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +94,12 @@ class SymmetricNoiseTolerant:
         # In logarithms: exp(s) alone would overflow at low temperatures.
         total = torch.logaddexp(positive, scores.logsumexp(dim=1)) + math.log(self.weight)
         return (((self.q * total).exp() - (self.q * positive).exp()) / self.q).mean()
+
+
+def check_loss(name: str, loss: Any) -> None:
+    """Raise InputError unless `loss`, an argument of objective `name`, can be called."""
+    if not callable(loss):
+        raise InputError(f"{name}: loss must be a contrastive loss such as NTXent(), got {loss!r}")
 
 
 def _scaled(views: Tensor, similarity: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
-from fisherkern.objectives.contrast import ContrastiveLoss, NTXent
+from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, check_loss
 from fisherkern.objectives.same_target import SameTarget
 from fisherkern.objectives.views import encode_views
 
@@ -47,6 +47,7 @@ class DuoRec(Objective):
     contiguous = True
 
     def __post_init__(self) -> None:
+        check_loss("DuoRec", self.loss)
         if self.mode not in MODES:
             raise InputError(f"DuoRec: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
