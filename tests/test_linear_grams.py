@@ -91,13 +91,18 @@ def test_a_weight_used_twice_and_one_used_otherwise():
         def forward(self, history):
             x = self.items(history).sum(1)
             y = self.both(x)
-            z = self.both(y) + self.also(x) + (self.also.weight * 2).sum()
+            z = self.both(y) + self.also(x)
+            if history.shape[1] > 5:
+                z = z + (self.also.weight * 2).sum()
             return self.out(F.linear(z, self.part[:3]))
 
     torch.manual_seed(0)
     model = Twice().double()
+    wide = torch.cat([HISTORIES, HISTORIES[:, :1]], dim=1)
+    grams = fk.linear_grams(model, [HISTORIES, wide], progress=False)
+    assert set(grams) == {"both.weight", "out.weight"} == set(grams.meta["positions"])
     grams = fk.linear_grams(model, [HISTORIES], progress=False)
-    assert set(grams) == {"both.weight", "out.weight"}
+    assert set(grams) == {"both.weight", "also.weight", "out.weight"}
     x = model.items(HISTORIES).sum(1).detach()
     y = model.both(x).detach()
     both = (x.T @ x + y.T @ y) / 10

@@ -68,24 +68,34 @@ def scorers():
     return [Scorer([2.0, 0.0, 0.0], [0.0, 3.0, 0.0]), Scorer([0.0, 2.0, 0.0], [0.0, 0.0, 3.0])]
 
 
-def loss_of(models, lam, batch):
+def loss_of(models, lam, batch, fishers):
     """Cross-entropy of the mix, computed from the layers' numbers."""
-    weights = [
-        sum(
-            x * model.get_parameter(f"{name}.weight").detach()
-            for x, model in zip(own, models, strict=True)
-        )
-        for name, own in zip(("first", "second"), lam, strict=True)
-    ]
+    weights = []
+    for name, own in zip(("first.weight", "second.weight"), lam, strict=True):
+        shares = [x * fisher[name] for x, fisher in zip(own, fishers, strict=True)]
+        values = [model.get_parameter(name).detach() for model in models]
+        mixed = sum(share * value for share, value in zip(shares, values, strict=True))
+        weights.append(mixed / sum(shares))
     history, target = batch
     x = history.double()
     return F.cross_entropy(x @ weights[0].T + torch.ones_like(x) @ weights[1].T, target)
 
 
+@pytest.mark.parametrize("with_fishers", [False, True])
 @pytest.mark.parametrize("method", ["learned_soup", "layer_wise"])
-def test_the_learned_lambdas_are_where_adam_leads(method):
+def test_the_learned_lambdas_are_where_adam_leads(method, with_fishers):
     """The same descent with finite differences, written out."""
     models = scorers()
+    shares = [{n: torch.ones_like(p) for n, p in m.named_parameters()} for m in models]
+    given = {}
+    if with_fishers:
+        # Of mean 1 each; the floor 0.2 is added.
+        entries = [[0.1, 2.9, 0.6, 1.4, 0.2, 0.8], [1.0, 0.3, 1.7, 0.5, 2.0, 0.5]]
+        fishers = [
+            {"first.weight": T(e[:3])[:, None], "second.weight": T(e[3:])[:, None]} for e in entries
+        ]
+        given = {"fishers": fishers, "floor": 0.2}
+        shares = [{n: v.double() + 0.2 for n, v in fisher.items()} for fisher in fishers]
     batches = [(T([[1.0], [-1.0]]), T([0, 2])), (T([[0.5], [2.0]]), T([1, 0]))]
     layers = 2 if method == "layer_wise" else 1
     a = torch.zeros(layers, 2).double()
@@ -93,7 +103,7 @@ def test_the_learned_lambdas_are_where_adam_leads(method):
 
     def at(point, batch):
         lam = point.softmax(1)
-        return float(loss_of(models, [lam[0], lam[-1]], batch))
+        return float(loss_of(models, [lam[0], lam[-1]], batch, shares))
 
     for step in range(7):
         grad = torch.zeros_like(a)
@@ -107,14 +117,14 @@ def test_the_learned_lambdas_are_where_adam_leads(method):
         rate = 0.2 * (m / (1 - 0.9 ** (step + 1)))
         a = a - rate / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
     options = {"lr": 0.2, "temperature": "fixed"}
-    merged = merge(models, method=method, validation=batches, steps=7, options=options)
+    merged = merge(models, method=method, validation=batches, steps=7, options=options, **given)
     learned = merged.merge_report["candidates"][-1]["weights"]
     rows = list(learned.values()) if layers == 2 else [learned]
     torch.testing.assert_close(T(rows).double(), a.softmax(1), rtol=1e-4, atol=1e-5)
     for candidate in merged.merge_report["candidates"]:
         lam = candidate["weights"]
         rows = list(lam.values()) if isinstance(lam, dict) else [lam, lam]
-        expected = sum(float(loss_of(models, rows, batch)) for batch in batches) / 2
+        expected = sum(float(loss_of(models, rows, batch, shares)) for batch in batches) / 2
         assert candidate["score"] == pytest.approx(-expected, rel=1e-6)
 
 

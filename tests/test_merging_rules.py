@@ -293,17 +293,18 @@ def test_fisher_by_heads():
     fishers = [
         {n: v.double() for n, v in random_fisher(m, seed).items()} for seed, m in enumerate(models)
     ]
-    merged = merge(models, fishers=fishers, floor=0.0, normalize=None, options={"group": "head"})
+    merged = merge(models, fishers=fishers, floor=0.3, options={"group": "head"})
+    units = [float(torch.cat([v.flatten() for v in f.values()]).mean()) for f in fishers]
     for layer in ("blocks.0.attention", "blocks.1.attention"):
         for head in range(3):
             part = slice(2 * head, 2 * head + 2)
             shares = []
-            for fisher in fishers:
+            for fisher, unit in zip(fishers, units, strict=True):
                 entries = [fisher[f"{layer}.output.weight"][:, part].flatten()]
                 for name in ("query", "key", "value"):
                     entries.append(fisher[f"{layer}.{name}.weight"][part].flatten())
                     entries.append(fisher[f"{layer}.{name}.bias"][part])
-                shares.append(float(torch.cat(entries).mean()))
+                shares.append(float(torch.cat(entries).mean()) / unit + 0.3)
             share = shares[0] / sum(shares)
             for name in ("query.weight", "key.bias", "output.weight"):
                 one, two, found = (
@@ -312,7 +313,7 @@ def test_fisher_by_heads():
                 cut = (slice(None), part) if name == "output.weight" else part
                 expected = share * one + (1 - share) * two
                 torch.testing.assert_close(found[cut], expected[cut])
-    neurons = merge(models, fishers=fishers, floor=0.0, normalize=None, options={"group": "neuron"})
+    neurons = merge(models, fishers=fishers, floor=0.3, options={"group": "neuron"})
     name = "blocks.1.feed_forward.inner.weight"
     assert torch.equal(merged.get_parameter(name), neurons.get_parameter(name))
     with pytest.raises(InputError, match="no attention heads are known of the members"):
