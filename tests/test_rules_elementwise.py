@@ -105,12 +105,6 @@ def test_on_any_number(name: str, size: int, caplog: pytest.LogCaptureFixture) -
 UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
     "gain squared": ({"g": (4,)}, lambda p, x: (x * p["g"] * p["g"].exp()).sum(1)),
     "parameter times itself": ({"g": (4,)}, lambda p, x: x.sum(1) * (p["g"] * p["g"])),
-    "rows of some positions": (
-        {"g": (4, 4)},
-        lambda p, x: (
-            torch.zeros_like(x).index_put((x[..., 0] > 0,), x[x[..., 0] > 0] @ p["g"]).sum(1)
-        ),
-    ),
     "both factors of a product": ({"g": (5, 5)}, lambda p, x: (p["g"] @ p["g"] @ x).sum(1)),
 }
 
@@ -119,6 +113,25 @@ UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
 def test_other_uses_fall_back(name: str, caplog: pytest.LogCaptureFixture) -> None:
     body = Bare(*UNSEEN[name])
     assert_right(Recommender(body), caplog, fallback=["body.parameter.g"])
+
+
+class SomeRows(nn.Module):
+    """A product of the items alone, packed: (P, D), which is (N·T, D) of no N and T."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        items = history != 0
+        return torch.zeros_like(x).index_put((items,), self.dense(x[items])).tanh().sum(1)
+
+
+# 9 items of 3 sequences, which 3 divides; 8 of 2, which 2 divides; 15 of 4.
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(0, 2), slice(1, 5)])
+def test_packed_positions_fall_back(rows: slice, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["body.dense.weight", "body.dense.bias"]
+    assert_right(Recommender(SomeRows()), caplog, fallback=names, history=HISTORIES[rows])
 
 
 class Norm(nn.Module):

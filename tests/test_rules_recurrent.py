@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import HISTORIES
 from rule_checks import SIZES, Recommender, assert_right
 from torch import Tensor, nn
 
 from fisherkern.fisher.capture import Capture, Parameters
-from fisherkern.fisher.rules import RULES
+from fisherkern.fisher.rules import RULES, LinearWeight
 
 LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
@@ -88,6 +89,52 @@ def test_forward_is_the_librarys(kind: str, batch_first: bool) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm", "tanh", "relu"])
+def test_gradients_are_the_librarys(kind: str) -> None:
+    """Of outputs and last states, to the input, the first states and every weight."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
+    if kind in ("tanh", "relu"):
+        shape["nonlinearity"] = kind
+    module = LAYERS.get(kind, nn.RNN)(4, 3, **shape).double().eval()
+    x = torch.randn(7, 5, 4, dtype=torch.float64, requires_grad=True)
+    first = [torch.randn(4, 5, 3, dtype=torch.float64, requires_grad=True) for _ in "hc"]
+    state: Any = tuple(first) if kind == "lstm" else first[0]
+
+    def gradients() -> list[Tensor | None]:
+        output, last = module(x, state)
+        last = torch.cat(last) if isinstance(last, tuple) else last
+        score = (output * output.detach().cos()).sum() + last.exp().sum()
+        inputs = [x, *first, *module.parameters()]
+        return list(torch.autograd.grad(score, inputs, allow_unused=True))
+
+    expected = gradients()
+    with Capture(Parameters(module), 5, RULES):
+        found = gradients()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+class FromDense(nn.Module):
+    """First states computed from parameters, some of the layer's own weights frozen."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.recurrent = LAYERS[kind](4, 3, batch_first=True)
+        self.recurrent.weight_ih_l0.requires_grad_(False)
+        self.recurrent.bias_hh_l0.requires_grad_(False)
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        first = torch.tanh(self.first(x.mean(1)))[None]
+        state = (first, first * 2) if isinstance(self.recurrent, nn.LSTM) else first
+        return F.pad(self.recurrent(x, state)[0].square().sum(1), (0, 1))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_first_states(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert_right(Recommender(FromDense(kind)), caplog)
+
+
 class Cells(nn.Module):
     """A cell in a loop of one's own."""
 
@@ -106,6 +153,15 @@ class Cells(nn.Module):
 @pytest.mark.parametrize("kind", CELLS)
 def test_cells(kind: str, bias: bool, caplog: pytest.LogCaptureFixture) -> None:
     assert_right(Recommender(Cells(kind, bias)), caplog)
+
+
+def test_uses_of_a_weight_are_joined(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along the positions, before the square: no sequence's gradient is stored."""
+    monkeypatch.delattr(LinearWeight, "per_sequence")
+    assert_right(Recommender(Cells("gru")), caplog)
+    assert_right(Recommender(Shared(False)), caplog)
 
 
 class Packed(nn.Module):

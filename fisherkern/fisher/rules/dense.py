@@ -115,8 +115,7 @@ def add(call: Call) -> Described:
         return []
     if shared := _shared_lookup(call):
         return shared
-    found = [use for tensor in call.args for use in added(call, tensor)]
-    return found if len(found) == 1 else []
+    return [use for tensor in call.args for use in added(call, tensor)]
 
 
 def _shared_lookup(call: Call) -> Described:
@@ -138,7 +137,7 @@ def mul(call: Call) -> Described:
     for tensor, other in (call.args, call.args[::-1]):
         if isinstance(other, Tensor):
             found += scaled(call, tensor, other)
-    return found if len(found) == 1 else []
+    return found
 
 
 RULES: Rules = {
