@@ -17,6 +17,7 @@ from torch import nn
 
 import fisherkern as fk
 from fisherkern import ops
+from fisherkern.experiments.fisher_cost import best_scaled_error
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -303,3 +304,9 @@ def test_percentiles_and_peak():
     result, extra = common.with_peak(lambda: float(torch.ones(2**24).sum()))
     # 64 MB held for a moment.
     assert result == 2**24 and extra > 50
+
+
+def test_an_estimate_of_nothing_has_error_one():
+    exact = {"a": torch.tensor([1.0, 2.0])}
+    assert best_scaled_error({"a": torch.zeros(2)}, exact) == 1
+    assert best_scaled_error({"a": torch.tensor([-3.0, 0.0])}, exact) == pytest.approx(0.8**0.5)
