@@ -1,5 +1,7 @@
 """What every rule does with odd members, and what it says of wrong ones."""
 
+import math
+
 import pytest
 import torch
 from merging_models import Toy, arguments_for, encoder, random_fisher
@@ -194,3 +196,25 @@ def test_pcrec_counts_the_largest_weight():
     models = [Toy(w=T([[0.0, 1.0]])), Toy(w=T([[0.5, 0.5]]))]
     merged = merge(models, method="pcrec", options={"alpha": 1.0, "bins": 2})
     assert merged.w[0, 0].item() == pytest.approx(0.5 / 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ties", {"densty": 0.1}, "has no option 'densty'; it has density, scale, per"),
+        ("uniform", {"scale": 1.0}, "method 'uniform' has no option 'scale'; it has none"),
+        ("ties", {"density": 0.0}, "'density' is 0.0 where a number above 0 and at most 1 was"),
+        ("ties", {"density": 1.5}, "option 'density' is 1.5"),
+        ("ties", {"density": "0.5"}, "option 'density' is '0.5'"),
+        ("ties", {"scale": math.nan}, "'scale' is nan where a number of at least 0 was"),
+        ("ties", {"scale": True}, "option 'scale' is True"),
+        ("ties", {"per": "layer"}, "'per' is 'layer' where 'model' or 'tensor' was expected"),
+        ("pcrec", {"bins": 2.5}, "'bins' is 2.5 where an integer of at least 1 was expected"),
+        ("ties", [1], "options is a list, not a mapping"),
+    ],
+)
+def test_options(method, options, message):
+    models = [Toy(w=T([x])) for x in (1.0, 2.0)]
+    given = {"base": Toy(w=T([0.0]))} if method == "ties" else {}
+    with pytest.raises(InputError, match=message):
+        merge(models, method=method, options=options, **given)

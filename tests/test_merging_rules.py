@@ -394,25 +394,3 @@ def test_a_base_with_other_items():
     same = merge(models, method="ties", base=base, options={"density": 1.0})
     kept = dict(zip(same.item_ids, same.output_bias.tolist(), strict=True))
     assert kept["b"] == tables[0]["b"] and kept["d"] == tables[1]["d"]
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        ("ties", {"densty": 0.1}, "has no option 'densty'; it has density, scale, per"),
-        ("uniform", {"scale": 1.0}, "method 'uniform' has no option 'scale'; it has none"),
-        ("ties", {"density": 0.0}, "'density' is 0.0 where a number above 0 and at most 1 was"),
-        ("ties", {"density": 1.5}, "option 'density' is 1.5"),
-        ("ties", {"density": "0.5"}, "option 'density' is '0.5'"),
-        ("ties", {"scale": math.nan}, "'scale' is nan where a number of at least 0 was"),
-        ("ties", {"scale": True}, "option 'scale' is True"),
-        ("ties", {"per": "layer"}, "'per' is 'layer' where 'model' or 'tensor' was expected"),
-        ("pcrec", {"bins": 2.5}, "'bins' is 2.5 where an integer of at least 1 was expected"),
-        ("ties", [1], "options is a list, not a mapping"),
-    ],
-)
-def test_options(method, options, message):
-    *models, base = toys(2)
-    given = {"base": base} if method == "ties" else {}
-    with pytest.raises(InputError, match=message):
-        merge(models, method=method, options=options, **given)
