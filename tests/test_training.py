@@ -1,78 +1,17 @@
-"""Training: it learns, it resumes bit for bit even after SIGKILL, its settings are checked.
-
-Run as a script, `python test_training.py STATE MODEL`, it is the process to be killed.
-"""
+"""Training: it learns, it resumes bit for bit, its settings are checked."""
 
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from training_runs import Cycles, T, V, assert_same_bits, bits, new_model, run
 
 from fisherkern.encoders import BERT4Rec
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors
 from fisherkern.objectives import MaskedItems
-from fisherkern.training import TrainingLog, save_model, train
-from fisherkern.training.loop import learning_rate
-
-V, T = 20, 8
-
-
-class Cycles:
-    """Windows in which item v is always followed by v + 1."""
-
-    num_items = V
-    item_ids = [f"item {v}" for v in range(1, V + 1)]
-
-    def __init__(self, users=48, name="cycles"):
-        self.users, self.name, self.asked = users, name, []
-
-    def fingerprint(self):
-        return self.name
-
-    def windows(self, *, batch_size, max_len, seed, epoch, crop):
-        self.asked.append((batch_size, max_len, seed, epoch, crop))
-        first = np.random.default_rng([seed, epoch]).integers(0, V, self.users)
-        items = (first[:, None] + np.arange(max_len)) % V + 1
-        return torch.from_numpy(items).split(batch_size)
-
-
-def new_model(**changes):
-    torch.manual_seed(0)
-    return BERT4Rec(V, T, **({"dim": 16} | changes))
-
-
-def run(state=None, *, model=None, data=None, **changes):
-    model = new_model() if model is None else model
-    settings: dict[str, Any] = {
-        "epochs": 6,
-        "batch_size": 16,
-        "lr": 3e-3,
-        "schedule": "linear",
-        "progress": False,
-    }
-    settings |= {"warmup_steps": 2, "weight_decay": 0.1, "seed": 5} | changes
-    log = train(model, data or Cycles(), state=state, **settings)
-    return model, log
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+from fisherkern.training import TrainingLog, save_model
+from fisherkern.training.settings import learning_rate
 
 
 def test_it_learns_what_follows_what():
@@ -190,46 +129,6 @@ def test_a_finished_run_is_loaded_and_returned_at_once(tmp_path):
 
 def test_a_run_without_state_has_the_bits_of_one_with(tmp_path):
     assert_same_bits(bits(run()[0]), bits(run(tmp_path / "state")[0]))
-
-
-def slow_run(state, path, pause):
-    """16 epochs with `pause` seconds after each, and a model file; the epochs that ran."""
-    epochs = []
-
-    def on_epoch(epoch, model, loss):
-        epochs.append(epoch)
-        time.sleep(pause)
-
-    model, _ = run(state, epochs=16, data=Cycles(16), on_epoch=on_epoch)
-    save_model(model, path)
-    return epochs
-
-
-def test_killed_at_a_random_moment_the_files_end_up_the_same(tmp_path):
-    state = tmp_path / "killed.state"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, str(state), str(tmp_path / "killed.safetensors")]
-    victim = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 120
-    while not state.exists():
-        assert victim.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.5))
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
-    load_tensors(state)  # whole, whatever the moment
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        resumed = slow_run(state, tmp_path / "killed.safetensors", 0)
-        slow_run(tmp_path / "whole.state", tmp_path / "whole.safetensors", 0)
-    finally:
-        torch.set_num_threads(threads)
-    assert 2 <= resumed[0] and resumed[-1] == 16
-    for suffix in ("state", "safetensors", "json"):
-        killed = (tmp_path / f"killed.{suffix}").read_bytes()
-        assert killed == (tmp_path / f"whole.{suffix}").read_bytes(), suffix
 
 
 @pytest.mark.parametrize(
@@ -356,7 +255,3 @@ def test_progress_goes_to_stderr_or_nowhere(capsys):
     assert "epoch 1/1" in captured.err and "loss=" in captured.err and not captured.out
     run(epochs=1)
     assert capsys.readouterr() == ("", "")
-
-
-if __name__ == "__main__":
-    slow_run(Path(sys.argv[1]), sys.argv[2], pause=0.05)

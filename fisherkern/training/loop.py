@@ -176,12 +176,12 @@ class _Run:
         if saving.path is not None and Path(saving.path).exists():
             self.progress = load_state(saving.path, self.trainee, self.identity)
         processes.check_same_start(self.progress.step, self.device)
-        states = {}
+        compiled = {}
         if settings.compile:
-            backend = "inductor" if settings.compile is True else settings.compile
-            states = {"states": torch.compile(model.states, backend=backend)}
-        self.loss = processes.in_parallel(processes.BatchLoss(model, objective, modules, states))
-        model.item_ids = list(data.item_ids)
+            compiled["states"] = torch.compile(model.states, backend=_backend(settings.compile))
+        self.loss = processes.in_parallel(processes.BatchLoss(model, objective, modules, compiled))
+        for part in (model, parts.get("ema", model)):
+            part.item_ids = list(data.item_ids)
         self.total = settings.epochs * len(self.windows(1))
 
     def windows(self, epoch: int) -> Any:
@@ -245,7 +245,7 @@ class _Run:
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")
         self.progress.scores[epoch] = score
-        self.scalars.add("validation", score, self.progress.step)
+        self.scalars.add("validation", score, self.progress.step - 1)
         if self.progress.best_epoch == epoch:
             self.trainee.keep_best()
 
@@ -306,6 +306,13 @@ class _Run:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
             yield torch.Generator().manual_seed(int(draws))
+
+
+def _backend(name: bool | str) -> str:
+    name = "inductor" if name is True else str(name)
+    if name not in torch._dynamo.list_backends(exclude_tags=()):
+        raise InputError(f"compile: {name!r} is no backend of torch.compile")
+    return name
 
 
 def _optimizer(trained: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -126,27 +126,25 @@ def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Prog
                 f"{path}: belongs to a run with {name} = {saved.get(name)}, "
                 f"not {run.get(name)}; remove it or use another state file"
             )
-    own = trainee.tensors()
-    parameters = trainee.parameters()
-    best = {n.removeprefix("best."): t for n, t in tensors.items() if n.startswith("best.")}
-    moments = {
-        name: {key: tensors[f"{key}.{name}"] for key in ("steps", *MOMENTS)}
-        for name in parameters
-        if f"steps.{name}" in tensors
-    }
-    others = {f"{key}.{name}" for name in moments for key in ("steps", *MOMENTS)}
-    others |= {f"best.{name}" for name in best}
-    check_tensors(path, {n: t for n, t in tensors.items() if n not in others}, own)
-    if best:
-        check_tensors(path, best, own)
+    own, parameters = trainee.tensors(), trainee.parameters()
+    expected = dict(own)
+    if any(name.startswith("best.") for name in tensors):
+        expected |= {f"best.{name}": tensor for name, tensor in own.items()}
+    stepped = [name for name in parameters if f"steps.{name}" in tensors]
+    for name in stepped:
+        expected[f"steps.{name}"] = torch.zeros(())
+        expected |= {f"{key}.{name}": parameters[name] for key in MOMENTS}
+    check_tensors(path, tensors, expected)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-    trainee.best = {name: tensor.to(own[name].device) for name, tensor in best.items()}
-    for name, values in moments.items():
+            if f"best.{name}" in tensors:
+                trainee.best[name] = tensors[f"best.{name}"].to(tensor.device)
+    for name in stepped:
         parameter = parameters[name]
-        values = {key: tensor.to(parameter.device) for key, tensor in values.items()}
-        trainee.optimizer.state[parameter] = {"step": values.pop("steps"), **values}
+        moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
+        moments["step"] = tensors[f"steps.{name}"].to(parameter.device)
+        trainee.optimizer.state[parameter] = moments
     progress = dict(header["progress"])
     progress["scores"] = {int(epoch): score for epoch, score in progress["scores"]}
     return Progress(**progress)
