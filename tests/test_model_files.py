@@ -1,6 +1,7 @@
 """Model files: what is saved comes back bit for bit, and what is wrong with a file is named."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fisherkern.encoders import BERT4Rec
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.training import load_model, save_model
+from fisherkern.training.provenance import source_commit
 
 V, T = 20, 8
 ITEM_IDS = [f"item {v}" for v in range(1, V + 1)]
@@ -38,6 +40,7 @@ def test_a_model_file_gives_the_model_back(tmp_path):
     about = json.loads((tmp_path / "a.json").read_text())
     assert about["metrics"] == {"ndcg@10": 0.1} and about["extra"] == {"note": "x"}
     assert about["versions"]["torch"] == torch.__version__
+    assert about["versions"]["commit"] == source_commit()
 
 
 def test_a_model_file_stands_alone_and_may_hold_nan(tmp_path):
@@ -128,3 +131,38 @@ def test_what_cannot_be_a_model_file_is_named(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="no such file"):
         load_model(tmp_path / "a.safetensors")
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_commit_is_that_of_the_source_and_of_nothing_else(tmp_path, monkeypatch):
+    checkout = tmp_path / "checkout"
+    package = checkout / "fisherkern"
+    installed = checkout / ".venv" / "lib" / "fisherkern"
+    for folder in (package, installed):
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text("")
+    assert source_commit(package) is None
+    git(checkout, "init")
+    assert source_commit(package / ".") is None  # a checkout without a commit
+    git(checkout, "add", "fisherkern")
+    git(checkout, "commit", "-m", "first")
+    source_commit.cache_clear()
+    commit = git(checkout, "rev-parse", "HEAD")
+    assert len(commit) == 40 and source_commit(package) == commit
+    git(checkout, "tag", "v1")
+    (package / "a.py").write_text("changed")
+    source_commit.cache_clear()
+    assert source_commit(package) == f"{commit}-dirty"
+    # Somebody's project is not what made the file.
+    assert source_commit(installed) is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    source_commit.cache_clear()
+    assert source_commit(package) is None
+    source_commit.cache_clear()
