@@ -241,6 +241,17 @@ def test_a_hostile_file_is_refused_in_one_sentence(fault, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
+def test_a_file_cut_while_it_is_read_is_an_error(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(1000)}, path)
+    with tensor_files.opened([path]) as ((file,),):
+        assert torch.equal(file.rows("a", 0, 10), torch.ones(10))
+        with path.open("r+b") as stream:
+            stream.truncate(1000)
+        with pytest.raises(InputError, match="x.safetensors: became shorter while it was read"):
+            file.rows("a", 0, 1000)
+
+
 def one_tensor(tmp_path, *tensors):
     paths = []
     for number, tensor in enumerate(tensors):

@@ -49,18 +49,19 @@ def align(
     an orthogonal map within each head for queries and keys and another for values and outputs
     (Procrustes: the largest sum of singular values); the channels of the residual stream and of
     h, permuted (linear assignment), or rotated (Procrustes among Q with Q 1 = 1) where no layer
-    norm's gain stands in the way. Groups are solved in turn, each exactly with the others held,
-    until a round lowers the sum by less than 1e-8 of the reference's own: once from the members
-    as they are, once from the match of their item tables, whose rows mean the same item in
-    every member. The lower end wins, so the distance never grows. It is a local minimum.
+    norm's gain stands in the way; GRU4Rec's and Caser's, see `SYMMETRIES`. Groups are solved in
+    turn, each exactly with the others held, until a round lowers the sum by less than 1e-8 of
+    the reference's own: once from the members as they are, once from the match of their item
+    tables, whose rows mean the same item in every member. The lower end wins, so the distance
+    never grows. It is a local minimum.
 
     models: M >= 1 modules of one class and configuration with known symmetries (`SYMMETRIES`, a
         method `symmetries()`, or the argument `symmetries`, model -> Symmetries).
     item_ids: as for `merge`. Where catalogues differ, the items common to the member and the
         reference count.
-    rotate: False keeps to permutations of the residual stream. Where all members admit a
-        rotation, the gains and biases of layer norms are first folded into the layers that read
-        them, in every member and in the reference too.
+    rotate: False keeps to permutations outside the heads. Where all members admit a rotation of
+        the residual stream, the gains and biases of layer norms are first folded into the layers
+        that read them, in every member and in the reference too.
     sweeps: the most rounds over the groups.
 
     Each result carries `align_report`, JSON-ready: reference, groups (name -> kind), distance
@@ -134,8 +135,8 @@ def _common(found: Sequence[Symmetries], rotate: bool) -> Symmetries:
     """What all members admit: a rotation that one of them does not is a permutation for all."""
     groups = dict(found[0].groups)
     for name, group in groups.items():
-        if group.kind == "rotation" and not (
-            rotate and all(own.groups[name].kind == "rotation" for own in found)
+        if group.kind in ("rotation", "orthogonal") and not (
+            rotate and all(own.groups[name].kind == group.kind for own in found)
         ):
             groups[name] = Group(group.size, "permutation", group.labels)
     return Symmetries(groups, found[0].pieces, found[0].idle, found[0].folds)
