@@ -89,7 +89,7 @@ class Bench:
         (whole,) = loader
         self.whole = {name: tensor.to(device()) for name, tensor in whole.items()}
         self.sequences = len(whole["history"])
-        self.ceiling = matmul_rate(1024)
+        self.ceiling = matmul_rate(1024, clock=CLOCKS[options.clock])
         self.same_size: dict[int, float] = {}
         self._reference: dict[tuple[str, int | None, int], fk.DiagFisher] = {}
 

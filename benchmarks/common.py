@@ -84,10 +84,12 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return 2 * source.numel() * 4 / best
 
 
-def matmul_rate(size: int, dtype: torch.dtype = torch.float32) -> float:
+def matmul_rate(
+    size: int, dtype: torch.dtype = torch.float32, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """FLOP per second of a square product: the arithmetic ceiling."""
     a = torch.randn(size, size, device=device(), dtype=dtype)
-    best = min(seconds(lambda: a @ a) for _ in range(5))
+    best = min(seconds(lambda: a @ a, clock) for _ in range(5))
     return 2 * size**3 / best
 
 
