@@ -65,6 +65,38 @@ def test_disturbed_norms_are_restored(case):
     assert new.training == model.training
 
 
+def test_dropout_and_mode_do_not_matter():
+    model, member = CASES["BERT4Rec-post-tied"](0), CASES["BERT4Rec-post-tied"](1)
+    expected = logits(recalibrate(model, [member], [HISTORIES]))
+    new = recalibrate(model.train(), [member.train()], [HISTORIES])
+    assert new.training and model.training and member.training
+    assert torch.equal(logits(new.eval()), expected)
+
+
+class Untrimmed(nn.Module):
+    """Normalises every column it is given, padding included."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Embedding(12, 3)
+        self.table.weight.data = torch.randn(12, 3, generator=generator)
+        self.norm = nn.LayerNorm(3)
+        self.norm.weight.data = torch.rand(3, generator=generator) + 0.5
+
+    def forward(self, history):
+        return self.norm(self.table(history)).mean(1)
+
+
+def test_padding_is_in_no_statistic():
+    model, member = Untrimmed(0), Untrimmed(1)
+    wide = nn.functional.pad(HISTORIES, (3, 0))
+    new = recalibrate(model, [member], [wide])
+    mine, wanted = (outputs(m, "norm", HISTORIES) for m in (new, member))
+    assert torch.allclose(mine.mean(0), wanted.mean(0), atol=1e-6)
+    assert torch.allclose(mine.std(0), wanted.std(0), atol=1e-6)
+
+
 def test_linear_layers_can_be_named():
     model, member = CASES["GRU4Rec-tied"](0), CASES["GRU4Rec-tied"](1)
     new = recalibrate(model, [member], [HISTORIES], modules=["dense"])

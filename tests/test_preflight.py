@@ -72,6 +72,13 @@ def test_barrier_and_gain_by_hand():
     assert found.verdict.startswith("Merging is likely to help: between members 0 and 1")
 
 
+def test_a_path_below_both_ends_has_a_negative_gain():
+    table = {0.0: 10.0, 2.0: 7.0, 4.0: 14.0}
+    found = preflight(points(0.0, 4.0), score=lambda model: table[value(model)], points=1)
+    assert found.paths[0]["gain"] == -7
+    assert found.paths[0]["barrier"] == 5
+
+
 def test_no_member_is_scored_twice_where_the_items_are_the_same():
     calls = []
 
