@@ -20,7 +20,8 @@ from training_runs import Cycles, T, V, bits, new_model, run
 from fisherkern.encoders import GRU4Rec, SASRec
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.objectives import CL4SRec, MaskedItems, NextItem
-from fisherkern.training import TrainingLog
+from fisherkern.objectives.scoring import OWN_PLACES, softmax_loss
+from fisherkern.training import TrainingLog, processes
 
 
 class WithHead(MaskedItems):
@@ -167,6 +168,30 @@ def test_they_drop_out_apart_and_draw_alike(together: Path) -> None:
     for step in zip(*seeds, strict=True):
         dropout, draws = zip(*step, strict=True)
         assert len(set(dropout)) == len(seeds) and len(set(draws)) == 1
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_places_are_shared_out(world: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is scored once, and the mean over the processes is the loss of all."""
+    torch.manual_seed(count)
+    h = torch.randn(count, 3, dtype=torch.float64, requires_grad=True)
+    weight, column = torch.randn(5, 3, dtype=torch.float64), torch.randint(5, (count,))
+    whole = softmax_loss(h, column, weight, None)
+    (expected,) = torch.autograd.grad(whole, h)
+    losses, gradients, scored = [], [], []
+    monkeypatch.setattr(processes, "world", lambda: world)
+    token = OWN_PLACES.set(processes.own_places)
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        losses.append(softmax_loss(h, column, weight, None))
+        gradients += torch.autograd.grad(losses[-1], h)
+        places, factor = processes.own_places(count)
+        scored += list(range(count))[places] if factor else []
+    OWN_PLACES.reset(token)
+    assert scored == list(range(count))
+    assert torch.allclose(torch.stack(losses).mean(), whole, rtol=1e-12)
+    assert torch.allclose(torch.stack(gradients).mean(dim=0), expected, rtol=1e-12)
 
 
 if __name__ == "__main__":

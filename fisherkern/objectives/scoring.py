@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +14,12 @@ from torch import Tensor
 _WHOLE = 1 << 24
 _TILE = 1 << 22
 
+#: Of P places, those that this process scores and what their mean counts for: several processes
+#: that train one model set it, each for its own share, so that the mean over the processes is
+#: the loss of all places. None: all of them.
+OWN_PLACES: ContextVar[Callable[[int], tuple[slice, float]] | None]
+OWN_PLACES = ContextVar("OWN_PLACES", default=None)
+
 
 def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Mean over P places of -log softmax(W h + b)[column], 0-dim.
@@ -21,6 +29,14 @@ def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None)
     gradient with it, so a step costs the same three products and holds 2^22 logits (one row
     where V is larger) and the gradients of h, W and b; it can be differentiated once.
     """
+    share = OWN_PLACES.get()
+    if share is not None:
+        places, factor = share(h.shape[0])
+        return factor * _mean_loss(h[places], column[places], weight, bias)
+    return _mean_loss(h, column, weight, bias)
+
+
+def _mean_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if h.shape[0] * weight.shape[0] <= _WHOLE:
         return F.cross_entropy(F.linear(h, weight, bias), column)
     return _TiledSoftmaxLoss.apply(h, column, weight, bias, max(1, _TILE // weight.shape[0]))

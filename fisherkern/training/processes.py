@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import Objective
+from fisherkern.objectives.scoring import OWN_PLACES
 
 
 def rank() -> int:
@@ -82,9 +83,9 @@ class BatchLoss(nn.Module):
     """An objective as a module, whose mean over the processes is the loss of the whole batch.
 
     Every process makes the same draws for the whole batch and computes its loss, except that the
-    encoder's `states` and `encode` run on this process's rows, and the results are gathered: exact
-    for every objective, in-batch negatives included. `methods` stand before the model's own
-    of the same names.
+    encoder's `states` and `encode` run on this process's rows, and the results are gathered, and
+    that `softmax_loss` scores this process's places: exact for every objective, in-batch negatives
+    included. `methods` stand before the model's own of the same names.
     """
 
     def __init__(
@@ -106,8 +107,22 @@ class BatchLoss(nn.Module):
 
     def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """The loss, 0-dim, of `tokens` (N, T)."""
-        with _shadowed(self.model, self.methods):
-            return self.objective(self.model, tokens, generator)
+        before = OWN_PLACES.set(own_places if world() > 1 else None)
+        try:
+            with _shadowed(self.model, self.methods):
+                return self.objective(self.model, tokens, generator)
+        finally:
+            OWN_PLACES.reset(before)
+
+
+def own_places(count: int) -> tuple[slice, float]:
+    """This process's of `count` places, and what their mean counts for; see `OWN_PLACES`."""
+    share = -(-count // world())
+    first, last = rank() * share, min((rank() + 1) * share, count)
+    if first < last:
+        return slice(first, last), (last - first) * world() / count
+    # None is left for it. It scores one to no effect: gradients wait for every process.
+    return slice(0, 1), 0.0
 
 
 def in_parallel(loss: BatchLoss) -> nn.Module:
