@@ -115,6 +115,39 @@ def test_other_uses_fall_back(name: str, caplog: pytest.LogCaptureFixture) -> No
     assert_right(Recommender(body), caplog, fallback=["body.parameter.g"])
 
 
+def test_one_argument_in_two_roles_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Of one sequence, so that the parameter's single row is the sequence's."""
+    body = Bare({"g": (1, 1)}, lambda p, x: x.sum(1) * F.linear(p["g"], p["g"]))
+    assert_right(Recommender(body), caplog, fallback=["body.parameter.g"], history=HISTORIES[:1])
+
+
+@pytest.mark.parametrize("name", ["time first", "scalar gain"])
+def test_one_sequence_of_one(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Which dimension is the sequences' does not matter, and is no reason to fall back."""
+    assert_right(Recommender(Bare(*BODIES[name])), caplog, history=HISTORIES[:1, -1:])
+
+
+class LastOfAll(nn.Module):
+    """A layer at every position, and the state after the last item, rows filled from the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, history: Tensor) -> Tensor:
+        last = (history != 0).sum(1) - 1
+        return torch.tanh(self.dense(x))[torch.arange(len(x)), last]
+
+
+def test_what_can_be_read_two_ways_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    """The first of two sequences uses the first of two positions, the last the last."""
+    names = ["items.weight", "body.dense.weight", "body.dense.bias"]
+    history = torch.tensor([[3, 0], [5, 4]])
+    assert_right(Recommender(LastOfAll()), caplog, fallback=names, history=history)
+    caplog.clear()
+    assert_right(Recommender(LastOfAll()), caplog, history=torch.tensor([[3, 2], [5, 4]]))
+
+
 class SomeRows(nn.Module):
     """A product of the items alone, packed: (P, D), which is (N·T, D) of no N and T."""
 
@@ -204,3 +237,10 @@ def test_grams_do_not_depend_on_the_layout(size: int) -> None:
     expected = x.T @ x / len(x)
     for grams in found:
         torch.testing.assert_close(grams["body.dense.weight"], expected, rtol=1e-12, atol=0)
+
+
+def test_batch_norm_by_the_batch_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Of one sequence, as those of several would be mixed."""
+    names = ["body.norm.weight", "body.norm.bias"]
+    body = Norm(batch_norm(False), True)
+    assert_right(Recommender(body), caplog, fallback=names, history=HISTORIES[:1])

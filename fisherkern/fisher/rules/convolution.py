@@ -68,4 +68,4 @@ def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
     return values * count if len(values) == 1 else values
 
 
-RULES: Rules = {F.conv1d: convolution, F.conv2d: convolution, torch.conv1d: convolution}
+RULES: Rules = {F.conv1d: convolution, F.conv2d: convolution}
