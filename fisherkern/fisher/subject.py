@@ -105,8 +105,12 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Every submodule in eval mode inside the block, each as it was afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
+    # cuDNN's recurrences have no backward pass in eval mode; PyTorch's own have.
+    recurrent = any(isinstance(m, nn.RNNBase) for m, _ in modes)
+    library = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     try:
-        yield
+        with library:
+            yield
     finally:
         for m, training in modes:
             m.training = training
