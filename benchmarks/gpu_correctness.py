@@ -16,10 +16,11 @@ from torch import Tensor
 import fisherkern as fk
 from fisherkern import ops
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
+from fisherkern.ops.sample_distinct import sample_distinct_reference
 from fisherkern.ops.sample_items import sample_items_reference
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
-from fisherkern.ops.softmax_moments import softmax_moments_reference
+from fisherkern.ops.softmax_moments import range_lse_reference, softmax_moments_reference
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import softmax_topk_reference
 
@@ -37,21 +38,28 @@ def checks(n: int, v: int, d: int, dtype: torch.dtype) -> Iterator[Check]:
     h, weight, bias = (t.cuda() for t in cpu)
     rows = torch.arange(n)
     k = min(v, 50)
-    p, ids, lse = ops.softmax_topk(h, weight, bias, k)
+    p, ids, lse, mean = ops.softmax_topk(h, weight, bias, k)
     exact_p, exact_ids, exact_lse = softmax_topk_reference(*cpu, k)
     yield "softmax_topk p", p, exact_p, 1e-5
     yield "softmax_topk lse", lse, exact_lse, 1e-5
+    few = 16  # the twin holds a number for every row, item and dimension
+    exact_mean, exact_covariance = softmax_moments_reference(cpu[0][:few], *cpu[1:])
+    yield "softmax_topk mean", mean[:few], exact_mean, 1e-5
     same = (ids.cpu() == exact_ids).double().mean()
     yield "softmax_topk ids", 1 - same[None], torch.zeros(1), 0.002
     lse = ops.softmax_lse(h, weight, bias)
     yield "softmax_lse", lse, softmax_lse_reference(*cpu), 1e-5
-    drawn = ops.sample_items(h, weight, bias, lse, rows.cuda(), 20, 3)
+    lse, mean, ranges = ops.softmax_mean(h, weight, bias)
+    yield "softmax_mean", mean[:few], exact_mean, 1e-5
+    yield "softmax_mean ranges", ranges, range_lse_reference(*cpu), 1e-5
+    sampled = h, weight, bias, lse, ranges, rows.cuda()
+    drawn = ops.sample_items(*sampled, 20, 3)
     share = (drawn.cpu() != sample_items_reference(*cpu, rows, 20, 3)).double().mean()
     yield "sample_items", share[None], torch.zeros(1), 0.01
-    few = 16  # the twin holds a number for every row, item and dimension
-    exact_mean, exact_covariance = softmax_moments_reference(cpu[0][:few], *cpu[1:])
-    mean = ops.softmax_mean(h, weight, bias, lse)
-    yield "softmax_mean", mean[:few], exact_mean, 1e-5
+    drawn, _ = ops.sample_distinct(*sampled, min(v, 20), 3)
+    expected, _ = sample_distinct_reference(*cpu, rows, min(v, 20), 3)
+    share = (drawn.cpu() != expected).double().mean()
+    yield "sample_distinct", share[None], torch.zeros(1), 0.01
     covariance = ops.softmax_covariance(h, weight, bias, lse, mean)
     yield "softmax_covariance", covariance[:few], exact_covariance, 1e-4
     u, totals = ops.softmax_sketch(h, weight, bias, lse, mean, rows.cuda(), 4, 9)

@@ -101,6 +101,19 @@ def test_softmax_topk_with_impossible_items() -> None:
     assert (p[:, 3:] == 0).all()
 
 
+def test_softmax_topk_of_a_row_that_is_not_a_number() -> None:
+    """The other rows are right, and its own ids can be looked up."""
+    h, weight, bias = layer(4, 900, 3)
+    h[2] = torch.nan
+    p, ids, _, _ = ops.softmax_topk(h, weight, bias, 5)
+    rest = [0, 1, 3]
+    assert torch.equal(ids[rest], softmax_topk_reference(h[rest], weight, bias, 5)[1])
+    assert p[2].isnan().all() and (ids >= 0).all() and (ids < 900).all()
+    weight[3] = torch.nan  # one item, in every row
+    p, ids, _, _ = ops.softmax_topk(h, weight, bias, 5)
+    assert p.isnan().all() and (ids >= 0).all() and (ids < 900).all()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_moments(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -179,7 +192,8 @@ def test_head_sqgrad(shape: tuple[int, int, int], sampled: bool) -> None:
         g = torch.Generator().manual_seed(1)
         ids = torch.randint(0, shape[1], (shape[0], 6), generator=g)  # with repetitions
         omega = torch.rand(shape[0], 6, generator=g)
-    start_w, start_b = torch.rand_like(weight), torch.rand_like(bias)
+    # Away from zero: where p = 1 the parts cancel, and the start is all that is left.
+    start_w, start_b = weight.square() + 1, bias.square() + 1
     found_w, found_b = start_w.clone(), start_b.clone()
     ops.head_sqgrad_(found_w, found_b, h, weight, bias, lse, ids, omega)
     exact_w, exact_b = head_sqgrad_reference(h, weight, bias, ids, omega)

@@ -143,6 +143,15 @@ def test_sample_distinct_with_fewer_possible_items_than_k() -> None:
     torch.testing.assert_close(omega, p)
 
 
+def test_sample_distinct_fills_up_inside_the_catalogue() -> None:
+    """The likely range ends after two items, and places past the last are no items."""
+    h, weight, bias = layer(5, 258, 2)
+    bias[:256] = -torch.inf
+    ids, omega = ops.sample_distinct(*drawn_from(h, weight, bias, torch.arange(5)), 4, 0)
+    assert all(len(set(row)) == 4 and {256, 257} <= set(row) for row in ids.tolist())
+    assert int(ids.max()) < 258 and omega.isfinite().all()
+
+
 def test_given_maximum_of_far_values() -> None:
     """The literal −log(e^−M − e^−Z + e^−G) where it can be evaluated, and where it cannot."""
     perturbed = torch.tensor([[0.3, 1.2, -2.0, -torch.inf]], dtype=torch.float64)

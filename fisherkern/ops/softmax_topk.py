@@ -45,23 +45,39 @@ class _OnlineTopk:
 
     def add(self, z: Tensor, start: int) -> Tensor:
         """Take from z (N, C) of the items from `start` on; returns z's row maxima (N,)."""
-        if self._values.shape[1] < self._k:
+        if missing := -z.shape[1] % _GROUP:
+            padded = torch.nn.functional.pad(z, (0, missing), value=-torch.inf)
+        else:
+            padded = z
+        groups = padded.unflatten(1, (-1, _GROUP))
+        peaks = groups.amax(dim=2)
+        least = self._least(peaks)
+        if least is None:
             ids = torch.arange(start, start + z.shape[1], device=z.device).expand(z.shape[0], -1)
             both = torch.cat((self._values, z), dim=1), torch.cat((self._ids, ids), dim=1)
             self._values, self._ids = _select(*both, min(self._k, both[0].shape[1]))
-            return z.amax(dim=1)
-        # Only what is larger than the least enters: among equal ones the lower ids, which
-        # came first, stay. After some tiles few groups of items have any.
-        if missing := -z.shape[1] % _GROUP:
-            z = torch.nn.functional.pad(z, (0, missing), value=-torch.inf)
-        groups = z.unflatten(1, (-1, _GROUP))
-        peaks, least = groups.amax(dim=2), self._values.amin(dim=1)
+            return peaks.amax(dim=1)
         row, group = (peaks > least[:, None]).nonzero().unbind(1)
         if len(row) > 0:
             few = groups[row, group]
             pair, place = (few > least[row, None]).nonzero().unbind(1)
             self._enter(row[pair], start + group[pair] * _GROUP + place, few[pair, place])
         return peaks.amax(dim=1)
+
+    def _least(self, peaks: Tensor) -> Tensor | None:
+        """What an item must exceed to be looked at (N,); None where all must be.
+
+        Among equal items the lower ids, which came first, stay: once there are k, only
+        larger ones enter, and after some tiles few groups have any. Before, k groups with
+        a maximum as large as the k-th largest of them hold k items as large as that.
+        """
+        if self._values.shape[1] == self._k:
+            return self._values.amin(dim=1)
+        if peaks.shape[1] < self._k:
+            return None
+        least = torch.topk(peaks, self._k, dim=1, sorted=False).values.amin(dim=1)
+        least = least.nextafter(torch.full_like(least, -torch.inf))
+        return least if bool(least.isfinite().all()) else None
 
     def _enter(self, row: Tensor, item: Tensor, value: Tensor) -> None:
         """Items (U,) with their rows, ascending, and logits."""
@@ -73,7 +89,11 @@ class _OnlineTopk:
         values[index, place], ids[index, place] = value, item
         values = torch.cat((self._values[rows], values), dim=1)
         ids = torch.cat((self._ids[rows], ids), dim=1)
-        self._values[rows], self._ids[rows] = _select(values, ids, self._k)
+        values, ids = _select(values, ids, self._k)
+        if len(rows) == len(self._values):
+            self._values, self._ids = values, ids
+        else:
+            self._values[rows], self._ids[rows] = values, ids
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(logits, ids), (N, k) each, the largest first."""
