@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fisherkern.data import SequenceDataset, load, synthetic
-from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, SASRec
+from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
 from fisherkern.fisher import (
@@ -16,6 +16,7 @@ from fisherkern.fisher import (
 )
 from fisherkern.merging import Preflight, align, merge, merge_files, preflight, recalibrate
 from fisherkern.objectives import (
+    EMKD,
     Attributes,
     CL4SRec,
     DuoRec,
@@ -39,12 +40,14 @@ __all__ = [
     "Caser",
     "DiagFisher",
     "DuoRec",
+    "EMKD",
     "GRU4Rec",
     "InputError",
     "LinearGrams",
     "MaskedItems",
     "NTXent",
     "NextItem",
+    "ParallelEncoders",
     "Preflight",
     "RepPad",
     "Report",

@@ -4,14 +4,21 @@ from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.bert4rec import BERT4Rec
 from fisherkern.encoders.caser import Caser
 from fisherkern.encoders.gru4rec import GRU4Rec
+from fisherkern.encoders.parallel import ParallelEncoders
+from fisherkern.encoders.registry import ENCODERS
 from fisherkern.encoders.sasrec import SASRec
 
-#: The encoders a model file may name, by class name.
-ENCODERS: dict[str, type[SequenceEncoder]] = {
-    "BERT4Rec": BERT4Rec,
-    "SASRec": SASRec,
-    "GRU4Rec": GRU4Rec,
-    "Caser": Caser,
-}
+#: What a model file may hold, by class name.
+MODELS: dict[str, type[SequenceEncoder]] = {**ENCODERS, "ParallelEncoders": ParallelEncoders}
 
-__all__ = ["BERT4Rec", "Batch", "Caser", "ENCODERS", "GRU4Rec", "SASRec", "SequenceEncoder"]
+__all__ = [
+    "BERT4Rec",
+    "Batch",
+    "Caser",
+    "ENCODERS",
+    "GRU4Rec",
+    "MODELS",
+    "ParallelEncoders",
+    "SASRec",
+    "SequenceEncoder",
+]

@@ -9,6 +9,7 @@ from fisherkern.objectives.base import Objective, TrainingSequences, WeightedSum
 from fisherkern.objectives.cl4srec import CL4SRec
 from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, SymmetricNoiseTolerant
 from fisherkern.objectives.duorec import DuoRec
+from fisherkern.objectives.emkd import EMKD
 from fisherkern.objectives.masked_items import MaskedItems
 from fisherkern.objectives.next_item import NextItem
 from fisherkern.objectives.reppad import RepPad
@@ -18,6 +19,7 @@ OBJECTIVES: dict[str, type] = {
     "Attributes": Attributes,
     "CL4SRec": CL4SRec,
     "DuoRec": DuoRec,
+    "EMKD": EMKD,
     "MaskedItems": MaskedItems,
     "NTXent": NTXent,
     "NextItem": NextItem,
@@ -59,6 +61,7 @@ __all__ = [
     "CL4SRec",
     "ContrastiveLoss",
     "DuoRec",
+    "EMKD",
     "MaskedItems",
     "NTXent",
     "NextItem",

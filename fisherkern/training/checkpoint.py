@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.encoders import ENCODERS, SequenceEncoder
+from fisherkern.encoders import MODELS, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import (
     atomic_path,
@@ -42,7 +42,7 @@ def save_model(
     """
     path = _model_path(path)
     name = type(model).__name__
-    if ENCODERS.get(name) is not type(model):
+    if MODELS.get(name) is not type(model):
         raise InputError(f"{path}: {name} is not an encoder that a model file can hold")
     about = {
         "class": name,
@@ -75,12 +75,12 @@ def load_model(path: PathLike) -> SequenceEncoder:
     if header.get("kind") != "model":
         raise InputError(f"{path}: not a model file of fisherkern")
     name = header.get("class")
-    if name not in ENCODERS:
-        raise InputError(f"{path}: unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
+    if name not in MODELS:
+        raise InputError(f"{path}: unknown encoder {name!r}; known: {', '.join(MODELS)}")
     try:
         # On the meta device nothing is drawn or allocated; the file's tensors move in below.
         with torch.device("meta"):
-            model = ENCODERS[name](**header["config"])
+            model = MODELS[name](**header["config"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: its config does not fit {name}: {error}") from None
     check_tensors(path, tensors, model.state_dict())

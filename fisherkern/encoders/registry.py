@@ -1,0 +1,15 @@
+"""The encoders by name."""
+
+from fisherkern.encoders.base import SequenceEncoder
+from fisherkern.encoders.bert4rec import BERT4Rec
+from fisherkern.encoders.caser import Caser
+from fisherkern.encoders.gru4rec import GRU4Rec
+from fisherkern.encoders.sasrec import SASRec
+
+#: The encoders that a model file, or a member of `ParallelEncoders`, may name, by class name.
+ENCODERS: dict[str, type[SequenceEncoder]] = {
+    "BERT4Rec": BERT4Rec,
+    "SASRec": SASRec,
+    "GRU4Rec": GRU4Rec,
+    "Caser": Caser,
+}
