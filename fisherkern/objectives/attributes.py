@@ -38,7 +38,7 @@ class AttributeTable:
         column = {number: index for index, number in enumerate(numbers)}
         rows: list[list[int]] = [[] for _ in range(data.num_items + 1)]
         for item, own in data.attributes.items():
-            rows[internal[item]] = sorted(column[number] for number in set(own))
+            rows[internal[item]] = [column[number] for number in own]
         counts = np.array([len(row) for row in rows])
         return cls(
             torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])),

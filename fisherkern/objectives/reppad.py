@@ -54,9 +54,10 @@ class RepPad(Objective):
         length = (tokens != 0).sum(dim=1, keepdim=True)
         back = torch.arange(width - 1, -1, -1, device=tokens.device)  # columns from the right
         place = back % (length + 1)
-        filled = tokens.gather(1, width - 1 - place).masked_fill(place == length, 0)
+        # Where place is n the column left of the sequence is read, which is padding: the delimiter.
+        filled = tokens.gather(1, width - 1 - place)
         if self.repeats == "random":
-            most = (width // length.clamp(min=1)).clamp(min=1)
+            most = width // length.clamp(min=1)
             draws = torch.rand(length.shape, generator=generator, dtype=torch.float64)
             copies = 1 + (draws.to(tokens.device) * most).long().minimum(most - 1)
             filled = filled.masked_fill(back >= (copies + 1) * (length + 1), 0)

@@ -48,29 +48,28 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
         ctx: Any, h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
         device = h.device.type
-        # Autocast reaches into this function, but knows nothing of the gradients made here.
+        # Autocast casts for a product, but not for what is written into or added to.
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         x, w = h.to(low), weight.to(low)
         total = weight.new_zeros(())
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
-        with torch.autocast(device, enabled=False):
-            for first in range(0, h.shape[0], rows):
-                part = slice(first, first + rows)
-                index = column[part, None]
-                logits = F.linear(x[part], w).to(weight.dtype)
-                if bias is not None:
-                    logits += bias
-                normaliser = logits.logsumexp(dim=1, keepdim=True)
-                total += (normaliser - logits.gather(1, index)).sum()
-                # p - 1[v = column], the gradient of the logits, in their place.
-                error = logits.sub_(normaliser).exp_()
-                error.scatter_add_(1, index, error.new_full(index.shape, -1.0))
-                if grad_bias is not None:
-                    grad_bias += error.sum(dim=0)
-                error = error.to(low)
-                grad_h[part] = error @ w
-                grad_weight += error.t() @ x[part]
+        for first in range(0, h.shape[0], rows):
+            part = slice(first, first + rows)
+            index = column[part, None]
+            logits = F.linear(x[part], w).to(weight.dtype)
+            if bias is not None:
+                logits += bias
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            total += (normaliser - logits.gather(1, index)).sum()
+            # p - 1[v = column], the gradient of the logits, in their place.
+            error = logits.sub_(normaliser).exp_()
+            error.scatter_add_(1, index, error.new_full(index.shape, -1.0))
+            if grad_bias is not None:
+                grad_bias += error.sum(dim=0)
+            error = error.to(low)
+            grad_h[part] = error @ w
+            grad_weight += error.t() @ x[part]
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         return total / h.shape[0]
 
