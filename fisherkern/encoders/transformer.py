@@ -22,6 +22,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
+        self._scale = (dim // heads) ** -0.5
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
@@ -32,13 +33,13 @@ class SelfAttention(nn.Module):
         """`queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1, 1 or Q, T)."""
         if queries.shape[1] == 1 and not self.training:
             return self._of_one(queries[:, 0], x, hidden[:, :, 0])[:, None]
-        q = self._split(self.query(queries))
+        # Whatever can be is done to q and in place: of (N, heads, Q, T) tensors the softmax alone
+        # is kept for the backward pass, which goes through them once.
+        q = self._split(self.query(queries) * self._scale)
         k = self._split(self.key(x))
         v = self._split(self.value(x))
-        # In place: of (N, heads, Q, T) tensors only the softmax is kept for the backward pass.
-        scores = (q @ k.transpose(2, 3)).mul_(q.shape[-1] ** -0.5)
-        # The lowest finite number, not -inf: a row that is all padding must not become NaN.
-        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+        scores = q @ k.transpose(2, 3)
+        scores = scores.add_(_lowest(hidden, scores.dtype))
         context = self.dropout(scores.softmax(dim=-1)) @ v
         return self.output(context.transpose(1, 2).flatten(2))
 
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
         qᵀ(K x_t + c) = (Kᵀq)ᵀx_t + qᵀc and Σ_t a_t (V x_t + d) = V Σ_t a_t x_t + d, head by
         head: D·heads products a position in place of 2 D², forward and backward.
         """
-        q = self.query(queries).unflatten(1, (self.heads, -1))
+        q = (self.query(queries) * self._scale).unflatten(1, (self.heads, -1))
         width = q.shape[2]
         rows = [slice(i * width, (i + 1) * width) for i in range(self.heads)]
         seen, offsets = [], []
@@ -56,14 +57,22 @@ class SelfAttention(nn.Module):
             seen.append(q[:, i] @ self.key.weight[part])
             offsets.append(F.linear(q[:, i], self.key.bias[part][None]))
         scores = torch.stack(seen, dim=1) @ x.transpose(1, 2) + torch.stack(offsets, dim=1)
-        scores = (scores * width**-0.5).masked_fill(hidden, torch.finfo(scores.dtype).min)
-        mixed = scores.softmax(dim=-1) @ x
+        mixed = scores.add_(_lowest(hidden, scores.dtype)).softmax(dim=-1) @ x
         values, bias = self.value.weight, self.value.bias
         heads = [F.linear(mixed[:, i], values[part], bias[part]) for i, part in enumerate(rows)]
         return self.output(torch.cat(heads, dim=1))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+def _lowest(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What takes the scores out of the softmax where `hidden`, zero elsewhere.
+
+    The lowest finite number, not -inf: a row that is all padding must not become NaN.
+    """
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill_(hidden, torch.finfo(dtype).min)
 
 
 class FeedForward(nn.Module):
