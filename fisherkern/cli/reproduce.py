@@ -8,25 +8,74 @@ from pathlib import Path
 from typing import Any
 
 from fisherkern.cli.common import command, out_folder
+from fisherkern.cli.options import add_flag
 from fisherkern.errors import InputError
-from fisherkern.experiments import MEMBERS, Story, run
+from fisherkern.experiments import MEMBERS, TABLES, Story, run, run_table
+
+# Settings that have a flag of another form, or none.
+LEFT_OUT = ("data", "seed", "members")
 
 
 def add_reproduce(commands: Any) -> None:
     parser = command(commands, "reproduce", _reproduce, "an experiment on real data")
-    parser.add_argument("experiment", choices=["merge"])
-    parser.add_argument("--members", choices=MEMBERS, default="shards")
-    for field in dataclasses.fields(Story):
-        if field.name not in ("data", "members", "seed"):
-            kind = type(field.default)
-            name = "--" + field.name.replace("_", "-")
-            parser.add_argument(name, type=kind, default=field.default, metavar=kind.__name__)
+    parser.add_argument("experiment", choices=["merge", *TABLES])
+    parser.add_argument("--members", choices=MEMBERS, help="of merge")
+    parser.add_argument("--seeds", type=int, help="of a table: how many, from --seed on (1)")
+    parser.add_argument("--time-limit", type=float, metavar="MIN", help="of a table: then go on")
+    group = parser.add_argument_group(
+        "settings", "each experiment has its own, and other defaults on other data"
+    )
+    for name, field in _settings().items():
+        add_flag(group, name, str(field.type), None)
+
+
+def _settings() -> dict[str, dataclasses.Field[Any]]:
+    """The settings of all experiments by name."""
+    experiments: list[Any] = [Story, *TABLES.values()]
+    return {
+        field.name: field
+        for experiment in experiments
+        for field in dataclasses.fields(experiment)
+        if field.name not in LEFT_OUT
+    }
 
 
 def _reproduce(options: argparse.Namespace) -> None:
     if options.data is None:
         raise InputError("--data: name a data set (ml-1m, beauty) or a file")
-    names = [field.name for field in dataclasses.fields(Story)]
-    story = Story(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in _settings()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.members is not None:
+        given["members"] = options.members
+    if options.experiment == "merge":
+        _merge(options, given)
+        return
+    _check(options.experiment, TABLES[options.experiment], given)
+    seeds = 1 if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise InputError(f"--seeds: must be at least 1, got {seeds}")
+    run_table(
+        TABLES[options.experiment].on(options.data, **given),
+        out_folder(options, f"{options.experiment}-{Path(options.data).stem}"),
+        seeds=range(options.seed, options.seed + seeds),
+        time_limit=options.time_limit,
+        progress=not options.quiet,
+    )
+
+
+def _merge(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    for name in ("seeds", "time_limit"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
+    _check("merge", Story, given)
+    story = Story(data=options.data, seed=options.seed, **given)
     default = f"merge-{Path(options.data).stem}-{story.members}-{story.seed}"
     run(story, out_folder(options, default), progress=not options.quiet)
+
+
+def _check(experiment: str, kind: Any, given: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in given:
+        if name not in known:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: the experiment {experiment} has no such setting")

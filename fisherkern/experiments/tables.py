@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fisherkern.evaluation import Report, compare
 
 CONTROL = "all users, same compute"
@@ -59,6 +61,86 @@ def story_table(rows: Sequence[Mapping[str, Any]], protocol: str) -> str:
             f" | {_difference(row['over_best_member'])} | {_difference(row['over_all_users'])}"
             f" | {'' if share is None or row['best_member'] else f'{100 * share:.0f} %'} |"
         )
+    return "\n".join(lines)
+
+
+def comparison_rows(
+    reports: Mapping[str, tuple[Report, Report]],
+    references: Mapping[str, Sequence[str]],
+    ensemble: str | None,
+) -> list[dict[str, Any]]:
+    """One JSON row per model that there is a report of, in the order of `reports`.
+
+    `reports`: name -> (validation, test). `references`: a column's title -> names, of which the
+    one with the highest validation NDCG@10 is what the column compares with; None as long as one
+    of them is missing. share_of_ensemble_gain is (model - r) / (ensemble - r) in test NDCG@10,
+    r the first column's reference; None where that is not defined or the gain is not positive.
+    """
+    best = {
+        title: max(names, key=lambda name: reports[name][0][METRIC])
+        for title, names in references.items()
+        if all(name in reports for name in names)
+    }
+    first = best.get(next(iter(references)))
+    gain = 0.0
+    if first is not None and ensemble is not None and ensemble in reports:
+        gain = reports[ensemble][1][METRIC] - reports[first][1][METRIC]
+    rows = []
+    for name, (validation, test) in reports.items():
+        over: dict[str, Any] = dict.fromkeys(references)
+        for title, reference in best.items():
+            difference = compare(test, reports[reference][1])[METRIC]
+            over[title] = {"model": reference, **dataclasses.asdict(difference)}
+        share = None
+        if first is not None and gain > 0:
+            share = (test[METRIC] - reports[first][1][METRIC]) / gain
+        rows.append(
+            {
+                "model": name,
+                "validation_ndcg@10": validation[METRIC],
+                **test,
+                "over": over,
+                "share_of_ensemble_gain": share,
+            }
+        )
+    return rows
+
+
+def mean_reports(reports: Sequence[Report]) -> Report:
+    """Every user's metrics averaged over reports of the same users, one per seed.
+
+    Its intervals are over users, for these seeds. `ranks` are means as well.
+    """
+    return dataclasses.replace(
+        reports[0],
+        per_user={
+            metric: np.mean([report.per_user[metric] for report in reports], axis=0)
+            for metric in reports[0]
+        },
+        ranks=np.mean([report.ranks for report in reports], axis=0),
+    )
+
+
+def comparison_table(
+    rows: Sequence[Mapping[str, Any]], titles: Sequence[str], paper: Mapping[str, str]
+) -> str:
+    """`comparison_rows` as Markdown; `paper` is what a paper reports, by row."""
+    shares = any(row["share_of_ensemble_gain"] is not None for row in rows)
+    heads = ["NDCG@10", "HR@10", "validation NDCG@10", *(f"over {title}" for title in titles)]
+    heads += ["share of the ensemble's gain"] * shares + ["paper"] * bool(paper)
+    lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    references = {row["over"][titles[0]]["model"] for row in rows if row["over"][titles[0]]}
+    for row in rows:
+        cells = [f"{row[metric]:.4f}" for metric in (METRIC, "hr@10", f"validation_{METRIC}")]
+        cells += [_difference(row["over"][title]) if row["over"][title] else "" for title in titles]
+        share = row["share_of_ensemble_gain"]
+        if shares:
+            shown = share is not None and row["model"] not in references
+            cells.append(f"{100 * share:.0f} %" if shown else "")
+        if paper:
+            cells.append(paper.get(row["model"], ""))
+        name = f"{row['model']} ({titles[0]})" if row["model"] in references else row["model"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,95 @@
+"""Members that are to become one model, and the rows of the rules that merge them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fisherkern.data import SequenceDataset
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.evaluation import ScoreEnsemble
+from fisherkern.experiments.lab import Lab
+from fisherkern.fisher import DiagFisher
+
+Make = Callable[[], SequenceEncoder]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Members by name, made when a row needs them.
+
+    data: what each member was trained on and its Fisher is taken on; None is all of the lab's.
+    sequences, top_k: training pairs of every Fisher, and K of the sampler "topk". suffix: put after
+    the rules' names, for a second family in one table. fit: made of every merge, to bring it
+    to the data's catalogue.
+    """
+
+    lab: Lab
+    members: Mapping[str, Make]
+    sequences: int
+    data: Mapping[str, SequenceDataset] | None = None
+    top_k: int = 30
+    suffix: str = ""
+    fit: Callable[[SequenceEncoder], SequenceEncoder] | None = None
+
+    def models(self) -> list[SequenceEncoder]:
+        return [make() for make in self.members.values()]
+
+    def fishers(self, sampler: str) -> list[DiagFisher]:
+        how: dict[str, Any] = {"k": self.top_k} if sampler == "topk" else {}
+        return [
+            self.lab.fisher(
+                f"{name}, {sampler}",
+                make(),
+                sequences=self.sequences,
+                data=None if self.data is None else self.data[name],
+                sampler=sampler,
+                **how,
+            )
+            for name, make in self.members.items()
+        ]
+
+    def merge(
+        self,
+        name: str,
+        *,
+        fishers: Callable[[], Sequence[Any]] | None = None,
+        base: Make | None = None,
+        **how: Any,
+    ) -> dict[str, Callable[[], nn.Module]]:
+        """The row `name` of one merge; the arguments of `merge`, with these two called first."""
+        name += self.suffix
+
+        def make() -> SequenceEncoder:
+            late: dict[str, Any] = {}
+            if fishers is not None:
+                late["fishers"] = fishers()
+            if base is not None:
+                late["base"] = base()
+            found = self.lab.merged(name, self.models(), **how, **late)
+            return found if self.fit is None else self.fit(found)
+
+        return {name: make}
+
+    def fisher_merges(
+        self, samplers: Sequence[str] = ("exact",), floors: Sequence[float] = (0.1, 1.0)
+    ) -> dict[str, Callable[[], nn.Module]]:
+        """A row for every sampler and floor; the sampler is named where there are several."""
+        rows: dict[str, Callable[[], nn.Module]] = {}
+        for sampler in samplers:
+            title = "Fisher merge" if len(samplers) == 1 else f"Fisher merge, {sampler}"
+
+            def fishers(sampler: str = sampler) -> list[DiagFisher]:
+                return self.fishers(sampler)
+
+            for floor in floors:
+                name = f"{title}, floor {floor:g}"
+                rows |= self.merge(name, method="fisher", fishers=fishers, floor=floor)
+        return rows
+
+    def ensemble(self) -> dict[str, Callable[[], nn.Module]]:
+        """The row of the members' averaged scores."""
+        return {f"score ensemble{self.suffix}": lambda: ScoreEnsemble(self.models())}
