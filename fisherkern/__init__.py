@@ -26,7 +26,7 @@ from fisherkern.objectives import (
     RepPad,
     SymmetricNoiseTolerant,
 )
-from fisherkern.training import TrainingSettings, load_model, save_model, train
+from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
 
 try:
     __version__ = version("fisherkern")
@@ -72,4 +72,5 @@ __all__ = [
     "save_model",
     "synthetic",
     "train",
+    "train_peers",
 ]

@@ -2,6 +2,15 @@
 
 from fisherkern.training.checkpoint import load_model, save_model
 from fisherkern.training.loop import TrainingLog, train
+from fisherkern.training.peers import PeersLog, train_peers
 from fisherkern.training.settings import TrainingSettings
 
-__all__ = ["TrainingLog", "TrainingSettings", "load_model", "save_model", "train"]
+__all__ = [
+    "PeersLog",
+    "TrainingLog",
+    "TrainingSettings",
+    "load_model",
+    "save_model",
+    "train",
+    "train_peers",
+]

@@ -62,7 +62,7 @@ class TrainingLog:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Saving:
+class Saving:
     """Where the state goes, and when."""
 
     path: PathLike | None
@@ -117,6 +117,18 @@ def train(
     Raises InputError for settings out of range, data of another catalogue size, the state of
     another run, a missing TensorBoard, and a loss, gradient or score that is not finite.
     """
+    chosen = checked_settings(model, data, validate, settings)
+    saving = Saving(state, save_every, save_every_steps, save_every_seconds)
+    objective = MaskedItems(0.2) if objective is None else objective
+    with Scalars(log_dir if processes.rank() == 0 else None) as scalars:
+        run = Run(model, data, objective, chosen, validate, on_epoch, saving, scalars)
+        return run.go(progress and processes.rank() == 0)
+
+
+def checked_settings(
+    model: SequenceEncoder, data: TrainingData, validate: Validate | None, settings: dict[str, Any]
+) -> TrainingSettings:
+    """The settings with `max_len` filled in; raises InputError where they do not fit the rest."""
     chosen = TrainingSettings(**settings)
     max_len = model.max_len if chosen.max_len is None else chosen.max_len
     chosen = dataclasses.replace(chosen, max_len=max_len)
@@ -126,15 +138,11 @@ def train(
         raise InputError(f"max_len = {max_len} exceeds the model's {model.max_len}")
     if chosen.patience is not None and validate is None:
         raise InputError("patience needs validate, which gives the score of an epoch")
-    saving = _Saving(state, save_every, save_every_steps, save_every_seconds)
-    objective = MaskedItems(0.2) if objective is None else objective
-    with Scalars(log_dir if processes.rank() == 0 else None) as scalars:
-        run = _Run(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and processes.rank() == 0)
+    return chosen
 
 
-class _Run:
-    """One call of `train`."""
+class Run:
+    """A model on its way: one call of `train`, or one of the peers in `train_peers`."""
 
     def __init__(
         self,
@@ -144,7 +152,7 @@ class _Run:
         settings: TrainingSettings,
         validate: Validate | None,
         on_epoch: OnEpoch | None,
-        saving: _Saving,
+        saving: Saving,
         scalars: Scalars,
     ) -> None:
         self.started = time.perf_counter()

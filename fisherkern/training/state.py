@@ -44,6 +44,15 @@ class Progress:
             return False
         return sum(epoch > best for epoch in self.scores) >= patience
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; `from_json` gives the object back."""
+        return dataclasses.asdict(self) | {"scores": list(self.scores.items())}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Progress:
+        scores = {int(epoch): score for epoch, score in fields["scores"]}
+        return cls(**{**fields, "scores": scores})
+
 
 @dataclasses.dataclass
 class Trainee:
@@ -99,15 +108,8 @@ def save_state(
 
     No clock time is in the file: the same run gives the same bytes.
     """
-    tensors = trainee.tensors()
-    tensors |= {f"best.{name}": tensor for name, tensor in trainee.best.items()}
-    for name, parameter in trainee.parameters().items():
-        moments = trainee.optimizer.state[parameter]
-        tensors |= {f"{key}.{name}": moments[key] for key in MOMENTS if key in moments}
-        if "step" in moments:
-            tensors[f"steps.{name}"] = moments["step"]
-    reached = dataclasses.asdict(progress) | {"scores": list(progress.scores.items())}
-    save_tensors(path, tensors, {"kind": "training", "run": run, "progress": reached})
+    about = {"kind": "training", "run": run, "progress": progress.to_json()}
+    save_tensors(path, contents(trainee), about)
 
 
 def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Progress:
@@ -119,13 +121,35 @@ def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Prog
     tensors, header = load_tensors(path)
     if header.get("kind") != "training" or "progress" not in header:
         raise InputError(f"{path}: not a training state")
-    saved = header["run"]
+    check_run(path, header["run"], run)
+    restore(path, trainee, tensors)
+    return Progress.from_json(header["progress"])
+
+
+def contents(trainee: Trainee) -> dict[str, Tensor]:
+    """All tensors that `restore` needs, by name."""
+    tensors = trainee.tensors()
+    tensors |= {f"best.{name}": tensor for name, tensor in trainee.best.items()}
+    for name, parameter in trainee.parameters().items():
+        moments = trainee.optimizer.state[parameter]
+        tensors |= {f"{key}.{name}": moments[key] for key in MOMENTS if key in moments}
+        if "step" in moments:
+            tensors[f"steps.{name}"] = moments["step"]
+    return tensors
+
+
+def check_run(path: PathLike, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raise InputError unless the run in a file is this one."""
     for name in sorted(run.keys() | saved.keys()):
         if saved.get(name) != run.get(name):
             raise InputError(
                 f"{path}: belongs to a run with {name} = {saved.get(name)}, "
                 f"not {run.get(name)}; remove it or use another state file"
             )
+
+
+def restore(path: PathLike, trainee: Trainee, tensors: Mapping[str, Tensor]) -> None:
+    """Put `contents` from a file into `trainee`; raises InputError if they do not fit."""
     own, parameters = trainee.tensors(), trainee.parameters()
     expected = dict(own)
     if any(name.startswith("best.") for name in tensors):
@@ -145,6 +169,3 @@ def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Prog
         moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
         moments["step"] = tensors[f"steps.{name}"].to(parameter.device)
         trainee.optimizer.state[parameter] = moments
-    progress = dict(header["progress"])
-    progress["scores"] = {int(epoch): score for epoch, score in progress["scores"]}
-    return Progress(**progress)
