@@ -17,10 +17,18 @@ from fisherkern.cli.common import command, finish, load_data, out_folder, over_c
 from fisherkern.cli.options import add_flag
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
-from fisherkern.encoders import ENCODERS, SequenceEncoder
+from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import evaluate
-from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NextItem, Objective, from_settings
+from fisherkern.objectives import (
+    EMKD,
+    CL4SRec,
+    DuoRec,
+    MaskedItems,
+    NextItem,
+    Objective,
+    from_settings,
+)
 from fisherkern.training import TrainingSettings, load_model, processes, save_model, train
 from fisherkern.training.settings import CHOICES
 
@@ -34,13 +42,18 @@ def add_train(commands: Any) -> None:
     parser.add_argument("--config", type=Path, help="arguments by name in JSON, as in result.json")
     parser.add_argument("--init", type=Path, help="a checkpoint to start from")
     parser.add_argument("--encoder", choices=list(ENCODERS), help="default: BERT4Rec")
+    parser.add_argument(
+        "--networks", type=int, help="train so many in parallel, each from a seed, or from --init"
+    )
+    parser.add_argument("--noise", type=float, default=0.0, help="of --networks from --init")
     group = parser.add_argument_group("arguments of the encoder, with its own defaults")
     for name, parameter in encoder_arguments().items():
         add_flag(group, name, str(parameter.annotation), None)
     group = parser.add_argument_group("objective")
     group.add_argument(
         "--objective",
-        help="masked, next, or an objective's settings in JSON (default: what suits the encoder)",
+        help="masked, next, emkd, or an objective's settings in JSON "
+        "(default: what suits the encoder; emkd with --networks)",
     )
     group.add_argument("--mask-ratio", type=float, default=0.2, help="of --objective masked")
     group.add_argument("--contrastive", choices=list(CONTRASTIVE), help="added to the objective")
@@ -83,7 +96,7 @@ def _train(options: argparse.Namespace) -> None:
         log = train(
             model.to(device),
             data,
-            objective=_objective(options, model),
+            objective=_objective(options, model, data),
             validate=_score(options, data) if validating else None,
             validate_every=options.validate_every or 1,
             state=out / "state.safetensors",
@@ -96,6 +109,9 @@ def _train(options: argparse.Namespace) -> None:
         return
     report = evaluate(model, data, split="validation", progress=not options.quiet)
     save_model(model, out / "model.safetensors", metrics=dict(report))
+    if isinstance(model, ParallelEncoders):
+        for index, member in enumerate(model.networks):
+            save_model(member, out / f"member{index}.safetensors")
     if log.ema is not None:
         averaged = evaluate(log.ema, data, split="validation", progress=not options.quiet)
         save_model(log.ema, out / "ema.safetensors", metrics=dict(averaged))
@@ -135,29 +151,50 @@ def _model(
             if found.get(name) != value:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag}: {options.init} has {found.get(name)}, not {value}")
+        if options.networks is not None:
+            model = ParallelEncoders.copies(model, options.networks, options.noise, options.seed)
         return model, over_catalogue_of(model, data, options.init)
     encoder = ENCODERS[options.encoder or "BERT4Rec"]
     known = inspect.signature(encoder).parameters
     for name in given:
         if name not in known:
             raise InputError(f"--{name.replace('_', '-')}: {encoder.__name__} has no {name}")
+    if options.networks is not None:
+
+        def make() -> SequenceEncoder:
+            return encoder(data.num_items, **given)
+
+        return ParallelEncoders.seeded(make, options.networks, options.seed), data
     torch.manual_seed(options.seed)
     return encoder(data.num_items, **given), data
 
 
-def _objective(options: argparse.Namespace, model: SequenceEncoder) -> Objective:
-    text = options.objective or ("masked" if hasattr(model, "mask_token") else "next")
-    if text == "masked":
-        objective: Objective = MaskedItems(options.mask_ratio)
+def _objective(
+    options: argparse.Namespace, model: SequenceEncoder, data: SequenceDataset
+) -> Objective:
+    parallel = isinstance(model, ParallelEncoders)
+    fitting = "masked" if hasattr(model, "mask_token") else "next"
+    text = options.objective or ("emkd" if parallel else fitting)
+    if text == "emkd":
+        if not isinstance(model, ParallelEncoders):
+            raise InputError("--objective: emkd trains several networks; give --networks")
+        objective: Objective = EMKD(
+            attribute_weight=1.0 if data.attributes else 0.0,
+            networks=len(model.networks),
+            dim=model.networks[0].dim,
+        )
+    elif text == "masked":
+        objective = MaskedItems(options.mask_ratio)
     elif text == "next":
         objective = NextItem(last_only=not getattr(model, "causal", False))
     else:
         try:
-            objective = from_settings(json.loads(text))
-        except (json.JSONDecodeError, AttributeError):
-            raise InputError(
-                f"--objective: {text!r} is neither masked, next, nor a JSON object"
-            ) from None
+            settings = json.loads(text)
+        except json.JSONDecodeError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise InputError(f"--objective: {text!r} is neither masked, next, emkd, nor a JSON object")
+        objective = from_settings(settings)
     if options.contrastive is not None:
         objective = objective + options.contrastive_weight * CONTRASTIVE[options.contrastive]()
     return objective
