@@ -193,7 +193,8 @@ def _objective(
         except json.JSONDecodeError:
             settings = None
         if not isinstance(settings, dict):
-            raise InputError(f"--objective: {text!r} is neither masked, next, emkd, nor a JSON object")
+            known = "masked, next, emkd"
+            raise InputError(f"--objective: {text!r} is neither {known}, nor a JSON object")
         objective = from_settings(settings)
     if options.contrastive is not None:
         objective = objective + options.contrastive_weight * CONTRASTIVE[options.contrastive]()
