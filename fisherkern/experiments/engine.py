@@ -53,7 +53,7 @@ class Experiment:
 
     #: Fields that differ from the defaults above on a data set, by its name.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    #: The row whose gain over the first reference the others' is given as a share of.
+    #: The row of whose gain over the first reference the others' shares are given.
     ENSEMBLE: ClassVar[str | None] = None
     #: What a paper reports on ML-1M, by row, and what to know of it; shown for that data alone.
     PAPER: ClassVar[Mapping[str, str]] = {}
@@ -80,13 +80,20 @@ class Experiment:
         raise NotImplementedError
 
     def references(self) -> dict[str, Sequence[str]]:
-        """A column's title -> the rows of which the best on validation is what it compares with."""
+        """A column's title -> the rows of which the best on validation is what it compares with.
+
+        The first column's reference, where it is chosen, is marked in the table.
+        """
         raise NotImplementedError
 
-    def bert4rec(self, lab: Lab, **changes: Any) -> BERT4Rec:
-        """An untrained encoder of these settings."""
-        sizes = {name: getattr(self, name) for name in ("max_len", "dim", "layers", "heads")}
-        return lab.fresh(BERT4Rec, dropout=self.dropout, **{**sizes, **changes})
+    def sizes(self) -> dict[str, Any]:
+        """The arguments of a Transformer encoder."""
+        names = ("max_len", "dim", "layers", "heads", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def untrained(self, lab: Lab, *, offset: int = 0) -> SequenceEncoder:
+        """The encoder that a base, or a member from scratch, starts as."""
+        return lab.fresh(BERT4Rec, offset=offset, **self.sizes())
 
     def training(self) -> dict[str, Any]:
         """The arguments of `Lab.train` that all models share."""
@@ -101,7 +108,7 @@ class Experiment:
         if lab.given_base is not None:
             return lab.given_base
         settings = {"epochs": epochs, "seed": lab.seed, **self.training()}
-        return lab.train("base", lambda: self.bert4rec(lab), objective, **settings)
+        return lab.train("base", lambda: self.untrained(lab), objective, **settings)
 
     def given_base(self, data: SequenceDataset) -> SequenceEncoder | None:
         """The model of the file `base`, checked against the data."""

@@ -59,7 +59,7 @@ class Family:
         fishers: Callable[[], Sequence[Any]] | None = None,
         base: Make | None = None,
         **how: Any,
-    ) -> dict[str, Callable[[], nn.Module]]:
+    ) -> dict[str, Make]:
         """The row `name` of one merge; the arguments of `merge`, with these two called first."""
         name += self.suffix
 
@@ -70,15 +70,15 @@ class Family:
             if base is not None:
                 late["base"] = base()
             found = self.lab.merged(name, self.models(), **how, **late)
-            return found if self.fit is None else self.fit(found)
+            return self.fitted(found)
 
         return {name: make}
 
     def fisher_merges(
         self, samplers: Sequence[str] = ("exact",), floors: Sequence[float] = (0.1, 1.0)
-    ) -> dict[str, Callable[[], nn.Module]]:
+    ) -> dict[str, Make]:
         """A row for every sampler and floor; the sampler is named where there are several."""
-        rows: dict[str, Callable[[], nn.Module]] = {}
+        rows: dict[str, Make] = {}
         for sampler in samplers:
             title = "Fisher merge" if len(samplers) == 1 else f"Fisher merge, {sampler}"
 
@@ -92,4 +92,10 @@ class Family:
 
     def ensemble(self) -> dict[str, Callable[[], nn.Module]]:
         """The row of the members' averaged scores."""
-        return {f"score ensemble{self.suffix}": lambda: ScoreEnsemble(self.models())}
+        return {f"score ensemble{self.suffix}": self._ensemble}
+
+    def fitted(self, model: SequenceEncoder) -> SequenceEncoder:
+        return model if self.fit is None else self.fit(model)
+
+    def _ensemble(self) -> ScoreEnsemble:
+        return ScoreEnsemble([self.fitted(model) for model in self.models()])

@@ -81,22 +81,23 @@ def comparison_rows(
         for title, names in references.items()
         if all(name in reports for name in names)
     }
-    first = best.get(next(iter(references)))
-    gain = 0.0
+    title = next(iter(references))
+    first, gain = best.get(title), None
     if first is not None and ensemble is not None and ensemble in reports:
-        gain = reports[ensemble][1][METRIC] - reports[first][1][METRIC]
+        gain = compare(reports[ensemble][1], reports[first][1])[METRIC]
     rows = []
     for name, (validation, test) in reports.items():
         over: dict[str, Any] = dict.fromkeys(references)
-        for title, reference in best.items():
+        for column, reference in best.items():
             difference = compare(test, reports[reference][1])[METRIC]
-            over[title] = {"model": reference, **dataclasses.asdict(difference)}
+            over[column] = {"model": reference, **dataclasses.asdict(difference)}
         share = None
-        if first is not None and gain > 0:
-            share = (test[METRIC] - reports[first][1][METRIC]) / gain
+        if gain is not None and gain.low > 0:
+            share = over[title]["mean"] / gain.mean
         rows.append(
             {
                 "model": name,
+                "chosen": name == first and len(references[title]) > 1,
                 "validation_ndcg@10": validation[METRIC],
                 **test,
                 "over": over,
@@ -129,17 +130,15 @@ def comparison_table(
     heads = ["NDCG@10", "HR@10", "validation NDCG@10", *(f"over {title}" for title in titles)]
     heads += ["share of the ensemble's gain"] * shares + ["paper"] * bool(paper)
     lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    references = {row["over"][titles[0]]["model"] for row in rows if row["over"][titles[0]]}
     for row in rows:
         cells = [f"{row[metric]:.4f}" for metric in (METRIC, "hr@10", f"validation_{METRIC}")]
         cells += [_difference(row["over"][title]) if row["over"][title] else "" for title in titles]
         share = row["share_of_ensemble_gain"]
         if shares:
-            shown = share is not None and row["model"] not in references
-            cells.append(f"{100 * share:.0f} %" if shown else "")
+            cells.append("" if share is None or row["chosen"] else f"{100 * share:.0f} %")
         if paper:
             cells.append(paper.get(row["model"], ""))
-        name = f"{row['model']} ({titles[0]})" if row["model"] in references else row["model"]
+        name = f"{row['model']} ({titles[0]})" if row["chosen"] else row["model"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

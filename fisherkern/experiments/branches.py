@@ -1,0 +1,140 @@
+"""Members far apart, from scratch or by long branches: what alignment gives back to the rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import ClassVar
+
+from torch import nn
+
+from fisherkern.encoders import SASRec, SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.family import Family
+from fisherkern.experiments.lab import Lab
+from fisherkern.merging import align, recalibrate
+from fisherkern.objectives import MaskedItems, NextItem, Objective
+
+Members = Mapping[str, Callable[[], SequenceEncoder]]
+
+ENCODERS = ("BERT4Rec", "SASRec")
+ALIGNED, PERMUTED = ", aligned", ", aligned by permutations"
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches(Experiment):
+    """Members that differ in their seeds, and every rule on them as they are and aligned.
+
+    base_epochs: passes of the base they branch from; 0 gives every member an initialisation of its
+    own. member_epochs: of each member after that. encoder: "BERT4Rec" with masked items, whose
+    symmetries outside the heads are permutations, or "SASRec" with the next item, pre-norm and
+    an output layer of its own, whose residual stream `align` may rotate: then both alignments
+    are in the table.
+    """
+
+    encoder: str = "BERT4Rec"
+    count: int = 3
+    mask_ratio: float = 0.2
+    base_epochs: int = 0
+    member_epochs: int = 80
+    fisher_sequences: int = 2000
+
+    PRESETS: ClassVar = {
+        "beauty": {
+            "max_len": 20,
+            "dropout": 0.3,
+            "mask_ratio": 0.4,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "member_epochs": 45,
+        },
+    }
+    ENSEMBLE: ClassVar = "score ensemble"
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ENCODERS:
+            raise InputError(f"encoder: {self.encoder!r} is not one of {', '.join(ENCODERS)}")
+        if self.count < 2:
+            raise InputError(f"count: must be at least 2, got {self.count}")
+        if self.base is not None and self.base_epochs:
+            raise InputError("base: a model to start from needs no base_epochs")
+
+    def names(self) -> list[str]:
+        return [f"member {number + 1}" for number in range(self.count)]
+
+    def references(self) -> dict[str, Sequence[str]]:
+        return {"best member": self.names(), "uniform merge": ["uniform merge"]}
+
+    def untrained(self, lab: Lab, *, offset: int = 0) -> SequenceEncoder:
+        if self.encoder == "BERT4Rec":
+            return super().untrained(lab, offset=offset)
+        return lab.fresh(SASRec, offset=offset, tied=False, bias=True, **self.sizes())
+
+    def rows(self, lab: Lab) -> Rows:
+        rotates = self.encoder == "SASRec"
+        objective: Objective = NextItem() if rotates else MaskedItems(self.mask_ratio)
+        base = partial(self.common_base, lab, objective, self.base_epochs)
+        branching = self.base_epochs > 0 or lab.given_base is not None
+
+        def member(number: int, name: str) -> SequenceEncoder:
+            def start() -> SequenceEncoder:
+                # Runs of neighbouring seeds share no member.
+                return base() if branching else self.untrained(lab, offset=1000 * number)
+
+            return lab.train(
+                name,
+                start,
+                objective,
+                epochs=self.member_epochs,
+                seed=lab.seed + 1000 * number,
+                schedule="linear",
+                **self.training(),
+            )
+
+        numbered = enumerate(self.names(), start=1)
+        members: Members = {name: partial(member, n, name) for n, name in numbered}
+        families = {"": members, ALIGNED: self._aligned(lab, members, ALIGNED, rotate=rotates)}
+        if rotates:
+            families[PERMUTED] = self._aligned(lab, members, PERMUTED, rotate=False)
+        family_of = {
+            suffix: Family(lab, own, self.fisher_sequences, suffix=suffix)
+            for suffix, own in families.items()
+        }
+
+        def recalibrated() -> SequenceEncoder:
+            family, name = family_of[ALIGNED], f"uniform merge{ALIGNED}"
+            merged = family.merge(name.removesuffix(ALIGNED), method="uniform")[name]
+            loader = lab.data.loader(
+                split="train", max_len=self.max_len, limit=min(1000, lab.data.num_users)
+            )
+            return lab.model(
+                f"{name}, recalibrated", lambda: recalibrate(merged(), family.models(), loader)
+            )
+
+        rows: dict[str, Callable[[], nn.Module]] = {"base": base} if branching else {}
+        rows |= members
+        for family in family_of.values():
+            rows |= family.merge("uniform merge", method="uniform")
+            rows |= family.fisher_merges()
+        rows[f"uniform merge{ALIGNED}, recalibrated"] = recalibrated
+        return {**rows, **family_of[""].ensemble()}
+
+    def _aligned(
+        self,
+        lab: Lab,
+        members: Members,
+        suffix: str,
+        rotate: bool,
+    ) -> Members:
+        """The members after `align`, which is run once for all of them."""
+
+        @cache
+        def found() -> list[SequenceEncoder]:
+            return align([make() for make in members.values()], rotate=rotate)
+
+        def one(number: int, name: str) -> SequenceEncoder:
+            return lab.model(f"{name}{suffix}", lambda: found()[number])
+
+        return {f"{name}{suffix}": partial(one, n, name) for n, name in enumerate(members)}

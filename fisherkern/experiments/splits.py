@@ -1,0 +1,141 @@
+"""Members that fine-tune a base on different users, times or items."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fisherkern.data import SequenceDataset
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.family import Family
+from fisherkern.experiments.lab import Lab
+from fisherkern.experiments.parts import count_weights, over_items, places, training_part
+from fisherkern.objectives import MaskedItems
+
+BY = ("users", "time", "regions")
+CONTROL = "all data, as many windows as all members"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits(Experiment):
+    """A common base, members that each know a part of the data, and the merges.
+
+    by: "users", disjoint users at random; "time", consecutive slices of every user's training
+    items; "regions", disjoint users, each region with a catalogue of its own: a share `shared` of
+    the items is sold in all regions, every other one in a single region, and what its users did
+    with other items is unknown there. A region's model has rows for its own items alone; where it
+    is ranked over all, the base's rows stand in. parts: the number of members.
+    """
+
+    by: str = "users"
+    parts: int = 2
+    shared: float = 0.5
+    mask_ratio: float = 0.2
+    base_epochs: int = 60
+    member_epochs: int = 30
+    fisher_sequences: int = 2000
+
+    PRESETS: ClassVar = {
+        "beauty": {
+            "max_len": 20,
+            "dropout": 0.3,
+            "mask_ratio": 0.4,
+            "batch_size": 128,
+            "lr": 1e-3,
+            "base_epochs": 40,
+            "member_epochs": 15,
+        },
+    }
+    ENSEMBLE: ClassVar = "score ensemble"
+
+    def __post_init__(self) -> None:
+        if self.by not in BY:
+            raise InputError(f"by: {self.by!r} is not one of {', '.join(BY)}")
+        if self.parts < 2:
+            raise InputError(f"parts: must be at least 2, got {self.parts}")
+        if not 0 < self.shared <= 1:
+            raise InputError(f"shared: must be in (0, 1], got {self.shared}")
+
+    def names(self) -> list[str]:
+        return [f"member {number + 1}" for number in range(self.parts)]
+
+    def references(self) -> dict[str, Sequence[str]]:
+        return {
+            "best member": self.names(),
+            "uniform merge": ["uniform merge"],
+            "all data": [CONTROL],
+        }
+
+    def divided(self, data: SequenceDataset, seed: int) -> dict[str, SequenceDataset]:
+        """Each member's data."""
+        random = np.random.default_rng(seed)
+        lengths = np.diff(data.offsets)
+        if self.by == "time":
+            share = places(data) / np.repeat(np.maximum(lengths - 2, 1), lengths)
+            own = np.minimum((share * self.parts).astype(int), self.parts)
+            masks = [own == number for number in range(self.parts)]
+            return {
+                n: training_part(data, mask) for n, mask in zip(self.names(), masks, strict=True)
+            }
+        region = np.repeat(random.permutation(data.num_users) % self.parts, lengths)
+        sold = random.permutation(data.num_items) % self.parts
+        if self.by == "users":
+            sold[:] = -1
+        else:
+            sold[random.random(data.num_items) < self.shared] = -1
+        found = {}
+        for number, name in enumerate(self.names()):
+            here = (sold == -1) | (sold == number)
+            ids = [item for item, kept in zip(data.item_ids, here, strict=True) if kept]
+            found[name] = training_part(data, (region == number) & here[data.items - 1], ids)
+        return found
+
+    def rows(self, lab: Lab) -> Rows:
+        objective, data = MaskedItems(self.mask_ratio), self.divided(lab.data, lab.seed)
+        base = partial(self.common_base, lab, objective, self.base_epochs)
+        settings: dict[str, Any] = {"schedule": "linear", **self.training()}
+
+        def member(number: int, name: str) -> SequenceEncoder:
+            def start() -> SequenceEncoder:
+                return over_items(base(), data[name].item_ids)
+
+            epochs, seed = self.member_epochs, lab.seed + number
+            return lab.train(
+                name, start, objective, data=data[name], epochs=epochs, seed=seed, **settings
+            )
+
+        def fit(model: SequenceEncoder) -> SequenceEncoder:
+            return over_items(model, lab.data.item_ids, base())
+
+        def fitted(make: Callable[[], SequenceEncoder]) -> SequenceEncoder:
+            return fit(make())
+
+        def control() -> SequenceEncoder:
+            share = sum(part.num_users for part in data.values()) / lab.data.num_users
+            epochs, seed = round(self.member_epochs * share), lab.seed + self.parts + 1
+            return lab.train(CONTROL, base, objective, epochs=epochs, seed=seed, **settings)
+
+        def counts() -> list[Any]:
+            pairs = zip(family.models(), data.values(), strict=True)
+            return [count_weights(model, part, lab.data.num_items) for model, part in pairs]
+
+        members = {name: partial(member, n, name) for n, name in enumerate(self.names(), start=1)}
+        family = Family(lab, members, self.fisher_sequences, data=data, fit=fit)
+        return {
+            "base": base,
+            **{name: partial(fitted, make) for name, make in members.items()},
+            **family.merge("uniform merge", method="uniform"),
+            **family.fisher_merges(),
+            **family.merge(
+                "rows weighted by item counts", fishers=counts, normalize=None, floor=0.1
+            ),
+            **family.merge("task arithmetic", method="task_arithmetic", base=base),
+            **family.ensemble(),
+            CONTROL: control,
+        }
