@@ -22,8 +22,8 @@ class ParallelEncoders(SequenceEncoder):
     It is one `SequenceEncoder` whose state is its members' laid side by side: h = [h_1; ..; h_N] of
     width Σ D_n, W = [W_1, .., W_N] / N and b the mean bias (0 where there is none), so that
     W h + b are those logits. Objectives, `evaluate` and model files take it as any other.
-    `split` gives the members' parts of a state. To merge the networks: `fk.merge(model.members)`;
-    a Fisher too is taken of each of `model.members`.
+    `split` gives the members' parts of a state. To merge the networks: `fk.merge(model.members)`
+    with a Fisher of each, which is fast; that of the ensemble is right, but takes the slow path.
 
     In `states` the token V + 1 = `hidden_item` hides an item: it is the mask token of members that
     have one, and padding to the others. `mask_token` and what goes with it exist where all members

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -295,19 +296,15 @@ class EMKD(Objective):
 def distillation(logits: Sequence[Tensor], temperature: float) -> Tensor:
     """Σ_{a != b} KL(softmax(z_a / τ) || softmax(z_b / τ)), mean over rows, of N of (P, V).
 
-    Teachers a get no gradient. The sum over a is made before the product with log p_b: N products
-    of (P, V), not N².
+    Teachers a get no gradient. A network is no teacher of its own (that term is 0, and so is its
+    gradient), so the sum is over all pairs, and one product of Σ_a p_a with Σ_b log p_b does.
     """
     logs = [F.log_softmax(own / temperature, dim=1) for own in logits]
     with torch.no_grad():
         p = [own.exp() for own in logs]
-        negative_entropy = [(own * log).sum() for own, log in zip(p, logs, strict=True)]
-    terms = []
-    for b, log in enumerate(logs):
-        others = [a for a in range(len(logs)) if a != b]
-        teachers = torch.stack([negative_entropy[a] for a in others]).sum()
-        terms.append(teachers - (sum(p[a] for a in others) * log).sum())
-    return torch.stack(terms).sum() / len(logits[0])
+        entropies = torch.stack([-(own * log).sum() for own, log in zip(p, logs, strict=True)])
+    crossed = (functools.reduce(torch.add, p) * functools.reduce(torch.add, logs)).sum()
+    return -(crossed + len(logs) * entropies.sum()) / len(logits[0])
 
 
 def contrastive(
