@@ -1,7 +1,8 @@
 """Fill the README's tables from the results that scripts wrote: python benchmarks/readme_tables.py
 
 A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where FOLDER is in
-benchmarks/results and WHAT is `result.json` (the story's rows) or `fisher_cost` (time, error);
+benchmarks/results and WHAT is `result.json` (the story's rows, or a table's, their mean where
+there are several seeds) or `fisher_cost` (time, error);
 or WHAT is `fisher.csv` or `segment.csv`, the latest row of each estimate and size that
 bench_fisher.py or bench_segment.py wrote; `fisher.csv?data=ml-1m&T=50` takes the rows with
 those values alone.
@@ -15,7 +16,7 @@ from pathlib import Path
 from figures import latest_fisher_rows, read_rows
 
 from fisherkern.experiments.fisher_cost import cost_table
-from fisherkern.experiments.tables import story_table
+from fisherkern.experiments.tables import INTERVAL, comparison_table, story_table
 from fisherkern.files import atomic_path, read_json
 
 HERE = Path(__file__).parent
@@ -72,6 +73,10 @@ def table(match: re.Match[str]) -> str:
     result = read_json(HERE / "results" / match[2] / "result.json")
     if match[3] == "fisher_cost":
         text = cost_table(result["fisher_cost"])
+    elif "tables" in result:
+        rows = result["tables"][-1]["rows"]
+        text = comparison_table(rows, list(rows[0]["over"]), result["paper"])
+        text = f"{result['protocol']}; {INTERVAL}\n\n{text}"
     else:
         text = story_table(result["rows"], result["protocol"])
     return f"{match[1]}{text}\n{match[4]}"

@@ -301,3 +301,55 @@ def test_every_table_on_small_data(
     assert printed.startswith((tmp_path / "table.md").read_text().rstrip())
     assert main([*command, *settings, "--lr", "0.5"]) == 2
     assert "other settings (lr)" in capsys.readouterr().err
+
+
+def test_a_base_from_a_file(small: str, whole: Path, tmp_path: Path) -> None:
+    """Its rows are those of the run that trained it, and its sizes are in the settings."""
+    base, settings = whole / "seed-0" / "base.safetensors", {**TINY, "dim": 64}
+    result = run_table(Two.on(small, base=str(base), **settings), tmp_path, progress=False)
+    expected = read_json(whole / "result.json")["tables"][0]["rows"]
+    found = result["tables"][0]["rows"]
+    assert [{**row, "about": None} for row in found] == [{**row, "about": None} for row in expected]
+    assert result["settings"]["dim"] == 8 and result["settings"]["base"].startswith("BERT4Rec ")
+    other = fk.BERT4Rec(3, max_len=8, dim=8)
+    other.item_ids = list("abc")
+    fk.save_model(other, tmp_path / "other.safetensors")
+    with pytest.raises(fk.InputError, match="base: the catalogue of .*other.safetensors is not"):
+        run_table(Two.on(small, base=str(tmp_path / "other.safetensors")), tmp_path / "x")
+
+
+def test_presets_give_way_to_what_is_given() -> None:
+    assert TABLES["table1"].on("beauty").max_len == 20
+    assert TABLES["table1"].on("folder/beauty.txt", max_len=30).max_len == 30
+    assert TABLES["table1"].on("ml-1m").max_len == 50
+    assert TABLES["table1"].on("ml-1m").paper()[0] and not TABLES["table1"].on("beauty").paper()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table1", "--by", "time"], "--by: the experiment table1 has no such setting"),
+        (["merge", "--seeds", "2"], "--seeds: the experiment merge has no such setting"),
+        (["table1", "--members", "seeds"], "--members: the experiment table1 has no such"),
+        (["table1", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["table1", "--time-limit", "-1"], "time_limit: must not be negative, got -1"),
+        (["table1", "--validation-users", "0"], "validation_users: must be at least 1, got 0"),
+        (["objectives", "--validations", "0"], "validations: must be at least 1, got 0"),
+        (["splits", "--by", "sex"], "by: 'sex' is not one of users, time, regions"),
+        (["splits", "--parts", "1"], "parts: must be at least 2, got 1"),
+        (["splits", "--shared", "0"], "shared: must be in (0, 1], got 0"),
+        (["branches", "--count", "1"], "count: must be at least 2, got 1"),
+        (["branches", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, SASRec"),
+        (["branches", "--base", "x", "--base-epochs", "1"], "base: a model to start from needs no"),
+        (["objectives", "--base", "x"], "base: every row of objectives starts from scratch"),
+        (["table1", "--base", "none.safetensors"], "none.safetensors: no such file"),
+    ],
+)
+def test_bad_input(
+    small: str, tmp_path: Path, arguments: list[str], message: str, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    assert main(["reproduce", *arguments, "--data", small, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert not out.exists()

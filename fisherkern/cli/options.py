@@ -21,21 +21,28 @@ def add_flag(
     annotation: str,
     default: Any,
     choices: Sequence[str] | None = None,
+    help: str | None = None,
 ) -> None:
     """--name for an argument annotated as source text says: "int", "float | None", "bool", ..."""
     flag = "--" + name.replace("_", "-")
     kinds = annotation.split(" | ")
     if annotation == "bool":
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+        switch = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=switch, default=default, help=help)
     elif kinds[0] == "bool":
-        parser.add_argument(flag, nargs="?", const=True, default=default, metavar="str")
+        parser.add_argument(flag, nargs="?", const=True, default=default, metavar="str", help=help)
     elif annotation.startswith("tuple"):
-        parser.add_argument(flag, type=float, nargs=len(default), default=default, metavar="float")
+        size = len(default)
+        parser.add_argument(
+            flag, type=float, nargs=size, default=default, metavar="float", help=help
+        )
     else:
         kind = {"int": int, "float": float, "str": str}[kinds[0]]
         metavar = None if choices else kinds[0]
         kind = _or_none(kind) if "None" in kinds and default is not None else kind
-        parser.add_argument(flag, type=kind, default=default, choices=choices, metavar=metavar)
+        parser.add_argument(
+            flag, type=kind, default=default, choices=choices, metavar=metavar, help=help
+        )
 
 
 def _or_none(kind: type) -> Any:

@@ -23,21 +23,33 @@ def add_reproduce(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, help="of a table: how many, from --seed on (1)")
     parser.add_argument("--time-limit", type=float, metavar="MIN", help="of a table: then go on")
     group = parser.add_argument_group(
-        "settings", "each experiment has its own, and other defaults on other data"
+        "settings", "with the default in each experiment that has it; some differ on beauty"
     )
     for name, field in _settings().items():
-        add_flag(group, name, str(field.type), None)
+        add_flag(group, name, str(field.type), None, help=_defaults(name))
+
+
+EXPERIMENTS: dict[str, Any] = {"merge": Story, **TABLES}
 
 
 def _settings() -> dict[str, dataclasses.Field[Any]]:
     """The settings of all experiments by name."""
-    experiments: list[Any] = [Story, *TABLES.values()]
     return {
         field.name: field
-        for experiment in experiments
+        for experiment in EXPERIMENTS.values()
         for field in dataclasses.fields(experiment)
         if field.name not in LEFT_OUT
     }
+
+
+def _defaults(name: str) -> str:
+    """Like "merge 64, table1 64"."""
+    fields = {
+        experiment: {field.name: field for field in dataclasses.fields(kind)}
+        for experiment, kind in EXPERIMENTS.items()
+    }
+    found = {e: own[name].default for e, own in fields.items() if name in own}
+    return ", ".join(e if default is None else f"{e} {default}" for e, default in found.items())
 
 
 def _reproduce(options: argparse.Namespace) -> None:

@@ -54,6 +54,7 @@ class Branches(Experiment):
     ENSEMBLE: ClassVar = "score ensemble"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.encoder not in ENCODERS:
             raise InputError(f"encoder: {self.encoder!r} is not one of {', '.join(ENCODERS)}")
         if self.count < 2:
@@ -107,7 +108,7 @@ class Branches(Experiment):
             family, name = family_of[ALIGNED], f"uniform merge{ALIGNED}"
             merged = family.merge(name.removesuffix(ALIGNED), method="uniform")[name]
             loader = lab.data.loader(
-                split="train", max_len=self.max_len, limit=min(1000, lab.data.num_users)
+                split="train", max_len=merged().max_len, limit=min(1000, lab.data.num_users)
             )
             return lab.model(
                 f"{name}, recalibrated", lambda: recalibrate(merged(), family.models(), loader)

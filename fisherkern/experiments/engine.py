@@ -17,7 +17,7 @@ from fisherkern.encoders import BERT4Rec, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report
 from fisherkern.experiments.lab import Entry, Lab, OutOfTime
-from fisherkern.experiments.tables import comparison_rows, comparison_table, mean_reports
+from fisherkern.experiments.tables import INTERVAL, comparison_rows, comparison_table, mean_reports
 from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import atomic_path, write_json
 from fisherkern.fingerprint import fingerprint
@@ -25,6 +25,9 @@ from fisherkern.objectives import Objective
 from fisherkern.training import load_model
 
 Self = TypeVar("Self", bound="Experiment")
+
+# Whole numbers that may be 0; the others are at least 1.
+MAY_BE_ZERO = ("warmup_steps", "base_epochs", "extra_epochs")
 
 # A row's name -> what makes its model, called where its report is not stored yet.
 Rows = dict[str, Callable[[], nn.Module]]
@@ -50,6 +53,12 @@ class Experiment:
     warmup_steps: int = 100
     crop: str = "random"
     validation_users: int = 2000
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), int(field.name not in MAY_BE_ZERO)
+            if isinstance(value, int) and value < least:
+                raise InputError(f"{field.name}: must be at least {least}, got {value}")
 
     #: Fields that differ from the defaults above on a data set, by its name.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -133,14 +142,17 @@ def run_table(
     Both result.json and table.md are written after every row and name what is missing. A training
     stops at the end of the epoch in which the time ran out, and the next call goes on from
     there; a call with nothing to do writes the same bytes again. More seeds may be asked for
-    later. Raises InputError if `out` holds a run with other settings.
+    later. Raises InputError if `out` holds a run with other settings, and for a negative limit.
     """
+    if time_limit is not None and not time_limit >= 0:
+        raise InputError(f"time_limit: must not be negative, got {time_limit}")
     end = None if time_limit is None else time.monotonic() + 60 * time_limit
     data = load(experiment.data)
     base = experiment.given_base(data)
     settings: dict[str, Any] = dataclasses.asdict(experiment)
-    if base is not None:  # the file may be moved
-        settings["base"] = {"fingerprint": fingerprint(base), **base.config}
+    if base is not None:  # the file may be moved, and has sizes of its own
+        settings |= {name: base.config[name] for name in experiment.sizes() if name in base.config}
+        settings["base"] = f"{type(base).__name__} {fingerprint(base)}"
     name = type(experiment).__name__.lower()
     config = {"experiment": name, **settings, "data_fingerprint": data.fingerprint()}
     space = Workspace(out, config)
@@ -227,7 +239,7 @@ class _Table:
             ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None),
         ]
         if result["protocol"] is not None:
-            parts.append(f"{result['protocol']}; ± is 1.96 standard errors, paired per user")
+            parts.append(f"{result['protocol']}; {INTERVAL}")
         for table in result["tables"]:
             if len(result["seeds"]) > 1:
                 mean = table["seed"] == "mean"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fisherkern.encoders import Caser, GRU4Rec, SASRec, SequenceEncoder
+from fisherkern.errors import InputError
 from fisherkern.experiments.engine import Experiment, Rows
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NextItem, Objective
@@ -67,6 +68,11 @@ class Objectives(Experiment):
         " steps. DuoRec: its paper, D = 64, T = 50, seen items kept; users of its code report"
         " .1376 and .25 to .26."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base is not None:
+            raise InputError("base: every row of objectives starts from scratch")
 
     def references(self) -> dict[str, Sequence[str]]:
         return {"SASRec": [SAS], "BERT4Rec": [BERT]}

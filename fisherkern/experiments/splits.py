@@ -55,6 +55,7 @@ class Splits(Experiment):
     ENSEMBLE: ClassVar = "score ensemble"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in BY:
             raise InputError(f"by: {self.by!r} is not one of {', '.join(BY)}")
         if self.parts < 2:
@@ -105,7 +106,7 @@ class Splits(Experiment):
             def start() -> SequenceEncoder:
                 return over_items(base(), data[name].item_ids)
 
-            epochs, seed = self.member_epochs, lab.seed + number
+            epochs, seed = self.member_epochs, lab.seed + 1000 * number
             return lab.train(
                 name, start, objective, data=data[name], epochs=epochs, seed=seed, **settings
             )
@@ -118,7 +119,7 @@ class Splits(Experiment):
 
         def control() -> SequenceEncoder:
             share = sum(part.num_users for part in data.values()) / lab.data.num_users
-            epochs, seed = round(self.member_epochs * share), lab.seed + self.parts + 1
+            epochs, seed = round(self.member_epochs * share), lab.seed + 1000 * (self.parts + 1)
             return lab.train(CONTROL, base, objective, epochs=epochs, seed=seed, **settings)
 
         def counts() -> list[Any]:

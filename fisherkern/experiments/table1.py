@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.experiments.engine import Experiment, Rows
-from fisherkern.experiments.family import Family
+from fisherkern.experiments.family import Family, Make
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NTXent, Objective
 
@@ -19,6 +19,8 @@ MASKED, CL, UNSUPERVISED, SUPERVISED = MEMBERS = (
     "+ DuoRec, unsupervised",
     "+ DuoRec, supervised",
 )
+FISHER = "Fisher merge, exact, floor 0.1"
+EXTRA = ", masked items once more"
 CONTROL = "masked items, as many passes as all members"
 
 
@@ -28,7 +30,9 @@ class Table1(Experiment):
 
     Every member starts from the same base and sees the training users `member_epochs` times, the
     learning rate decayed to zero. The control goes on with masked items alone for as many passes
-    as all members together; a contrastive pass costs more than one of those. contrastive_weight,
+    as all members together; a contrastive pass costs more than one of those. As in the paper,
+    two merges get `extra_epochs` more of masked items, at a tenth of the rate, and so does, for
+    comparison, the member without a contrastive part. contrastive_weight,
     temperature and similarity are those of the contrastive parts. fisher_sequences: training pairs
     that every Fisher is of. top_k: K of the sampler "topk".
     """
@@ -36,6 +40,7 @@ class Table1(Experiment):
     mask_ratio: float = 0.2
     base_epochs: int = 60
     member_epochs: int = 30
+    extra_epochs: int = 1
     contrastive_weight: float = 0.1
     temperature: float = 1.0
     similarity: str = "dot"
@@ -85,31 +90,38 @@ class Table1(Experiment):
         objectives = self.objectives()
         base = partial(self.common_base, lab, objectives[MASKED], self.base_epochs)
 
-        def tuned(name: str, objective: Objective, epochs: int, seed: int) -> SequenceEncoder:
-            return lab.train(
-                name,
-                base,
-                objective,
-                epochs=epochs,
-                seed=lab.seed + seed,
-                schedule="linear",
-                **self.training(),
-            )
+        def tuned(
+            name: str, start: Make, objective: Objective, epochs: int, number: int, **other: Any
+        ) -> SequenceEncoder:
+            # Runs of neighbouring seeds share no member.
+            settings = {**self.training(), "seed": lab.seed + 1000 * number, **other}
+            return lab.train(name, start, objective, epochs=epochs, schedule="linear", **settings)
 
-        members = {
-            name: partial(tuned, name, objectives[name], self.member_epochs, number)
+        members: dict[str, Make] = {
+            name: partial(tuned, name, base, objectives[name], self.member_epochs, number)
             for number, name in enumerate(MEMBERS, start=1)
         }
         family = Family(lab, members, self.fisher_sequences, top_k=self.top_k)
         exact = partial(family.fishers, "exact")
+        uniform = family.merge("uniform merge", method="uniform")
+        by_fisher = family.fisher_merges(("exact", "topk"))
+        merges = {**uniform, FISHER: by_fisher[FISHER]}
+        slower = {"lr": self.lr / 10, "warmup_steps": 0}
+        extra: Rows = {
+            f"{name}{EXTRA}": partial(
+                tuned, f"{name}{EXTRA}", start, objectives[MASKED], self.extra_epochs, 9, **slower
+            )
+            for name, start in {**members, **merges}.items()
+            if name in (MASKED, *merges) and self.extra_epochs
+        }
         passes = self.member_epochs * len(MEMBERS)
         return {
             "base": base,
             **members,
-            **family.merge("uniform merge", method="uniform"),
-            **family.fisher_merges(("exact", "topk")),
+            **uniform,
+            **by_fisher,
             **family.merge(
-                "Fisher merge, exact, floor 0.1, searched weights",
+                f"{FISHER}, searched weights",
                 method="fisher",
                 fishers=exact,
                 floor=0.1,
@@ -121,5 +133,6 @@ class Table1(Experiment):
             **family.merge("task arithmetic", method="task_arithmetic", base=base),
             **family.merge("TIES", method="ties", base=base),
             **family.ensemble(),
-            CONTROL: partial(tuned, CONTROL, objectives[MASKED], passes, len(MEMBERS) + 1),
+            **extra,
+            CONTROL: partial(tuned, CONTROL, base, objectives[MASKED], passes, 8),
         }

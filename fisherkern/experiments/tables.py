@@ -12,6 +12,7 @@ from fisherkern.evaluation import Report, compare
 
 CONTROL = "all users, same compute"
 METRIC = "ndcg@10"
+INTERVAL = "± is 1.96 standard errors, paired per user"
 
 
 def story_rows(
@@ -47,7 +48,7 @@ def story_rows(
 def story_table(rows: Sequence[Mapping[str, Any]], protocol: str) -> str:
     """The rows as Markdown under a line that states the protocol."""
     lines = [
-        f"{protocol}; ± is 1.96 standard errors, paired per user.",
+        f"{protocol}; {INTERVAL}.",
         "",
         "| model | NDCG@10 | HR@10 | over the best member | over all users, same compute"
         " | share of the ensemble's gain |",
