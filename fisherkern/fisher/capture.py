@@ -123,10 +123,11 @@ class Call:
         return self.output.shape[self.dim]
 
     def place(self, tensor: Any) -> Place | None:
-        return self.capture.parameters.place(tensor)
+        """The place whose gradient the call's is part of; a view without gradient has none."""
+        return self.capture.parameters.place(tensor) if _differentiated(tensor) else None
 
     def either_place(self, tensor: Any) -> Place | None:
-        return self.capture.parameters.either_place(tensor)
+        return self.capture.parameters.either_place(tensor) if _differentiated(tensor) else None
 
     def first(self, tensor: Tensor) -> Tensor:
         """The values of a tensor that is laid out as the output, sequences moved to the front."""
@@ -180,8 +181,8 @@ _BY_ROW = {
     torch.sigmoid,
 }
 
-# padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse of a lookup without extras.
-_PLAIN = (None, None, 2.0, False, False)
+# What F.embedding hands on of a lookup without extras; it names all but the first two.
+_PLAIN = {"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False}
 
 
 class Capture(TorchFunctionMode):
@@ -235,7 +236,7 @@ class Capture(TorchFunctionMode):
         else:
             output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.grad_fn is not None:
-            if func is not F.embedding or not self._note_shared_lookup(args, output):
+            if func is not F.embedding or not self._note_shared_lookup(args, kwargs, output):
                 self._record(rule, args, kwargs, output, list(zip(tensors, nodes, strict=True)))
         return output
 
@@ -243,7 +244,7 @@ class Capture(TorchFunctionMode):
         return self.__torch_function__(F.linear, (), (input, weight, bias))
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        return self.parameters.place(tensor) is not None
+        return _differentiated(tensor) and self.parameters.place(tensor) is not None
 
     def _record(
         self,
@@ -282,11 +283,16 @@ class Capture(TorchFunctionMode):
                 # Everything belongs to the one sequence, however it is read.
                 break
 
-    def _note_shared_lookup(self, args: tuple[Any, ...], output: Tensor) -> bool:
+    def _note_shared_lookup(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> bool:
         """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
         if self._num_sequences in (1, len(output)):
             return False
-        place = self.parameters.place(args[1]) if len(args) == 2 or args[2:] == _PLAIN else None
+        plain = len(args) == 2 and all(
+            kwargs.get(key, _PLAIN[key]) == _PLAIN[key] for key in _PLAIN
+        )
+        place = self.parameters.place(args[1]) if plain else None
         shared = place is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,))
         if shared:
             assert place is not None
@@ -317,6 +323,16 @@ class Capture(TorchFunctionMode):
     def sites(self) -> list[Site]:
         """The recorded sites, in the order of the calls."""
         return self._recorded
+
+
+def _differentiated(tensor: Any) -> bool:
+    """Whether what is done with `tensor` has a gradient to pass to the parameter it views.
+
+    A view made without gradients still says that it requires one, and keeps it to itself.
+    """
+    if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+        return False
+    return tensor._base is None or tensor.grad_fn is not None
 
 
 def _edge(output: Tensor) -> GradientEdge | None:

@@ -131,6 +131,8 @@ def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
     because time with a single position in use looks like sequences to the one of the
     same number. A call that stands both tests read in two ways is left to the fallback.
     """
+    if not sites:
+        return []
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(result[0].shape, generator=generator).to(result)
     edges = {site.output.node: site.output for site in sites}
