@@ -14,7 +14,18 @@ from fisherkern.fisher import (
     fisher_product,
     linear_grams,
 )
-from fisherkern.merging import Preflight, align, merge, merge_files, preflight, recalibrate
+from fisherkern.merging import (
+    Calibrated,
+    Preflight,
+    WeightEnsemble,
+    align,
+    calibrate,
+    merge,
+    merge_files,
+    preflight,
+    recalibrate,
+    weight_ensemble,
+)
 from fisherkern.objectives import (
     EMKD,
     Attributes,
@@ -37,6 +48,7 @@ __all__ = [
     "Attributes",
     "BERT4Rec",
     "CL4SRec",
+    "Calibrated",
     "Caser",
     "DiagFisher",
     "DuoRec",
@@ -56,8 +68,10 @@ __all__ = [
     "SequenceDataset",
     "SymmetricNoiseTolerant",
     "TrainingSettings",
+    "WeightEnsemble",
     "adapt",
     "align",
+    "calibrate",
     "compare",
     "diag_fisher",
     "evaluate",
@@ -73,4 +87,5 @@ __all__ = [
     "synthetic",
     "train",
     "train_peers",
+    "weight_ensemble",
 ]

@@ -1,0 +1,277 @@
+"""weight_ensemble(): feed-forward layers whose merge is chosen anew for every sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.encoders.base import take
+from fisherkern.encoders.transformer import FeedForward
+from fisherkern.errors import InputError
+from fisherkern.merging.merge import merge
+from fisherkern.merging.rules.base import Option, choice, integer, number
+from fisherkern.merging.wrapped import (
+    Wrapped,
+    batches_of,
+    check_encoders,
+    check_option,
+    descend,
+    mean_over,
+    real_positions,
+)
+
+LAYERS = Option(2, lambda value: value in (1, 2) and not isinstance(value, bool), "1 or 2")
+
+
+class Router(nn.Module):
+    """r = mean_t(B relu(A x_t + a) + b), or mean_t(B x_t + b) with one layer, over no padding.
+
+    The paper's code: entries of A and B from N(0, 0.01²), a = 0, b = `scale`.
+    """
+
+    def __init__(
+        self, width: int, members: int, layers: int, scale: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        # Drawn in float64 on the CPU, so that they are the same for any dtype and device.
+        linear = partial(nn.utils.skip_init, nn.Linear, dtype=torch.float64)
+        self.inner = linear(width, width) if layers == 2 else None
+        self.outer = linear(width, members)
+        with torch.no_grad():
+            for layer, bias in ((self.inner, 0.0), (self.outer, scale)):
+                if layer is not None:
+                    layer.weight.normal_(0, 0.01, generator=generator)
+                    layer.bias.fill_(bias)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """(N, M) coefficients from x (N, T, D) and where it is no padding, (N, T) bool."""
+        if self.inner is not None:
+            x = F.relu(self.inner(x))
+        return mean_over(self.outer(x), real)
+
+
+class TaskVectors(nn.Module):
+    """One tensor of the base and its M task vectors, whole or only their largest entries."""
+
+    base: Tensor
+    values: Tensor
+    places: Tensor | None
+
+    def __init__(self, base: Tensor, members: Sequence[Tensor], density: float | None) -> None:
+        super().__init__()
+        base = base.detach()
+        values = torch.stack([own.detach().double() - base.double() for own in members]).flatten(1)
+        places = None
+        if density is not None:
+            # A number of entries, not a quantile: torch.quantile stops at 16.8 million.
+            kept = max(1, round(density * values.shape[1]))
+            places = values.abs().topk(kept, dim=1).indices.sort(dim=1).values
+            values = values.gather(1, places)
+        self.register_buffer("base", base.clone())
+        self.register_buffer("values", values.to(base.dtype))
+        self.register_buffer("places", places)
+
+    def forward(self, r: Tensor) -> Tensor:
+        """base + sum_m r_nm tau_m for each row of r (N, M): (N, *shape of base)."""
+        flat = self.base.flatten()
+        if self.places is None:
+            found = torch.addmm(flat, r, self.values)
+        else:
+            found = flat.repeat(len(r), 1)
+            for share, place, value in zip(r.t(), self.places, self.values, strict=True):
+                found.index_add_(1, place, share[:, None] * value)
+        return found.unflatten(1, self.base.shape)
+
+
+class WeightEnsemblingFeedForward(nn.Module):
+    """outer(activation(inner(x))) with weights W_0 + sum_m r_m tau_m of the sequence's own.
+
+    `real` (N, T) bool, where x is no padding, is set by the encoder before a call.
+    """
+
+    real: Tensor | None = None
+
+    def __init__(
+        self,
+        base: FeedForward,
+        members: Sequence[FeedForward],
+        router: Router,
+        density: float | None,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.activation: Callable[[Tensor], Tensor] = base.activation
+        own = [dict(member.named_parameters()) for member in members]
+        self.tensors = nn.ModuleDict(
+            {
+                name.replace(".", "_"): TaskVectors(value, [one[name] for one in own], density)
+                for name, value in base.named_parameters()
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, D) to (N, T, D)."""
+        real = torch.ones_like(x[:, :, 0], dtype=torch.bool) if self.real is None else self.real
+        r = self.router(x, real)
+        return self._linear("outer", self.activation(self._linear("inner", x, r)), r)
+
+    def _linear(self, name: str, x: Tensor, r: Tensor) -> Tensor:
+        weight, bias = self.tensors[f"{name}_weight"](r), self.tensors[f"{name}_bias"](r)
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+class WeightEnsemble(Wrapped):
+    """What `weight_ensemble` makes: a `SequenceEncoder` of which the routers alone are trainable.
+
+    Not `causal`: a router reads the whole sequence, so the state at a position depends on the
+    items after it. `encode` equals `transform(states(tokens)[:, -1])`; as the last block's router
+    reads all positions too, all of them are computed there.
+    """
+
+    def routers(self) -> list[Router]:
+        """The routers, one for all layers where they share it."""
+        return [module for module in self.network.modules() if isinstance(module, Router)]
+
+    def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """As `SequenceEncoder.states`, but all positions are computed, whichever are asked for."""
+        modules = self.network.modules()
+        layers = [part for part in modules if isinstance(part, WeightEnsemblingFeedForward)]
+        real = real_positions(tokens)
+        for layer in layers:
+            layer.real = real
+        try:
+            return take(self.network.states(tokens), positions)
+        finally:
+            for layer in layers:
+                layer.real = None
+
+
+def weight_ensemble(
+    models: Sequence[SequenceEncoder],
+    *,
+    base: SequenceEncoder,
+    loader: Iterable[Any] | Callable[[nn.Module], Iterable[Any]] | None = None,
+    objective: str = "cross_entropy",
+    efficient: bool = False,
+    density: float = 0.1,
+    scale: float = 0.3,
+    router_layers: int = 2,
+    steps: int = 1000,
+    lr: float = 1e-4,
+    seed: int = 0,
+) -> WeightEnsemble:
+    """One encoder whose feed-forward layers mix the members' anew for every sequence (WEMoE)
+
+        everything else   theta* = theta_0 + scale sum_m tau_m,    tau_m = theta_m - theta_0
+        feed-forward      theta_n = theta_0 + sum_m r_nm tau_m,    r_n = mean_t router(x_nt)
+
+    x_nt: the layer's input at position t of sequence n, padding left out of the mean; theta: its
+    two weights and two biases; router: B relu(A x + a) + b (`router_layers` 2) or B x + b (1),
+    width D, with weights from N(0, 0.01²) and b = scale, so that training starts within noise of
+    task arithmetic. r is not normalised and may be negative. Only the routers are trained, in
+    eval mode (no dropout), r_n being the sequence's own then as later: the released code
+    averages it over the batch while it trains.
+
+    models, base: encoders with `FeedForward` layers (BERT4Rec, SASRec), and the one they were
+        trained from; left as they are. Members with other item_ids are united as in `merge`.
+    loader: batches of histories, or a function of the new encoder that gives them; gone through
+        once and kept. None leaves the routers as they were drawn.
+    objective: "cross_entropy", the mean over sequences of -log p(next item), for batches with a
+        "target" (validation data: our choice for recommenders); or "entropy", the mean of
+        -sum_v p(v) log p(v) over items, for unlabelled batches (test-time adaptation, the
+        papers' choice; it rewards confidence, right or wrong).
+    efficient: E-WEMoE: one router for all layers, applied to each layer's own input, and of every
+        tau_m the largest entries of each tensor alone, a share of `density` (at least one). They
+        are kept as places and values: 12 bytes each in float32 where a whole tau has 4.
+    steps, lr: of Adam, one batch each, around and around. seed: of the routers' first values.
+
+    The result works with `evaluate` and is in eval mode. It costs more
+    than a merged model at inference: an N x inner_dim x D tensor of weights per layer and batch,
+    M multiplications for each of its entries, and the last block at all positions. It is no model
+    file: keep its `state_dict()`, and load that into what the same arguments make without a
+    loader. `merge_report` is that of the static merge with method "wemoe" or "e_wemoe", the
+    arguments, and the loss before each step.
+
+    Raises InputError for encoders without feed-forward layers, what `merge` refuses, and
+    arguments that do not fit. Source: Tang et al., arXiv 2402.00433 (WEMoE); Shen et al., arXiv
+    2410.21804 (E-WEMoE); numerics from their released code.
+    """
+    models = list(models)
+    check_encoders([*models, base], "model")
+    for name, value, option in (
+        ("objective", objective, choice("cross_entropy", "entropy")),
+        ("density", density, number(0.1, 0.0, 1.0, above=True)),
+        ("router_layers", router_layers, LAYERS),
+        ("steps", steps, integer(1000, 0)),
+        ("lr", lr, number(1e-4, 0.0, above=True)),
+    ):
+        check_option(name, value, option)
+    settings: dict[str, Any] = {"efficient": efficient, "density": density if efficient else None}
+    settings |= {"router_layers": router_layers, "objective": objective, "lr": lr, "seed": seed}
+    network = merge(models, method="task_arithmetic", base=base, options={"scale": scale})
+    report = dict(network.merge_report or {})
+    _replace(network, models, base, settings, scale)
+    ensemble = WeightEnsemble(network).eval()
+    for router in ensemble.routers():
+        router.requires_grad_(True)
+    losses: list[float] = []
+    if loader is not None:
+        batches = batches_of(loader, ensemble)
+        routers = [value for router in ensemble.routers() for value in router.parameters()]
+        loss = _cross_entropy if objective == "cross_entropy" else _entropy
+        losses = descend(routers, batches, lambda b: loss(ensemble, b), steps=steps, lr=lr)
+    method = "e_wemoe" if efficient else "wemoe"
+    ensemble.merge_report = report | {"method": method} | settings | {"losses": losses}
+    return ensemble
+
+
+def _replace(
+    network: nn.Module,
+    models: Sequence[nn.Module],
+    base: nn.Module,
+    settings: Mapping[str, Any],
+    scale: float,
+) -> None:
+    """Put a weight-ensembling layer in the place of each feed-forward layer of `network`."""
+    names = [name for name, part in network.named_modules() if isinstance(part, FeedForward)]
+    if not names:
+        raise InputError(f"{type(network).__name__} has no feed-forward layer to ensemble")
+    generator = torch.Generator().manual_seed(settings["seed"])
+    router = None
+    for name in names:
+        start, *own = (_feed_forward(model, name) for model in (base, *models))
+        if router is None or not settings["efficient"]:
+            width = start.inner.in_features
+            layers = settings["router_layers"]
+            router = Router(width, len(own), layers, scale, generator).to(start.inner.weight)
+        layer = WeightEnsemblingFeedForward(start, own, router, settings["density"])
+        network.set_submodule(name, layer)
+
+
+def _feed_forward(model: nn.Module, name: str) -> FeedForward:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, FeedForward)
+    return layer
+
+
+def _cross_entropy(model: WeightEnsemble, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping) or "target" not in batch:
+        raise InputError(
+            "loader: a batch holds no 'target'; give next items, or objective='entropy'"
+        )
+    column = torch.as_tensor(batch["target"]).to(next(model.parameters()).device)
+    column = column.long() - model.first_item
+    if len(column) and not 0 <= int(column.min()) <= int(column.max()) < model.num_items:
+        raise InputError("loader: a batch's next items are outside the catalogue")
+    return F.cross_entropy(model(batch), column)
+
+
+def _entropy(model: WeightEnsemble, batch: Any) -> Tensor:
+    log_p = model(batch).log_softmax(dim=1)
+    return -(log_p.exp() * log_p).sum(1).mean()
