@@ -64,7 +64,8 @@ SegmentOuterSquare segment_problem(Address fisher, Address delta, Address inputs
           op + ": precision must be 0 (fp32), 1 (tf32) or 2 (bf16), got " +
               std::to_string(precision));
   if (rows > 0 && columns > 0) require_addresses(op, {{"fisher", fisher}});
-  if (probes * positions > 0) require_addresses(op, {{"delta", delta}, {"inputs", inputs}});
+  if (probes * positions * rows > 0) require_addresses(op, {{"delta", delta}});
+  if (positions * columns > 0) require_addresses(op, {{"inputs", inputs}});
   if (offset_bytes > 0) {
     require_addresses(op, {{"offsets", offsets}});
   } else {

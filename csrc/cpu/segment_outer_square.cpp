@@ -2,6 +2,7 @@
 // segment, so that no product is ever stored.
 
 #include <algorithm>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -165,12 +166,30 @@ void segment_outer_square_cpu(const SegmentOuterSquare& p, int threads, int lane
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tall));
   // Whole tiles each, so that the result has the same bits for any number of threads.
   const auto bound = [&](int64_t part) { return std::min(p.rows, part * tall / parts * kRows); };
+  // What a thread throws must not leave it, and no thread may be left running: either ends the
+  // process.
+  std::vector<std::exception_ptr> faults(parts);
+  const auto add_part = [&](int64_t part) noexcept {
+    try {
+      work(p, longest, bound(part), bound(part + 1));
+    } catch (...) {
+      faults[part] = std::current_exception();
+    }
+  };
   std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; ++part) {
-    others.emplace_back([&, part] { work(p, longest, bound(part), bound(part + 1)); });
+  others.reserve(parts);
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) others.emplace_back(add_part, started);
+  } catch (...) {
+    // The system has no more threads to give: the parts left are this one's.
   }
-  work(p, longest, 0, bound(1));
+  add_part(0);
+  for (int64_t part = started; part < parts; ++part) add_part(part);
   for (std::thread& other : others) other.join();
+  for (const std::exception_ptr& fault : faults) {
+    if (fault) std::rethrow_exception(fault);
+  }
 }
 
 }  // namespace fisherkern
