@@ -277,7 +277,7 @@ def test_bad_input():
     ]:
         with pytest.raises(InputError, match=message):
             fk.calibrate(merged, members, **{"loader": [HISTORIES], "steps": 1, **given})
-    with pytest.raises(InputError, match="GRU4Rec has no Transformer blocks for version 2"):
+    with pytest.raises(InputError, match="version 2 needs Transformer blocks: GRU4Rec has none"):
         fk.calibrate(gru(0), [gru(1)], [HISTORIES], version=2)
     with pytest.raises(InputError, match="merged model 0 is a Calibrated"):
         fk.calibrate(fk.calibrate(merged, [member], [HISTORIES], steps=0), [member], [HISTORIES])
