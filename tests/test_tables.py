@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.parts import count_weights, over_items, training_part
 from fisherkern.experiments.reports import load_reports, save_reports
 from fisherkern.experiments.tables import comparison_rows, comparison_table
+from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import read_json
 
 TINY: dict[str, Any] = {"max_len": 8, "dim": 8, "batch_size": 32, "validation_users": 20}
@@ -160,6 +162,36 @@ def test_what_a_short_call_leaves_is_a_table_that_goes_on(
     assert any("state" in name for name in files(tmp_path)) == training
     run_table(experiment, tmp_path, seeds=(0, 1), progress=False)
     assert files(tmp_path) == files(whole)
+
+
+def test_a_call_without_time_shows_all_that_is_stored(
+    small: str, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "seed-1" / "a.reports.safetensors").unlink()
+    experiment = Two.on(small, **TINY)
+    result = run_table(experiment, tmp_path / "copy", seeds=(0, 1), time_limit=0.0, progress=False)
+    assert result["missing"] == {"1": ["a"]}
+    shown = [[row["model"] for row in table["rows"]] for table in result["tables"]]
+    part = ["base", "b", "mean", "both"]
+    assert shown == [["base", "a", "b", "mean", "both"], part, part]
+    run_table(experiment, tmp_path / "copy", seeds=(0, 1), progress=False)
+    assert files(tmp_path / "copy") == files(whole)
+
+
+def test_fresh_encoders_are_those_of_their_seed(small: str, tmp_path: Path) -> None:
+    data = fk.load(small)
+
+    def first_item(seed: int, offset: int) -> list[float]:
+        space = Workspace(tmp_path, {})
+        model = Lab(data, space, seed, None, None, 10, False).fresh(
+            fk.SASRec, offset=offset, max_len=4, dim=2
+        )
+        torch.rand(1)  # what was drawn before does not matter
+        return model.item_embedding.weight[1].tolist()
+
+    assert first_item(1, 2) == first_item(1, 2) == first_item(0, 3)
+    assert len({tuple(first_item(*pair)) for pair in ((0, 0), (1, 0), (0, 2))}) == 3
 
 
 def report_of(values: Sequence[float]) -> fk.Report:
