@@ -71,8 +71,7 @@ def _lowest(hidden: Tensor, dtype: torch.dtype) -> Tensor:
 
     The lowest finite number, not -inf: a row that is all padding must not become NaN.
     """
-    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return zeros.masked_fill_(hidden, torch.finfo(dtype).min)
+    return hidden.to(dtype) * torch.finfo(dtype).min
 
 
 class FeedForward(nn.Module):
