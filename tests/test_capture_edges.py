@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HISTORIES, NUM_ITEMS
+from models import HISTORIES, NUM_ITEMS, Foreign, bert
 from rule_checks import Recommender, assert_right
 from torch import Tensor, nn
+
+import fisherkern as fk
+from fisherkern.errors import InputError
 
 
 class Target(nn.Module):
@@ -65,3 +68,16 @@ class OneHot(nn.Module):
 
 def test_a_model_without_any_known_call(caplog: pytest.LogCaptureFixture) -> None:
     assert_right(OneHot(), caplog, fallback=["weight"])
+
+
+@pytest.mark.parametrize("make", [bert, lambda: Foreign("none").double()])
+@pytest.mark.parametrize(
+    "settings",
+    [{"sampler": "exact"}, {"k": 11}, {"sampler": "model"}, {"k": 3, "reduction": "batchwise"}],
+)
+def test_a_model_that_gives_nan_is_named(make, settings: dict[str, object]) -> None:
+    model = make()
+    with torch.no_grad():
+        next(p for p in model.parameters() if len(p) > NUM_ITEMS)[5] = torch.nan
+    with pytest.raises(InputError, match="the logits of sequence number [02] hold a NaN"):
+        fk.diag_fisher(model, [HISTORIES], progress=False, **settings)

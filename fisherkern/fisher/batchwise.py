@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherkern.fisher.capture import Parameters
 from fisherkern.fisher.logit_samplers import LogitRows
 from fisherkern.fisher.samplers import Settings, sample
-from fisherkern.fisher.subject import Subject, model_input
+from fisherkern.fisher.subject import Subject, check_probabilities, model_input
 
 
 def add_batchwise_(
@@ -33,6 +33,7 @@ def add_batchwise_(
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
     target = subject.targets(batch) if settings.sampler == "target" else None
     rows = LogitRows(log_p.detach(), number, target)
+    check_probabilities(rows.log_p.amax(dim=1), number)
     ids, omega, mass = sample(rows, settings)
     names, tensors = list(parameters.named), list(parameters.named.values())
     reached = set()

@@ -17,7 +17,7 @@ from fisherkern.fisher.logit_samplers import LogitRows, factorise_logits
 from fisherkern.fisher.plan import Group, Plan, make_plan, usable_sites
 from fisherkern.fisher.rules import RULES
 from fisherkern.fisher.samplers import Factor, Rows, Settings, factorise
-from fisherkern.fisher.subject import Head, Subject, batch_slice, model_input
+from fisherkern.fisher.subject import Head, Subject, batch_slice, check_probabilities, model_input
 
 log = logging.getLogger("fisherkern")
 
@@ -63,6 +63,7 @@ class Engine:
         h = hidden.detach().to(torch.promote_types(hidden.dtype, torch.float32))
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         rows = Rows.of(h, weight, bias, number, self._target(batch), self.settings)
+        check_probabilities(rows.lse, number)
         factor = factorise(rows, self.settings)
         self._add_head(rows, factor, places)
         tied = [g for g in plan.groups if places[0] is not None and g.place.name == places[0].name]
@@ -79,6 +80,7 @@ class Engine:
             raise InputError(f"model: its logits must be (N, V), got {tuple(logits.shape)}")
         z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         rows = LogitRows(torch.log_softmax(z, dim=1), number, self._target(batch))
+        check_probabilities(rows.log_p.amax(dim=1), number)
         factor = factorise_logits(rows, self.settings)
         self._probe(logits, sites, plan, factor, [])
         self._fall_back(self.subject.logits, batch, factor, plan)

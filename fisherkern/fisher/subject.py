@@ -116,6 +116,15 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+def check_probabilities(values: Tensor, number: Tensor) -> None:
+    """Raise InputError unless values (N,), of the softmaxes of sequences `number`, are finite."""
+    if not bool((fine := values.isfinite()).all()):
+        raise InputError(
+            f"model: the logits of sequence number {int(number[~fine][0])} hold a NaN, an infinity"
+            " or nothing but -inf"
+        )
+
+
 def model_input(batch: Any) -> Any:
     """What the model is called with: the history of a (history, target) pair, else the batch."""
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
