@@ -137,10 +137,6 @@ class Rule:
     def takes_weights(self) -> bool:
         return "weights" in self.inputs
 
-    @property
-    def takes_fishers(self) -> bool:
-        return "fishers" in self.inputs
-
 
 def check_options(method: str, rule: Rule, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The rule's options, defaults filled in; InputError names one that is unknown or wrong."""
