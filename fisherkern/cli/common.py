@@ -11,6 +11,7 @@ from fisherkern import data as data_package
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
+from fisherkern.evaluation import Report, evaluate
 from fisherkern.files import write_json
 
 Command = Callable[[argparse.Namespace], None]
@@ -45,6 +46,12 @@ def over_catalogue_of(model: SequenceEncoder, data: SequenceDataset, path: Path)
     if model.num_items != data.num_items:
         raise InputError(f"{path}: its catalogue is not that of {data.name}")
     return data
+
+
+def on_validation(model: SequenceEncoder, data: SequenceDataset) -> Report:
+    """What members and merged models are chosen by: the metrics at 10 of the validation items."""
+    own = over_catalogue_of(model, data, Path("the model"))
+    return evaluate(model, own, split="validation", k=10)
 
 
 def finish(out: Path, options: argparse.Namespace, result: dict[str, Any]) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fisherkern import data as data_package
-from fisherkern.cli.common import command, finish, out_folder, over_catalogue_of
+from fisherkern.cli.common import command, finish, on_validation, out_folder, over_catalogue_of
 from fisherkern.cli.recipe import Recipe, from_file, from_flags
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.evaluation import evaluate
 from fisherkern.fisher import DiagFisher, fisher_product, linear_grams
-from fisherkern.merging import RULES, merge
+from fisherkern.merging import RULES, merge, merge_files
 from fisherkern.training import load_model, save_model
 
 # Flags that a recipe has keys for; --data and --out may still be given beside it.
@@ -38,10 +37,40 @@ def add_merge(commands: Any) -> None:
     parser.add_argument(
         "--limit", type=int, help="sequences that regmean and full_fisher look at (default: 512)"
     )
+    parser.add_argument(
+        "--stream", action="store_true", help="a block of rows at a time, in little memory"
+    )
 
 
 def _merge(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
+    out = out_folder(options, "merge") if recipe.out is None else recipe.out
+    path = out / "merged.safetensors"
+    report = _streamed(recipe, path) if options.stream else _in_memory(recipe, path, options)
+    members = [str(path) for path in recipe.members]
+    finish(out, options, {"members": members, "report": report})
+    _print_weights(members, report["weights"])
+    print(f"written to {path}")
+
+
+def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
+    if recipe.steps is not None:
+        raise InputError("--stream: it neither searches nor learns, so it takes no steps")
+    return merge_files(
+        recipe.members,
+        path,
+        method=recipe.method,
+        weights=recipe.weights,  # type: ignore[arg-type]  # a word is refused there
+        fishers=recipe.fishers or None,
+        base=recipe.base,
+        options=recipe.options or None,
+        floor=recipe.floor,
+        normalize=recipe.normalize,
+        seed=recipe.seed,
+    )
+
+
+def _in_memory(recipe: Recipe, path: Path, options: argparse.Namespace) -> dict[str, Any]:
     models = [load_model(path) for path in recipe.members]
     merged = merge(
         models,
@@ -56,13 +85,9 @@ def _merge(options: argparse.Namespace) -> None:
         seed=recipe.seed,
         **_from_data(recipe, models, progress=not options.quiet),
     )
-    out = out_folder(options, "merge") if recipe.out is None else recipe.out
-    save_model(merged, out / "merged.safetensors", extra={"merge_report": merged.merge_report})
-    members = [str(path) for path in recipe.members]
-    finish(out, options, {"members": members, "report": merged.merge_report})
     assert merged.merge_report is not None
-    _print_weights(members, merged.merge_report["weights"])
-    print(f"written to {out / 'merged.safetensors'}")
+    save_model(merged, path, extra={"merge_report": merged.merge_report})
+    return merged.merge_report
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -97,7 +122,7 @@ def _from_data(
     data = data_package.load(recipe.data)
     found: dict[str, Any] = {}
     if "score" in wanted:
-        found["score"] = _score(data)
+        found["score"] = lambda model: on_validation(model, data)["ndcg@10"]
     if "validation" in wanted:
         found["validation"] = _validation(data, recipe)
     for name, make in (
@@ -110,13 +135,6 @@ def _from_data(
                 for model, path in zip(models, recipe.members, strict=True)
             ]
     return found
-
-
-def _score(data: SequenceDataset) -> Callable[[SequenceEncoder], float]:
-    def score(model: SequenceEncoder) -> float:
-        return evaluate(model, data, split="validation", k=(10,))["ndcg@10"]
-
-    return score
 
 
 def _validation(
