@@ -124,11 +124,11 @@ def calibrate(
         members, default equal; rescaled to the sum 1 over the targets.
     steps, lr: of Adam, one batch each, around and around, without dropout. seed: of D.
 
-    The result works with `evaluate`, `fk.train` objectives and all else that takes an encoder, is
-    in eval mode, and costs 2 rank D multiplications more per h (version 2: also per position and
-    block). Its `losses` are those before each step. It is no model file: keep its `state_dict()`,
-    and load that into what the same arguments with steps=0 make. Holds the targets of the batches
-    used, and C in float64 while it makes them.
+    The result works with `evaluate` and with objectives, is in eval mode, and costs 2 rank D
+    multiplications more per h (version 2: also per position and block). Its `losses` are those
+    before each step. It is no model file: keep its `state_dict()`, and load that into what the
+    same arguments with steps=0 make. Holds the targets of the batches used, and C in float64 while
+    it makes them.
 
     Raises InputError for models of other classes or catalogues, and arguments that do not fit.
     Source: Yang et al., arXiv 2402.02705 (version 1) and arXiv 2410.14389 (version 2), numerics
