@@ -47,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             flags = flags_from(options.config, options)
             options = parser.parse_args([options.command, *flags, *arguments[1:]])
         _check_shared(options)
-        _check_shared(options)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         options.run(options)
@@ -58,16 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on from what is stored", file=sys.stderr)
         return 130
     return 0
-
-
-def _check_shared(options: argparse.Namespace) -> None:
-    """What all commands take; a folder that cannot be written is said before the work."""
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"--threads: must be at least 1, got {options.threads}")
-    if options.out is not None:
-        there = next(path for path in (options.out, *options.out.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise InputError(f"{options.out}: no folder can be written there")
 
 
 def _check_shared(options: argparse.Namespace) -> None:
