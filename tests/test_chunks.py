@@ -58,8 +58,8 @@ def test_short_histories_are_not_computed_at_full_length() -> None:
 
 @pytest.mark.parametrize("sampler", ["exact", "model", "topk"])
 def test_the_fisher_is_that_of_single_sequences(sampler: str) -> None:
-    history = histories(400, 16, 0.6)
-    assert len(list(chunks(Subject.of(model()), history, 400, 400))) > 1
+    history = histories(160, 16, 0.6)
+    assert len(list(chunks(Subject.of(model()), history, 160, 160))) > 1
     together = fk.diag_fisher(model(), [history], sampler=sampler, k=3, progress=False)
     alone = fk.diag_fisher(model(), [history], sampler=sampler, k=3, chunk=1, progress=False)
     for name in alone:
