@@ -10,6 +10,7 @@ from torch import Tensor
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective
+from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
 
 
@@ -45,7 +46,8 @@ class MaskedItems(Objective):
         has an item.
         """
         positions, chosen = self.draw(tokens, generator)
-        hidden = model.states(model.mask_items(tokens, positions, chosen), positions)
+        masked = model.mask_items(tokens, positions, chosen)
+        hidden = states_by_length(model, masked, positions, chosen)
         weight, bias = model.head()
         column = tokens.gather(1, positions)[chosen] - model.first_item
         return softmax_loss(model.transform(hidden[chosen]), column, weight, bias)

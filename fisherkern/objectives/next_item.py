@@ -13,6 +13,7 @@ from torch import Tensor
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
+from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
 
 LOSSES = ("softmax", "sampled_softmax", "bce", "gbce")
@@ -99,7 +100,7 @@ class NextItem(Objective):
         if self.last_only:
             h, target = model.encode(inputs), tokens[:, -1]
         else:
-            h, target = model.transform(model.states(inputs)[valid]), targets[valid]
+            h, target = model.transform(states_by_length(model, inputs)[valid]), targets[valid]
             row = row[:, None].expand_as(valid)[valid]
         weight, bias = model.head()
         column = target - model.first_item

@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits held at once: 64 MB of float32 in one piece, tiles of 16 MB beyond that.
-_WHOLE = 1 << 24
-_TILE = 1 << 22
+# Logits held at once on a CPU: 4 MB of float32, which stay in its cache from the product that
+# makes them to the two that use them.
+_WHOLE = 1 << 20
+_TILE = 1 << 20
+# How much more elsewhere, where a tile is worth its launches only when it is large.
+_WHOLE_FACTOR = 16
+_TILE_FACTOR = 4
 
 #: Of P places, those that this process scores and what their mean counts for: several processes
 #: that train one model set it, each for its own share, so that the mean over the processes is
@@ -25,9 +29,9 @@ def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None)
     """Mean over P places of -log softmax(W h + b)[column], 0-dim.
 
     `h` is (P, D), `column` (P,) int64 in 0..V-1, `weight` (V, D), `bias` (V,) or None. With up to
-    2^24 logits they are held as autograd does. Beyond that a tile of them is made, and its
-    gradient with it, so a step costs the same three products and holds 2^22 logits (one row
-    where V is larger) and the gradients of h, W and b; it can be differentiated once.
+    2^20 logits (2^24 on a GPU) they are held as autograd does. Beyond that a tile of them is made,
+    and its gradient with it, so a step costs the same three products and holds 2^20 logits (2^22;
+    one row where V is larger) and the gradients of h, W and b; it can be differentiated once.
     """
     share = OWN_PLACES.get()
     if share is not None:
@@ -37,9 +41,12 @@ def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _mean_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if h.shape[0] * weight.shape[0] <= _WHOLE:
+    whole, tile = _WHOLE, _TILE
+    if h.device.type != "cpu":
+        whole, tile = _WHOLE_FACTOR * whole, _TILE_FACTOR * tile
+    if h.shape[0] * weight.shape[0] <= whole:
         return F.cross_entropy(F.linear(h, weight, bias), column)
-    return _TiledSoftmaxLoss.apply(h, column, weight, bias, max(1, _TILE // weight.shape[0]))
+    return _TiledSoftmaxLoss.apply(h, column, weight, bias, max(1, tile // weight.shape[0]))
 
 
 class _TiledSoftmaxLoss(torch.autograd.Function):
@@ -60,16 +67,22 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
             logits = F.linear(x[part], w).to(weight.dtype)
             if bias is not None:
                 logits += bias
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            total += (normaliser - logits.gather(1, index)).sum()
+            logits -= logits.amax(dim=1, keepdim=True)
+            score = logits.gather(1, index)
             # p - 1[v = column], the gradient of the logits, in their place.
-            error = logits.sub_(normaliser).exp_()
+            error = logits.exp_()
+            normaliser = error.sum(dim=1, keepdim=True)
+            total += (normaliser.log() - score).sum()
+            error /= normaliser
             error.scatter_add_(1, index, error.new_full(index.shape, -1.0))
             if grad_bias is not None:
                 grad_bias += error.sum(dim=0)
             error = error.to(low)
             grad_h[part] = error @ w
-            grad_weight += error.t() @ x[part]
+            if low == grad_weight.dtype:
+                grad_weight.addmm_(error.t(), x[part])
+            else:
+                grad_weight += error.t() @ x[part]
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         return total / h.shape[0]
 
