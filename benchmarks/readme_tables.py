@@ -3,9 +3,9 @@
 A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where FOLDER is in
 benchmarks/results and WHAT is `result.json` (the story's rows, or a table's, their mean where
 there are several seeds) or `fisher_cost` (time, error);
-or WHAT is `fisher.csv` or `segment.csv`, the latest row of each estimate and size that
-bench_fisher.py or bench_segment.py wrote; `fisher.csv?data=ml-1m&T=50` takes the rows with
-those values alone.
+or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each estimate, shape
+or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
+`fisher.csv?data=ml-1m&T=50` takes the rows with those values alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,31 @@ def segment_rows(**chosen: str) -> str:
     return "\n".join(lines)
 
 
-CSV_TABLES = {"fisher.csv": fisher_rows, "segment.csv": segment_rows}
+def training_rows(**chosen: str) -> str:
+    """bench_training.py's rows, the latest of each library, model and shape."""
+    lines = [
+        "| model | T | library | ms a step | targets a step | targets a second"
+        " | ours is faster by | s a pass | steps a pass | peak MB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    key = ("device", "threads", "data", "model", "T", "D", "layers", "batch", "provider")
+    rows = {tuple(r[c] for c in key): r for r in read_rows("training", **chosen)}.values()
+    lines += [
+        f"| {row['model']} | {row['T']} | {row['provider']} {row['version']}"
+        f" | {float(row['p50_ms']):.0f} | {float(row['targets_per_step']):.0f}"
+        f" | {float(row['targets_per_s']):.0f} | {float(row['ours_faster']):.1f}"
+        f" | {float(row['seconds_per_pass']):.1f} | {row['steps_per_pass']}"
+        f" | {float(row['peak_mb']):.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+CSV_TABLES = {
+    "fisher.csv": fisher_rows,
+    "segment.csv": segment_rows,
+    "training.csv": training_rows,
+}
 
 
 def table(match: re.Match[str]) -> str:
