@@ -10,6 +10,7 @@ enter its loss, which takes index 0 for padding.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from typing import Any
 
 from protocol import Trainer, serve
@@ -19,6 +20,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 
 def prepare(options: dict[str, Any]) -> Trainer:
+    os.chdir(options["folder"])  # it leaves its logs where it stands
     settings = {
         "data_path": options["folder"],
         "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
