@@ -319,6 +319,8 @@ def test_every_table_on_small_data(
         "table1": ["--base-epochs", "1", "--member-epochs", "1"],
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
         "branches": ["--member-epochs", "1", "--count", "2", "--encoder", "SASRec"],
+        "emkd": ["--base-epochs", "1", "--member-epochs", "1", "--networks", "2"],
+        "pcrec": ["--peer-epochs", "2"],
     }[name]
     given = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
     command = ["reproduce", name, "--data", small, "--out", str(tmp_path), "--quiet", *given]

@@ -1,9 +1,11 @@
 """Experiments that run end to end from the command line, resumable stage by stage."""
 
 from fisherkern.experiments.branches import Branches
+from fisherkern.experiments.emkd import Emkd
 from fisherkern.experiments.engine import Experiment, run_table
 from fisherkern.experiments.merge_story import DEMO, MEMBERS, Story, run
 from fisherkern.experiments.objectives import Objectives
+from fisherkern.experiments.pcrec import Pcrec
 from fisherkern.experiments.splits import Splits
 from fisherkern.experiments.table1 import Table1
 
@@ -13,6 +15,8 @@ TABLES: dict[str, type[Experiment]] = {
     "table1": Table1,
     "splits": Splits,
     "branches": Branches,
+    "emkd": Emkd,
+    "pcrec": Pcrec,
 }
 
 __all__ = ["DEMO", "MEMBERS", "TABLES", "Experiment", "Story", "run", "run_table"]

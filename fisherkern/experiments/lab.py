@@ -23,7 +23,7 @@ from fisherkern.files import read_json, write_json
 from fisherkern.fisher import DiagFisher, diag_fisher
 from fisherkern.merging import merge
 from fisherkern.objectives import Objective
-from fisherkern.training import train
+from fisherkern.training import train, train_peers
 
 EncoderT = TypeVar("EncoderT", bound=SequenceEncoder)
 
@@ -115,6 +115,29 @@ class Lab:
             about = {"epochs": len(log.losses), "losses": log.losses, "scores": log.scores}
             write_json(self._log(name), {**about, "best_epoch": log.best_epoch})
             return model
+
+        model = self.model(name, build)
+        state.unlink(missing_ok=True)
+        return model
+
+    def train_peers(
+        self,
+        name: str,
+        start: Callable[[], tuple[SequenceEncoder, SequenceEncoder]],
+        objective: Objective,
+        **settings: Any,
+    ) -> SequenceEncoder:
+        """The stored model `name`: the peer kept of the two that `start` gives."""
+        state = self.space.path(f"{self.stage(name)}.state.safetensors")
+
+        def build() -> SequenceEncoder:
+            own: Any = _Clocked(self.data, self.check)
+            log = train_peers(
+                *start(), own, objective=objective, state=state, progress=self.progress, **settings
+            )
+            about = {"epochs": len(log.losses[0]), "losses": log.losses, "scores": log.scores}
+            write_json(self._log(name), {**about, "best_epoch": log.best_epoch, "peer": log.peer})
+            return log.model
 
         model = self.model(name, build)
         state.unlink(missing_ok=True)
