@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,50 +11,20 @@ from tqdm.auto import tqdm
 
 from fisherkern.encoders.transformer import SelfAttention
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.capture import Capture, Parameters
+from fisherkern.fisher.chunks import chunks
 from fisherkern.fisher.plan import make_plan, usable_sites
+from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.rules import RULES, LinearWeight
-from fisherkern.fisher.subject import (
-    Subject,
-    batch_size,
-    batch_slice,
-    evaluation_mode,
-    model_input,
-)
+from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode, model_input
 
 
-class LinearGrams(Mapping[str, Tensor]):
+class LinearGrams(NamedTensors):
     """(I, I) float64 Gram matrices by name of the linear weight, and `meta` about them."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        self._tensors = dict(tensors)
-        self.meta = dict(meta)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file with `meta` in its header, whole or not at all."""
-        save_tensors(path, self._tensors, {"kind": "linear_grams", "meta": self.meta})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LinearGrams:
-        """Read what `save` wrote; InputError for any other, truncated or non-finite file."""
-        tensors, header = load_tensors(path)
-        if header.get("kind") != "linear_grams" or not isinstance(header.get("meta"), dict):
-            raise InputError(f"{path}: not a file of Gram matrices; `LinearGrams.save` writes one")
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"{path}: tensor '{name}' has a non-finite entry")
-        return cls(tensors, header["meta"])
+    KIND = "linear_grams"
+    OTHER = "not a file of Gram matrices; `LinearGrams.save` writes one"
 
 
 def linear_grams(
@@ -88,9 +57,8 @@ def linear_grams(
                 module.training = True
         for batch in tqdm(loader, desc="Gram matrices", unit="batch", disable=not progress):
             n = batch_size(batch)
-            for start in range(0, n, chunk or max(n, 1)):
-                part = batch_slice(batch, start, min(start + (chunk or n), n))
-                collector.add(part, count + start)
+            for part, which in chunks(subject, batch, n, chunk or max(n, 1)):
+                collector.add(part, count + int(which[0]))
             count += n
     if count == 0:
         raise InputError("loader: it gave no sequences")

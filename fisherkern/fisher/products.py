@@ -10,13 +10,8 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.subject import (
-    Subject,
-    batch_size,
-    batch_slice,
-    evaluation_mode,
-    model_input,
-)
+from fisherkern.fisher.chunks import chunks
+from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode, model_input
 
 
 class FisherProduct:
@@ -101,8 +96,7 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
     batches = []
     for batch in loader:
         n = batch_size(batch)
-        step = chunk or max(n, 1)
-        batches += [batch_slice(batch, i, min(i + step, n)) for i in range(0, n, step)]
+        batches += [part for part, _ in chunks(subject, batch, n, chunk or max(n, 1))]
     if not batches:
         raise InputError("loader: it gave no sequences")
     return FisherProduct(subject, batches)

@@ -1,10 +1,10 @@
-"""The diagonal Fisher as a value: tensors by parameter name, and how they came about."""
+"""What is computed of a model as a value: tensors by parameter name, and how they came about."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,14 +12,15 @@ from torch import Tensor
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 
+Self = TypeVar("Self", bound="NamedTensors")
 
-class DiagFisher(Mapping[str, Tensor]):
-    """Diagonal Fisher by parameter name: the mean over sequences, in each parameter's shape.
 
-    `meta` says how it was made: sampler, k, probes, reduction, seed, num_sequences,
-    captured_mass (topk: the mean of Σ_j p(y_j); None otherwise), fingerprint of the
-    model, versions.
-    """
+class NamedTensors(Mapping[str, Tensor]):
+    """Tensors by parameter name with `meta`, and the safetensors file that holds both."""
+
+    #: What the file's header says it is, and what `load` says of a file that is none.
+    KIND: ClassVar[str]
+    OTHER: ClassVar[str]
 
     def __init__(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         self._tensors = dict(tensors)
@@ -34,6 +35,38 @@ class DiagFisher(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file with `meta` in its header, whole or not at all."""
+        save_tensors(path, self._tensors, {"kind": self.KIND, "meta": self.meta})
+
+    @classmethod
+    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote; InputError for any other, truncated or non-finite file."""
+        tensors, header = load_tensors(path)
+        if header.get("kind") != cls.KIND or not isinstance(header.get("meta"), dict):
+            raise InputError(f"{path}: {cls.OTHER}")
+        for name, tensor in tensors.items():
+            if (wrong := cls._wrong(tensor)) is not None:
+                raise InputError(f"{path}: tensor '{name}' has {wrong}")
+        return cls(tensors, header["meta"])
+
+    @staticmethod
+    def _wrong(tensor: Tensor) -> str | None:
+        """What no tensor of the kind can hold and this one does."""
+        return None if torch.isfinite(tensor).all() else "a non-finite entry"
+
+
+class DiagFisher(NamedTensors):
+    """Diagonal Fisher by parameter name: the mean over sequences, in each parameter's shape.
+
+    `meta` says how it was made: sampler, k, probes, reduction, seed, num_sequences,
+    captured_mass (topk: the mean of Σ_j p(y_j); None otherwise), fingerprint of the
+    model, versions.
+    """
+
+    KIND = "diag_fisher"
+    OTHER = "not a Fisher file; `fisherkern fisher` writes one"
+
     def __repr__(self) -> str:
         size = sum(tensor.numel() for tensor in self._tensors.values())
         return (
@@ -41,17 +74,7 @@ class DiagFisher(Mapping[str, Tensor]):
             f" num_sequences={self.meta.get('num_sequences')})"
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file with `meta` in its header, whole or not at all."""
-        save_tensors(path, self._tensors, {"kind": "diag_fisher", "meta": self.meta})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> DiagFisher:
-        """Read what `save` wrote; InputError for any other, truncated or non-finite file."""
-        tensors, header = load_tensors(path)
-        if header.get("kind") != "diag_fisher" or not isinstance(header.get("meta"), dict):
-            raise InputError(f"{path}: not a Fisher file; `fisherkern fisher` writes one")
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all() or (tensor < 0).any():
-                raise InputError(f"{path}: tensor '{name}' has a negative or non-finite entry")
-        return cls(tensors, header["meta"])
+    @staticmethod
+    def _wrong(tensor: Tensor) -> str | None:
+        right = torch.isfinite(tensor).all() and not (tensor < 0).any()
+        return None if right else "a negative or non-finite entry"
