@@ -11,7 +11,7 @@ from torch import nn
 
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.merging import align, recalibrate
@@ -41,16 +41,7 @@ class Branches(Experiment):
     member_epochs: int = 80
     fisher_sequences: int = 2000
 
-    PRESETS: ClassVar = {
-        "beauty": {
-            "max_len": 20,
-            "dropout": 0.3,
-            "mask_ratio": 0.4,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "member_epochs": 45,
-        },
-    }
+    PRESETS: ClassVar = {"beauty": {**BEAUTY, "member_epochs": 45}}
     ENSEMBLE: ClassVar = "score ensemble"
 
     def __post_init__(self) -> None:

@@ -29,6 +29,15 @@ Self = TypeVar("Self", bound="Experiment")
 # Whole numbers that may be 0; the others are at least 1.
 MAY_BE_ZERO = ("warmup_steps", "base_epochs", "extra_epochs")
 
+# What BERT4Rec takes on Amazon Beauty: short sequences, three times the items.
+BEAUTY: Mapping[str, Any] = {
+    "max_len": 20,
+    "dropout": 0.3,
+    "mask_ratio": 0.4,
+    "batch_size": 128,
+    "lr": 1e-3,
+}
+
 # A row's name -> what makes its model, called where its report is not stored yet.
 Rows = dict[str, Callable[[], nn.Module]]
 

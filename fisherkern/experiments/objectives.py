@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fisherkern.encoders import Caser, GRU4Rec, SASRec, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NextItem, Objective
 
@@ -49,11 +49,7 @@ class Objectives(Experiment):
 
     PRESETS: ClassVar = {
         "beauty": {
-            "max_len": 20,
-            "dropout": 0.3,
-            "mask_ratio": 0.4,
-            "batch_size": 128,
-            "lr": 1e-3,
+            **BEAUTY,
             "next_lr": 1e-3,
             "next_dropout": 0.5,
             "bert4rec_epochs": 45,

@@ -12,7 +12,7 @@ import numpy as np
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.parts import count_weights, over_items, places, training_part
@@ -41,17 +41,7 @@ class Splits(Experiment):
     member_epochs: int = 30
     fisher_sequences: int = 2000
 
-    PRESETS: ClassVar = {
-        "beauty": {
-            "max_len": 20,
-            "dropout": 0.3,
-            "mask_ratio": 0.4,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "base_epochs": 40,
-            "member_epochs": 15,
-        },
-    }
+    PRESETS: ClassVar = {"beauty": {**BEAUTY, "base_epochs": 40, "member_epochs": 15}}
     ENSEMBLE: ClassVar = "score ensemble"
 
     def __post_init__(self) -> None:

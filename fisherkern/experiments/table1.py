@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family, Make
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NTXent, Objective
@@ -47,17 +47,7 @@ class Table1(Experiment):
     fisher_sequences: int = 2000
     top_k: int = 30
 
-    PRESETS: ClassVar = {
-        "beauty": {
-            "max_len": 20,
-            "dropout": 0.3,
-            "mask_ratio": 0.4,
-            "batch_size": 128,
-            "lr": 1e-3,
-            "base_epochs": 40,
-            "member_epochs": 15,
-        },
-    }
+    PRESETS: ClassVar = {"beauty": {**BEAUTY, "base_epochs": 40, "member_epochs": 15}}
     ENSEMBLE: ClassVar = "score ensemble"
     PAPER: ClassVar = {CL: ".0585", SUPERVISED: ".0933", "Fisher merge, topk, floor 0.1": ".1386"}
     NOTE: ClassVar = (
