@@ -29,10 +29,11 @@ def command(commands: Any, name: str, function: Command, summary: str) -> argpar
     return parser
 
 
-def load_data(options: argparse.Namespace) -> SequenceDataset:
-    if options.data is None:
+def load_data(name: str | None) -> SequenceDataset:
+    """The data set of --data, or of a recipe's key."""
+    if name is None:
         raise InputError("--data: name a data set (ml-1m, beauty, synthetic) or a file")
-    return data_package.load(options.data)
+    return data_package.load(name)
 
 
 def out_folder(options: argparse.Namespace, default: str) -> Path:

@@ -13,7 +13,7 @@ def add_data(commands: Any) -> None:
 
 
 def _data(options: argparse.Namespace) -> None:
-    data = load_data(options)
+    data = load_data(options.data)
     lengths = data.offsets[1:] - data.offsets[:-1]
     result = {
         "name": data.name,

@@ -23,7 +23,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    data = load_data(options)
+    data = load_data(options.data)
     paths = [options.checkpoint] + ([options.against] if options.against else [])
     reports = []
     for path in paths:

@@ -29,7 +29,7 @@ def add_fisher(commands: Any) -> None:
 
 def _fisher(options: argparse.Namespace) -> None:
     model = load_model(options.checkpoint)
-    data = over_catalogue_of(model, load_data(options), options.checkpoint)
+    data = over_catalogue_of(model, load_data(options.data), options.checkpoint)
     loader = data.loader(
         split=options.split,
         batch_size=options.batch_size,

@@ -7,8 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fisherkern import data as data_package
-from fisherkern.cli.common import command, finish, on_validation, out_folder, over_catalogue_of
+from fisherkern.cli.common import (
+    command,
+    finish,
+    load_data,
+    on_validation,
+    out_folder,
+    over_catalogue_of,
+)
 from fisherkern.cli.recipe import Recipe, from_file, from_flags
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
@@ -117,9 +123,7 @@ def _from_data(
         wanted.add("score")
     if not wanted:
         return {}
-    if recipe.data is None:
-        raise InputError("--data: name a data set (ml-1m, beauty, synthetic) or a file")
-    data = data_package.load(recipe.data)
+    data = load_data(recipe.data)
     found: dict[str, Any] = {}
     if "score" in wanted:
         found["score"] = lambda model: on_validation(model, data)["ndcg@10"]

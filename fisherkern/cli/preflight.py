@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fisherkern.cli.common import command, finish, load_data, on_validation, out_folder
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.evaluation import Report
 from fisherkern.merging import preflight
 from fisherkern.training import load_model
 
@@ -27,9 +29,18 @@ def _preflight(options: argparse.Namespace) -> None:
     if options.base is not None:
         known["base"] = load_model(options.base)
     if options.data is not None:
-        data = load_data(options)
-        known["score"] = lambda model: on_validation(model, data)["ndcg@10"]
-        known["hits"] = lambda model: on_validation(model, data).per_user["hr@10"]
+        data = load_data(options.data)
+        # A member's score and hits are both asked for, and are of one evaluation.
+        members, reports = {id(model) for model in models}, dict[int, Report]()
+
+        def report(model: SequenceEncoder) -> Report:
+            found = reports.get(id(model)) or on_validation(model, data)
+            if id(model) in members:
+                reports[id(model)] = found
+            return found
+
+        known["score"] = lambda model: report(model)["ndcg@10"]
+        known["hits"] = lambda model: report(model).per_user["hr@10"]
     found = preflight(models, **known)
     finish(out_folder(options, "preflight"), options, found.to_dict())
     for number, path in enumerate(options.checkpoints):

@@ -82,7 +82,7 @@ def encoder_arguments() -> dict[str, inspect.Parameter]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    data = load_data(options)
+    data = load_data(options.data)
     out = out_folder(options, f"train-{data.name}")
     model, data = _model(options, data)
     validating = options.patience is not None or options.validate_every is not None
