@@ -11,14 +11,15 @@ from fisherkern.fisher import DiagFisher
 from fisherkern.training import save_model
 
 
-def saved(folder, number, name="BERT4Rec", dtype=torch.float32, **config):
-    """(Path, model) of a random model in a file."""
+def saved(folder, number, name="BERT4Rec", dtype=torch.float32, ids=None, **config):
+    """(Path, model) of a random model in a file; `ids`: its items."""
+    ids = [f"item {v}" for v in range(NUM_ITEMS)] if ids is None else ids
     with torch.random.fork_rng():
         torch.manual_seed(number)
-        model = ENCODERS[name](NUM_ITEMS, max_len=5, dim=6, **config)
+        model = ENCODERS[name](len(ids), max_len=5, dim=6, **config)
         for parameter in model.parameters():
             parameter.data = (parameter.data + 0.1 * torch.randn(parameter.shape)).to(dtype)
-    model.item_ids = [f"item {v}" for v in range(NUM_ITEMS)]
+    model.item_ids = list(ids)
     path = folder / f"m{number}.safetensors"
     save_model(model, path, metrics={"ndcg@10": 0.1 + number})
     return path, model
@@ -33,7 +34,7 @@ def saved_fisher(folder, number, model):
     for name in tensors:
         if "key.bias" in name:
             tensors[name] *= 1e-20
-    if number == 1:
+    if number == 1 and "output_bias" in tensors:
         tensors["output_bias"] *= 1e-20  # noise in one member, information in the others
     path = folder / f"f{number}.safetensors"
     fisher = DiagFisher(tensors, {"fingerprint": fingerprint(model), "sampler": "topk", "k": 30})

@@ -11,6 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 from merging_files import saved, saved_fisher
+from models import NUM_ITEMS
 
 from fisherkern.merging import streaming, tensor_files
 from fisherkern.merging.fishers import Fishers, block_sums
@@ -113,12 +114,19 @@ def test_provenance_is_in_the_file_beside_it_and_on_the_card(tmp_path):
             "file": path.name,
             "sha256": digest,
             "metrics": {"ndcg@10": 0.1 + number},
+            "items": NUM_ITEMS,
+            "item_ids_sha256": header["item_ids_sha256"],
         }
         assert digest in card
         assert hashlib.sha256(fishers[number].read_bytes()).hexdigest() in card
     assert "| m0.safetensors | 0.75 |" in card and "sampler=topk, k=30" in card
     assert "| this model | 0.25 |" in card and "| m1.safetensors | 1.1 |" in card
     assert "| floor | 0.1 |" in card and "| layers | 2 |" in card
+    assert provenance["catalogue"] == {
+        "items": NUM_ITEMS,
+        "item_ids_sha256": header["item_ids_sha256"],
+        "owners": {"2": NUM_ITEMS},
+    }
     assert str(tmp_path) not in card + json.dumps(header)
     again = tmp_path / "again" / "merged.safetensors"
     merge_files(
@@ -166,6 +174,17 @@ def test_files_of_others_merge_too(tmp_path):
         if name != "__metadata__":
             assert own["data_offsets"][0] % one[name].element_size() == 0, name
     assert out.with_suffix(".md").is_file() and not out.with_suffix(".json").exists()
+
+
+def test_equal_tensors_of_others_are_merged_by_the_rule(tmp_path):
+    """Only what holds infinities is kept: members that agree may still differ from the base."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path, value in zip(paths, (3.0, 3.0, 1.0), strict=True):
+        safetensors.torch.save_file({"a": torch.full((9,), value)}, path)
+    out = tmp_path / "out.safetensors"
+    known = {"method": "task_arithmetic", "options": {"scale": 0.25}}
+    merge_files(paths[:2], out, base=paths[2], **known)
+    assert torch.equal(safetensors.torch.load_file(out)["a"], torch.full((9,), 2.0))
 
 
 MEASURE = """

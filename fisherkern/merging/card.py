@@ -25,6 +25,13 @@ def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any
     ]
     for own, weight in zip(members, weights, strict=True):
         lines.append(f"| {_cell(own['file'])} | {weight:.6g} | `{own['sha256']}` |")
+    catalogue = provenance["catalogue"]
+    if catalogue is not None and len(catalogue["owners"]) > 1:
+        owners = ", ".join(
+            f"{count} of {number} member{'s' if number != '1' else ''}"
+            for number, count in catalogue["owners"].items()
+        )
+        lines += ["", f"The members' catalogues are united: {catalogue['items']} items, {owners}."]
     for title, files in (
         ("Fishers", provenance["fishers"]),
         ("Base", [provenance["base"]] if provenance["base"] else None),

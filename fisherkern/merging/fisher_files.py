@@ -12,10 +12,12 @@ from torch import Tensor
 from fisherkern.errors import InputError
 from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.fishers import NOISE, block_sums
-from fisherkern.merging.tensor_files import TensorFile, rows_per_block
+from fisherkern.merging.tensor_files import TensorFile, read_rows, rows_per_block
 
 # Entries read at once, in whole blocks of `block_sums`.
 READ = 16 * BLOCK
+
+Rows = Callable[[int, int, Sequence[Tensor] | None], list[tuple[Tensor, float]]]
 
 
 class FisherFiles:
@@ -24,15 +26,15 @@ class FisherFiles:
     def __init__(
         self,
         files: Sequence[TensorFile],
-        member: TensorFile,
+        members: Sequence[TensorFile],
         names: Sequence[str],
         normalize: str | None,
     ) -> None:
-        """`member`: any of the members, whose layout all share. `names`: the parameters."""
+        """One file per member. `names`: the parameters."""
         self.files = files
         self._largest: list[dict[str, float]] = []
         self._means = []
-        for file in self.files:
+        for file, member in zip(self.files, members, strict=True):
             _check(file, member, names)
             mean, largest = _survey(file, names)
             self._means.append(mean)
@@ -40,10 +42,11 @@ class FisherFiles:
         common = sum(self._means) / max(1, len(self._means))
         self._units = self._means if normalize == "mean" else [common] * len(self._means)
 
-    def scaled(self, name: str) -> Callable[[int, int], list[tuple[Tensor, float]]] | None:
-        """(start, stop) -> each member's Fisher of these rows and its unit; None where it is noise.
+    def scaled(self, name: str) -> Rows | None:
+        """Each member's Fisher of some rows and its unit; None where it is noise.
 
-        As `Fishers.of` decides.
+        A function of (start, stop, None), or of the row of each member that each of the merged
+        rows start..stop comes from, -1 for none. As `Fishers.of` decides.
         """
         informed = [
             largest[name] >= NOISE * mean
@@ -52,8 +55,10 @@ class FisherFiles:
         if not any(informed):
             return None
 
-        def rows(start: int, stop: int) -> list[tuple[Tensor, float]]:
-            blocks = [file.rows(name, start, stop) for file in self.files]
+        def rows(
+            start: int, stop: int, wanted: Sequence[Tensor] | None
+        ) -> list[tuple[Tensor, float]]:
+            blocks = read_rows(self.files, name, start, stop, wanted)
             return [
                 (block if known else torch.zeros_like(block), unit)
                 for block, known, unit in zip(blocks, informed, self._units, strict=True)

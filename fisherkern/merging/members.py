@@ -13,7 +13,7 @@ from fisherkern.errors import InputError
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import TensorBlocks, agree
 from fisherkern.merging.fishers import Fishers
-from fisherkern.merging.rows import Catalogue, align
+from fisherkern.merging.rows import Catalogue, align, positions_of
 from fisherkern.merging.symmetries import Piece, symmetries_of
 from fisherkern.merging.ties import Tie, find_ties, named_tensors
 
@@ -230,6 +230,4 @@ def attention_heads(model: nn.Module) -> dict[str, tuple[str, int, int]]:
 
 def _place(ids: Sequence[str], own: Sequence[str], members: Members) -> Catalogue:
     """Where the base, with items `own`, keeps the items `ids` of the merged model."""
-    place = {item: position for position, item in enumerate(own)}
-    positions = torch.tensor([place.get(item, -1) for item in ids])
-    return Catalogue(list(ids), [positions], [len(own)], members.catalogue.parameters)
+    return Catalogue(list(ids), [positions_of(ids, own)], [len(own)], members.catalogue.parameters)

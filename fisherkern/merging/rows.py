@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,14 +74,43 @@ def _member_ids(
             found.append(None)
             continue
         ids = list(own)
-        if len(set(ids)) != len(ids):
-            twice = Counter(ids).most_common(1)[0][0]
-            raise InputError(f"member {number} has item id {twice!r} twice in its item_ids")
-        size = getattr(model, "num_items", None)
-        if size is not None and size != len(ids):
-            raise InputError(f"member {number} has {size} items but {len(ids)} item_ids")
+        check_ids(f"member {number}", ids, getattr(model, "num_items", None))
         found.append(ids)
     return found
+
+
+def check_ids(owner: str, ids: Sequence[str], size: int | None) -> None:
+    """Raise InputError for an id listed twice, or as many ids as there are not items."""
+    if len(set(ids)) != len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise InputError(f"{owner} has item id {twice!r} twice in its item_ids")
+    if size is not None and size != len(ids):
+        raise InputError(f"{owner} has {size} items but {len(ids)} item_ids")
+
+
+def unite(catalogues: Iterable[Sequence[str]]) -> tuple[list[str], list[Tensor]]:
+    """(The union, the first's ids first, then the new ones in order; `Catalogue.positions`).
+
+    Lists are asked for one after another and not kept.
+    """
+    place: dict[str, int] = {}
+    found = []
+    for own in catalogues:
+        merged = (place.setdefault(item, len(place)) for item in own)
+        found.append(torch.from_numpy(np.fromiter(merged, np.int64, len(own))))
+        del own
+    positions = []
+    for numbers in found:
+        position = torch.full((len(place),), -1)
+        position[numbers] = torch.arange(len(numbers))
+        positions.append(position)
+    return list(place), positions
+
+
+def positions_of(ids: Sequence[str], own: Sequence[str]) -> Tensor:
+    """(V,) int64, where each of `ids` stands in `own`; -1 where it does not."""
+    place = {item: position for position, item in enumerate(own)}
+    return torch.from_numpy(np.fromiter((place.get(item, -1) for item in ids), np.int64, len(ids)))
 
 
 def _item_parameters(models: Sequence[nn.Module]) -> dict[str, int]:
@@ -124,9 +154,5 @@ def align(
             "the members list different items, and without an item_parameters() method their "
             "item rows cannot be told from other rows"
         )
-    union = list(dict.fromkeys(item for own in known for item in own))
-    positions = []
-    for own in known:
-        place = {item: position for position, item in enumerate(own)}
-        positions.append(torch.tensor([place.get(item, -1) for item in union]))
+    union, positions = unite(known)
     return Catalogue(union, positions, sizes, parameters)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from fisherkern.encoders import ENCODERS
 from fisherkern.errors import InputError
-from fisherkern.files import atomic_path, read_json
+from fisherkern.files import atomic_path
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, TensorBlocks, as_table
 from fisherkern.merging.card import model_card
 from fisherkern.merging.fisher_files import FisherFiles
+from fisherkern.merging.member_files import MemberFiles
 from fisherkern.merging.rules import Operands, Rule, average
 from fisherkern.merging.tensor_files import (
-    TensorFile,
+    TYPES,
     opened,
     raw,
+    read_rows,
     rows_per_block,
     spans,
     write_header,
@@ -57,10 +56,10 @@ def merge_files(
 ) -> dict[str, Any]:
     """`merge` from files into a file: the same result to the last bit, in little memory.
 
-    paths: M model files of `save_model` of one class and catalogue, or M safetensors files of
-        anyone's with the same names, shapes and types. Their floating tensors are merged;
-        others must agree. In anyone's files a floating tensor that holds infinities and is the
-        same in all members is kept.
+    paths: M model files of `save_model` of one class, or M safetensors files of anyone's with
+        the same names, shapes and types. Their floating tensors are merged; others must agree.
+        In anyone's files a floating tensor that holds infinities and is the same in all members
+        is kept. Models with other item ids, in the JSON beside each, are united as in `merge`.
     out: x.safetensors; beside it x.md, a model card, and for models x.json, so that `load_model`
         reads the result. Each takes its name when all three are whole, the model last; a
         failure leaves what was there before.
@@ -72,11 +71,16 @@ def merge_files(
 
     Returns the provenance, which also stands in the file's metadata, under "merge": method,
     weights, options, floor, normalize, seed; members, fishers and base (name and sha256 of the
-    files; a member's metrics, and how a Fisher was made); metrics and versions. No time or
-    place is in it: the same inputs give the same bytes.
+    files; a member's metrics, and how a Fisher was made; number and hash of the items of each
+    model); the catalogue that came out, with number of owners -> number of items; metrics and
+    versions. No time or place is in it: the same inputs give the same bytes.
 
     Reads members and base twice, with Fishers everything three times. Holds a million entries
-    of each member and Fisher (4 MB in float32), and the item ids as a list of strings.
+    of each member and Fisher (4 MB in float32), and the item ids as a list of strings; where
+    catalogues differ, also each member's row of every merged item (16 bytes an item and member)
+    and, while they are matched, a dictionary of the ids and one member's list. Rows that stand in
+    other orders are read as they lie in the file, a block of the result at a time: of a random
+    order that is a row or a few at a time, from pages read up to eight times.
     Raises InputError, naming file and tensor, for anything that does not fit, a NaN included.
     """
     out = Path(out)
@@ -93,15 +97,13 @@ def merge_files(
     inputs = {"weights": weights, "fishers": fishers, "base": base}
     name, rule, settings = _choose(method, inputs, options, floor, normalize)
     lam = checks.check_weights(weights, len(paths))
-    with opened(paths, fishers or [], ancestors) as (members, fisher_files, bases):
-        _check_alike([*members, *bases])
-        job = _Job(members, bases[0] if bases else None, rule, settings, lam)
-        job.floor, job.seed = floor, seed
+    with opened(paths, fishers or [], ancestors) as (files, fisher_files, bases):
+        members = MemberFiles(files, bases[0] if bases else None)
+        job = _Job(members, rule, settings, lam, floor, seed)
         if fishers is not None:
-            job.fishers = FisherFiles(fisher_files, members[0], job.parameters, normalize)
+            job.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
             if check_fingerprint:
-                job.fishers.check_fingerprints(members, job.parameters)
-        abouts = [_read_about(member) for member in members]
+                job.fishers.check_fingerprints(files, members.parameters)
         provenance = {
             "method": name,
             "weights": lam,
@@ -109,16 +111,14 @@ def merge_files(
             "floor": floor,
             "normalize": normalize,
             "seed": seed,
-            "members": [
-                {**_identity(member), "metrics": about.get("metrics", {})}
-                for member, about in zip(members, abouts, strict=True)
-            ],
+            "members": members.identities(),
+            "catalogue": members.catalogue_identity(),
             "fishers": None if job.fishers is None else job.fishers.identities(),
-            "base": _identity(bases[0]) if bases else None,
+            "base": members.base_identity(),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
             "versions": {"fisherkern": _version(), "torch": str(torch.__version__)},
         }
-        _write(out, job, provenance, _item_ids(members, abouts))
+        _write(out, job, provenance)
     return provenance
 
 
@@ -141,164 +141,101 @@ def _choose(
     return chosen
 
 
-def _check_alike(files: Sequence[TensorFile]) -> None:
-    """All files hold the same tensors, of one class, configuration and catalogue."""
-    first = files[0]
-    for other in files[1:]:
-        for one, two in ((first, other), (other, first)):
-            lacking = sorted(two.layout.keys() - one.layout.keys())
-            if lacking:
-                raise InputError(
-                    f"{one.path}: tensor {lacking[0]!r} is missing, which {two.path} has"
-                )
-        for key, what in (("kind", "file"), ("class", "model")):
-            if first.about.get(key) != other.about.get(key):
-                raise InputError(
-                    f"{other.path}: is a {other.about.get(key)} {what}, and {first.path} a "
-                    f"{first.about.get(key)}"
-                )
-        for name, (kind, shape) in first.layout.items():
-            own_kind, own_shape = other.layout[name]
-            if own_shape != shape:
-                raise InputError(
-                    f"{other.path}: tensor {name!r} has shape {own_shape} and in {first.path} "
-                    f"{shape}"
-                )
-            if own_kind != kind:
-                raise InputError(
-                    f"{other.path}: tensor {name!r} is {own_kind} and in {first.path} {kind}"
-                )
-        if first.about.get("item_ids_sha256") != other.about.get("item_ids_sha256"):
-            raise InputError(
-                f"{other.path}: has other item ids than {first.path}; merge unites catalogues"
-            )
-    configs: list[Any] = [SimpleNamespace(config=file.about.get("config")) for file in files]
-    checks.check_config(configs)
-
-
-def _parameters(file: TensorFile) -> set[str] | None:
-    """Names of the parameters of a model file's class; None where the class is not known."""
-    if file.about.get("kind") != "model" or file.about.get("class") not in ENCODERS:
-        return None
-    try:
-        with torch.device("meta"):
-            model = ENCODERS[file.about["class"]](**file.about["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file.path}: its config does not fit its class: {error}") from None
-    expected = model.state_dict()
-    for name in expected.keys() ^ file.layout.keys():
-        fault = "is missing" if name in expected else "is not part of the model"
-        raise InputError(f"{file.path}: tensor {name!r} {fault}")
-    for name, tensor in expected.items():
-        if file.layout[name][1] != tuple(tensor.shape):
-            raise InputError(
-                f"{file.path}: tensor {name!r} has shape {file.layout[name][1]}, not "
-                f"{tuple(tensor.shape)}"
-            )
-    return {name for name, _ in model.named_parameters()}
-
-
 class _Job:
     """What is merged and how, tensor by tensor."""
 
     def __init__(
         self,
-        members: Sequence[TensorFile],
-        base: TensorFile | None,
+        members: MemberFiles,
         rule: Rule,
         options: dict[str, Any],
         weights: list[float],
+        floor: float,
+        seed: int,
     ) -> None:
-        self.members, self.base, self.rule = members, base, rule
+        self.members, self.rule = members, rule
         self.options, self.weights = options, weights
+        self.floor, self.seed = floor, seed
         self.fishers: FisherFiles | None = None
-        self.floor, self.seed = 0.0, 0
-        self._known = _parameters(members[0])
-        first = members[0]
-        self.parameters = sorted(
-            name
-            for name in first.layout
-            if first.floating(name) and (self._known is None or name in self._known)
-        )
 
     def write(self, name: str, stream: BinaryIO) -> None:
         """The merged tensor's bytes."""
-        shape = self.members[0].layout[name][1]
-        scaled = self.fishers.scaled(name) if self.fishers and name in self.parameters else None
-        for start, stop in spans(shape, rows_per_block(shape, READ)):
-            own = [member.rows(name, start, stop) for member in self.members]
-            base = None if self.base is None else self.base.rows(name, start, stop)
-            if self._fixed(name, own, base):
-                stream.write(raw(own[0]))
-                continue
-            function: Callable[[Operands], Tensor] = average
-            blocks = TensorBlocks(name, own)
-            if name in self.parameters:
-                fishers = None if scaled is None else scaled(start, stop)
-                known: dict[str, Any] = {"options": self.options, "seed": self.seed}
-                blocks = TensorBlocks(
-                    name, own, fishers=fishers, base=base, floor=self.floor, **known
-                )
-                function = self.rule.function
+        members = self.members
+        kind, shape = members.layout[name]
+        step = rows_per_block(shape, READ)
+        if self._kept(name, step):
+            for block in members.files[0].blocks(name, step):
+                stream.write(raw(block))
+            return
+        by_rule = name in members.parameters
+        function: Callable[[Operands], Tensor] = self.rule.function if by_rule else average
+        scaled = self.fishers.scaled(name) if self.fishers and by_rule else None
+        places, base_place = members.rows(name), members.base_rows(name)
+        for start, stop in spans(shape, step):
+            wanted = None if places is None else [index[start:stop] for index in places]
+            own = read_rows(members.files, name, start, stop, wanted)
+            known: dict[str, Any] = {}
+            base: list[Tensor] = []
+            if by_rule and members.base is not None:
+                place = None if base_place is None else [base_place[start:stop]]
+                base = read_rows([members.base], name, start, stop, place)
+                known = {"base": base[0], "base_rows": None if place is None else _there(place[0])}
+            self._check_finite(name, [*own, *base])
+            if by_rule:
+                known |= {"fishers": None if scaled is None else scaled(start, stop, wanted)}
+                known |= {"floor": self.floor, "options": self.options, "seed": self.seed}
+            rows = None if wanted is None else [_there(index) for index in wanted]
             merged = torch.empty_like(own[0])
-            for place, operands in blocks.operands(self.weights, None):
+            for part, operands in TensorBlocks(name, own, rows, **known).operands(
+                self.weights, None
+            ):
                 moved = dataclasses.replace(operands, start=operands.start + start)
-                as_table(merged)[place] = function(moved).to(merged.dtype)
+                as_table(merged)[part] = function(moved).to(merged.dtype)
             stream.write(raw(merged))
 
-    def _fixed(self, name: str, own: Sequence[Tensor], base: Tensor | None) -> bool:
-        """Whether the block is the same in all members and is no rule's; checks it if it is."""
-        agree = all(torch.equal(block, own[0]) for block in own[1:])
-        if not own[0].is_floating_point():
-            if agree:
-                return True
-            odd = next(m for m, block in enumerate(own) if not torch.equal(block, own[0]))
-            raise InputError(
-                f"{self.members[odd].path}: tensor {name!r} differs from that of "
-                f"{self.members[0].path}, and values of type {own[0].dtype} cannot be averaged"
-            )
-        if name not in self.parameters and agree:
-            return True
-        files = [*self.members, *([self.base] if self.base else [])]
-        blocks = [*own, *([base] if base is not None else [])]
-        if all(bool(block.isfinite().all()) for block in blocks):
+    def _kept(self, name: str, step: int) -> bool:
+        """Whether no rule touches the tensor: it is the same in all members and no parameter.
+
+        In files of others, where any floating tensor may be a mask: and holds an infinity.
+        """
+        files = self.members.files
+        by_rule = name in self.members.parameters
+        if by_rule and self.members.known:
             return False
-        for file, block in zip(files, blocks, strict=True):
+        odd, infinite = None, False
+        for start, stop in spans(files[0].layout[name][1], step):
+            own = read_rows(files, name, start, stop, None)
+            odd = next((m for m, block in enumerate(own) if not torch.equal(block, own[0])), None)
+            if odd is not None:
+                break
+            if own[0].is_floating_point():
+                self._check_no_nan(name, own)
+                infinite = infinite or bool(own[0].isinf().any())
+        if odd is not None and not files[0].floating(name):
+            raise InputError(
+                f"{files[odd].path}: tensor {name!r} differs from that of {files[0].path}, and "
+                f"values of type {TYPES[files[0].layout[name][0]]} cannot be averaged"
+            )
+        return odd is None and (infinite or not by_rule)
+
+    def _check_finite(self, name: str, blocks: Sequence[Tensor]) -> None:
+        """`blocks` are the members', and the base's after them where it is used."""
+        if all(bool(block.isfinite().all()) for block in blocks):
+            return
+        self._check_no_nan(name, blocks)
+        odd = [bool(block.isfinite().all()) for block in blocks].index(False)
+        path = self.members.everything[odd].path
+        raise InputError(f"{path}: tensor {name!r} holds an infinity")
+
+    def _check_no_nan(self, name: str, blocks: Sequence[Tensor]) -> None:
+        for file, block in zip(self.members.everything, blocks, strict=False):
             if bool(block.isnan().any()):
                 raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
-        if agree and self._known is None:
-            return True
-        for file, block in zip(files, blocks, strict=True):
-            if not bool(block.isfinite().all()):
-                raise InputError(f"{file.path}: tensor {name!r} holds an infinity")
-        return False
 
 
-def _read_about(member: TensorFile) -> dict[str, Any]:
-    """The JSON beside a model file without its item ids; {} where there is none."""
-    path = member.path.with_suffix(".json")
-    if member.about.get("kind") != "model" or not path.is_file():
-        return {}
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return {**content, "item_ids": None}
-
-
-def _item_ids(
-    members: Sequence[TensorFile], abouts: Sequence[Mapping[str, Any]]
-) -> list[str] | None:
-    """The members' common item ids, of the first that has its JSON file."""
-    expected = members[0].about.get("item_ids_sha256")
-    for member, about in zip(members, abouts, strict=True):
-        if expected is None or not about:
-            continue
-        path = member.path.with_suffix(".json")
-        found = read_json(path).get("item_ids")
-        if hashlib.sha256(json.dumps(found).encode()).hexdigest() != expected:
-            raise InputError(f"{path}: its item_ids are not those of {member.path.name}")
-        return found
-    return None
+def _there(index: Tensor) -> Tensor:
+    """`index` of what has been read in its order: the row itself, -1 for none."""
+    return torch.where(index < 0, -1, torch.arange(len(index)))
 
 
 def _version() -> str:
@@ -308,31 +245,31 @@ def _version() -> str:
         return "unknown"
 
 
-def _identity(file: TensorFile) -> dict[str, Any]:
-    return {"file": file.path.name, "sha256": file.sha256()}
-
-
-def _write(out: Path, job: _Job, provenance: dict[str, Any], item_ids: list[str] | None) -> None:
+def _write(out: Path, job: _Job, provenance: dict[str, Any]) -> None:
     """The model, its JSON file if it is a model of ours, and its card, all or none."""
-    first = job.members[0]
+    members, first = job.members, job.members.files[0]
     header = {**first.about, "merge": provenance}
+    about = None
+    if first.about.get("kind") == "model":
+        header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
+        about = {
+            "class": first.about.get("class"),
+            "config": members.config,
+            "item_ids": members.item_ids,
+            "metrics": provenance["metrics"],
+            "extra": {"merge": provenance},
+            "versions": provenance["versions"],
+        }
     text = json.dumps(header, sort_keys=True, allow_nan=False)
-    card = model_card(out.name, first.about, provenance)
+    card = model_card(out.name, header, provenance)
     with atomic_path(out) as model:
         with model.open("wb") as stream:
-            for name in write_header(stream, first.layout, {**first.metadata, "fisherkern": text}):
+            metadata = {**first.metadata, "fisherkern": text}
+            for name in write_header(stream, members.layout, metadata):
                 job.write(name, stream)
         with atomic_path(out.with_suffix(".md")) as beside:
             beside.write_text(card, encoding="utf-8")
-            if first.about.get("kind") == "model":
-                about = {
-                    "class": first.about.get("class"),
-                    "config": first.about.get("config"),
-                    "item_ids": item_ids,
-                    "metrics": provenance["metrics"],
-                    "extra": {"merge": provenance},
-                    "versions": provenance["versions"],
-                }
+            if about is not None:
                 with atomic_path(out.with_suffix(".json")) as temporary:
                     with temporary.open("w", encoding="utf-8") as text_stream:
                         # Piece by piece: item ids may be many.

@@ -32,6 +32,10 @@ TYPES = {
 }
 
 
+# What `take` reads along rather than skips, and what it reads at once, in bytes.
+PAGE, SPAN = 1 << 12, 1 << 24
+
+
 class TensorFile:
     """A safetensors file whose header has been checked; only blocks asked for are read.
 
@@ -85,18 +89,75 @@ class TensorFile:
         content = bytearray((stop - start) * row)
         if not content:
             return torch.empty(shape, dtype=TYPES[kind])
+        self._read(memoryview(content), self._places[name] + start * row)
+        return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape)
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """The rows `index` (n,) int64 of a tensor, zeros where it is -1.
+
+        Read in the order of the file: rows that follow one another in one piece, with those
+        between that are fewer than a page. Holds `SPAN` bytes beside the result.
+        """
+        kind, shape = self.layout[name]
+        result = torch.zeros(len(index), *shape[1:], dtype=TYPES[kind])
+        row = math.prod(shape[1:]) * result.element_size()
+        have = (index >= 0).nonzero()[:, 0]
+        if not row or not len(have):
+            return result
+        rows, order = index[have].sort()
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        if stop - start == len(rows) == len(index) and torch.equal(rows, index):
+            return self.rows(name, start, stop)
+        table = result.view(len(index), -1).view(torch.uint8)
+        have = have[order]
+        # A piece lies in one window of the file, so that no piece is longer than that.
+        window = max(1, SPAN // row)
+        new = (rows.diff() > max(1, PAGE // row)) | (rows // window).diff().bool()
+        cuts = [0, *(new.nonzero()[:, 0] + 1).tolist(), len(rows)]
+        for batch in self._batches(rows, cuts, window):
+            first, last = cuts[batch[0]], cuts[batch[-1] + 1]
+            starts = rows[[cuts[i] for i in batch]]
+            lengths = rows[[cuts[i + 1] - 1 for i in batch]] + 1 - starts
+            offsets = lengths.cumsum(0) - lengths
+            content = bytearray(int(lengths.sum()) * row)
+            view = memoryview(content)
+            for begin, length, offset in zip(
+                starts.tolist(), lengths.tolist(), offsets.tolist(), strict=True
+            ):
+                part = view[offset * row : (offset + length) * row]
+                self._read(part, self._places[name] + begin * row)
+            counts = torch.tensor([cuts[i + 1] - cuts[i] for i in batch])
+            shift = (offsets - starts).repeat_interleave(counts)
+            found = torch.frombuffer(content, dtype=torch.uint8).view(-1, row)
+            table[have[first:last]] = found[rows[first:last] + shift]
+        return result
+
+    @staticmethod
+    def _batches(rows: Tensor, cuts: Sequence[int], window: int) -> Iterator[range]:
+        """Numbers of the pieces that are read together: of at most two windows' rows."""
+        ends = torch.tensor(cuts[1:]) - 1
+        lengths = (rows[ends] + 1 - rows[torch.tensor(cuts[:-1])]).tolist()
+        start, total = 0, 0
+        for number, length in enumerate(lengths):
+            if total and total + length > window:
+                yield range(start, number)
+                start, total = number, 0
+            total += length
+        yield range(start, len(lengths))
+
+    def _read(self, view: memoryview, place: int) -> None:
+        """Fill `view` with the file's bytes from `place` on."""
         try:
-            self._stream.seek(self._places[name] + start * row)
+            self._stream.seek(place)
             # One call reads at most 2 GB.
-            view, done = memoryview(content), 0
-            while done < len(content):
+            done = 0
+            while done < len(view):
                 count = self._stream.readinto(view[done:])
                 if not count:
                     raise InputError(f"{self.path}: became shorter while it was read")
                 done += count
         except OSError as error:
             raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
-        return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape)
 
     def blocks(self, name: str, step: int) -> Iterator[Tensor]:
         """The tensor, `step` rows at a time."""
@@ -130,6 +191,19 @@ def opened(*groups: Sequence[str | os.PathLike[str]]) -> Iterator[list[list[Tens
             [stack.enter_context(contextlib.closing(TensorFile(path))) for path in group]
             for group in groups
         ]
+
+
+def read_rows(
+    files: Sequence[TensorFile],
+    name: str,
+    start: int,
+    stop: int,
+    wanted: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Rows start..stop of every file's tensor, or those `wanted` of each as `take` has them."""
+    if wanted is None:
+        return [file.rows(name, start, stop) for file in files]
+    return [file.take(name, index) for file, index in zip(files, wanted, strict=True)]
 
 
 def spans(shape: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
