@@ -9,7 +9,7 @@ from torch import Tensor
 from fisherkern.encoders import SequenceEncoder
 
 # Rows of one group at least. Fewer have no padding left to save, and leave cores idle.
-_ROWS = 32
+_ROWS = 64
 
 
 def states_by_length(

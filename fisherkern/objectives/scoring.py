@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits held at once on a CPU: 4 MB of float32, which stay in its cache from the product that
-# makes them to the two that use them.
+from fisherkern.ops._products import add_outer_, product
+from fisherkern.ops.softmax_lse import exp_minus_
+
+# Logits held at once on a CPU: 4 MB of float32 where autograd has them; 8 MB in a tile, which are
+# near enough from the product that makes them to the two that use them, and few products.
 _WHOLE = 1 << 20
-_TILE = 1 << 20
+_TILE = 1 << 21
 # How much more elsewhere, where a tile is worth its launches only when it is large.
 _WHOLE_FACTOR = 16
-_TILE_FACTOR = 4
+_TILE_FACTOR = 2
 
 #: Of P places, those that this process scores and what their mean counts for: several processes
 #: that train one model set it, each for its own share, so that the mean over the processes is
@@ -30,7 +33,7 @@ def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None)
 
     `h` is (P, D), `column` (P,) int64 in 0..V-1, `weight` (V, D), `bias` (V,) or None. With up to
     2^20 logits (2^24 on a GPU) they are held as autograd does. Beyond that a tile of them is made,
-    and its gradient with it, so a step costs the same three products and holds 2^20 logits (2^22;
+    and its gradient with it, so a step costs the same three products and holds 2^21 logits (2^22;
     one row where V is larger) and the gradients of h, W and b; it can be differentiated once.
     """
     share = OWN_PLACES.get()
@@ -64,25 +67,22 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
         for first in range(0, h.shape[0], rows):
             part = slice(first, first + rows)
             index = column[part, None]
-            logits = F.linear(x[part], w).to(weight.dtype)
+            logits = product(x[part], w).to(weight.dtype)
             if bias is not None:
                 logits += bias
-            logits -= logits.amax(dim=1, keepdim=True)
+            highest = logits.amax(dim=1, keepdim=True)
             score = logits.gather(1, index)
             # p - 1[v = column], the gradient of the logits, in their place.
-            error = logits.exp_()
+            error = exp_minus_(logits, highest)
             normaliser = error.sum(dim=1, keepdim=True)
-            total += (normaliser.log() - score).sum()
+            total += (normaliser.log() + highest - score).sum()
             error /= normaliser
             error.scatter_add_(1, index, error.new_full(index.shape, -1.0))
             if grad_bias is not None:
                 grad_bias += error.sum(dim=0)
             error = error.to(low)
-            grad_h[part] = error @ w
-            if low == grad_weight.dtype:
-                grad_weight.addmm_(error.t(), x[part])
-            else:
-                grad_weight += error.t() @ x[part]
+            grad_h[part] = product(error, w.t())
+            add_outer_(grad_weight, error, x[part])
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         return total / h.shape[0]
 

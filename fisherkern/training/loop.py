@@ -21,6 +21,7 @@ from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.training import processes
 from fisherkern.training.averaging import WeightAverage
+from fisherkern.training.on_cpu import OnCPU
 from fisherkern.training.scalars import Scalars
 from fisherkern.training.settings import TrainingSettings, learning_rate
 from fisherkern.training.state import PathLike, Progress, Trainee, load_state, save_state
@@ -277,7 +278,9 @@ class Run:
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
             ):
-                loss = self.loss(tokens.to(self.device), generator)
+                # A compiler would have to look into it at every call, and has its own ways.
+                with contextlib.nullcontext() if settings.compile else OnCPU():
+                    loss = self.loss(tokens.to(self.device), generator)
         rate = learning_rate(
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
         )
