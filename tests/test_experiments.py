@@ -94,7 +94,8 @@ def test_plane_holds_its_members() -> None:
         model = torch.nn.Linear(2, 1, bias=False)
         model.weight.data[:] = torch.tensor(weights)
         members.append(model)
-    plane = plane_of(members, {"mean": members[0]}, lambda m: float(m.weight.detach().sum()))
+    named = {f"member {number}": member for number, member in enumerate(members, start=1)}
+    plane = plane_of(named, {"mean": members[0]}, lambda m: float(m.weight.detach().sum()))
     assert plane["points"]["member 2"] == pytest.approx([3, 0])
     assert plane["points"]["member 3"] == pytest.approx([0, 4])
     expected = np.array(plane["x"])[None, :] + np.array(plane["y"])[:, None]

@@ -316,7 +316,9 @@ def test_every_table_on_small_data(
 ) -> None:
     settings = {
         "objectives": ["--epochs", "2"],
-        "table1": ["--base-epochs", "1", "--member-epochs", "1"],
+        "table1": ["--member-epochs", "1"],
+        "table2": ["--base-epochs", "1", "--member-epochs", "1"],
+        "samplers": ["--base-epochs", "1", "--member-epochs", "1", "--fisher-sequences", "20"],
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
         "branches": ["--member-epochs", "1", "--count", "2", "--encoder", "SASRec"],
         "emkd": ["--base-epochs", "1", "--member-epochs", "1", "--networks", "2"],
@@ -353,21 +355,20 @@ def test_a_base_from_a_file(small: str, whole: Path, tmp_path: Path) -> None:
 
 
 def test_presets_give_way_to_what_is_given() -> None:
-    assert TABLES["table1"].on("beauty").max_len == 20
-    assert TABLES["table1"].on("folder/beauty.txt", max_len=30).max_len == 30
-    assert TABLES["table1"].on("ml-1m").max_len == 50
-    assert TABLES["table1"].on("ml-1m").paper()[0] and not TABLES["table1"].on("beauty").paper()[0]
+    assert TABLES["table2"].on("beauty").max_len == 20
+    assert TABLES["table2"].on("folder/beauty.txt", max_len=30).max_len == 30
+    assert TABLES["table2"].on("ml-1m").max_len == 50
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table1", "--by", "time"], "--by: the experiment table1 has no such setting"),
+        (["table2", "--by", "time"], "--by: the experiment table2 has no such setting"),
         (["merge", "--seeds", "2"], "--seeds: the experiment merge has no such setting"),
-        (["table1", "--members", "seeds"], "--members: the experiment table1 has no such"),
-        (["table1", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
-        (["table1", "--time-limit", "-1"], "time_limit: must not be negative, got -1"),
-        (["table1", "--validation-users", "0"], "validation_users: must be at least 1, got 0"),
+        (["table2", "--members", "seeds"], "--members: the experiment table2 has no such"),
+        (["table2", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
+        (["table2", "--time-limit", "-1"], "time_limit: must not be negative, got -1"),
+        (["table2", "--validation-users", "0"], "validation_users: must be at least 1, got 0"),
         (["objectives", "--validations", "0"], "validations: must be at least 1, got 0"),
         (["splits", "--by", "sex"], "by: 'sex' is not one of users, time, regions"),
         (["splits", "--parts", "1"], "parts: must be at least 2, got 1"),
@@ -376,7 +377,7 @@ def test_presets_give_way_to_what_is_given() -> None:
         (["branches", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, SASRec"),
         (["branches", "--base", "x", "--base-epochs", "1"], "base: a model to start from needs no"),
         (["objectives", "--base", "x"], "base: every row of objectives starts from scratch"),
-        (["table1", "--base", "none.safetensors"], "none.safetensors: no such file"),
+        (["table2", "--base", "none.safetensors"], "none.safetensors: no such file"),
     ],
 )
 def test_bad_input(

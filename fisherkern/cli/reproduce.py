@@ -10,7 +10,15 @@ from typing import Any
 from fisherkern.cli.common import command, out_folder
 from fisherkern.cli.options import add_flag
 from fisherkern.errors import InputError
-from fisherkern.experiments import MEMBERS, TABLES, Story, run, run_table
+from fisherkern.experiments import (
+    MEMBERS,
+    TABLES,
+    Paper,
+    Story,
+    run,
+    run_paper,
+    run_table,
+)
 
 # Settings that have a flag of another form, or none.
 LEFT_OUT = ("data", "seed", "members")
@@ -18,10 +26,12 @@ LEFT_OUT = ("data", "seed", "members")
 
 def add_reproduce(commands: Any) -> None:
     parser = command(commands, "reproduce", _reproduce, "an experiment on real data")
-    parser.add_argument("experiment", choices=["merge", *TABLES])
+    parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--members", choices=MEMBERS, help="of merge")
-    parser.add_argument("--seeds", type=int, help="of a table: how many, from --seed on (1)")
-    parser.add_argument("--time-limit", type=float, metavar="MIN", help="of a table: then go on")
+    parser.add_argument("--seeds", type=int, help="not of merge: how many, from --seed on (1)")
+    parser.add_argument(
+        "--time-limit", type=float, metavar="MIN", help="not of merge: stop then, to go on later"
+    )
     group = parser.add_argument_group(
         "settings", "with the default in each experiment that has it; some differ on beauty"
     )
@@ -29,7 +39,7 @@ def add_reproduce(commands: Any) -> None:
         add_flag(group, name, str(field.type), None, help=_defaults(name))
 
 
-EXPERIMENTS: dict[str, Any] = {"merge": Story, **TABLES}
+EXPERIMENTS: dict[str, Any] = {"merge": Story, "paper": Paper, **TABLES}
 
 
 def _settings() -> dict[str, dataclasses.Field[Any]]:
@@ -62,12 +72,14 @@ def _reproduce(options: argparse.Namespace) -> None:
     if options.experiment == "merge":
         _merge(options, given)
         return
-    _check(options.experiment, TABLES[options.experiment], given)
+    kind = EXPERIMENTS[options.experiment]
+    _check(options.experiment, kind, given)
     seeds = 1 if options.seeds is None else options.seeds
     if seeds < 1:
         raise InputError(f"--seeds: must be at least 1, got {seeds}")
-    run_table(
-        TABLES[options.experiment].on(options.data, **given),
+    whole = run_paper if kind is Paper else run_table
+    whole(
+        kind.on(options.data, **given),
         out_folder(options, f"{options.experiment}-{Path(options.data).stem}"),
         seeds=range(options.seed, options.seed + seeds),
         time_limit=options.time_limit,

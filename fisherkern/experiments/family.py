@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,36 +19,52 @@ Make = Callable[[], SequenceEncoder]
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Which Fisher: the arguments of `diag_fisher`, and as text the name it is kept under."""
+
+    sampler: str
+    k: int | None = None
+    reduction: str = "sequence"
+
+    def __str__(self) -> str:
+        items = "" if self.k is None else f" {self.k}"
+        return f"{self.sampler}{items}{', batch-wise' * (self.reduction == 'batchwise')}"
+
+    def arguments(self) -> dict[str, Any]:
+        k = {} if self.k is None else {"k": self.k}
+        return {"sampler": self.sampler, "reduction": self.reduction, **k}
+
+
+EXACT = Estimate("exact")
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Members by name, made when a row needs them.
 
     data: what each member was trained on and its Fisher is taken on; None is all of the lab's.
-    sequences, top_k: training pairs of every Fisher, and K of the sampler "topk". suffix: put after
-    the rules' names, for a second family in one table. fit: made of every merge, to bring it
-    to the data's catalogue.
+    sequences: training pairs of every Fisher. suffix: put after the rules' names, for a second
+    family in one table. fit: made of every merge, to bring it to the data's catalogue.
     """
 
     lab: Lab
     members: Mapping[str, Make]
     sequences: int
     data: Mapping[str, SequenceDataset] | None = None
-    top_k: int = 30
     suffix: str = ""
     fit: Callable[[SequenceEncoder], SequenceEncoder] | None = None
 
     def models(self) -> list[SequenceEncoder]:
         return [make() for make in self.members.values()]
 
-    def fishers(self, sampler: str) -> list[DiagFisher]:
-        how: dict[str, Any] = {"k": self.top_k} if sampler == "topk" else {}
+    def fishers(self, estimate: Estimate) -> list[DiagFisher]:
         return [
             self.lab.fisher(
-                f"{name}, {sampler}",
+                f"{name}, {estimate}",
                 make(),
                 sequences=self.sequences,
                 data=None if self.data is None else self.data[name],
-                sampler=sampler,
-                **how,
+                **estimate.arguments(),
             )
             for name, make in self.members.items()
         ]
@@ -75,16 +92,13 @@ class Family:
         return {name: make}
 
     def fisher_merges(
-        self, samplers: Sequence[str] = ("exact",), floors: Sequence[float] = (0.1, 1.0)
+        self, estimates: Sequence[Estimate] = (EXACT,), floors: Sequence[float] = (0.1, 1.0)
     ) -> dict[str, Make]:
-        """A row for every sampler and floor; the sampler is named where there are several."""
+        """A row for every estimate and floor; the estimate is named where there are several."""
         rows: dict[str, Make] = {}
-        for sampler in samplers:
-            title = "Fisher merge" if len(samplers) == 1 else f"Fisher merge, {sampler}"
-
-            def fishers(sampler: str = sampler) -> list[DiagFisher]:
-                return self.fishers(sampler)
-
+        for estimate in estimates:
+            title = "Fisher merge" if len(estimates) == 1 else f"Fisher merge, {estimate}"
+            fishers = partial(self.fishers, estimate)
             for floor in floors:
                 name = f"{title}, floor {floor:g}"
                 rows |= self.merge(name, method="fisher", fishers=fishers, floor=floor)

@@ -6,7 +6,7 @@ import copy
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,11 +55,10 @@ class Lab:
     ) -> None:
         self.data, self.space, self.seed = data, space, seed
         self.given_base, self.end, self.progress = given_base, end, progress
+        self.made = 0  # reports and JSON values that were not stored before
         total = data.num_users
         spread = np.linspace(0, total - 1, min(validation_users, total)).round()
         self.users = np.unique(spread.astype(np.int64))
-        self._models: dict[str, SequenceEncoder] = {}
-        self._fishers: dict[str, DiagFisher] = {}
 
     def stage(self, name: str) -> str:
         """The file name, without suffix, of what is called `name`."""
@@ -82,13 +81,11 @@ class Lab:
 
     def model(self, name: str, build: Callable[[], SequenceEncoder]) -> SequenceEncoder:
         """The stored model `name`, built when absent."""
-        if name not in self._models:
-            stage = self.stage(name)
-            if not self.space.path(f"{stage}.safetensors").exists():
-                self.check()
-                self.say(name)
-            self._models[name] = self.space.model(stage, build)
-        return self._models[name]
+        stage = self.stage(name)
+        if not self.space.path(f"{stage}.safetensors").exists():
+            self.check()
+            self.say(name)
+        return self.space.model(stage, build)
 
     def train(
         self,
@@ -153,20 +150,18 @@ class Lab:
         **how: Any,
     ) -> DiagFisher:
         """The stored Fisher `name` of `model`, on up to `sequences` training pairs."""
-        if name not in self._fishers:
-            stage = self.stage(name)
-            if not self.space.path(f"{stage}.fisher.safetensors").exists():
-                self.check()
-                self.say(f"Fisher of {name}")
+        stage = self.stage(name)
+        if not self.space.path(f"{stage}.fisher.safetensors").exists():
+            self.check()
+            self.say(f"Fisher of {name}")
 
-            def build() -> DiagFisher:
-                source = self.data if data is None else data
-                count = min(sequences, source.num_users)
-                loader = source.loader(split="train", max_len=model.max_len, limit=count)
-                return diag_fisher(model, loader, seed=self.seed, progress=self.progress, **how)
+        def build() -> DiagFisher:
+            source = self.data if data is None else data
+            count = min(sequences, source.num_users)
+            loader = source.loader(split="train", max_len=model.max_len, limit=count)
+            return diag_fisher(model, loader, seed=self.seed, progress=self.progress, **how)
 
-            self._fishers[name] = self.space.fisher(stage, build)
-        return self._fishers[name]
+        return self.space.fisher(stage, build)
 
     def merged(self, name: str, members: Sequence[SequenceEncoder], **how: Any) -> SequenceEncoder:
         """The stored merge `name` of the members."""
@@ -179,21 +174,43 @@ class Lab:
 
     def entry(self, row: str, make: Callable[[], nn.Module]) -> Entry:
         """The row's reports on all users, evaluated when absent."""
-        path = self.space.path(f"{self.stage(row)}.reports.safetensors")
+        splits = {split: {"split": split} for split in ("validation", "test")}
+        reports = self.reports("reports", row, make, splits)
+        return reports["validation"], reports["test"], self.about(row)
+
+    def reports(
+        self,
+        kind: str,
+        row: str,
+        make: Callable[[], nn.Module],
+        protocols: Mapping[str, Mapping[str, Any]],
+    ) -> dict[str, Report]:
+        """The row's stored reports of one kind by name, made when absent.
+
+        protocols: name -> arguments of `evaluate`.
+        """
+        path = self.space.path(f"{self.stage(row)}.{kind}.safetensors")
         if not path.exists():
             self.check()
             model = make()
             self.check()
             self.say(f"evaluating {row}")
-            save_reports(
-                path,
-                {
-                    split: evaluate(model, self.data, split=split, progress=self.progress)
-                    for split in ("validation", "test")
-                },
-            )
-        reports = load_reports(path)
-        return reports["validation"], reports["test"], self.about(row)
+            found = {
+                name: evaluate(model, self.data, progress=self.progress, **how)
+                for name, how in protocols.items()
+            }
+            save_reports(path, found)
+            self.made += 1
+        return load_reports(path)
+
+    def json(self, name: str, what: str, build: Callable[[], Any]) -> Any:
+        """The stored JSON value `name`.`what`.json, computed when absent."""
+        stage = f"{self.stage(name)}.{what}"
+        if not self.space.path(f"{stage}.json").exists():
+            self.check()
+            self.say(f"{what} of {name}")
+            self.made += 1
+        return self.space.json(stage, build)
 
     def about(self, row: str) -> dict[str, Any]:
         """How the row's model was trained or merged, as far as it was."""

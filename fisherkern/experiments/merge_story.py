@@ -26,6 +26,7 @@ from fisherkern.encoders import BERT4Rec, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, ScoreEnsemble, evaluate
 from fisherkern.experiments.fisher_cost import cost_table, fisher_cost
+from fisherkern.experiments.pictures import draw_cost, draw_plane, sorted_probabilities
 from fisherkern.experiments.plane import plane_of
 from fisherkern.experiments.tables import story_rows, story_table
 from fisherkern.experiments.workspace import Workspace
@@ -320,31 +321,18 @@ class _Teller:
 
     def draw(self, models: dict[str, Entry], cost: list[dict[str, Any]]) -> None:
         """The paper's Figures 2 (with an error axis), 3 and 4."""
-        lines = [{**row, "sampler": row["provider"]} for row in cost]
-        for line in lines:
-            del line["provider"]
-        plots.plot_fisher_cost(lines, self.space.path("fisher_cost.png"))
+        draw_cost(cost, self.space.path("fisher_cost.png"))
         batch = next(iter(self.data.loader(split="test", max_len=self.story.max_len, limit=256)))
-        curves = {}
-        for name in ("base", "member 1", "member 2", "member 3", "uniform merge", "fisher merge"):
-            with torch.no_grad():
-                p = models[name][0](batch).softmax(dim=1)
-            curves[name] = p.topk(min(50, p.shape[1]), dim=1).values.mean(dim=0).numpy()
+        names = ("base", "member 1", "member 2", "member 3", "uniform merge", "fisher merge")
+        curves = sorted_probabilities({name: models[name][0] for name in names}, batch)
         plots.plot_sorted_probabilities(curves, self.space.path("sorted_probabilities.png"))
         plane = self.space.json("plane", lambda: self._plane(models))
-        plots.plot_plane(
-            {name: (x, y) for name, (x, y) in plane["points"].items()},
-            np.array(plane["x"]),
-            np.array(plane["y"]),
-            np.array(plane["values"]),
-            "validation NDCG@10",
-            self.space.path("plane.png"),
-        )
+        draw_plane(plane, self.space.path("plane.png"))
 
     def _plane(self, models: dict[str, Entry]) -> dict[str, Any]:
         self.say("validation NDCG@10 on the members' plane")
         others = {name: models[name][0] for name in ("base", "uniform merge", "fisher merge")}
-        members = [models[f"member {m}"][0] for m in (1, 2, 3)]
+        members = {f"member {m}": models[f"member {m}"][0] for m in (1, 2, 3)}
         score = self._validation_score(self.story.plane_users)
         return plane_of(members, others, score)
 

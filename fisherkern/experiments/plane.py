@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,31 +18,31 @@ def _flat(model: nn.Module) -> Tensor:
 
 
 def plane_of(
-    members: Sequence[nn.Module],
+    members: Mapping[str, nn.Module],
     others: Mapping[str, nn.Module],
     score: Callable[[nn.Module], float],
 ) -> dict[str, Any]:
-    """Coordinates of the models, and `score` on a grid, in the plane of the first three members.
+    """Coordinates of the models, and `score` on a grid, in the plane of three members.
 
-    The axes are orthonormal, with member 1 at the origin and member 2 on the first
+    The axes are orthonormal, with the first member at the origin and the second on the first
     axis. A model off the plane is shown at its projection. Returns JSON values:
     points {name: [x, y]}, x and y (GRID,), values (GRID, GRID) by row of y.
     """
-    origin = _flat(members[0])
-    first = _flat(members[1]) - origin
+    start, middle, last = members.values()
+    origin = _flat(start)
+    first = _flat(middle) - origin
     first /= first.norm()
-    second = _flat(members[2]) - origin
+    second = _flat(last) - origin
     second -= (second @ first) * first
     second /= second.norm()
-    named = {f"member {i + 1}": m for i, m in enumerate(members)} | dict(others)
     points = {}
-    for name, model in named.items():
+    for name, model in {**members, **others}.items():
         offset = _flat(model) - origin
         points[name] = [float(offset @ first), float(offset @ second)]
     low, high = np.array(list(points.values())).min(0), np.array(list(points.values())).max(0)
     margin = 0.25 * (high - low).max()
     x, y = (np.linspace(low[i] - margin, high[i] + margin, GRID) for i in (0, 1))
-    probe = copy.deepcopy(members[0])
+    probe = copy.deepcopy(start)
     values = []
     for v in y:
         row = []

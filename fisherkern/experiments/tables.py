@@ -59,7 +59,7 @@ def story_table(rows: Sequence[Mapping[str, Any]], protocol: str) -> str:
         share = row["share_of_ensemble_gain"]
         lines.append(
             f"| {name} | {row['ndcg@10']:.4f} | {row['hr@10']:.4f}"
-            f" | {_difference(row['over_best_member'])} | {_difference(row['over_all_users'])}"
+            f" | {difference(row['over_best_member'])} | {difference(row['over_all_users'])}"
             f" | {'' if share is None or row['best_member'] else f'{100 * share:.0f} %'} |"
         )
     return "\n".join(lines)
@@ -90,8 +90,8 @@ def comparison_rows(
     for name, (validation, test) in reports.items():
         over: dict[str, Any] = dict.fromkeys(references)
         for column, reference in best.items():
-            difference = compare(test, reports[reference][1])[METRIC]
-            over[column] = {"model": reference, **dataclasses.asdict(difference)}
+            gap = compare(test, reports[reference][1])[METRIC]
+            over[column] = {"model": reference, **dataclasses.asdict(gap)}
         share = None
         if gain is not None and gain.low > 0:
             share = over[title]["mean"] / gain.mean
@@ -126,17 +126,23 @@ def mean_reports(reports: Sequence[Report]) -> Report:
 def comparison_table(
     rows: Sequence[Mapping[str, Any]], titles: Sequence[str], paper: Mapping[str, str]
 ) -> str:
-    """`comparison_rows` as Markdown; `paper` is what a paper reports, by row."""
+    """`comparison_rows` as Markdown; `paper` is what a paper reports, by row.
+
+    A row's "columns", where it has some, are numbers by title.
+    """
     shares = any(row["share_of_ensemble_gain"] is not None for row in rows)
+    own = dict.fromkeys(title for row in rows for title in row.get("columns", {}))
     heads = ["NDCG@10", "HR@10", "validation NDCG@10", *(f"over {title}" for title in titles)]
-    heads += ["share of the ensemble's gain"] * shares + ["paper"] * bool(paper)
+    heads += ["share of the ensemble's gain"] * shares + [*own] + ["paper"] * bool(paper)
     lines = [f"| model | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in rows:
         cells = [f"{row[metric]:.4f}" for metric in (METRIC, "hr@10", f"validation_{METRIC}")]
-        cells += [_difference(row["over"][title]) if row["over"][title] else "" for title in titles]
+        cells += [difference(row["over"][title]) if row["over"][title] else "" for title in titles]
         share = row["share_of_ensemble_gain"]
         if shares:
             cells.append("" if share is None or row["chosen"] else f"{100 * share:.0f} %")
+        values = row.get("columns", {})
+        cells += [f"{values[title]:.3g}" if title in values else "" for title in own]
         if paper:
             cells.append(paper.get(row["model"], ""))
         name = f"{row['model']} ({titles[0]})" if row["chosen"] else row["model"]
@@ -144,7 +150,8 @@ def comparison_table(
     return "\n".join(lines)
 
 
-def _difference(d: Mapping[str, float]) -> str:
+def difference(d: Mapping[str, float]) -> str:
+    """A `Difference` as text with its 95 % interval; nothing for a row compared with itself."""
     if d["mean"] == 0 and d["standard_error"] == 0:
         return ""
     return f"{d['mean']:+.4f} ± {1.96 * d['standard_error']:.4f}"
