@@ -45,12 +45,22 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return product(right.t(), left.t()).t()
 
 
-def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right, in total's type."""
-    if total.dtype == left.dtype and not suits(left, right):
-        total.addmm_(left.t(), right)
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, in total's type: (P, O) += (P, I), (I, O)."""
+    if suits(left, right):
+        total += product(left, right.t())
+    elif total.dtype == left.dtype:
+        total.addmm_(left, right)
     else:
+        total += left @ right
+
+
+def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right, in total's type: (O, I) += (P, O), (P, I)."""
+    if suits(left, right):
         total += outer(left, right)
+    else:
+        add_product_(total, left.t(), right)
 
 
 class Linear(torch.autograd.Function):

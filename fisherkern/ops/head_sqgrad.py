@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
+from fisherkern.ops._products import add_product_
 from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles, reference_logits
 
 
@@ -38,7 +39,7 @@ def _head_sqgrad_(
             p = exp_minus_(z, lse)
             coefficient = p.addcmul_(p, p, value=-1)
         if weight_fisher is not None:
-            _add_product_(weight_fisher[start:stop], coefficient, scaled)
+            add_product_(weight_fisher[start:stop], coefficient, scaled)
         if bias_fisher is not None:
             bias_fisher[start:stop] += coefficient @ share
     if ids is None or omega is None:
@@ -53,13 +54,6 @@ def _head_sqgrad_(
         weight_fisher.index_add_(0, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
     if bias_fisher is not None:
         bias_fisher.index_add_(0, ids.flatten(), coefficient.flatten().to(bias_fisher.dtype))
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 _op = register(

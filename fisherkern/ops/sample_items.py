@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
+from fisherkern.ops._products import product
 from fisherkern.ops.softmax_lse import RANGE, exp_minus_, reference_logits
 
 # Logits of ranges held at once: 8 MB in fp32, and twice that for each fp64 temporary.
@@ -37,9 +38,8 @@ def range_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) 
     distinct, counts = torch.unique_consecutive(ordered, return_counts=True)
     for part, own in zip(distinct.tolist(), place.split(counts.tolist()), strict=True):
         first, last = part * RANGE, min((part + 1) * RANGE, v)
-        z = inputs[own // parts.shape[1]] @ weight[first:last].to(dtype).T
-        if bias is not None:
-            z += bias[first:last].to(dtype)
+        own_bias = None if bias is None else bias[first:last].to(dtype)
+        z = product(inputs[own // parts.shape[1]], weight[first:last].to(dtype), own_bias)
         found[own, : last - first] = z
     return found.view(*parts.shape, RANGE)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fisherkern.ops import _extension
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
+from fisherkern.ops._products import add_outer_
 from fisherkern.ops.launch_table import outer_split
 
 # Elements of the per-sequence products held at once: 4 MB in fp32, which stays in cache.
@@ -20,7 +21,7 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
     if positions == 1:
         # (δ aᵀ)² = δ² (a²)ᵀ: one product over the sequences.
         d, a = delta[:, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
-        fisher.addmm_(d.square().T, a.square())
+        add_outer_(fisher, d.square(), a.square())
         return
     extension = _extension.serving(fisher, delta, inputs)
     if extension is not None and delta.dtype == inputs.dtype:

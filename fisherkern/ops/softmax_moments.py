@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
+from fisherkern.ops._products import add_product_
 from fisherkern.ops.softmax_lse import RANGE, exp_minus_, logit_tiles, reference_logits
 
 # Items whose D(D+1)/2 products are held at once: 17 MB in fp32 at D = 64.
@@ -43,7 +44,7 @@ class OnlineMean:
             parts = torch.cat((parts, e[:, whole:].sum(dim=1, keepdim=True)), dim=1)
         parts = parts.double()
         self._total = self._total * fade + parts.sum(dim=1)
-        self._sums.mul_(fade[:, None]).addmm_(e, items.to(e.dtype))
+        add_product_(self._sums.mul_(fade[:, None]), e, items.to(e.dtype))
         self._highest = new
         return parts.log_().add_(shift[:, None])
 
@@ -103,7 +104,7 @@ def _softmax_covariance(
         for first in range(0, p.shape[1], step):
             part = p[:, first : first + step]
             rows = slice(start + first, start + first + part.shape[1])
-            packed.addmm_(part, _products(weight[rows].to(lse.dtype) - centre))
+            add_product_(packed, part, _products(weight[rows].to(lse.dtype) - centre))
     offset = mean - centre
     packed -= offset[:, upper[0]] * offset[:, upper[1]]
     covariance = torch.empty(h.shape[0], width, width, dtype=lse.dtype, device=h.device)

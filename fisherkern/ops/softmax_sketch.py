@@ -17,6 +17,7 @@ from torch import Tensor
 from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
+from fisherkern.ops._products import add_product_
 from fisherkern.ops.softmax_lse import LogitProduct, exp_minus_, reference_logits, tile_rows
 
 
@@ -47,7 +48,7 @@ def _softmax_sketch(
             z = product(w, None if bias is None else bias[items])
             signed = exp_minus_(z, lse[:, None], 0.5)
             counter.put_random_signs_(signed, seed, rows, items)
-            sums[:, r].addmm_(signed, w)
+            add_product_(sums[:, r], signed, w)
             totals[:, r] += signed.sum(dim=1)
     sums -= totals[:, :, None] * mean[:, None]
     return sums, totals
