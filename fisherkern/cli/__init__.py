@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 
 from fisherkern.cli.align import add_align
+from fisherkern.cli.calibrate import add_calibrate
 from fisherkern.cli.data import add_data
 from fisherkern.cli.demo import add_demo
 from fisherkern.cli.evaluate import add_evaluate
@@ -31,6 +32,7 @@ COMMANDS = (
     add_align,
     add_fisher,
     add_merge,
+    add_calibrate,
     add_evaluate,
     add_data,
 )

@@ -20,8 +20,13 @@ from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.fisher import DiagFisher, fisher_product, linear_grams
-from fisherkern.merging import RULES, merge, merge_files
+from fisherkern.merging import RULES, Rule, merge, merge_files, weight_ensemble
+from fisherkern.merging.rules import average, check_options
+from fisherkern.merging.weight_ensemble import OPTIONS
 from fisherkern.training import load_model, save_model
+
+# What gives more than one network's weights, and is no rule of `merge`.
+ENSEMBLE = "weight_ensemble"
 
 # Flags that a recipe has keys for; --data and --out may still be given beside it.
 IN_RECIPE = ("checkpoints", "fisher", "base", "method", "weights", "option", "floor", "steps")
@@ -33,7 +38,9 @@ def add_merge(commands: Any) -> None:
     parser.add_argument("--recipe", type=Path, help="a YAML file that says what to merge and how")
     parser.add_argument("--fisher", type=Path, nargs="+", help="one per checkpoint")
     parser.add_argument("--base", type=Path, help="the checkpoint that the members started from")
-    parser.add_argument("--method", choices=[*RULES, "auto"], help="default: what the files imply")
+    parser.add_argument(
+        "--method", choices=[*RULES, "auto", ENSEMBLE], help="default: what the files imply"
+    )
     parser.add_argument("--weights", help="comma-separated, or 'search' (needs --data)")
     parser.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="of the method; may be repeated"
@@ -52,7 +59,12 @@ def _merge(options: argparse.Namespace) -> None:
     recipe = _recipe(options)
     out = out_folder(options, "merge") if recipe.out is None else recipe.out
     path = out / "merged.safetensors"
-    report = _streamed(recipe, path) if options.stream else _in_memory(recipe, path, options)
+    if options.stream:
+        report = _streamed(recipe, path)
+    elif recipe.method == ENSEMBLE:
+        report = _weight_ensemble(recipe, path)
+    else:
+        report = _in_memory(recipe, path, options)
     members = [str(path) for path in recipe.members]
     finish(out, options, {"members": members, "report": report})
     _print_weights(members, report["weights"])
@@ -94,6 +106,29 @@ def _in_memory(recipe: Recipe, path: Path, options: argparse.Namespace) -> dict[
     assert merged.merge_report is not None
     save_model(merged, path, extra={"merge_report": merged.merge_report})
     return merged.merge_report
+
+
+def _weight_ensemble(recipe: Recipe, path: Path) -> dict[str, Any]:
+    """Option density makes it the efficient one: pruned task vectors, one router."""
+    for name, value in (("weights", recipe.weights), ("fishers", recipe.fishers)):
+        if value:
+            raise InputError(f"method {ENSEMBLE!r} takes no {name}")
+    if recipe.base is None:
+        raise InputError(f"method {ENSEMBLE!r} needs base: the model that the members started from")
+    settings = check_options(ENSEMBLE, Rule(average, options=OPTIONS), recipe.options)
+    data = load_data(recipe.data)
+    ensemble = weight_ensemble(
+        [load_model(path) for path in recipe.members],
+        base=load_model(recipe.base),
+        loader=_validation(data, recipe),
+        efficient="density" in recipe.options,
+        steps=1000 if recipe.steps is None else recipe.steps,
+        seed=recipe.seed,
+        **settings,
+    )
+    assert ensemble.merge_report is not None
+    save_model(ensemble, path, extra={"merge_report": ensemble.merge_report})
+    return ensemble.merge_report
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -46,7 +46,7 @@ def from_flags(options: argparse.Namespace) -> Recipe:
         fishers=options.fisher or [],
         base=options.base,
         method=options.method,
-        weights=_weights(options.weights),
+        weights=weights_from(options.weights),
         options=dict(_assignment(text) for text in options.option or []),
         floor=Recipe.floor if options.floor is None else options.floor,
         steps=options.steps,
@@ -57,7 +57,7 @@ def from_flags(options: argparse.Namespace) -> Recipe:
     )
 
 
-def _weights(text: str | None) -> list[float] | str | None:
+def weights_from(text: str | None) -> list[float] | str | None:
     if text is None or text == "search":
         return text
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from fisherkern.merging.wrapped import (
     descend,
     eval_mode,
     mean_over,
+    model_file,
+    network_of,
     prediction_tokens,
     real_positions,
 )
@@ -34,14 +36,18 @@ VERSIONS = Option(1, lambda value: value in (1, 2) and not isinstance(value, boo
 class Surgery(nn.Module):
     """h - U relu(D h): D (rank, width) from U(-1/sqrt(width), 1/sqrt(width)), U = 0, no bias."""
 
-    def __init__(self, width: int, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, rank: int, generator: torch.Generator | None = None) -> None:
+        """Without a generator, of no values: a file's are to come."""
         super().__init__()
         # Drawn in float64 on the CPU, so that they are the same for any dtype and device.
-        linear = partial(nn.utils.skip_init, nn.Linear, bias=False, dtype=torch.float64)
+        device = torch.get_default_device() if generator is None else "cpu"
+        dtype = None if generator is None else torch.float64
+        linear = partial(nn.utils.skip_init, nn.Linear, bias=False, device=device, dtype=dtype)
         self.down, self.up = linear(width, rank), linear(rank, width)
-        with torch.no_grad():
-            self.down.weight.uniform_(-(width**-0.5), width**-0.5, generator=generator)
-            self.up.weight.zero_()
+        if generator is not None:
+            with torch.no_grad():
+                self.down.weight.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+                self.up.weight.zero_()
 
     def forward(self, h: Tensor) -> Tensor:
         """(.., width) to (.., width)."""
@@ -60,13 +66,43 @@ class CorrectedBlock(nn.Module):
         return self.surgery(self.block(x, hidden, positions))
 
 
+@model_file
 class Calibrated(Wrapped):
-    """What `calibrate` makes: a `SequenceEncoder` of which the surgeries alone are trainable."""
+    """What `calibrate` makes: a `SequenceEncoder` of which the surgeries alone are trainable.
 
-    def __init__(self, network: SequenceEncoder, surgery: Surgery) -> None:
+    network: an encoder, whose blocks are replaced in version 2, or a mapping of its "class" and
+    arguments; version, rank: as for `calibrate`; generator: of the surgeries' first values, else
+    they are what a file puts there.
+    """
+
+    def __init__(
+        self,
+        network: SequenceEncoder | Mapping[str, Any],
+        version: int = 1,
+        rank: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_option("version", version, VERSIONS)
+        check_option("rank", rank, integer(16, 1))
+        network = network_of(network, type(self).__name__)
+        like = network.head()[0]
+        if version == 2:
+            parts = network.named_modules()
+            blocks = [(name, part) for name, part in parts if isinstance(part, Block)]
+            if not blocks:
+                raise InputError(
+                    f"version 2 needs Transformer blocks: {type(network).__name__} has none"
+                )
+            for name, block in blocks:
+                surgery = Surgery(network.dim, rank, generator).to(like)
+                network.set_submodule(name, CorrectedBlock(block, surgery))
         super().__init__(network)
-        self.surgery = surgery
+        self.arguments = {"version": version, "rank": rank}
+        self.surgery = Surgery(like.shape[1], rank, generator).to(like)
         self.losses: list[float] = []
+        for part in self.modules():
+            if isinstance(part, Surgery):
+                part.requires_grad_(True)
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
@@ -84,7 +120,7 @@ class Calibrated(Wrapped):
 def calibrate(
     merged: SequenceEncoder,
     members: Sequence[SequenceEncoder],
-    loader: Iterable[Any] | Callable[[nn.Module], Iterable[Any]],
+    loader: Iterable[Any] | Callable[[Any], Iterable[Any]],
     *,
     version: int = 1,
     targets: Sequence[int] | None = None,
@@ -124,11 +160,10 @@ def calibrate(
         members, default equal; rescaled to the sum 1 over the targets.
     steps, lr: of Adam, one batch each, around and around, without dropout. seed: of D.
 
-    The result works with `evaluate` and with objectives, is in eval mode, and costs 2 rank D
-    multiplications more per h (version 2: also per position and block). Its `losses` are those
-    before each step. It is no model file: keep its `state_dict()`, and load that into what the
-    same arguments with steps=0 make. Holds the targets of the batches used, and C in float64 while
-    it makes them.
+    The result works with `evaluate`, objectives, `save_model` and `load_model`, is in eval mode,
+    and costs 2 rank D multiplications more per h (version 2: also per position and block). Its
+    `losses` are those before each step. Holds the targets of the batches used, and C in float64
+    while it makes them.
 
     Raises InputError for models of other classes or catalogues, and arguments that do not fit.
     Source: Yang et al., arXiv 2402.02705 (version 1) and arXiv 2410.14389 (version 2), numerics
@@ -147,7 +182,8 @@ def calibrate(
     if targets is not None:
         lam = [share if index in targets else 0.0 for index, share in enumerate(lam)]
         lam = checks.check_weights(lam, len(members))
-    calibrated = _with_surgeries(merged, version, rank, seed)
+    generator = torch.Generator().manual_seed(seed)
+    calibrated = Calibrated(copy.deepcopy(merged), version, rank, generator).eval()
     batches = batches_of(loader, calibrated)
     experts = [(share, member) for share, member in zip(lam, members, strict=True) if share]
     wanted = _targets(calibrated, experts, batches[:steps], version)
@@ -199,30 +235,6 @@ def _check(
     for index in targets or ():
         if isinstance(index, bool) or index not in range(len(members)):
             raise InputError(f"targets names member {index!r} of {len(members)}")
-
-
-def _with_surgeries(merged: SequenceEncoder, version: int, rank: int, seed: int) -> Calibrated:
-    """A copy of `merged` with corrections that change nothing yet."""
-    generator = torch.Generator().manual_seed(seed)
-    network = copy.deepcopy(merged).requires_grad_(False)
-    like = network.head()[0]
-
-    def surgery(width: int) -> Surgery:
-        return Surgery(width, rank, generator).to(like)
-
-    if version == 2:
-        blocks = [(name, part) for name, part in network.named_modules() if isinstance(part, Block)]
-        if not blocks:
-            raise InputError(
-                f"version 2 needs Transformer blocks: {type(merged).__name__} has none"
-            )
-        for name, block in blocks:
-            network.set_submodule(name, CorrectedBlock(block, surgery(merged.dim)))
-    calibrated = Calibrated(network, surgery(like.shape[1])).eval()
-    for part in calibrated.modules():
-        if isinstance(part, Surgery):
-            part.requires_grad_(True)
-    return calibrated
 
 
 Target = list[Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,30 +23,39 @@ from fisherkern.merging.wrapped import (
     check_option,
     descend,
     mean_over,
+    model_file,
+    network_of,
     real_positions,
 )
 
 LAYERS = Option(2, lambda value: value in (1, 2) and not isinstance(value, bool), "1 or 2")
+#: Arguments of `weight_ensemble` that are settings of the method, as those of a merge rule.
+OPTIONS = {
+    "objective": choice("cross_entropy", "entropy"),
+    "density": number(0.1, 0.0, 1.0, above=True),
+    "scale": number(0.3, 0.0),
+    "router_layers": LAYERS,
+    "lr": number(1e-4, 0.0, above=True),
+}
 
 
 class Router(nn.Module):
-    """r = mean_t(B relu(A x_t + a) + b), or mean_t(B x_t + b) with one layer, over no padding.
+    """r = mean_t(B relu(A x_t + a) + b), or mean_t(B x_t + b) with one layer, over no padding."""
 
-    The paper's code: entries of A and B from N(0, 0.01²), a = 0, b = `scale`.
-    """
-
-    def __init__(
-        self, width: int, members: int, layers: int, scale: float, generator: torch.Generator
-    ) -> None:
+    def __init__(self, width: int, members: int, layers: int) -> None:
         super().__init__()
-        # Drawn in float64 on the CPU, so that they are the same for any dtype and device.
-        linear = partial(nn.utils.skip_init, nn.Linear, dtype=torch.float64)
+        linear = partial(nn.utils.skip_init, nn.Linear, device=torch.get_default_device())
         self.inner = linear(width, width) if layers == 2 else None
         self.outer = linear(width, members)
-        with torch.no_grad():
-            for layer, bias in ((self.inner, 0.0), (self.outer, scale)):
-                if layer is not None:
-                    layer.weight.normal_(0, 0.01, generator=generator)
+
+    def draw(self, scale: float, generator: torch.Generator) -> None:
+        """First values, those of the paper's code: A and B from N(0, 0.01²), a = 0, b = `scale`."""
+        for layer, bias in ((self.inner, 0.0), (self.outer, scale)):
+            if layer is not None:
+                # Drawn in float64 on the CPU, so that they are the same for any dtype and device.
+                drawn = torch.empty(layer.weight.shape, dtype=torch.float64)
+                with torch.no_grad():
+                    layer.weight.copy_(drawn.normal_(0, 0.01, generator=generator))
                     layer.bias.fill_(bias)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
@@ -63,19 +72,39 @@ class TaskVectors(nn.Module):
     values: Tensor
     places: Tensor | None
 
-    def __init__(self, base: Tensor, members: Sequence[Tensor], density: float | None) -> None:
+    def __init__(self, like: Tensor, members: int, density: float | None) -> None:
+        """`like`: the base's tensor, or one of its shape, dtype and device."""
         super().__init__()
+        like = like.detach()
+        # A number of entries, not a quantile: torch.quantile stops at 16.8 million.
+        kept = like.numel() if density is None else max(1, round(density * like.numel()))
+        self.register_buffer("base", torch.zeros_like(like))
+        self.register_buffer("values", like.new_zeros(members, kept))
+        places = None if density is None else torch.zeros_like(self.values, dtype=torch.int64)
+        self.register_buffer("places", places)
+
+    def fill(self, base: Tensor, members: Sequence[Tensor]) -> None:
+        """Take the values of a base and its members."""
         base = base.detach()
         values = torch.stack([own.detach().double() - base.double() for own in members]).flatten(1)
-        places = None
-        if density is not None:
-            # A number of entries, not a quantile: torch.quantile stops at 16.8 million.
-            kept = max(1, round(density * values.shape[1]))
-            places = values.abs().topk(kept, dim=1).indices.sort(dim=1).values
+        if self.places is not None:
+            places = values.abs().topk(self.places.shape[1], dim=1).indices.sort(dim=1).values
+            self.places.copy_(places)
             values = values.gather(1, places)
-        self.register_buffer("base", base.clone())
-        self.register_buffer("values", values.to(base.dtype))
-        self.register_buffer("places", places)
+        self.base.copy_(base)
+        self.values.copy_(values)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        places = state_dict.get(f"{prefix}places")
+        if places is not None and places.numel():
+            size = self.base.numel()
+            if places.dtype != torch.int64:
+                raise InputError(f"tensor '{prefix}places' is {places.dtype}, not int64")
+            low, high = (int(bound) for bound in torch.aminmax(places))
+            if not 0 <= low <= high < size:
+                odd = low if low < 0 else high
+                raise InputError(f"tensor '{prefix}places' names entry {odd} of {size}")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, r: Tensor) -> Tensor:
         """base + sum_m r_nm tau_m for each row of r (N, M): (N, *shape of base)."""
@@ -97,23 +126,31 @@ class WeightEnsemblingFeedForward(nn.Module):
 
     real: Tensor | None = None
 
+    router: Router
+
     def __init__(
-        self,
-        base: FeedForward,
-        members: Sequence[FeedForward],
-        router: Router,
-        density: float | None,
+        self, like: FeedForward, members: int, router: Router, density: float | None, shared: bool
     ) -> None:
+        """`shared`: the router is part of another layer, and in its state."""
         super().__init__()
-        self.router = router
-        self.activation: Callable[[Tensor], Tensor] = base.activation
-        own = [dict(member.named_parameters()) for member in members]
+        if shared:
+            object.__setattr__(self, "router", router)
+        else:
+            self.router = router
+        self.activation: Callable[[Tensor], Tensor] = like.activation
         self.tensors = nn.ModuleDict(
             {
-                name.replace(".", "_"): TaskVectors(value, [one[name] for one in own], density)
-                for name, value in base.named_parameters()
+                name.replace(".", "_"): TaskVectors(value, members, density)
+                for name, value in like.named_parameters()
             }
         )
+
+    def fill(self, base: FeedForward, members: Sequence[FeedForward]) -> None:
+        """Take the weights of a base and its members."""
+        own = [dict(member.named_parameters()) for member in members]
+        for name, value in base.named_parameters():
+            vectors = cast(TaskVectors, self.tensors[name.replace(".", "_")])
+            vectors.fill(value, [one[name] for one in own])
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T, D) to (N, T, D)."""
@@ -126,13 +163,47 @@ class WeightEnsemblingFeedForward(nn.Module):
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
+@model_file
 class WeightEnsemble(Wrapped):
     """What `weight_ensemble` makes: a `SequenceEncoder` of which the routers alone are trainable.
+
+    network: an encoder with `FeedForward` layers, which are replaced, or a mapping of its "class"
+    and arguments; members: how many task vectors a layer has; router_layers, density: as for
+    `weight_ensemble`, one router and pruned task vectors with a density, else a router for each
+    layer and whole ones. The layers' values are what a file or `weight_ensemble` puts there.
 
     Not `causal`: a router reads the whole sequence, so the state at a position depends on the
     items after it. `encode` equals `transform(states(tokens)[:, -1])`; as the last block's router
     reads all positions too, all of them are computed there.
     """
+
+    def __init__(
+        self,
+        network: SequenceEncoder | Mapping[str, Any],
+        members: int,
+        router_layers: int = 2,
+        density: float | None = None,
+    ) -> None:
+        check_option("members", members, integer(1, 1))
+        check_option("router_layers", router_layers, OPTIONS["router_layers"])
+        if density is not None:
+            check_option("density", density, OPTIONS["density"])
+        network = network_of(network, type(self).__name__)
+        names = feed_forwards(network)
+        router = None
+        for name in names:
+            like = cast(FeedForward, network.get_submodule(name))
+            shared = router is not None and density is not None
+            if not shared:
+                router = Router(like.inner.in_features, members, router_layers)
+                router = router.to(like.inner.weight)
+            assert router is not None
+            layer = WeightEnsemblingFeedForward(like, members, router, density, shared)
+            network.set_submodule(name, layer)
+        super().__init__(network)
+        self.arguments = {"members": members, "router_layers": router_layers, "density": density}
+        for own in self.routers():
+            own.requires_grad_(True)
 
     def routers(self) -> list[Router]:
         """The routers, one for all layers where they share it."""
@@ -156,7 +227,7 @@ def weight_ensemble(
     models: Sequence[SequenceEncoder],
     *,
     base: SequenceEncoder,
-    loader: Iterable[Any] | Callable[[nn.Module], Iterable[Any]] | None = None,
+    loader: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
     objective: str = "cross_entropy",
     efficient: bool = False,
     density: float = 0.1,
@@ -191,12 +262,11 @@ def weight_ensemble(
         are kept as places and values: 12 bytes each in float32 where a whole tau has 4.
     steps, lr: of Adam, one batch each, around and around. seed: of the routers' first values.
 
-    The result works with `evaluate` and is in eval mode. It costs more
-    than a merged model at inference: an N x inner_dim x D tensor of weights per layer and batch,
-    M multiplications for each of its entries, and the last block at all positions. It is no model
-    file: keep its `state_dict()`, and load that into what the same arguments make without a
-    loader. `merge_report` is that of the static merge with method "wemoe" or "e_wemoe", the
-    arguments, and the loss before each step.
+    The result works with `evaluate`, `save_model` and `load_model`, and is in eval mode. It costs
+    more than a merged model at inference: an N x inner_dim x D tensor of weights per layer and
+    batch, M multiplications for each of its entries, and the last block at all positions; a file
+    holds M + 1 times the feed-forward layers. `merge_report` is that of the static merge with
+    method "wemoe" or "e_wemoe", the arguments, and the loss before each step.
 
     Raises InputError for encoders without feed-forward layers, what `merge` refuses, and
     arguments that do not fit. Source: Tang et al., arXiv 2402.00433 (WEMoE); Shen et al., arXiv
@@ -205,21 +275,25 @@ def weight_ensemble(
     models = list(models)
     check_encoders([*models, base], "model")
     for name, value, option in (
-        ("objective", objective, choice("cross_entropy", "entropy")),
-        ("density", density, number(0.1, 0.0, 1.0, above=True)),
-        ("router_layers", router_layers, LAYERS),
+        ("objective", objective, OPTIONS["objective"]),
+        ("density", density, OPTIONS["density"]),
+        ("router_layers", router_layers, OPTIONS["router_layers"]),
         ("steps", steps, integer(1000, 0)),
-        ("lr", lr, number(1e-4, 0.0, above=True)),
+        ("lr", lr, OPTIONS["lr"]),
     ):
         check_option(name, value, option)
     settings: dict[str, Any] = {"efficient": efficient, "density": density if efficient else None}
     settings |= {"router_layers": router_layers, "objective": objective, "lr": lr, "seed": seed}
     network = merge(models, method="task_arithmetic", base=base, options={"scale": scale})
     report = dict(network.merge_report or {})
-    _replace(network, models, base, settings, scale)
-    ensemble = WeightEnsemble(network).eval()
+    names = feed_forwards(network)
+    ensemble = WeightEnsemble(network, len(models), router_layers, settings["density"]).eval()
+    generator = torch.Generator().manual_seed(seed)
     for router in ensemble.routers():
-        router.requires_grad_(True)
+        router.draw(scale, generator)
+    for name in names:
+        start, *own = (cast(FeedForward, one.get_submodule(name)) for one in (base, *models))
+        cast(WeightEnsemblingFeedForward, network.get_submodule(name)).fill(start, own)
     losses: list[float] = []
     if loader is not None:
         batches = batches_of(loader, ensemble)
@@ -231,33 +305,12 @@ def weight_ensemble(
     return ensemble
 
 
-def _replace(
-    network: nn.Module,
-    models: Sequence[nn.Module],
-    base: nn.Module,
-    settings: Mapping[str, Any],
-    scale: float,
-) -> None:
-    """Put a weight-ensembling layer in the place of each feed-forward layer of `network`."""
+def feed_forwards(network: nn.Module) -> list[str]:
+    """Names of the layers that are ensembled; InputError where there is none."""
     names = [name for name, part in network.named_modules() if isinstance(part, FeedForward)]
     if not names:
         raise InputError(f"{type(network).__name__} has no feed-forward layer to ensemble")
-    generator = torch.Generator().manual_seed(settings["seed"])
-    router = None
-    for name in names:
-        start, *own = (_feed_forward(model, name) for model in (base, *models))
-        if router is None or not settings["efficient"]:
-            width = start.inner.in_features
-            layers = settings["router_layers"]
-            router = Router(width, len(own), layers, scale, generator).to(start.inner.weight)
-        layer = WeightEnsemblingFeedForward(start, own, router, settings["density"])
-        network.set_submodule(name, layer)
-
-
-def _feed_forward(model: nn.Module, name: str) -> FeedForward:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, FeedForward)
-    return layer
+    return names
 
 
 def _cross_entropy(model: WeightEnsemble, batch: Any) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fisherkern.encoders import Batch, ParallelEncoders, SequenceEncoder
+from fisherkern.encoders import ENCODERS, MODELS, Batch, ParallelEncoders, SequenceEncoder
 from fisherkern.encoders.base import trim_padding
 from fisherkern.errors import InputError
 from fisherkern.merging.rules.base import Option
@@ -19,8 +19,11 @@ from fisherkern.merging.rules.base import Option
 class Wrapped(SequenceEncoder):
     """A `SequenceEncoder` with the catalogue, tokens and output layer of its `network`.
 
-    The network is frozen; what a subclass adds is not. It has no `config`, and is no model file.
+    The network is frozen; what a subclass adds is not. A subclass that is a `model_file` is
+    rebuilt from its `config`: the network's class and config, and the subclass's `arguments`.
     """
+
+    arguments: dict[str, Any]
 
     def __init__(self, network: SequenceEncoder) -> None:
         super().__init__(network.num_items, network.max_len, network.dim)
@@ -29,6 +32,14 @@ class Wrapped(SequenceEncoder):
         self.item_ids = network.item_ids
         if hasattr(network, "mask_token"):
             self.mask_token = network.mask_token
+
+    @property
+    def config(self) -> dict[str, Any]:  # type: ignore[override]
+        """See `SequenceEncoder`; InputError where the network is of a class of the user's own."""
+        name = type(self.network).__name__
+        if ENCODERS.get(name) is not type(self.network):
+            raise InputError(f"{name} is not an encoder that a model file can hold")
+        return {"network": {"class": name, **self.network.config}, **self.arguments}
 
     def transform(self, states: Tensor) -> Tensor:  # type: ignore[override]
         """h (.., D) of states (.., D)."""
@@ -57,6 +68,28 @@ class Wrapped(SequenceEncoder):
         if not hasattr(self, "mask_token"):
             raise AttributeError("append_mask")
         return cast(Any, self.network).append_mask
+
+
+WrappedT = TypeVar("WrappedT", bound=type[Wrapped])
+
+
+def model_file(kind: WrappedT) -> WrappedT:
+    """Class decorator: `save_model` and `load_model` take it, by the name of the class."""
+    MODELS[kind.__name__] = kind
+    return kind
+
+
+def network_of(network: SequenceEncoder | Mapping[str, Any], owner: str) -> SequenceEncoder:
+    """`network`, or a new one of the class and the arguments that a `config` has of it."""
+    if isinstance(network, SequenceEncoder):
+        return network
+    if not isinstance(network, Mapping):
+        raise InputError(f"{owner}: network is a {type(network).__name__}, not a class's config")
+    arguments = dict(network)
+    name = arguments.pop("class", None)
+    if not isinstance(name, str) or name not in ENCODERS:
+        raise InputError(f"{owner}: the network has the unknown class {name!r}")
+    return ENCODERS[name](**arguments)
 
 
 def check_encoders(models: Sequence[Any], what: str) -> None:
