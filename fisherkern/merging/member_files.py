@@ -14,8 +14,10 @@ from fisherkern.encoders import ENCODERS, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import read_json
 from fisherkern.merging import checks
-from fisherkern.merging.rows import Catalogue, check_ids, positions_of, unite
+from fisherkern.merging.rows import Catalogue, positions_of, unite
 from fisherkern.merging.tensor_files import TensorFile
+
+IDS_AT_ONCE = 1 << 16
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -133,14 +135,15 @@ class MemberFiles:
                     f"ids that match the rows of {self.base.path}"
                 )
             _, own = _read_about(self.base, self.sizes[-1])
-            self._place = Catalogue(ids, [positions_of(ids, own or [])], [self.sizes[-1]], rows)
+            place = positions_of(ids, own or [], str(self.base.path.with_suffix(".json")))
+            self._place = Catalogue(ids, [place], [self.sizes[-1]], rows)
 
-    def _all_ids(self) -> Iterator[list[str]]:
-        """Every member's item ids, one list at a time: they may be many."""
+    def _all_ids(self) -> Iterator[tuple[str, list[str]]]:
+        """(File, item ids) of every member, one list at a time: they may be many."""
         for file, size in zip(self.files, self.sizes, strict=False):
             about, ids = _read_about(file, size)
             self.abouts.append(about)
-            yield ids or []
+            yield str(file.path.with_suffix(".json")), ids or []
             ids = None
 
 
@@ -237,9 +240,18 @@ def _read_about(
     if size is not None:
         if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
             raise InputError(f"{path}: its item_ids are not a list of strings")
-        check_ids(str(path), ids, size)
+        if len(ids) != size:
+            raise InputError(f"{path} has {size} items but {len(ids)} item_ids")
     return content, ids
 
 
 def _sha256(ids: Any) -> str:
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    """Of the item ids as JSON, made a piece at a time."""
+    if not isinstance(ids, list):
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    digest = hashlib.sha256(b"[")
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        part = json.dumps(ids[start : start + IDS_AT_ONCE])[1:-1]
+        digest.update(f"{', ' if start else ''}{part}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -230,4 +230,6 @@ def attention_heads(model: nn.Module) -> dict[str, tuple[str, int, int]]:
 
 def _place(ids: Sequence[str], own: Sequence[str], members: Members) -> Catalogue:
     """Where the base, with items `own`, keeps the items `ids` of the merged model."""
-    return Catalogue(list(ids), [positions_of(ids, own)], [len(own)], members.catalogue.parameters)
+    return Catalogue(
+        list(ids), [positions_of(ids, own, "the base")], [len(own)], members.catalogue.parameters
+    )

@@ -88,29 +88,44 @@ def check_ids(owner: str, ids: Sequence[str], size: int | None) -> None:
         raise InputError(f"{owner} has {size} items but {len(ids)} item_ids")
 
 
-def unite(catalogues: Iterable[Sequence[str]]) -> tuple[list[str], list[Tensor]]:
+def unite(catalogues: Iterable[tuple[str, Sequence[str]]]) -> tuple[list[str], list[Tensor]]:
     """(The union, the first's ids first, then the new ones in order; `Catalogue.positions`).
 
-    Lists are asked for one after another and not kept.
+    catalogues: owner and ids of each; asked for one after another and not kept. Raises
+    InputError, naming the owner, for an id listed twice.
     """
     place: dict[str, int] = {}
     found = []
-    for own in catalogues:
+    for owner, own in catalogues:
         merged = (place.setdefault(item, len(place)) for item in own)
-        found.append(torch.from_numpy(np.fromiter(merged, np.int64, len(own))))
+        numbers = torch.from_numpy(np.fromiter(merged, np.int64, len(own)))
+        _positions(numbers, len(place), owner, own)
+        found.append(numbers)
         del own
-    positions = []
-    for numbers in found:
-        position = torch.full((len(place),), -1)
-        position[numbers] = torch.arange(len(numbers))
-        positions.append(position)
-    return list(place), positions
+    return list(place), [_positions(numbers, len(place)) for numbers in found]
 
 
-def positions_of(ids: Sequence[str], own: Sequence[str]) -> Tensor:
-    """(V,) int64, where each of `ids` stands in `own`; -1 where it does not."""
+def positions_of(ids: Sequence[str], own: Sequence[str], owner: str) -> Tensor:
+    """(V,) int64, where each of `ids` stands in `own`, the ids of `owner`; -1 where it does not."""
     place = {item: position for position, item in enumerate(own)}
+    if len(place) < len(own):
+        check_ids(owner, own, None)
     return torch.from_numpy(np.fromiter((place.get(item, -1) for item in ids), np.int64, len(ids)))
+
+
+def _positions(
+    numbers: Tensor, size: int, owner: str = "", own: Sequence[str] | None = None
+) -> Tensor:
+    """(size,) int64, where each merged item stands in a catalogue that lists `numbers` of them.
+
+    -1 where it does not. With `own`, the ids that the numbers stand for, each must be there once.
+    """
+    places = torch.arange(len(numbers))
+    position = torch.full((size,), -1)
+    position[numbers] = places
+    if own is not None and not torch.equal(position[numbers], places):
+        check_ids(owner, own, None)
+    return position
 
 
 def _item_parameters(models: Sequence[nn.Module]) -> dict[str, int]:
@@ -154,5 +169,5 @@ def align(
             "the members list different items, and without an item_parameters() method their "
             "item rows cannot be told from other rows"
         )
-    union, positions = unite(known)
+    union, positions = unite((f"member {m}", own) for m, own in enumerate(known))
     return Catalogue(union, positions, sizes, parameters)
