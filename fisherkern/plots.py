@@ -115,7 +115,8 @@ def plot_plane(
         axes.plot(x, y, marker, label=name, clip_on=False, zorder=3, **style)
     if points:
         # Beside the plane, not at the points: merges lie close together.
-        figure.legend(loc="outside lower center", ncols=min(3, len(points)), frameon=False)
+        columns = min(3, len(points), max(1, 48 // max(map(len, points))))
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
     axes.set(xlabel="distance along the first direction", ylabel="distance along the second")
     axes.set_aspect("equal")
     _save(figure, path)

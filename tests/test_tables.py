@@ -316,9 +316,9 @@ def test_every_table_on_small_data(
 ) -> None:
     settings = {
         "objectives": ["--epochs", "2"],
-        "table1": ["--member-epochs", "1"],
+        "table1": ["--member-epochs", "1", "--shared-start"],
         "table2": ["--base-epochs", "1", "--member-epochs", "1"],
-        "samplers": ["--base-epochs", "1", "--member-epochs", "1", "--fisher-sequences", "20"],
+        "samplers": ["--base-epochs", "1", "--member-epochs", "1", "--extra-epochs", "0"],
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
         "branches": ["--member-epochs", "1", "--count", "2", "--encoder", "SASRec"],
         "emkd": ["--base-epochs", "1", "--member-epochs", "1", "--networks", "2"],

@@ -61,7 +61,7 @@ class Family:
         return [
             self.lab.fisher(
                 f"{name}, {estimate}",
-                make(),
+                make,
                 sequences=self.sequences,
                 data=None if self.data is None else self.data[name],
                 **estimate.arguments(),

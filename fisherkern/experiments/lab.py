@@ -143,20 +143,20 @@ class Lab:
     def fisher(
         self,
         name: str,
-        model: SequenceEncoder,
+        make: Callable[[], SequenceEncoder],
         *,
         sequences: int,
         data: SequenceDataset | None = None,
         **how: Any,
     ) -> DiagFisher:
-        """The stored Fisher `name` of `model`, on up to `sequences` training pairs."""
+        """The stored Fisher `name` of what `make` gives, on up to `sequences` training pairs."""
         stage = self.stage(name)
         if not self.space.path(f"{stage}.fisher.safetensors").exists():
             self.check()
             self.say(f"Fisher of {name}")
 
         def build() -> DiagFisher:
-            source = self.data if data is None else data
+            source, model = self.data if data is None else data, make()
             count = min(sequences, source.num_users)
             loader = source.loader(split="train", max_len=model.max_len, limit=count)
             return diag_fisher(model, loader, seed=self.seed, progress=self.progress, **how)

@@ -217,7 +217,8 @@ class _Book:
         lab, rows = self.labs[name][0], self.experiments[name].rows(self.labs[name][0])
 
         def find() -> dict[str, list[float]]:
-            models = {row: rows[row]() for row in (*MEMBERS, "uniform merge", FISHER)}
+            models = {row: rows[row]() for row in (*MEMBERS, "uniform merge")}
+            models["Fisher merge"] = rows[FISHER]()
             loader = lab.data.loader(split="test", max_len=self.paper.max_len, limit=256)
             return sorted_probabilities(models, next(iter(loader)))
 
@@ -227,9 +228,10 @@ class _Book:
         lab, rows = self.labs[name][0], self.experiments[name].rows(self.labs[name][0])
 
         def find() -> dict[str, Any]:
-            others = [row for row in ("base", "uniform merge", FISHER) if row in rows]
             members = {row: rows[row]() for row in (MASKED, CL, SUPERVISED)}
-            return plane_of(members, {row: rows[row]() for row in others}, lab.score)
+            others = {"base": "base", "uniform merge": "uniform merge", "Fisher merge": FISHER}
+            made = {name: rows[row]() for name, row in others.items() if row in rows}
+            return plane_of(members, made, lab.score)
 
         draw_plane(lab.json("figures", PLANE, find), path)
 

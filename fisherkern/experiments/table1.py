@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import ClassVar
 
 from fisherkern.encoders import SequenceEncoder
@@ -46,4 +45,9 @@ class Table1(Contrastive):
         return self.untrained(lab, offset=0 if self.shared_start else STRIDE * number)
 
     def origin(self, lab: Lab) -> Make | None:
-        return partial(self.start, lab, 0) if self.shared_start else None
+        def untrained() -> SequenceEncoder:
+            model = self.start(lab, 0)
+            model.item_ids = list(lab.data.item_ids)  # as training gives the members
+            return model
+
+        return untrained if self.shared_start else None
