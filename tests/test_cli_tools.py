@@ -66,6 +66,37 @@ def test_align_is_that_of_python(
     assert "aligned-2.safetensors" in capsys.readouterr().out
 
 
+def test_align_by_activations_is_that_of_python(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over the catalogue of the first, which holds more items than the data."""
+    names = members(folder, "more", "m1")
+    models = [fk.load_model(path) for path in names]
+    data = fk.load(folder / "data.txt").with_items(models[0].item_ids)
+    loader = data.loader(batch_size=128, max_len=6, limit=30)
+    expected = fk.align(models, by="activations", loader=loader)
+    flags = ["--by", "activations", "--data", str(folder / "data.txt"), "--limit", "30"]
+    assert main(["align", *names, *flags, "--out", str(tmp_path)]) == 0
+    found = read_json(tmp_path / "result.json")["members"]
+    for entry, model in zip(found, expected, strict=True):
+        aligned = fk.load_model(entry["aligned"])
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, aligned.get_parameter(name)), name
+    assert found[1]["agreement"] == expected[1].align_report["agreement"]
+    assert found[1]["by"] == "activations" and "agreement" not in found[0]
+    assert "aligned-2.safetensors: residual correlates " in capsys.readouterr().out
+
+
+def test_merge_streams_members_of_other_catalogues(folder: Path, tmp_path: Path) -> None:
+    names = members(folder, "m1", "more")
+    for flags in ([], ["--stream"]):
+        assert main(["merge", *names, *flags, "--out", str(tmp_path / f"x{len(flags)}")]) == 0
+    one, two = (fk.load_model(tmp_path / f"x{n}" / "merged.safetensors") for n in (0, 1))
+    assert one.item_ids == two.item_ids and len(one.item_ids or []) == one.num_items
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, two.get_parameter(name)), name
+
+
 def test_preflight_with_data_and_base(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,7 +196,9 @@ def test_stream_beside_a_recipe(folder: Path, tmp_path: Path) -> None:
         (["preflight", "m1", "m2", "--points", "0"], "points is 0"),
         (["preflight", "m1", "m2", "--data", "no.txt"], "no.txt"),
         (["merge", "m1", "wide", "--stream"], "wide.safetensors: tensor"),
-        (["merge", "m1", "more", "--stream"], "more.safetensors: tensor"),
+        (["align", "m1", "m2", "--by", "activations"], "--data: name a data set"),
+        (["align", "m1", "m2", "--by", "activations", "--data", "no.txt"], "no.txt"),
+        (["align", "m1", "m2", "--by", "heart"], "--by: invalid choice: 'heart'"),
         (["merge", "m1", "m2", "--stream", "--method", "slerp"], "method 'slerp' is not one that"),
         (["merge", "m1", "m2", "--stream", "--weights", "search"], "takes numbers as weights"),
         (["merge", "m1", "m2", "--stream", "--steps", "3"], "--stream: it neither searches"),

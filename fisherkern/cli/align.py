@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fisherkern.cli.common import command, finish, out_folder
+from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
+from fisherkern.encoders import SequenceEncoder
 from fisherkern.merging import align
 from fisherkern.training import load_model, save_model
 
@@ -18,11 +20,34 @@ def add_align(commands: Any) -> None:
         "--no-rotate", action="store_true", help="outside attention heads, permute only"
     )
     parser.add_argument("--sweeps", type=int, default=100, help="at most (default: 100)")
+    parser.add_argument(
+        "--by",
+        choices=["weights", "activations"],
+        default="weights",
+        help="activations: bring together what does the same on histories of --data",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=512, help="histories that are looked at (default: 512)"
+    )
 
 
 def _align(options: argparse.Namespace) -> None:
+    histories: Any = None
+    if options.by == "activations":
+        data = load_data(options.data)
+
+        def histories(model: SequenceEncoder) -> Iterable[Any]:
+            own = over_catalogue_of(model, data, options.checkpoints[0])
+            return own.loader(batch_size=128, max_len=model.max_len, limit=options.limit)
+
     models = [load_model(path) for path in options.checkpoints]
-    aligned = align(models, rotate=not options.no_rotate, sweeps=options.sweeps)
+    aligned = align(
+        models,
+        rotate=not options.no_rotate,
+        sweeps=options.sweeps,
+        by=options.by,
+        loader=histories,
+    )
     out = out_folder(options, "align")
     members = []
     for number, (path, model) in enumerate(zip(options.checkpoints, aligned, strict=True), start=1):
@@ -37,3 +62,8 @@ def _align(options: argparse.Namespace) -> None:
     for member in members:
         before, after = member["distance_before"], member["distance_after"]
         print(f"{member['aligned']:<{width}}  {before:15.4g} {after:7.4g}")
+    for member in members:
+        for group, (before, after) in member.get("agreement", {}).items():
+            print(
+                f"{Path(member['aligned']).name}: {group} correlates {before:.3f}, now {after:.3f}"
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fisherkern.errors import InputError
 from fisherkern.merging import checks
+from fisherkern.merging.activations import match, paired, places_of
+from fisherkern.merging.assignment import solve
 from fisherkern.merging.rows import Catalogue
 from fisherkern.merging.rows import align as align_rows
 from fisherkern.merging.symmetries import (
@@ -23,6 +25,7 @@ from fisherkern.merging.symmetries import (
     transformed,
 )
 from fisherkern.merging.ties import named_tensors
+from fisherkern.merging.wrapped import batches_of, check_encoders
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -39,6 +42,8 @@ def align(
     symmetries: Callable[[ModelT], Symmetries] | None = None,
     rotate: bool = True,
     sweeps: int = 100,
+    by: str = "weights",
+    loader: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
 ) -> list[ModelT]:
     """New models with the members' functions, their weights moved towards the reference's:
 
@@ -63,18 +68,35 @@ def align(
         the residual stream, the gains and biases of layer norms are first folded into the layers
         that read them, in every member and in the reference too.
     sweeps: the most rounds over the groups.
+    by: "weights" as above, or "activations": channels are brought together that do the same on the
+        histories of `loader`. For each group
 
-    Each result carries `align_report`, JSON-ready: reference, groups (name -> kind), distance
+            maximise  sum_labels <T, C>,   C = corr(reference's channels, member's channels)
+
+        over the activations with an axis of the group (what linear layers read and write, what
+        layer norms read, embedded items, recurrent states, h) and all positions that are no
+        padding, solved as above; C is of channels where they may be permuted, and a covariance in
+        units of each head, or of the whole, where they may be turned (see `Correlations`). Where
+        channels stand only beside those of another group (Caser's vertical filters, for each of
+        which there is a channel for each of the items') the loader is gone through until nothing
+        moves, else once. What the histories do not show, such as units that never
+        fire, is decided by the weights. The distance may grow.
+    loader: batches of histories, of the reference's items, or a function of the reference that
+        gives them; kept. Items that a member lacks are taken out of the histories for its match.
+
+    Each result carries `align_report`, JSON-ready: reference, by, groups (name -> kind), distance
     before (after folding, if any) and after (the square root of the sum above, over parameters
-    that the function depends on), and sweeps. Permutations move values without rounding; for
-    the rest logits agree to rounding of the dtype. A Fisher belongs to the weights it was
-    computed at: compute it after aligning.
+    that the function depends on), sweeps, and, by activations, agreement (group -> mean
+    correlation of what is matched, before and after; 1 where channels do the same). Permutations
+    move values without rounding; for the rest logits agree to rounding of the dtype. A Fisher
+    belongs to the weights it was computed at: compute it after aligning.
 
     Allocates the new models and, a tensor at a time, float64 copies of it and of the
     reference's; products with the reference's item table, D x D, are made once. Raises
     InputError as `merge` does, and for a class without known symmetries.
-    Source: Ainsworth et al., arXiv 2209.04836 (weight matching, coordinate descent); rotations
-    within heads and of the residual stream as in arXiv 2502.00264 and 2506.22712.
+    Source: Ainsworth et al., arXiv 2209.04836 (weight and activation matching, coordinate
+    descent); rotations within heads and of the residual stream as in arXiv 2502.00264 and
+    2506.22712.
     """
     models = list(models)
     ties = checks.check_members(models)
@@ -90,20 +112,46 @@ def align(
     members: Sequence[ModelT] = models
     if any(group.kind == "rotation" for group in spec.groups.values()):
         members = [folded(model, spec) for model in models]
+    batches = _batches(by, loader, members[reference]) if members else []
     aligned = []
     for number, member in enumerate(members):
         pair = _pair(spec, members, catalogue, reference, number)
-        transforms, rounds = _match(pair, sweeps) if number != reference else ({}, 0)
+        transforms: dict[str, Tensor] = {}
+        rounds, extra = 0, {}
+        if number != reference and by == "weights":
+            transforms, rounds = _match(pair, sweeps)
+        elif number != reference:
+            places = places_of(catalogue, reference, number)
+            run = paired((members[reference], member), spec, batches, places)
+            transforms, rounds, extra["agreement"] = match(spec, run, pair.correlation, sweeps)
         new = transformed(member, spec, transforms)
         new.align_report = {
             "reference": reference,
+            "by": by,
             "groups": {name: group.kind for name, group in spec.groups.items()},
             "distance_before": pair.distance({}),
             "distance_after": pair.distance(transforms),
             "sweeps": rounds,
+            **extra,
         }
         aligned.append(new)
     return aligned
+
+
+def _batches(by: str, loader: Any, reference: nn.Module) -> list[Any]:
+    """The loader's batches; checks that there is one where activations are compared."""
+    if by not in ("weights", "activations"):
+        raise InputError(f"by is {by!r} where 'weights' or 'activations' was expected")
+    if (loader is None) != (by == "weights"):
+        raise InputError(
+            "by='activations' needs loader: batches of histories"
+            if loader is None
+            else "loader= is used by by='activations' only"
+        )
+    if loader is None:
+        return []
+    check_encoders([reference], "model")
+    return batches_of(loader, reference)
 
 
 def _pair(
@@ -236,7 +284,7 @@ def _match(pair: _Pair, sweeps: int) -> tuple[dict[str, Tensor], int]:
     for name, group in pair.symmetries.groups.items():
         found = [pair.correlation(x, {}, items_only=True) for x in pair.symmetries.labels(name)]
         if all(c is not None for c in found):
-            anchored |= _solve(group, dict(zip(pair.symmetries.labels(name), found, strict=True)))
+            anchored |= solve(group, dict(zip(pair.symmetries.labels(name), found, strict=True)))
     ends = [_descend(pair, start, sweeps) for start in ([{}, anchored] if anchored else [{}])]
     return max(ends, key=lambda end: pair.overlap(end[0]))
 
@@ -254,7 +302,7 @@ def _descend(
         for name in order:
             labels = pair.symmetries.labels(name)
             found = {label: pair.correlation(label, transforms) for label in labels}
-            step = transforms | _solve(groups[name], found)
+            step = transforms | solve(groups[name], found)
             # A tensor with two axes of one group makes the step a guess: its gain is checked.
             value = pair.overlap(step)
             if value > best + STEP_GAIN * pair.scale:
@@ -262,66 +310,3 @@ def _descend(
         if best <= before + ROUND_GAIN * pair.scale:
             return transforms, number
     return transforms, sweeps
-
-
-def _solve(group: Group, correlations: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Per label the admissible T with the largest sum of <T, C> over the group's labels."""
-    found = {label: c for label, c in correlations.items() if c is not None}
-    if not found:
-        return {}
-    if group.kind == "permutation":
-        (label, total), *others = found.items()
-        index = _assignment(sum((c for _, c in others), total))
-        return dict.fromkeys([label, *(other for other, _ in others)], index)
-    if group.kind == "signed":
-        return _signed(found)
-    if group.kind in ("rotation", "orthogonal"):
-        turn = _rotation if group.kind == "rotation" else _procrustes
-        return {label: turn(c) for label, c in found.items()}
-    width = group.size // group.heads
-    factors = {}
-    for label, c in found.items():
-        blocks = c.reshape(group.heads, width, group.heads, width).transpose(1, 2)
-        factors[label] = torch.linalg.svd(blocks)
-    score = torch.stack([s.sum(-1) for _, s, _ in factors.values()]).sum(0)
-    order = _assignment(score)
-    turned = {}
-    for label, (u, _, v) in factors.items():
-        matrix = u.new_zeros(group.heads, width, group.heads, width)
-        for head, partner in enumerate(order.tolist()):
-            matrix[head, :, partner] = u[head, partner] @ v[head, partner]
-        turned[label] = matrix.reshape(group.size, group.size)
-    return turned
-
-
-def _assignment(score: Tensor) -> Tensor:
-    """(n,) int64 index with the largest sum_i score[i, index_i] of all permutations."""
-    from scipy.optimize import linear_sum_assignment
-
-    return torch.from_numpy(linear_sum_assignment(score.cpu().numpy(), maximize=True)[1])
-
-
-def _signed(correlations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One permutation for all labels, with the best signs for the first."""
-    (label, signed), *others = correlations.items()
-    index = _assignment(sum((c for _, c in others), signed.abs()))
-    rows = torch.arange(len(index))
-    matrix = torch.zeros_like(signed)
-    matrix[rows, index] = torch.where(signed[rows, index] < 0, -1.0, 1.0).to(matrix.dtype)
-    return {label: matrix, **{other: index for other, _ in others}}
-
-
-def _procrustes(correlation: Tensor) -> Tensor:
-    """Orthogonal Q with the largest <Q, C>."""
-    u, _, v = torch.linalg.svd(correlation)
-    return u @ v
-
-
-def _rotation(correlation: Tensor) -> Tensor:
-    """Orthogonal Q with Q 1 = 1 and the largest <Q, C>: Procrustes in the complement of 1."""
-    size = len(correlation)
-    basis = torch.eye(size, dtype=correlation.dtype, device=correlation.device)
-    basis[:, 0] = 1
-    complement = torch.linalg.qr(basis)[0][:, 1:]
-    inner = _procrustes(complement.t() @ correlation @ complement)
-    return 1 / size + complement @ inner @ complement.t()
