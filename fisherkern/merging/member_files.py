@@ -49,12 +49,10 @@ class MemberFiles:
         self.config = first.about.get("config")
         self.ids_sha256 = first.about.get("item_ids_sha256")
         if self.catalogue.positions is not None:
-            for name in rows:
-                found = self.rows(name)
-                assert found is not None
-                kind, shape = first.layout[name]
-                self.layout[name] = (kind, (len(found[0]), *shape[1:]))
             ids = self.catalogue.item_ids or []
+            for name in rows:
+                kind, (length, *rest) = first.layout[name]
+                self.layout[name] = kind, (length - self.sizes[0] + len(ids), *rest)
             self.config = {**dict(self.config or {}), "num_items": len(ids)}
             self.ids_sha256 = _sha256(ids)
 
