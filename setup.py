@@ -28,12 +28,15 @@ from setuptools.errors import BaseError, CompileError, LinkError, SetupError
 DEFAULT_ARCHS = "80,90,100+PTX"
 CPU_SOURCES = (
     "csrc/bind.cpp",
+    "csrc/cpu/attention_backward.cpp",
     "csrc/cpu/lookup_square.cpp",
     "csrc/cpu/segment_outer_square.cpp",
 )
 CUDA_SOURCES = ("csrc/cuda/lookup_square.cu", "csrc/cuda/segment_outer_square.cu")
 HEADERS = (
+    "csrc/attention.h",
     "csrc/fisher_segment.h",
+    "csrc/cpu/machine.h",
     "csrc/cpu/numbers.h",
     "csrc/cuda/launch.cuh",
     "csrc/cuda/outer_tiles.cuh",

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "attention.h"
 #include "fisher_segment.h"
 
 // What setup.py compiled for: compute capabilities of machine code, and of PTX.
@@ -124,6 +125,40 @@ LookupSquare lookup_problem(Address fisher, Address delta, Address order, Addres
           delta_bf16};
 }
 
+AttentionBackward attention_problem(Address p, Address delta, Address q, Address k, Address v,
+                                    Address dq, Address dk, Address dv, int64_t sequences,
+                                    int64_t heads, int64_t queries, int64_t keys, int64_t width,
+                                    int64_t value_width, float scale) {
+  const std::string op = "attention_backward";
+  require_sizes(op, {{"sequences", sequences},
+                     {"heads", heads},
+                     {"queries", queries},
+                     {"keys", keys},
+                     {"width", width},
+                     {"value_width", value_width}});
+  const int64_t count = sequences * heads;
+  if (count * queries * keys > 0) require_addresses(op, {{"p", p}});
+  if (count * queries * width > 0) require_addresses(op, {{"q", q}, {"dq", dq}});
+  if (count * keys * width > 0) require_addresses(op, {{"k", k}, {"dk", dk}});
+  if (count * keys * value_width > 0) require_addresses(op, {{"v", v}, {"dv", dv}});
+  if (count * queries * value_width > 0) require_addresses(op, {{"delta", delta}});
+  return {reinterpret_cast<const float*>(p),
+          reinterpret_cast<const float*>(delta),
+          reinterpret_cast<const float*>(q),
+          reinterpret_cast<const float*>(k),
+          reinterpret_cast<const float*>(v),
+          reinterpret_cast<float*>(dq),
+          reinterpret_cast<float*>(dk),
+          reinterpret_cast<float*>(dv),
+          sequences,
+          heads,
+          queries,
+          keys,
+          width,
+          value_width,
+          scale};
+}
+
 // The parameters of the problems by name, in the order of the functions above.
 #define SEGMENT_ARGUMENTS                                                                   \
   "fisher"_a, "delta"_a, "inputs"_a, "offsets"_a, "offset_bytes"_a, "length"_a, "probes"_a, \
@@ -132,6 +167,10 @@ LookupSquare lookup_problem(Address fisher, Address delta, Address order, Addres
   "fisher"_a, "delta"_a, "order"_a, "segment_start"_a, "row"_a, "row_start"_a, "beta"_a,      \
       "hidden"_a, "sequence"_a, "probes"_a, "positions"_a, "segments"_a, "groups"_a, "rows"_a, \
       "width"_a, "sequences"_a, "delta_bf16"_a
+
+#define ATTENTION_ARGUMENTS                                                                     \
+  "p"_a, "delta"_a, "q"_a, "k"_a, "v"_a, "dq"_a, "dk"_a, "dv"_a, "sequences"_a, "heads"_a,      \
+      "queries"_a, "keys"_a, "width"_a, "value_width"_a, "scale"_a
 
 // A function of Python from the one that makes the problem and the one that works on it, which
 // may take more arguments (threads).
@@ -169,13 +208,15 @@ py::tuple numbers(std::initializer_list<int> values) {
 PYBIND11_MODULE(_C, m) {
   using namespace fisherkern;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "fisherkern's compiled kernels; see csrc/fisher_segment.h.";
+  m.doc() = "fisherkern's compiled kernels; see csrc/fisher_segment.h and csrc/attention.h.";
   m.attr("cuda_archs") = numbers({FISHERKERN_CUDA_ARCHS});
   m.attr("cuda_ptx") = numbers({FISHERKERN_CUDA_PTX});
   m.def("segment_outer_square_cpu", on_cpu(segment_problem, segment_outer_square_cpu), py::kw_only(),
         SEGMENT_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, Unlocked());
   m.def("lookup_square_cpu", on_cpu(lookup_problem, lookup_square_cpu), py::kw_only(),
         LOOKUP_ARGUMENTS, Unlocked());
+  m.def("attention_backward_cpu", on_cpu(attention_problem, attention_backward_cpu), py::kw_only(),
+        ATTENTION_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, Unlocked());
 #ifdef FISHERKERN_WITH_CUDA
   m.def("segment_outer_square_cuda",
         on_cuda("segment_outer_square", segment_problem, segment_outer_square_cuda), py::kw_only(),

@@ -2,16 +2,13 @@
 // segment, so that no product is ever stored.
 
 #include <algorithm>
-#include <exception>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../fisher_segment.h"
+#include "machine.h"
 #include "numbers.h"
-
-#define FISHERKERN_INLINE inline __attribute__((always_inline))
 
 namespace fisherkern {
 namespace {
@@ -141,55 +138,20 @@ __attribute__((target("avx512f"))) void add_avx512(const SegmentOuterSquare& p, 
                                                    int64_t low, int64_t high) {
   add_numbers<16, kRows, 4>(p, longest, low, high);
 }
+#else
+constexpr Add add_avx2 = nullptr, add_avx512 = nullptr;
 #endif
-
-// The widest vectors that the processor has, or those of `lanes` floats, null if it has not.
-Add widest(int lanes) {
-#ifdef __x86_64__
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (lanes != 4 && lanes != 8 && __builtin_cpu_supports("avx512f")) return add_avx512;
-  if (lanes != 4 && lanes != 16 && avx2) return add_avx2;
-#endif
-  return lanes == 0 || lanes == 4 ? add_plain : nullptr;
-}
 
 }  // namespace
 
 void segment_outer_square_cpu(const SegmentOuterSquare& p, int threads, int lanes) {
-  const Add work = widest(lanes);
-  if (work == nullptr) {
-    throw std::invalid_argument("segment_outer_square: this processor has no vectors of " +
-                                std::to_string(lanes) + " floats");
-  }
+  const Add work = widest<Add>("segment_outer_square", lanes, add_plain, add_avx2, add_avx512);
   const int64_t longest = check_offsets(p);
   const int64_t tall = (p.rows + kRows - 1) / kRows;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tall));
   // Whole tiles each, so that the result has the same bits for any number of threads.
   const auto bound = [&](int64_t part) { return std::min(p.rows, part * tall / parts * kRows); };
-  // What a thread throws must not leave it, and no thread may be left running: either ends the
-  // process.
-  std::vector<std::exception_ptr> faults(parts);
-  const auto add_part = [&](int64_t part) noexcept {
-    try {
-      work(p, longest, bound(part), bound(part + 1));
-    } catch (...) {
-      faults[part] = std::current_exception();
-    }
-  };
-  std::vector<std::thread> others;
-  others.reserve(parts);
-  int64_t started = 1;
-  try {
-    for (; started < parts; ++started) others.emplace_back(add_part, started);
-  } catch (...) {
-    // The system has no more threads to give: the parts left are this one's.
-  }
-  add_part(0);
-  for (int64_t part = started; part < parts; ++part) add_part(part);
-  for (std::thread& other : others) other.join();
-  for (const std::exception_ptr& fault : faults) {
-    if (fault) std::rethrow_exception(fault);
-  }
+  in_parts(parts, [&](int64_t part) { work(p, longest, bound(part), bound(part + 1)); });
 }
 
 }  // namespace fisherkern

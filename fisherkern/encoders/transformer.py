@@ -33,14 +33,15 @@ class SelfAttention(nn.Module):
         """`queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1, 1 or Q, T)."""
         if queries.shape[1] == 1 and not self.training:
             return self._of_one(queries[:, 0], x, hidden[:, :, 0])[:, None]
-        # Whatever can be is done to q and in place: of (N, heads, Q, T) tensors the softmax alone
-        # is kept for the backward pass, which goes through them once.
-        q = self._split(self.query(queries) * self._scale)
-        k = self._split(self.key(x))
-        v = self._split(self.value(x))
-        scores = q @ k.transpose(2, 3)
-        scores = scores.add_(_lowest(hidden, scores.dtype))
-        context = self.dropout(scores.softmax(dim=-1)) @ v
+        q, k, v = (self._split(s) for s in (self.query(queries), self.key(x), self.value(x)))
+        mask = _lowest(hidden, q.dtype)
+        if self.training:
+            # Whatever can be is done to q and in place: of (N, heads, Q, T) tensors the softmax
+            # alone is kept for the backward pass, which goes through them once.
+            scores = (q * self._scale @ k.transpose(2, 3)).add_(mask)
+            context = self.dropout(scores.softmax(dim=-1)) @ v
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, mask, scale=self._scale)
         return self.output(context.transpose(1, 2).flatten(2))
 
     def _of_one(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Each op has one name: its file, its schema `fisherkern::<name>`, its test and it
 benchmark; a trailing underscore means that it mutates its first argument.
 """
 
+from fisherkern.ops.attention_backward import attention_backward
 from fisherkern.ops.head_sqgrad import head_sqgrad_
 from fisherkern.ops.lookup_square import LookupSegments, lookup_segments, lookup_square_
 from fisherkern.ops.sample_distinct import sample_distinct
@@ -16,6 +17,7 @@ from fisherkern.ops.softmax_topk import softmax_topk
 
 __all__ = [
     "LookupSegments",
+    "attention_backward",
     "head_sqgrad_",
     "lookup_segments",
     "lookup_square_",

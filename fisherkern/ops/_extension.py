@@ -202,6 +202,45 @@ def lookup_square_(
     extension.lookup_square_cuda(**arguments, **_launch(fisher, split, workspace))
 
 
+def attention_backward(
+    extension: Any, p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fisherkern.ops.attention_backward` in the extension: all fp32, on the CPU.
+
+    On PyTorch's number of threads, whose number does not change the result. Raises InputError
+    for tensors that do not fit.
+    """
+    sequences, heads, queries, keys = _shape("p", p, 4)
+    width, value_width = _shape("q", q, 4)[3], _shape("v", v, 4)[3]
+    shapes = {
+        "delta": (delta, (sequences, queries, heads, value_width), "(N, Q, H, e)"),
+        "q": (q, (sequences, queries, heads, width), "(N, Q, H, d)"),
+        "k": (k, (sequences, keys, heads, width), "(N, T, H, d)"),
+        "v": (v, (sequences, keys, heads, value_width), "(N, T, H, e)"),
+    }
+    for name, (tensor, shape, meaning) in shapes.items():
+        _require(tensor.shape == shape, name, meaning, tensor)
+    given = [tensor.contiguous() for tensor in (p, delta, q, k, v)]
+    if any(tensor.dtype != torch.float32 for tensor in given):
+        raise InputError("p, delta, q, k, v: must be fp32")
+    _require_device(*given)
+    found = [torch.empty_like(tensor) for tensor in given[2:]]
+    names = ("p", "delta", "q", "k", "v", "dq", "dk", "dv")
+    products = 4 * p.numel() * (width + value_width)
+    extension.attention_backward_cpu(
+        **{name: t.data_ptr() for name, t in zip(names, [*given, *found], strict=True)},
+        sequences=sequences,
+        heads=heads,
+        queries=queries,
+        keys=keys,
+        width=width,
+        value_width=value_width,
+        scale=scale,
+        threads=min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD),
+    )
+    return found[0], found[1], found[2]
+
+
 def _workspace(fisher: Tensor, split: Split, rows: int, columns: int) -> Tensor | None:
     """The splits' sums, None where there is one split or nothing to sum."""
     if split.splits == 1 or rows * columns == 0:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern import ops
 from fisherkern.fisher.capture import Linear, Replacement, Rules
 
 
@@ -103,7 +104,7 @@ def _attended(
 ) -> tuple[Tensor, Tensor | None]:
     """(N, H, T, d) attended, and the weights (N, H, T, S) where they are needed."""
     if not need_weights:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal), None
+        return _scaled_dot_product(q, k, v, mask, is_causal, None), None
     scores = q * math.sqrt(1.0 / q.shape[3]) @ k.transpose(2, 3)
     probabilities = torch.softmax(scores if mask is None else scores + mask, dim=3)
     return probabilities @ v, probabilities
@@ -128,4 +129,75 @@ def _merged(
     return sum(added[1:], added[0]) if added else None
 
 
-RULES: Rules = {F.multi_head_attention_forward: Replacement(attention)}
+def scaled_dot_product(
+    linear: Linear,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """F.scaled_dot_product_attention of (N, H, T, d), its backward pass by `ops`.
+
+    NotImplemented where PyTorch would drop out, repeat heads or sequences, or pass a gradient on
+    to the mask.
+    """
+    given = (query, key, value)
+    unlike = any(t.dim() != 4 or t.is_nested or t.dtype != query.dtype for t in given)
+    if (
+        unlike
+        or any(t.shape[:2] != query.shape[:2] for t in given)
+        or dropout_p > 0
+        or enable_gqa
+        or (attn_mask is not None and (attn_mask.requires_grad or is_causal))
+    ):
+        return NotImplemented
+    return _scaled_dot_product(query, key, value, attn_mask, is_causal, scale)
+
+
+def _scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:
+    if is_causal:
+        ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask = ones.tril()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    by_position = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    return _Attended.apply(*by_position, mask, scale).transpose(1, 2)
+
+
+class _Attended(torch.autograd.Function):
+    """softmax(scale q kᵀ + mask) v, its probabilities kept: q, k, v and result (N, T, H, d).
+
+    The heads' numbers lie side by side, as the linear layers before and after have them, so that
+    a probe copies nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        scores = q.transpose(1, 2) * scale @ k.permute(0, 2, 3, 1)
+        if mask is not None:
+            scores += mask
+        # A query that may attend to nothing gets nothing, as in PyTorch's own.
+        p = torch.ops.aten._safe_softmax(scores, -1)
+        ctx.scale = scale
+        ctx.save_for_backward(p, *(tensor.contiguous() for tensor in (q, k, v)))
+        return (p @ v.transpose(1, 2)).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
+        p, q, k, v = ctx.saved_tensors
+        return *ops.attention_backward(p, deltas[0], q, k, v, ctx.scale), None, None
+
+
+RULES: Rules = {
+    F.multi_head_attention_forward: Replacement(attention),
+    F.scaled_dot_product_attention: Replacement(scaled_dot_product),
+}

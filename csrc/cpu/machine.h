@@ -1,0 +1,58 @@
+// What a processor offers: vectors of several widths, and threads.
+#pragma once
+
+#include <cstdint>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#define FISHERKERN_INLINE inline __attribute__((always_inline))
+
+namespace fisherkern {
+
+// The version for the widest vectors that the processor has, or for those of `lanes` floats (4, 8
+// or 16); throws where it has not.
+template <class Work>
+Work widest(const char* op, int lanes, Work plain, Work avx2, Work avx512) {
+#ifdef __x86_64__
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if ((lanes == 0 || lanes == 16) && __builtin_cpu_supports("avx512f")) return avx512;
+  if ((lanes == 0 || lanes == 8) && has_avx2) return avx2;
+#endif
+  if (lanes == 0 || lanes == 4) return plain;
+  throw std::invalid_argument(std::string(op) + ": this processor has no vectors of " +
+                              std::to_string(lanes) + " floats");
+}
+
+// work(0), ..., work(parts - 1), each on a thread of its own where the system has them.
+template <class Work>
+void in_parts(int64_t parts, const Work& work) {
+  // What a thread throws must not leave it, and no thread may be left running: either ends the
+  // process.
+  std::vector<std::exception_ptr> faults(parts);
+  const auto guarded = [&](int64_t part) noexcept {
+    try {
+      work(part);
+    } catch (...) {
+      faults[part] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> others;
+  others.reserve(parts);
+  int64_t started = 1;
+  try {
+    for (; started < parts; ++started) others.emplace_back(guarded, started);
+  } catch (...) {
+    // The system has no more threads to give: the parts left are this one's.
+  }
+  guarded(0);
+  for (int64_t part = started; part < parts; ++part) guarded(part);
+  for (std::thread& other : others) other.join();
+  for (const std::exception_ptr& fault : faults) {
+    if (fault) std::rethrow_exception(fault);
+  }
+}
+
+}  // namespace fisherkern
