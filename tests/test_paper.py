@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,10 @@ import pytest
 import fisherkern as fk
 from fisherkern.cli import main
 from fisherkern.data import write_seqrec
-from fisherkern.experiments import TABLES, Paper, lab, paper, run_paper
-from fisherkern.experiments.candidates import chance
+from fisherkern.experiments import Paper, lab, paper, run_paper
 from fisherkern.experiments.contrastive import CONTROL, EXTRA, MEMBERS
 from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.reports import load_reports
-from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import read_json
 from fisherkern.fingerprint import fingerprint
 
@@ -160,7 +157,7 @@ def test_pieces_give_the_same_bytes(
 ) -> None:
     """Calls whose time is up after so many looks at the clock: in trainings, Fishers, pictures."""
     settings, missing = Paper.on(small, **TINY), []
-    for looks in (6, 40, 150, 190):
+    for looks in (4, 40, 150, 190):
         with monkeypatch.context() as patch:
             seen = iter(range(looks + 1))
             patch.setattr(
@@ -169,6 +166,8 @@ def test_pieces_give_the_same_bytes(
             result = run_paper(settings, tmp_path, time_limit=1.0, progress=False)
         assert read_json(tmp_path / "result.json") == result
         assert "not there yet, seed 0" in (tmp_path / "paper.md").read_text()
+        if looks == 4:  # in the middle of a training
+            assert [path.name for path in tmp_path.rglob("*.state.*")] == ["base.state.safetensors"]
         missing.append(sum(len(names) for own in result["missing"].values() for names in own))
     assert missing == sorted(missing, reverse=True) and missing[-1] > 0
     assert run_paper(settings, tmp_path, progress=False)["missing"] == {}
@@ -255,10 +254,6 @@ def test_sampled_metrics_are_evaluates_and_never_below_full_ones(small: str, who
         other = fk.evaluate(model_of(whole, best), data, candidates=kind)
         gap = fk.compare(reports["uniform merge"], other)["ndcg@10"]
         assert rows["uniform merge"]["candidates"][kind]["over"] == dataclasses.asdict(gap)
-
-
-def test_chance_by_hand() -> None:
-    assert chance() == pytest.approx(sum(1 / math.log2(1 + r) for r in range(1, 11)) / 101)
 
 
 @pytest.mark.parametrize(
@@ -359,12 +354,19 @@ def test_means_over_seeds(small: str, whole: Path, tmp_path: Path) -> None:
     assert "not there yet, seed 1: uniform merge\n" in text
 
 
-def test_a_table_made_alone_is_gone_on_from(small: str, whole: Path, tmp_path: Path) -> None:
+def test_a_table_made_alone_is_gone_on_from(
+    small: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(whole / "table2", tmp_path / "table2")
     for path in (tmp_path / "table2" / "seed-0").glob("*.candidates.safetensors"):
         path.unlink()
-    settings = Paper.on(small, **TINY)
-    result = run_paper(settings, tmp_path, time_limit=0.0, progress=False)
+    command = ["reproduce", "paper", "--data", small, "--out", str(tmp_path), "--quiet"]
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+    assert main([*command, *given, "--time-limit", "0"]) == 0
+    printed, said = capsys.readouterr()
+    assert printed.startswith((tmp_path / "paper.md").read_text().rstrip())
+    assert said.endswith("the time is up: the same command goes on from here\n")
+    result = read_json(tmp_path / "result.json")
     parts = ["table1", "table1-candidates", "table1-pairs", "table2-candidates"]
     assert sorted(result["missing"]) == sorted([*parts, "pictures"])
     assert result["missing"]["pictures"] == ["sorted-probabilities-table1", "plane-table1"]
@@ -386,86 +388,10 @@ def test_a_base_from_a_file_gives_all_parts_its_sizes(
     assert result["settings"]["base"].startswith("BERT4Rec ")
 
 
-def lab_of(small: str, tmp_path: Path, seed: int = 0) -> Lab:
-    return Lab(fk.load(small), Workspace(tmp_path, {}), seed, None, None, 10, False)
-
-
-def test_members_of_table1_start_apart_or_together(small: str, tmp_path: Path) -> None:
-    own = lab_of(small, tmp_path)
-    for shared in (False, True):
-        experiment = TABLES["table1"].on(small, shared_start=shared, max_len=8, dim=8)
-        starts = {fingerprint(experiment.start(own, number)) for number in (1, 2, 3, 4, 8)}
-        assert len(starts) == (1 if shared else 5)
-        rows = experiment.rows(own)
-        assert "base" not in rows and ("TIES" in rows) == shared
-        origin = experiment.origin(own)
-        assert (origin is None) == (not shared) and (
-            origin is None or starts == {fingerprint(origin())}
-        )
-
-
-def test_the_papers_figures_stand_in_their_tables_on_ml_1m_alone(
-    small: str, tmp_path: Path
-) -> None:
-    own = lab_of(small, tmp_path)
-    known = {
-        "table1": {MEMBERS[1]: ".0585", MEMBERS[3]: ".0933"},
-        "table2": {},
-        "samplers": {},
-    }
-    merged = {"table1": ".1289", "table2": ".1386"}
-    for name, figures in known.items():
-        for settings in ({}, {"top_k": 10}, {"extra_epochs": 0}):
-            experiment = TABLES[name].on("ml-1m", **settings)
-            expected, note = experiment.paper()
-            if name in merged:
-                row = f"Fisher merge, topk {settings.get('top_k', 30)}, floor 0.1"
-                row += "" if settings.get("extra_epochs") == 0 else EXTRA
-                figures = {**known[name], row: merged[name]}
-            assert dict(expected) == figures and note
-            assert set(figures) <= experiment.rows(own).keys()
-        assert TABLES[name].on("beauty").paper() == ({}, "")
-    experiments = Paper.on("ml-1m").table1(), Paper.on("beauty").table1()
-    notes = [paper.Candidates(e, {}, []).paper()[1] for e in experiments]
-    assert ".0419" in notes[0] and notes[1] == ""
-
-
-def test_presets_reach_the_parts() -> None:
-    beauty = Paper.on("beauty", scratch_epochs=7, floor=0.5)
-    assert (beauty.table1().member_epochs, beauty.table2().member_epochs) == (7, 15)
-    assert (beauty.table2().base_epochs, beauty.samplers().floor) == (40, 0.5)
-    assert (beauty.table1().max_len, beauty.table1().dropout) == (20, 0.3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["paper", "--by", "time"], "--by: the experiment paper has no such setting"),
-        (["paper", "--seeds", "0"], "--seeds: must be at least 1, got 0"),
-        (["paper", "--time-limit", "-1"], "time_limit: must not be negative, got -1"),
-        (["paper", "--floor", "-0.1"], "floor: must not be negative, got -0.1"),
-        (["paper", "--similarity", "l2"], "similarity must be 'dot' or 'cosine', got 'l2'"),
-        (["paper", "--scratch-epochs", "0"], "scratch_epochs: must be at least 1, got 0"),
-        (["paper", "--base", "none.safetensors"], "none.safetensors: no such file"),
-        (["table1", "--base", "x"], "base: every member of table1 starts from scratch"),
-        (["table1", "--base-epochs", "3"], "--base-epochs: the experiment table1 has no such"),
-        (["table2", "--temperature", "0"], "temperature must be positive and finite, got 0"),
-        (["samplers", "--floor", "nan"], "floor: must not be negative, got nan"),
-    ],
-)
-def test_bad_input(
-    small: str, tmp_path: Path, arguments: list[str], message: str, capsys: Any
-) -> None:
-    out = tmp_path / "out"
-    assert main(["reproduce", *arguments, "--data", small, "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
-    assert not out.exists()
-
-
 def test_refusals_of_folder_and_catalogue(whole: Path, small: str, tmp_path: Path) -> None:
-    with pytest.raises(fk.InputError, match=r"config.json: holds a run with other .*\(lr\)"):
-        run_paper(Paper.on(small, **TINY, lr=0.5), whole, progress=False)
+    for name, value in (("lr", 0.5), ("cost_sequences", 9)):
+        with pytest.raises(fk.InputError, match=rf"config.json: holds a run with .*\({name}\)"):
+            run_paper(Paper.on(small, **{**TINY, name: value}), whole, progress=False)
     path = tmp_path / "narrow.txt"
     write_seqrec(fk.synthetic(20, 60, clusters=8), path)
     with pytest.raises(fk.InputError, match="needs 100 unseen items for every user"):

@@ -32,8 +32,9 @@ class Table1(Contrastive):
         " (epochs, length, mask rate, temperature, weight, handling of seen items, whether members"
         " share an initialisation) are not known to us. Its merge, .1289, is held against .1398"
         " of a baseline of its own; it stands beside the merge by the paper's sampler with the"
-        " extra training that the paper says its merges had. DuoRec's released code changes its"
-        " training sequences in place, which would explain the CL4SRec figure."
+        " extra training that the paper says its merges had. In DuoRec's released code the"
+        " augmentations of CL4SRec change the training sequences in place; if the paper's row comes"
+        " from there, that may be why it is so low."
     )
 
     def __post_init__(self) -> None:
