@@ -101,8 +101,12 @@ def unite(catalogues: Iterable[tuple[str, Sequence[str]]]) -> tuple[list[str], l
         numbers = torch.from_numpy(np.fromiter(merged, np.int64, len(own)))
         _positions(numbers, len(place), owner, own)
         found.append(numbers)
-        del own
-    return list(place), [_positions(numbers, len(place)) for numbers in found]
+        # Before the next is made; the generator, which has not come to its end, holds it too.
+        del merged, own
+    union = list(place)
+    del place  # the larger part of what is held by now
+    found.reverse()
+    return union, [_positions(found.pop(), len(union)) for _ in range(len(found))]
 
 
 def positions_of(ids: Sequence[str], own: Sequence[str], owner: str) -> Tensor:
