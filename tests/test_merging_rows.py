@@ -1,6 +1,7 @@
 """Members trained on different catalogues."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from merging_models import Encoder, Toy, encoder, random_fisher
 
 from fisherkern.errors import InputError
 from fisherkern.merging import merge
+from fisherkern.merging.rows import unite
 
 
 def filled(ids, row_values, pad, mask):
@@ -106,6 +108,31 @@ def test_a_table_tied_by_storage_is_united_and_stays_tied(weights):
     assert torch.equal(merged.item_embedding.weight[1:-1], merged.head)
     merged.item_embedding.weight.data.fill_(9.0)
     assert merged.head.unique().tolist() == [9.0]
+
+
+def test_a_catalogue_is_let_go_before_the_next_is_asked_for():
+    """Lists of millions of ids would not fit beside one another."""
+
+    class Ids(list):
+        """A list that can be watched."""
+
+    alive = []
+
+    def catalogues():
+        for ids in ("abc", "cad", "ef"):
+            assert [reference() for reference in alive] == [None] * len(alive)
+            own = Ids(ids)
+            alive.append(weakref.ref(own))
+            yield "a member", own
+            del own
+
+    union, positions = unite(catalogues())
+    assert union == list("abcdef") and len(alive) == 3
+    assert [own.tolist() for own in positions] == [
+        [0, 1, 2, -1, -1, -1],
+        [1, -1, 0, 2, -1, -1],
+        [-1, -1, -1, -1, 0, 1],
+    ]
 
 
 def test_ids_can_be_given():
