@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,8 +35,18 @@ def _segment(_fisher: Shape, delta: Shape, inputs: Shape, **__: Any) -> int:
     return 2 * delta[0] * delta[1] * delta[2] * inputs[2]
 
 
+def _attention(p: Shape, _delta: Shape, q: Shape, _k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    # dP, dQ, dK, dV: two products as wide as q, two as wide as v.
+    return 4 * math.prod(p) * (q[3] + v[3])
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
 # FLOP of one call, by op; a lookup has no matrix product.
 FORMULAS: dict[str, Callable[..., int]] = {
+    "attention_backward": _attention,
     "softmax_lse": _head(1),
     "softmax_topk": _head(1),
     "softmax_mean": _head(2),
@@ -62,7 +73,8 @@ class _NoModules:
 def count(function: Callable[[], Any]) -> tuple[Any, int]:
     """The function's result, and 2 × the multiply-adds of the matrix products it does."""
     ours = {getattr(torch.ops.fisherkern, name): formula for name, formula in FORMULAS.items()}
-    counter = FlopCounterMode(display=False, custom_mapping=ours)
+    others = {torch.ops.mkldnn._linear_pointwise: _linear}
+    counter = FlopCounterMode(display=False, custom_mapping={**ours, **others})
     counter.mod_tracker = _NoModules()
     with counter:
         result = function()

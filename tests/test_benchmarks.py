@@ -18,6 +18,7 @@ from torch import nn
 import fisherkern as fk
 from fisherkern import ops
 from fisherkern.experiments.fisher_cost import best_scaled_error
+from fisherkern.ops._products import product
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -158,6 +159,10 @@ def test_every_op_has_a_count():
     assert registered - flops.FORMULAS.keys() == set()
 
 
+def attention(q, k):
+    return ops.attention_backward(torch.rand(1, 1, 3, 5), q, q, k, k, 1.0)
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
@@ -165,6 +170,8 @@ def test_every_op_has_a_count():
         (lambda h, w: ops.softmax_lse(h, w, None), 2 * 3 * 5 * 4),
         (lambda h, w: ops.softmax_topk(h, w, None, 2), 2 * 3 * 5 * 4),
         (lambda h, w: ops.segment_outer_square_(w.new_zeros(2, 4), h[None, :, :2], h[None]), 48),
+        (lambda h, w: product(h, w), 2 * 3 * 5 * 4),
+        (lambda h, w: attention(h[None, :, None], w[None, :, None]), 2 * 4 * 3 * 5 * 4),
     ],
 )
 def test_flop_counts(call, expected):

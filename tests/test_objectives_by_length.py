@@ -19,7 +19,7 @@ def tokens(width):
     return rows
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("rows, most_widths", [(1, 16), (2, 16), (3, 16), (1, 4)])
 @pytest.mark.parametrize(
     "encoder, objective",
     [
@@ -31,7 +31,8 @@ def tokens(width):
         (fk.GRU4Rec, fk.NextItem()),
     ],
 )
-def test_groups_give_what_the_whole_gives(monkeypatch, encoder, objective, rows):
+def test_groups_give_what_the_whole_gives(monkeypatch, encoder, objective, rows, most_widths):
+    monkeypatch.setattr(by_length, "_WIDTHS", most_widths)
     torch.manual_seed(0)
     model = encoder(V, max_len=T, dim=6, dropout=0.0).double()
     with torch.no_grad():
@@ -54,3 +55,11 @@ def test_groups_give_what_the_whole_gives(monkeypatch, encoder, objective, rows)
     (whole, _), groups = widths[0], widths[1:]
     assert len(groups) == whole // rows and sum(n for n, _ in groups) == whole
     assert sum(n * width for n, width in groups) < 0.75 * whole * T
+    assert len({width for _, width in groups}) <= most_widths
+
+
+def test_widths_are_few():
+    for most in (1, 7, 16, 20, 50, 200):
+        found = [by_length._rounded(width, most) for width in range(most + 1)]
+        assert len(set(found)) <= 16 and found[0] >= 1 and found[-1] == most
+        assert all(width <= new for width, new in enumerate(found))

@@ -145,6 +145,30 @@ def test_tiles_give_the_loss_and_gradient_of_the_whole(monkeypatch, bias, tile):
     assert low.dtype == torch.float32 and low.item() == pytest.approx(expected.item(), rel=0.03)
 
 
+@pytest.mark.parametrize("places", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_single_precision_the_last_tile_is_filled_up(monkeypatch, places, bias):
+    """Tiles of 64 and 128 places of fp32 against float64; what is filled up adds nothing."""
+    draw = generator()
+    h, weight = torch.randn(places, 5, generator=draw), torch.randn(7, 5, generator=draw)
+    given = [h, weight, torch.randn(7, generator=draw)][: 2 + bias]
+    column = torch.randint(7, (places,), generator=draw)
+    wide = [part.double().requires_grad_() for part in given]
+    expected = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*wide), column)
+    gradients = torch.autograd.grad(expected, wide)
+    monkeypatch.setattr(scoring, "_WHOLE", 0)
+    shapes, product = set(), scoring.product
+    monkeypatch.setattr(scoring, "product", lambda x, w: (shapes.add(len(x)), product(x, w))[1])
+    for tile in (7 * 64, 7 * 130):
+        monkeypatch.setattr(scoring, "_TILE", tile)
+        own = [part.clone().requires_grad_() for part in given]
+        loss = softmax_loss(own[0], column, own[1], own[2] if bias else None)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        for found, exact in zip(torch.autograd.grad(loss, own), gradients, strict=True):
+            assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
+    assert shapes <= {64, 128}
+
+
 def test_many_logits_are_never_held_at_once(monkeypatch):
     monkeypatch.setattr(scoring, "_WHOLE", 500)
     monkeypatch.setattr(scoring, "_TILE", 200)

@@ -10,6 +10,8 @@ from fisherkern.encoders import SequenceEncoder
 
 # Rows of one group at least. Fewer have no padding left to save, and leave cores idle.
 _ROWS = 64
+# Different numbers of columns that groups have at most, the faster products want few shapes.
+_WIDTHS = 16
 
 
 def states_by_length(
@@ -35,14 +37,20 @@ def states_by_length(
     order = lengths.argsort(stable=True)
     parts = []
     for rows in order.tensor_split(groups):
-        first = tokens.shape[1] - max(1, int(lengths[rows[-1]]))
+        first = tokens.shape[1] - _rounded(int(lengths[rows[-1]]), tokens.shape[1])
         own = tokens[rows, first:]
         if positions is None or chosen is None:
             parts.append(F.pad(model.states(own), (0, 0, first, 0)))
             continue
-        most = max(1, int(chosen[rows].sum(dim=1).max()))
+        most = _rounded(int(chosen[rows].sum(dim=1).max()), positions.shape[1])
         # Those that are not chosen may lie in what is cut off.
         places = (positions[rows, :most] - first).clamp(min=0)
         missing = positions.shape[1] - most
         parts.append(F.pad(model.states(own, places), (0, 0, 0, missing)))
     return torch.cat(parts)[order.argsort()]
+
+
+def _rounded(width: int, most: int) -> int:
+    """At least `width`, at least 1, at most `most`: one of few numbers."""
+    step = -(-most // _WIDTHS)
+    return min(-(-max(1, width) // step) * step, most)

@@ -10,16 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops._products import add_outer_, product
+from fisherkern.ops._products import add_outer_, product, suits
 from fisherkern.ops.softmax_lse import exp_minus_
 
-# Logits held at once on a CPU: 4 MB of float32 where autograd has them; 8 MB in a tile, which are
+# Logits held at once on a CPU: few where autograd has them; 8 MB of float32 in a tile, which are
 # near enough from the product that makes them to the two that use them, and few products.
-_WHOLE = 1 << 20
+_WHOLE = 1 << 16
 _TILE = 1 << 21
 # How much more elsewhere, where a tile is worth its launches only when it is large.
-_WHOLE_FACTOR = 16
+_WHOLE_FACTOR = 256
 _TILE_FACTOR = 2
+# A tile's rows on a CPU are a multiple of this, the last one's filled up: the number of places
+# changes from step to step, and the faster products want few different shapes.
+_ROWS = 64
 
 #: Of P places, those that this process scores and what their mean counts for: several processes
 #: that train one model set it, each for its own share, so that the mean over the processes is
@@ -32,7 +35,7 @@ def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None)
     """Mean over P places of -log softmax(W h + b)[column], 0-dim.
 
     `h` is (P, D), `column` (P,) int64 in 0..V-1, `weight` (V, D), `bias` (V,) or None. With up to
-    2^20 logits (2^24 on a GPU) they are held as autograd does. Beyond that a tile of them is made,
+    2^16 logits (2^24 on a GPU) they are held as autograd does. Beyond that a tile of them is made,
     and its gradient with it, so a step costs the same three products and holds 2^21 logits (2^22;
     one row where V is larger) and the gradients of h, W and b; it can be differentiated once.
     """
@@ -49,13 +52,21 @@ def _mean_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -
         whole, tile = _WHOLE_FACTOR * whole, _TILE_FACTOR * tile
     if h.shape[0] * weight.shape[0] <= whole:
         return F.cross_entropy(F.linear(h, weight, bias), column)
-    return _TiledSoftmaxLoss.apply(h, column, weight, bias, max(1, tile // weight.shape[0]))
+    rows = max(1, tile // weight.shape[0])
+    multiple = _ROWS if suits(h, weight) and rows >= _ROWS else 1
+    return _TiledSoftmaxLoss.apply(h, column, weight, bias, rows // multiple * multiple, multiple)
 
 
 class _TiledSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None, rows: int
+        ctx: Any,
+        h: Tensor,
+        column: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        multiple: int,
     ) -> Tensor:
         device = h.device.type
         # Autocast casts for a product, but not for what is written into or added to.
@@ -67,7 +78,9 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
         for first in range(0, h.shape[0], rows):
             part = slice(first, first + rows)
             index = column[part, None]
-            logits = product(x[part], w).to(weight.dtype)
+            own = _filled(x[part], multiple)
+            whole = product(own, w).to(weight.dtype)
+            logits = whole[: len(index)]
             if bias is not None:
                 logits += bias
             highest = logits.amax(dim=1, keepdim=True)
@@ -80,9 +93,10 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
             error.scatter_add_(1, index, error.new_full(index.shape, -1.0))
             if grad_bias is not None:
                 grad_bias += error.sum(dim=0)
-            error = error.to(low)
-            grad_h[part] = product(error, w.t())
-            add_outer_(grad_weight, error, x[part])
+            whole[len(index) :] = 0
+            whole = whole.to(low)
+            grad_h[part] = product(whole, w.t())[: len(index)]
+            add_outer_(grad_weight, whole, own)
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         return total / h.shape[0]
 
@@ -97,4 +111,10 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
             grad_weight * scale,
             None if grad_bias is None else grad_bias * scale,
             None,
+            None,
         )
+
+
+def _filled(rows: Tensor, multiple: int) -> Tensor:
+    """The rows, and so many of zeros after them that their number is a multiple."""
+    return F.pad(rows, (0, 0, 0, -len(rows) % multiple))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fisherkern.ops._products import Linear, suits
+from fisherkern.ops._products import Linear, rows_for_onednn, suits
 
 # Values of a random 16-bit integer.
 _VALUES = 1 << 16
@@ -20,8 +20,8 @@ class OnCPU(TorchFunctionMode):
     """Inside it F.linear multiplies by oneDNN and F.dropout draws 16 bits an element.
 
     Any module's calls are seen, ours or not. A BERT4Rec step takes three quarters of the time
-    (ML-1M, T = 50, D = 64, batch 256, one thread of an AMD EPYC). Everything else, other types
-    and other devices are PyTorch's as ever.
+    (ML-1M, T = 50, D = 64, batch 256, one thread of an AMD EPYC). Everything else, other types and
+    devices, and linear layers whose number of rows is no multiple of 8, are PyTorch's as ever.
     """
 
     def __torch_function__(
@@ -38,7 +38,13 @@ class OnCPU(TorchFunctionMode):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; its gradients can be differentiated in turn."""
     given = [weight] if bias is None else [weight, bias]
-    if suits(input, *given) and input.dim() > 1 and weight.dim() == 2 and torch.is_grad_enabled():
+    if (
+        torch.is_grad_enabled()
+        and suits(input, *given)
+        and input.dim() > 1
+        and weight.dim() == 2
+        and rows_for_onednn(input.numel() // input.shape[-1])
+    ):
         return Linear.apply(input, weight, bias)
     return F.linear(input, weight, bias)
 
