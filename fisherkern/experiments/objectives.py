@@ -11,7 +11,7 @@ from fisherkern.encoders import Caser, GRU4Rec, SASRec, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.lab import Lab
-from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NextItem, Objective
+from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NextItem, NTXent, Objective
 
 BERT, SAS, CL, DUO, GRU, CASER = (
     "BERT4Rec, masked items",
@@ -31,7 +31,8 @@ class Objectives(Experiment):
     warmup_steps and then falls to zero over all epochs. There are `validations` evenly spread;
     `patience` of them without a new best end the training. epochs: of every row; by default each
     has its own number. Caser sees windows of its own 5 items and the next. caser_dropout is on its
-    only hidden layer.
+    only hidden layer. contrastive_weight, temperature and similarity are those of the contrastive
+    parts; the released codes' 0.1, 1 and "dot" let them drown the mean over all next items.
     """
 
     epochs: int | None = None
@@ -42,7 +43,9 @@ class Objectives(Experiment):
     next_dropout: float = 0.2
     caser_dropout: float = 0.5
     mask_ratio: float = 0.2
-    contrastive_weight: float = 0.1
+    contrastive_weight: float = 0.02
+    temperature: float = 0.5
+    similarity: str = "cosine"
     duorec_mode: str = "us_x"
     validations: int = 20
     patience: int = 5
@@ -104,7 +107,8 @@ class Objectives(Experiment):
             )
 
         following, weight = NextItem(), self.contrastive_weight
-        contrastive = {CL: CL4SRec(), DUO: DuoRec(self.duorec_mode)}
+        loss = NTXent(self.temperature, self.similarity)
+        contrastive = {CL: CL4SRec(loss=loss), DUO: DuoRec(self.duorec_mode, loss=loss)}
         plan: dict[str, tuple[Callable[[], SequenceEncoder], Objective, int]] = {
             BERT: (lambda: self.untrained(lab), MaskedItems(self.mask_ratio), self.bert4rec_epochs),
             SAS: (sasrec, following, self.next_epochs),
