@@ -33,19 +33,25 @@ int64_t check_offsets(const SegmentOuterSquare& p) {
   return longest;
 }
 
-// sum (kRows, kWidth) += (sum_t delta[t, :] inputs[t, :]^T)^2; both panels are packed, (length,
-// kRows) and (length, kWidth). The loops have constant bounds: the products stay in registers.
+// What a tile is made of: row t begins at data + t * step.
+struct Panel {
+  const float* data;
+  int64_t step;
+};
+
+// sum (kRows, kWidth) += (sum_t delta[t, :] inputs[t, :]^T)^2, delta (length, kRows) and inputs
+// (length, kWidth). The loops have constant bounds: the products stay in registers.
 template <int kLanes, int kRows, int kVectors>
-FISHERKERN_INLINE void add_tile(const float* delta, const float* inputs, int64_t length,
-                                float* sum) {
+FISHERKERN_INLINE void add_tile(Panel delta, Panel inputs, int64_t length, float* sum) {
   typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
   Vector product[kRows][kVectors] = {};
   for (int64_t t = 0; t < length; ++t) {
-    const Vector* in = reinterpret_cast<const Vector*>(inputs + t * kVectors * kLanes);
+    const float* d = delta.data + t * delta.step;
+    const Vector* in = reinterpret_cast<const Vector*>(inputs.data + t * inputs.step);
 #pragma GCC unroll 8
     for (int o = 0; o < kRows; ++o) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) product[o][v] += delta[t * kRows + o] * in[v];
+      for (int v = 0; v < kVectors; ++v) product[o][v] += d[o] * in[v];
     }
   }
   Vector* out = reinterpret_cast<Vector*>(sum);
@@ -56,23 +62,35 @@ FISHERKERN_INLINE void add_tile(const float* delta, const float* inputs, int64_t
   }
 }
 
-// panel (length, kWidth) = columns first..first + kWidth of the positions from start, 0 past the
-// last column.
+// Columns first..first + kWidth of the positions from start, copied side by side, 0 past the last
+// column.
 template <int kWidth, class Read>
-FISHERKERN_INLINE void pack(const void* from, int64_t start, int64_t length, int64_t columns,
-                            int64_t first, float* panel, Read read) {
+FISHERKERN_INLINE Panel packed(const void* from, int64_t start, int64_t length, int64_t columns,
+                               int64_t first, std::vector<float>& copy, Read read) {
   const int64_t width = std::min<int64_t>(kWidth, columns - first);
   const int64_t corner = start * columns + first;
+  float* panel = copy.data();
   if (width == kWidth) {  // with a constant bound the copy is a few vector moves
     for (int64_t t = 0; t < length; ++t) {
       for (int64_t i = 0; i < kWidth; ++i) panel[t * kWidth + i] = read(from, corner + t * columns + i);
     }
-    return;
+    return {panel, kWidth};
   }
   std::fill(panel, panel + length * kWidth, 0.0f);
   for (int64_t t = 0; t < length; ++t) {
     for (int64_t i = 0; i < width; ++i) panel[t * kWidth + i] = read(from, corner + t * columns + i);
   }
+  return {panel, kWidth};
+}
+
+// The same where they lie, if they are floats and all there: of a tile's rows each is read once.
+template <int kWidth, class Read>
+FISHERKERN_INLINE Panel in_place(const void* from, int64_t start, int64_t length, int64_t columns,
+                                 int64_t first, std::vector<float>& copy, Read read) {
+  if (read != static_cast<Read>(read_float) || columns - first < kWidth) {
+    return packed<kWidth>(from, start, length, columns, first, copy, read);
+  }
+  return {static_cast<const float*>(from) + start * columns + first, columns};
 }
 
 // The tiles of rows low..high of F, in their order: what is summed does not depend on who does it.
@@ -87,12 +105,12 @@ FISHERKERN_INLINE void add(const SegmentOuterSquare& p, int64_t longest, int64_t
   for (int64_t n = 0; n < p.segments; ++n) {
     const int64_t start = offset(p, n), length = offset(p, n + 1) - start;
     for (int64_t j = 0; j < wide; ++j) {
-      pack<kWidth>(p.inputs, start, length, p.columns, j * kWidth, inputs.data(), read);
+      const Panel in = packed<kWidth>(p.inputs, start, length, p.columns, j * kWidth, inputs, read);
       for (int64_t r = 0; r < p.probes; ++r) {
         for (int64_t i = 0; i < tall; ++i) {
-          pack<kRows>(p.delta, r * p.positions + start, length, p.rows, low + i * kRows,
-                      delta.data(), read);
-          add_tile<kLanes, kRows, kVectors>(delta.data(), inputs.data(), length,
+          const Panel d = in_place<kRows>(p.delta, r * p.positions + start, length, p.rows,
+                                          low + i * kRows, delta, read);
+          add_tile<kLanes, kRows, kVectors>(d, in, length,
                                             sums.data() + (i * wide + j) * kRows * kWidth);
         }
       }
@@ -122,7 +140,7 @@ FISHERKERN_INLINE void add_numbers(const SegmentOuterSquare& p, int64_t longest,
 
 // Tiles as large as the registers hold, with a row of inputs and one delta beside them.
 using Add = void (*)(const SegmentOuterSquare&, int64_t, int64_t, int64_t);
-constexpr int kRows = 6;  // of every tile, so that threads part F alike on every machine
+constexpr int kRows = 4;  // of every tile, so that threads part F alike on every machine
 
 void add_plain(const SegmentOuterSquare& p, int64_t longest, int64_t low, int64_t high) {
   add_numbers<4, kRows, 2>(p, longest, low, high);
