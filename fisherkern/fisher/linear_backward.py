@@ -24,8 +24,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None]:
-        wanted = ctx.needs_input_grad[0]
-        return product(deltas[0], ctx.transposed) if wanted else None, None, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        delta, transposed = deltas[0], ctx.transposed
+        found = product(delta.reshape(-1, delta.shape[-1]), transposed)
+        return found.view(*delta.shape[:-1], len(transposed)), None, None
 
 
 def linear(
