@@ -5,18 +5,21 @@ benchmarks/results and WHAT is `result.json` (the story's rows, or a table's, th
 there are several seeds) or `fisher_cost` (time, error);
 or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each estimate, shape
 or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
-`fisher.csv?data=ml-1m&T=50` takes the rows with those values alone.
+`fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
+or the whole is `summary`, a line for each experiment on merging.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from figures import latest_fisher_rows, read_rows
 
 from fisherkern.experiments.fisher_cost import cost_table
-from fisherkern.experiments.tables import INTERVAL, comparison_table, story_table
+from fisherkern.experiments.tables import INTERVAL, comparison_table, difference, story_table
 from fisherkern.files import atomic_path, read_json
 
 HERE = Path(__file__).parent
@@ -82,6 +85,81 @@ def training_rows(**chosen: str) -> str:
     return "\n".join(lines)
 
 
+# Experiments on merging: what the members are, the folder of result.json, and the rows of a
+# uniform merge, a Fisher merge, the members' ensemble, and one model of the same compute.
+Line = tuple[str, str, str, str, str, str]
+UNIFORM, FISHER, ENSEMBLE = "uniform merge", "Fisher merge, floor 0.1", "score ensemble"
+ALL_DATA, ALIGNED = "all data, as many windows as all members", ", aligned"
+SUMMARY: list[Line] = [
+    ("each on a third of the users", "splits_ml-1m_users", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
+    ("each on half of every history", "splits_ml-1m_time", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
+    (
+        "two regions, half of the items sold in both",
+        "splits_ml-1m_regions",
+        UNIFORM,
+        FISHER,
+        ENSEMBLE,
+        ALL_DATA,
+    ),
+    (
+        "four objectives from one base",
+        "paper_ml-1m/table2",
+        UNIFORM,
+        "Fisher merge, exact, floor 0.1",
+        ENSEMBLE,
+        "masked items, as many passes as all members",
+    ),
+    (
+        "EMKD's networks, branches of one base",
+        "emkd_ml-1m",
+        UNIFORM,
+        FISHER,
+        "EMKD, averaged logits",
+        "masked items, as many masked sequences as all networks",
+    ),
+    (
+        "from scratch, aligned by permutations",
+        "branches_ml-1m_bert4rec",
+        f"{UNIFORM}{ALIGNED}",
+        f"{FISHER}{ALIGNED}",
+        ENSEMBLE,
+        "",
+    ),
+]
+
+
+def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple(SUMMARY)) -> str:
+    """A line for each experiment that there is a result of, all differences with intervals."""
+    heads = "uniform merge, over it", "Fisher merge, over it", "Fisher over uniform"
+    heads += "ensemble, over it", "one model, same compute, over it"
+    found = [
+        f"| members | seeds | best member, NDCG@10 | {' | '.join(heads)} |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for members, folder, *names in lines:
+        path = results / folder / "result.json"
+        if not path.exists():
+            continue
+        result = read_json(path)
+        rows = {row["model"]: row for row in result["tables"][-1]["rows"]}
+        best = next(iter(rows[names[0]]["over"]))
+
+        def over(name: str, title: str, rows: dict[str, Any] = rows) -> str:
+            gap = rows[name]["over"].get(title) if name in rows else None
+            return difference(gap) if gap else ""
+
+        uniform, fisher, ensemble, alone = names
+        reference = rows[uniform]["over"][best]["model"]
+        cells = [over(name, best) for name in (uniform, fisher)]
+        cells += [over(fisher, "uniform merge") if uniform == UNIFORM else ""]
+        cells += [over(name, best) for name in (ensemble, alone)]
+        count = len(result["seeds"])
+        found.append(
+            f"| {members} | {count} | {rows[reference]['ndcg@10']:.4f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(found)
+
+
 CSV_TABLES = {
     "fisher.csv": fisher_rows,
     "segment.csv": segment_rows,
@@ -94,6 +172,8 @@ def table(match: re.Match[str]) -> str:
     if name in CSV_TABLES:
         chosen = dict(part.split("=", 1) for part in query.split("&") if part)
         return f"{match[1]}{CSV_TABLES[name](**chosen)}\n{match[4]}"
+    if match[3] == "summary":
+        return f"{match[1]}{summary_rows()}\n{match[4]}"
     result = read_json(HERE / "results" / match[2] / "result.json")
     if match[3] == "fisher_cost":
         text = cost_table(result["fisher_cost"])

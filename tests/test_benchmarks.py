@@ -6,6 +6,7 @@ Libraries that are not installed are skipped; `pip install -e '.[rivals]'` bring
 from __future__ import annotations
 
 import csv
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -317,3 +318,29 @@ def test_an_estimate_of_nothing_has_error_one():
     exact = {"a": torch.tensor([1.0, 2.0])}
     assert best_scaled_error({"a": torch.zeros(2)}, exact) == 1
     assert best_scaled_error({"a": torch.tensor([-3.0, 0.0])}, exact) == pytest.approx(0.8**0.5)
+
+
+def test_summary_of_experiments(tmp_path):
+    def gap(mean, error=0.001):
+        return {"model": "member 2", "mean": mean, "standard_error": error}
+
+    def row(model, ndcg, best, uniform):
+        return {"model": model, "ndcg@10": ndcg, "over": {"best": best, "uniform merge": uniform}}
+
+    rows = [
+        row("member 2", 0.15, gap(0, 0), gap(-0.01)),
+        row("uniform merge", 0.16, gap(0.01), None),
+        row("Fisher", 0.17, gap(0.02), gap(0.0102, 0.0005)),
+        row("ensemble", 0.18, gap(0.03), gap(0.02)),
+    ]
+    (tmp_path / "here").mkdir()
+    result = {"seeds": [0, 1], "tables": [{"rows": []}, {"rows": rows}]}
+    (tmp_path / "here" / "result.json").write_text(json.dumps(result))
+    names = ("uniform merge", "Fisher", "ensemble", "not there yet")
+    lines = [("these", "here", *names), ("those", "not run", *names)]
+    *_, line = found = readme_tables.summary_rows(tmp_path, lines).split("\n")
+    assert len(found) == 3
+    assert line == (
+        "| these | 2 | 0.1500 | +0.0100 ± 0.0020 | +0.0200 ± 0.0020 | +0.0102 ± 0.0010"
+        " | +0.0300 ± 0.0020 |  |"
+    )
