@@ -19,7 +19,7 @@ _VALUES = 1 << 16
 class OnCPU(TorchFunctionMode):
     """Inside it F.linear multiplies by oneDNN and F.dropout draws 16 bits an element.
 
-    Any module's calls are seen, ours or not. A BERT4Rec step takes three quarters of the time
+    Any module's calls are seen, ours or not. A BERT4Rec step takes two thirds of the time
     (ML-1M, T = 50, D = 64, batch 256, one thread of an AMD EPYC). Everything else, other types and
     devices, and linear layers whose number of rows is no multiple of 8, are PyTorch's as ever.
     """
