@@ -7,7 +7,8 @@ form of the output layer for N sequences (everything but the encoder's backward 
 not depend on V). Each V runs in a process of its own, so that its memory is its own: `extra_mb`
 is the peak above what weights, Fisher and inputs take. `two_products_s` is the time of the two
 products h Wᵀ and cᵀ h² alone, by PyTorch's matmul in tiles: what the closed form must do (ours
-take oneDNN's on a CPU, which are faster where it is not Intel's). The whole pass must do four: w̄ = Wᵀ p takes the softmax, and its sum must be known before p can be squared.
+take oneDNN's on a CPU, which are faster where it is not Intel's). The whole pass must do four:
+w̄ = Wᵀ p takes the softmax, and its sum must be known before p can be squared.
 Seconds on a CPU are the process's own, so that other work on the machine counts less.
 Refuses to start unless every sampler's numbers are those of the fp64 twins.
 """
