@@ -92,6 +92,14 @@ UNIFORM, FISHER, ENSEMBLE = "uniform merge", "Fisher merge, floor 0.1", "score e
 ALL_DATA, ALIGNED = "all data, as many windows as all members", ", aligned"
 SUMMARY: list[Line] = [
     ("each on a third of the users", "splits_ml-1m_users", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
+    (
+        "each on a third of the users, Amazon Beauty",
+        "splits_beauty_users",
+        UNIFORM,
+        FISHER,
+        ENSEMBLE,
+        ALL_DATA,
+    ),
     ("each on half of every history", "splits_ml-1m_time", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
     (
         "two regions, half of the items sold in both",
