@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops._products import product, suits
+from fisherkern.ops._products import product, suits_linear
 
 
 class _Linear(torch.autograd.Function):
@@ -42,11 +42,5 @@ def linear(
     Anything computed from parameters needs its gradient passed on, so F.linear has it.
     """
     given = [weight] if bias is None else [weight, bias]
-    serves = (
-        torch.is_grad_enabled()
-        and suits(input, *given)
-        and weight.dim() == 2
-        and input.dim() > 1
-        and all(is_parameter(tensor) for tensor in given)
-    )
+    serves = suits_linear(input, weight, bias) and all(is_parameter(tensor) for tensor in given)
     return _Linear.apply(input, weight, bias) if serves else F.linear(input, weight, bias)

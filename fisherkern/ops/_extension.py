@@ -126,9 +126,7 @@ def segment_outer_square_(
         "precision": _TF32 if tf32 and delta.dtype == torch.float32 else _PRECISIONS[delta.dtype],
     }
     if split is None:
-        # A thread earns its start from some half a millisecond of products on.
-        products = probes * positions * rows * columns
-        threads = min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD)
+        threads = _threads(probes * positions * rows * columns)
         extension.segment_outer_square_cpu(**arguments, threads=threads)
         return
     workspace = _workspace(fisher, split, rows, columns)
@@ -226,7 +224,6 @@ def attention_backward(
     _require_device(*given)
     found = [torch.empty_like(tensor) for tensor in given[2:]]
     names = ("p", "delta", "q", "k", "v", "dq", "dk", "dv")
-    products = 4 * p.numel() * (width + value_width)
     extension.attention_backward_cpu(
         **{name: t.data_ptr() for name, t in zip(names, [*given, *found], strict=True)},
         sequences=sequences,
@@ -236,9 +233,14 @@ def attention_backward(
         width=width,
         value_width=value_width,
         scale=scale,
-        threads=min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD),
+        threads=_threads(4 * p.numel() * (width + value_width)),
     )
     return found[0], found[1], found[2]
+
+
+def _threads(products: int) -> int:
+    """Of PyTorch's number: one earns its start from half a millisecond of products on."""
+    return min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD)
 
 
 def _workspace(fisher: Tensor, split: Split, rows: int, columns: int) -> Tensor | None:

@@ -31,6 +31,13 @@ def suits(*factors: Tensor) -> bool:
     )
 
 
+def suits_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN may stand for F.linear here, with autograd recording."""
+    given = [weight] if bias is None else [weight, bias]
+    matrices = input.dim() > 1 and weight.dim() == 2
+    return torch.is_grad_enabled() and matrices and suits(input, *given)
+
+
 def rows_for_onednn(rows: int) -> bool:
     """Whether so many rows may well come again: a rule by the shape alone, so that runs repeat."""
     return rows % 8 == 0

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fisherkern.ops._products import Linear, rows_for_onednn, suits
+from fisherkern.ops._products import Linear, rows_for_onednn, suits, suits_linear
 
 # Values of a random 16-bit integer.
 _VALUES = 1 << 16
@@ -37,14 +37,7 @@ class OnCPU(TorchFunctionMode):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; its gradients can be differentiated in turn."""
-    given = [weight] if bias is None else [weight, bias]
-    if (
-        torch.is_grad_enabled()
-        and suits(input, *given)
-        and input.dim() > 1
-        and weight.dim() == 2
-        and rows_for_onednn(input.numel() // input.shape[-1])
-    ):
+    if suits_linear(input, weight, bias) and rows_for_onednn(input.numel() // input.shape[-1]):
         return Linear.apply(input, weight, bias)
     return F.linear(input, weight, bias)
 
