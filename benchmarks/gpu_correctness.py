@@ -74,7 +74,7 @@ def checks(n: int, v: int, d: int, dtype: torch.dtype) -> Iterator[Check]:
         exact_w, exact_b = head_sqgrad_reference(*cpu, *on_cpu)
         yield f"head_sqgrad_ weight, sampled {sampled}", fisher, exact_w, 1e-4
         yield f"head_sqgrad_ bias, sampled {sampled}", fisher_bias, exact_b, 1e-4
-    delta, inputs = torch.randn(n, 13, d, generator=g), torch.randn(n, 13, 32, generator=g)
+    delta, inputs = torch.randn(2, n, 13, d, generator=g), torch.randn(n, 13, 32, generator=g)
     fisher = torch.zeros(d, 32).cuda()
     ops.segment_outer_square_(fisher, delta.cuda(), inputs.cuda())
     exact = segment_outer_square_reference(delta, inputs)

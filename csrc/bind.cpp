@@ -159,6 +159,13 @@ AttentionBackward attention_problem(Address p, Address delta, Address q, Address
           scale};
 }
 
+void segment_outer_square_in(const SegmentOuterSquare& problem, int threads, int lanes, int form) {
+  require(form >= 0 && form <= 2,
+          "segment_outer_square: form must be 0 (the cheaper), 1 (direct) or 2 (Gram), got " +
+              std::to_string(form));
+  segment_outer_square_cpu(problem, threads, lanes, static_cast<Form>(form));
+}
+
 // The parameters of the problems by name, in the order of the functions above.
 #define SEGMENT_ARGUMENTS                                                                   \
   "fisher"_a, "delta"_a, "inputs"_a, "offsets"_a, "offset_bytes"_a, "length"_a, "probes"_a, \
@@ -211,8 +218,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fisherkern's compiled kernels; see csrc/fisher_segment.h and csrc/attention.h.";
   m.attr("cuda_archs") = numbers({FISHERKERN_CUDA_ARCHS});
   m.attr("cuda_ptx") = numbers({FISHERKERN_CUDA_PTX});
-  m.def("segment_outer_square_cpu", on_cpu(segment_problem, segment_outer_square_cpu), py::kw_only(),
-        SEGMENT_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, Unlocked());
+  m.def("segment_outer_square_cpu", on_cpu(segment_problem, segment_outer_square_in), py::kw_only(),
+        SEGMENT_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, "form"_a = 0, Unlocked());
   m.def("lookup_square_cpu", on_cpu(lookup_problem, lookup_square_cpu), py::kw_only(),
         LOOKUP_ARGUMENTS, Unlocked());
   m.def("attention_backward_cpu", on_cpu(attention_problem, attention_backward_cpu), py::kw_only(),

@@ -30,6 +30,13 @@ struct SegmentOuterSquare {
   Precision precision;
 };
 
+// How the CPU takes a segment's squares: see csrc/cpu/segment_outer_square.cpp.
+enum class Form : int {
+  cheaper = 0,  // by the segment's length, the probes and the columns
+  direct = 1,
+  gram = 2,
+};
+
 // fisher[row of u] += sum_r S_ru (S_ru + beta[u, r] hidden[sequence[u]]), elementwise, with
 // S_ru = sum_{m in segment u} delta[r, order[m]]. The segments of one row stand together.
 struct LookupSquare {
@@ -64,7 +71,7 @@ struct Launch {
 
 // On up to `threads` threads, on whose number the result does not depend, with vectors of `lanes`
 // floats (4, 8 or 16; 0: the processor's widest).
-void segment_outer_square_cpu(const SegmentOuterSquare& problem, int threads, int lanes);
+void segment_outer_square_cpu(const SegmentOuterSquare& problem, int threads, int lanes, Form form);
 void lookup_square_cpu(const LookupSquare& problem);
 
 void segment_outer_square_cuda(const SegmentOuterSquare& problem, const Launch& launch);

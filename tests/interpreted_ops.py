@@ -256,23 +256,24 @@ def test_sample_items_adds_up_more_ranges_than_a_tile() -> None:
 
 
 @pytest.mark.parametrize(
-    "n, t, o, i",
-    [(1, 2, 1, 1), (3, 1, 7, 5), (3, 4, 7, 5), (7, 31, 64, 65), (5, 65, 63, 64), (2, 64, 65, 17)],
+    "r, n, t, o, i",
+    [(1, 1, 2, 1, 1), (2, 3, 1, 7, 5), (3, 3, 4, 7, 5), (1, 7, 31, 64, 65), (2, 3, 65, 63, 64)]
+    + [(1, 2, 64, 65, 17)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segment_outer_square(
-    n: int, t: int, o: int, i: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    r: int, n: int, t: int, o: int, i: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(segment_outer_square_triton, "TARGET_PROGRAMS", 4)
     g = torch.Generator().manual_seed(0)
-    delta, inputs = torch.randn(n, t, o, generator=g), torch.randn(n, t, i, generator=g)
+    delta, inputs = torch.randn(r, n, t, o, generator=g), torch.randn(n, t, i, generator=g)
     delta, inputs = walled(delta.to(dtype)), walled(inputs.to(dtype))
     start = torch.rand(o, i, generator=g)
     found = start.clone()
     ops.segment_outer_square_(found, delta, inputs)
     assert_close(found, start.double() + segment_outer_square_reference(delta, inputs))
     turned = torch.zeros(i, o).T
-    ops.segment_outer_square_(turned, delta.expand(n, t, o), inputs)
+    ops.segment_outer_square_(turned, delta.expand(r, n, t, o), inputs)
     assert_close(turned, segment_outer_square_reference(delta, inputs))
 
 

@@ -170,7 +170,12 @@ def attention(q, k):
         (lambda h, w: h @ w.T, 2 * 3 * 5 * 4),
         (lambda h, w: ops.softmax_lse(h, w, None), 2 * 3 * 5 * 4),
         (lambda h, w: ops.softmax_topk(h, w, None, 2), 2 * 3 * 5 * 4),
-        (lambda h, w: ops.segment_outer_square_(w.new_zeros(2, 4), h[None, :, :2], h[None]), 48),
+        (
+            lambda h, w: ops.segment_outer_square_(
+                w.new_zeros(2, 4), h[None, None, :, :2], h[None]
+            ),
+            48,
+        ),
         (lambda h, w: product(h, w), 2 * 3 * 5 * 4),
         (lambda h, w: attention(h[None, :, None], w[None, :, None]), 2 * 4 * 3 * 5 * 4),
     ],

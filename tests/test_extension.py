@@ -140,11 +140,11 @@ def test_segment_outer_square(
 
 def test_equal_lengths_need_no_offsets(where: tuple[Any, str, bool]) -> None:
     extension, device, launch = where
-    delta, inputs = guarded(5, 6, 4).to(device), guarded(5, 6, 12, seed=1).to(device)
+    delta, inputs = guarded(2, 5, 6, 4).to(device), guarded(5, 6, 12, seed=1).to(device)
     fisher = torch.zeros(4, 12, device=device)
     split = Split(2) if launch else None
     _extension.segment_outer_square_(
-        extension, fisher, delta.view(1, 30, 4), inputs.view(30, 12), 6, split=split
+        extension, fisher, delta.view(2, 30, 4), inputs.view(30, 12), 6, split=split
     )
     assert_close(fisher, segment_outer_square_reference(delta.cpu(), inputs.cpu()))
 
@@ -160,42 +160,6 @@ def test_results_repeat(where: tuple[Any, str, bool]) -> None:
         _extension.segment_outer_square_(extension, fisher, delta, inputs, offsets, split=split)
         found.append(fisher)
     assert torch.equal(*found)
-
-
-class OnThreads:
-    """The extension with the CPU's number of threads and vector width fixed."""
-
-    def __init__(self, extension: Any, threads: int, lanes: int) -> None:
-        self.extension, self.fixed = extension, {"threads": threads, "lanes": lanes}
-
-    def segment_outer_square_cpu(self, **arguments: Any) -> None:
-        self.extension.segment_outer_square_cpu(**{**arguments, **self.fixed})
-
-
-@pytest.mark.parametrize("lanes", [4, 8, 16])
-@pytest.mark.parametrize("case", SEGMENTS, ids=str)
-def test_every_vector_width_and_number_of_threads(
-    case: tuple[int, list[int], int, int], lanes: int
-) -> None:
-    built = _extension.compiled()
-    if built is None:
-        pytest.skip(NO_EXTENSION)
-    probes, lengths, rows, columns = case
-    starts = [0, *itertools.accumulate(lengths)]
-    delta, inputs = guarded(probes, starts[-1], rows), guarded(starts[-1], columns, seed=1)
-    found = []
-    for threads in (1, 2, 3, 50):
-        fisher = torch.zeros(rows, columns)
-        try:
-            _extension.segment_outer_square_(
-                OnThreads(built, threads, lanes), fisher, delta, inputs, torch.tensor(starts)
-            )
-        except ValueError as error:
-            assert "this processor has no vectors" in str(error)
-            pytest.skip(str(error))
-        found.append(fisher)
-    assert_close(found[0], brute_segments(delta, inputs, starts))
-    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 # (R, N, T, V, D): one of everything; primes with duplicates; no position; more than 128
@@ -273,7 +237,7 @@ def test_the_op_in_the_extension_and_in_pytorch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_on_a_gpu(dtype: torch.dtype) -> None:
     """Through torch.library, where nothing but the backend names the extension."""
-    delta, inputs = guarded(40, 7, 136, dtype=dtype), guarded(40, 7, 200, dtype=dtype, seed=1)
+    delta, inputs = guarded(2, 40, 7, 136, dtype=dtype), guarded(40, 7, 200, dtype=dtype, seed=1)
     fisher = torch.zeros(136, 200, device="cuda")
     with use_backend("cuda"):
         ops.segment_outer_square_(fisher, delta.cuda(), inputs.cuda())

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
+from fisherkern.errors import InputError
+from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference
@@ -204,28 +206,67 @@ def test_head_sqgrad(shape: tuple[int, int, int], sampled: bool) -> None:
     assert torch.equal(only_weight, found_w)
 
 
-@pytest.mark.parametrize("n, t, o, i", [(1, 1, 1, 1), (5, 1, 7, 3), (3, 4, 7, 5), (9, 13, 31, 17)])
+# (R, N, T, O, I): one of everything; T = 1; primes; PyTorch's Gram form where 3 T (R + I) < R I,
+# one position less, that many and one more; nothing to sum.
+OUTER_SQUARES = [(1, 1, 1, 1, 1), (3, 5, 1, 7, 3), (1, 3, 4, 7, 5), (2, 9, 13, 31, 17)]
+OUTER_SQUARES += [(24, 5, t, 7, 24) for t in (3, 4, 5)] + [(31, 7, 2, 5, 13), (64, 3, 5, 24, 64)]
+OUTER_SQUARES += [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (30, 2, 0, 4, 30), (2, 2, 3, 0, 5)]
+
+
+def brute_outer_square(delta: Tensor, inputs: Tensor) -> Tensor:
+    return torch.einsum("rnto,nti->rnoi", delta.double(), inputs.double()).square().sum(dim=(0, 1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("tiles", [1, 2**20])
+@pytest.mark.parametrize("shape", OUTER_SQUARES, ids=str)
 def test_segment_outer_square(
-    n: int, t: int, o: int, i: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], tiles: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    r, n, t, o, i = shape
     module = sys.modules["fisherkern.ops.segment_outer_square"]
-    monkeypatch.setattr(module, "_TILE_ELEMENTS", 2 * o * i)
+    monkeypatch.setattr(module, "_TILE_ELEMENTS", tiles)
     g = torch.Generator().manual_seed(0)
-    delta, inputs = torch.randn(n, t, o, generator=g), torch.randn(n, t, i, generator=g)
+    delta, inputs = torch.randn(r, n, t, o, generator=g), torch.randn(n, t, i, generator=g)
     start = torch.rand(o, i, generator=g)
-    found = start.clone()
-    ops.segment_outer_square_(found, delta, inputs)
-    exact = segment_outer_square_reference(delta, inputs)
-    assert_close(found, start.double() + exact)
+    found, turned = start.clone(), torch.zeros(i, o).T.copy_(start)
+    with use_backend(backend):
+        ops.segment_outer_square_(found, delta, inputs)
+        ops.segment_outer_square_(turned, delta, inputs)
+    exact = start.double() + brute_outer_square(delta, inputs)
+    if exact.numel():
+        assert_close(found, exact)
+        assert_close(turned, exact)
+        assert_close(start.double() + segment_outer_square_reference(delta, inputs), exact)
+
+
+def test_the_shapes_alone_choose_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, taken = sys.modules["fisherkern.ops.segment_outer_square"], []
+    for name in ("_add_direct_", "_add_gram_"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: taken.append(name))
+    with use_backend("torch"):
+        for t in (3, 4, 5):
+            ops.segment_outer_square_(
+                torch.zeros(7, 24), torch.zeros(24, 1, t, 7), torch.zeros(1, t, 24)
+            )
+    assert taken == ["_add_gram_", "_add_direct_", "_add_direct_"]
 
 
 def test_segment_outer_square_sums_before_squaring() -> None:
-    """A literal table: two positions that cancel, and two sequences that do not."""
-    delta = torch.tensor([[[1.0], [1.0]], [[2.0], [0.0]]])
+    """A literal table: two positions that cancel, two sequences and two probes that do not."""
+    delta = torch.tensor([[[[1.0], [1.0]], [[2.0], [0.0]]], [[[0.0], [0.0]], [[0.0], [3.0]]]])
     inputs = torch.tensor([[[3.0], [-3.0]], [[5.0], [7.0]]])
     found = torch.zeros(1, 1)
     ops.segment_outer_square_(found, delta, inputs)
-    assert found.item() == 100.0
+    assert found.item() == 100.0 + 441.0
+
+
+@pytest.mark.parametrize("shapes", [((3, 2, 4), (3, 2, 5)), ((1, 3, 2, 4), (3, 1, 5)),
+                                    ((1, 3, 2, 5), (3, 2, 4)), ((1, 3, 2, 4), (2, 5))])  # fmt: skip
+def test_segment_outer_square_names_wrong_tensors(shapes: tuple[tuple[int, ...], ...]) -> None:
+    delta, inputs = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(InputError, match=r"^delta \(.* are not \(R, N, T, O\) and"):
+        ops.segment_outer_square_(torch.zeros(4, 5), delta, inputs)
 
 
 def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
@@ -257,7 +298,7 @@ def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         (
             "segment_outer_square_",
             fisher.segment_outer_square_.default,
-            (torch.zeros(4, 5), torch.randn(3, 6, 4), torch.randn(3, 6, 5)),
+            (torch.zeros(4, 5), torch.randn(2, 3, 6, 4), torch.randn(3, 6, 5)),
         ),
         (
             "lookup_square_",

@@ -1,7 +1,9 @@
 // The CUDA kernel's products on the CPU: a tile of F in registers, its square added once a
-// segment, so that no product is ever stored.
+// segment and probe, so that no product is ever stored; or, for segments short beside the number
+// of probes, through the products of their positions (see "Gram" below).
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,8 +21,30 @@ int64_t offset(const SegmentOuterSquare& p, int64_t segment) {
   return segment * p.length;
 }
 
-int64_t check_offsets(const SegmentOuterSquare& p) {
-  int64_t longest = 0;
+int64_t pairs_of(int64_t length) { return length * (length + 1) / 2; }
+
+// Floats that the Gram form holds for a row of F, and those that it holds at most: 4 MB.
+int64_t held(const SegmentOuterSquare& p, int64_t length) {
+  return (p.probes + 1) * length + pairs_of(length);
+}
+constexpr int64_t kHeld = 1 << 20;
+
+// Which form takes a segment: by the multiply-adds for a row of F. Those of the Gram form, whose
+// deltas are moved first, take up to 6/5 as long; where 16 rows do not fit it is not taken.
+bool by_gram(const SegmentOuterSquare& p, Form form, int64_t length) {
+  if (form != Form::cheaper) return form == Form::gram;
+  const bool fewer =
+      6 * pairs_of(length) * (p.probes + p.columns) < 5 * p.probes * length * p.columns;
+  return fewer && 16 * held(p, length) <= kHeld;
+}
+
+// The most positions of the segments that each form takes.
+struct Longest {
+  int64_t direct = 0, gram = 0;
+};
+
+Longest check_offsets(const SegmentOuterSquare& p, Form form) {
+  Longest longest;
   for (int64_t n = 0; n < p.segments; ++n) {
     const int64_t start = offset(p, n), end = offset(p, n + 1);
     if (start < 0 || end < start || end > p.positions) {
@@ -28,10 +52,16 @@ int64_t check_offsets(const SegmentOuterSquare& p) {
                                   std::to_string(start) + ", " + std::to_string(end) + ") of " +
                                   std::to_string(p.positions) + " positions");
     }
-    longest = std::max(longest, end - start);
+    int64_t& most = by_gram(p, form, end - start) ? longest.gram : longest.direct;
+    most = std::max(most, end - start);
   }
   return longest;
 }
+
+template <int kLanes>
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+};
 
 // What a tile is made of: row t begins at data + t * step.
 struct Panel {
@@ -43,7 +73,7 @@ struct Panel {
 // (length, kWidth). The loops have constant bounds: the products stay in registers.
 template <int kLanes, int kRows, int kVectors>
 FISHERKERN_INLINE void add_tile(Panel delta, Panel inputs, int64_t length, float* sum) {
-  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  typedef typename Lanes<kLanes>::Vector Vector;
   Vector product[kRows][kVectors] = {};
   for (int64_t t = 0; t < length; ++t) {
     const float* d = delta.data + t * delta.step;
@@ -93,10 +123,24 @@ FISHERKERN_INLINE Panel in_place(const void* from, int64_t start, int64_t length
   return {static_cast<const float*>(from) + start * columns + first, columns};
 }
 
+// F's rows low..high += their tiles, (tall, wide, kRows, kWidth).
+template <int kRows, int kWidth>
+void add_sums(const SegmentOuterSquare& p, const std::vector<float>& sums, int64_t low,
+              int64_t high) {
+  const int64_t wide = (p.columns + kWidth - 1) / kWidth;
+  for (int64_t o = low; o < high; ++o) {
+    const float* tiles = sums.data() + (o - low) / kRows * wide * kRows * kWidth;
+    const float* row = tiles + (o - low) % kRows * kWidth;
+    for (int64_t i = 0; i < p.columns; ++i) {
+      p.fisher[o * p.columns + i] += row[i / kWidth * kRows * kWidth + i % kWidth];
+    }
+  }
+}
+
 // The tiles of rows low..high of F, in their order: what is summed does not depend on who does it.
 template <int kLanes, int kRows, int kVectors, class Read>
-FISHERKERN_INLINE void add(const SegmentOuterSquare& p, int64_t longest, int64_t low, int64_t high,
-                           Read read) {
+FISHERKERN_INLINE void add_direct(const SegmentOuterSquare& p, Form form, int64_t longest,
+                                  int64_t low, int64_t high, Read read) {
   constexpr int kWidth = kLanes * kVectors;
   const int64_t tall = (high - low + kRows - 1) / kRows;
   const int64_t wide = (p.columns + kWidth - 1) / kWidth;
@@ -104,6 +148,7 @@ FISHERKERN_INLINE void add(const SegmentOuterSquare& p, int64_t longest, int64_t
   std::vector<float> sums(tall * wide * kRows * kWidth);
   for (int64_t n = 0; n < p.segments; ++n) {
     const int64_t start = offset(p, n), length = offset(p, n + 1) - start;
+    if (by_gram(p, form, length)) continue;
     for (int64_t j = 0; j < wide; ++j) {
       const Panel in = packed<kWidth>(p.inputs, start, length, p.columns, j * kWidth, inputs, read);
       for (int64_t r = 0; r < p.probes; ++r) {
@@ -116,45 +161,218 @@ FISHERKERN_INLINE void add(const SegmentOuterSquare& p, int64_t longest, int64_t
       }
     }
   }
-  for (int64_t o = low; o < high; ++o) {
-    const float* tiles = sums.data() + (o - low) / kRows * wide * kRows * kWidth;
-    const float* row = tiles + (o - low) % kRows * kWidth;
-    for (int64_t i = 0; i < p.columns; ++i) {
-      p.fisher[o * p.columns + i] += row[i / kWidth * kRows * kWidth + i % kWidth];
+  add_sums<kRows, kWidth>(p, sums, low, high);
+}
+
+// Gram: with G_o[t, s] = sum_r delta[r, t, o] delta[r, s, o] the squares of a segment are
+// sum_{t <= s} (2 - [t = s]) G_o[t, s] inputs[t, :] inputs[s, :]: the probes are summed once for
+// all columns. Where a square is about 0, rounding may leave a little less than 0.
+constexpr int kPairs = 64;  // pairs (t, s) whose products of inputs are held at once
+
+// Rows of F at once, in whole vectors: all, or panels alike. Wide ones, though the second cache
+// does not hold them: the deltas of neighbouring rows are neighbours in memory.
+int64_t panel_rows(const SegmentOuterSquare& p, int64_t longest, int64_t lanes, int64_t rows) {
+  const int64_t most = std::max(kHeld / held(p, longest), lanes);
+  const int64_t panels = std::max<int64_t>(1, (rows + most - 1) / most);
+  return ((rows + panels - 1) / panels + lanes - 1) / lanes * lanes;
+}
+
+// The deltas of rows first..high of F, kLanes together and 0 from `high` on, those of a block of
+// positions together: (vectors, blocks, probes + 1, positions of the block, kLanes). Of the one
+// probe more nothing is read: it keeps blocks of 64 from meeting in the same lines of the cache.
+template <int kLanes, int kBlock, class Read>
+FISHERKERN_INLINE void pack_delta(const SegmentOuterSquare& p, int64_t start, int64_t length,
+                                  int64_t first, int64_t high, float* packed, Read read) {
+  const int64_t vector = (p.probes + 1) * length * kLanes;
+  for (int64_t r = 0; r < p.probes; ++r) {
+    for (int64_t t = 0; t < length; ++t) {
+      const int64_t block = t / kBlock * kBlock;
+      const int64_t positions = std::min<int64_t>(kBlock, length - block);
+      float* to = packed + (block * (p.probes + 1) + r * positions + t - block) * kLanes;
+      const int64_t from = (r * p.positions + start + t) * p.rows;
+      for (int64_t o = first; o < high; o += kLanes, to += vector) {
+        const int64_t lanes = std::min<int64_t>(kLanes, high - o);
+        if (lanes == kLanes && read == static_cast<Read>(read_float)) {  // a vector move
+          std::memcpy(to, static_cast<const float*>(p.delta) + from + o, kLanes * sizeof(float));
+        } else {
+          std::fill(to + lanes, to + kLanes, 0.0f);
+          for (int64_t i = 0; i < lanes; ++i) to[i] = read(p.delta, from + o + i);
+        }
+      }
     }
   }
 }
 
-template <int kLanes, int kRows, int kVectors>
-FISHERKERN_INLINE void add_numbers(const SegmentOuterSquare& p, int64_t longest, int64_t low,
-                                   int64_t high) {
-  switch (p.precision) {
-    case Precision::fp32:
-      return add<kLanes, kRows, kVectors>(p, longest, low, high, read_float);
-    case Precision::tf32:
-      return add<kLanes, kRows, kVectors>(p, longest, low, high, read_tf32);
-    case Precision::bf16:
-      return add<kLanes, kRows, kVectors>(p, longest, low, high, read_bf16);
+// G, (pairs, panel) with the pairs (t, s >= t) in order, for kLeft positions from t and kRight
+// from s, or for kLeft from t with themselves. What stands off the diagonal is doubled.
+template <int kLanes, int kLeft, int kRight, bool kSame>
+FISHERKERN_INLINE void gram_tile(const float* packed, int64_t probes, int64_t length, int64_t t,
+                                 int64_t s, int64_t panel, float* gram) {
+  typedef typename Lanes<kLanes>::Vector Vector;
+  const Vector* left = reinterpret_cast<const Vector*>(packed + t * (probes + 1) * kLanes);
+  const Vector* right = reinterpret_cast<const Vector*>(packed + s * (probes + 1) * kLanes);
+  Vector sum[kLeft][kRight] = {};
+  for (int64_t r = 0; r < probes; ++r) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLeft; ++i) {
+#pragma GCC unroll 8
+      for (int j = kSame ? i : 0; j < kRight; ++j) {
+        sum[i][j] += left[r * kLeft + i] * right[r * kRight + j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kLeft; ++i) {
+    float* row = gram + ((t + i) * length - pairs_of(t + i) + s) * panel;
+#pragma GCC unroll 8
+    for (int j = kSame ? i : 0; j < kRight; ++j) {
+      const Vector twice = sum[i][j] + sum[i][j];
+      *reinterpret_cast<Vector*>(row + j * panel) = kSame && j == i ? sum[i][j] : twice;
+    }
   }
 }
 
-// Tiles as large as the registers hold, with a row of inputs and one delta beside them.
-using Add = void (*)(const SegmentOuterSquare&, int64_t, int64_t, int64_t);
+// G of the block of positions from s, kWide or fewer, with those before it and with itself.
+template <int kLanes, int kBlock, int kWide = kBlock>
+FISHERKERN_INLINE void gram_block(const float* packed, int64_t probes, int64_t length, int64_t s,
+                                  int64_t panel, float* gram) {
+  if constexpr (kWide > 1) {
+    if (length - s < kWide) {
+      return gram_block<kLanes, kBlock, kWide - 1>(packed, probes, length, s, panel, gram);
+    }
+  }
+  for (int64_t t = 0; t < s; t += kBlock) {
+    gram_tile<kLanes, kBlock, kWide, false>(packed, probes, length, t, s, panel, gram);
+  }
+  gram_tile<kLanes, kWide, kWide, true>(packed, probes, length, s, s, panel, gram);
+}
+
+// sum (kRows, kWidth) += gram^T products of `pairs` pairs: gram (pairs, panel), of which the
+// first kRows, and products (pairs, kWidth).
+template <int kLanes, int kRows, int kVectors>
+FISHERKERN_INLINE void add_pairs(const float* gram, int64_t panel, const float* products,
+                                 int64_t pairs, float* sum) {
+  typedef typename Lanes<kLanes>::Vector Vector;
+  Vector total[kRows][kVectors] = {};
+  const Vector* q = reinterpret_cast<const Vector*>(products);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const float* g = gram + p * panel;
+#pragma GCC unroll 8
+    for (int o = 0; o < kRows; ++o) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) total[o][v] += g[o] * q[p * kVectors + v];
+    }
+  }
+  Vector* out = reinterpret_cast<Vector*>(sum);
+#pragma GCC unroll 8
+  for (int o = 0; o < kRows; ++o) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) out[o * kVectors + v] += total[o][v];
+  }
+}
+
+struct Pair {
+  int64_t t, s;
+};
+
+// products (pairs, kWidth) = inputs[t, :] inputs[s, :] of the pairs from `next`, which is then the
+// one after them; inputs (length, kWidth).
+template <int kWidth>
+FISHERKERN_INLINE Pair multiply_inputs(const float* inputs, int64_t length, Pair next,
+                                       int64_t pairs, float* products) {
+  for (int64_t p = 0; p < pairs; ++p) {
+    const float* a = inputs + next.t * kWidth;
+    const float* b = inputs + next.s * kWidth;
+    for (int i = 0; i < kWidth; ++i) products[p * kWidth + i] = a[i] * b[i];
+    if (++next.s == length) next.s = ++next.t;
+  }
+  return next;
+}
+
+// The same rows of F by the segments that take the Gram form; a row's sums are its own.
+template <int kLanes, int kRows, int kVectors, int kBlock, class Read>
+FISHERKERN_INLINE void add_gram(const SegmentOuterSquare& p, Form form, int64_t longest,
+                                int64_t low, int64_t high, Read read) {
+  constexpr int kWidth = kLanes * kVectors;
+  const int64_t tall = (high - low + kRows - 1) / kRows;
+  const int64_t wide = (p.columns + kWidth - 1) / kWidth;
+  const int64_t panel = panel_rows(p, longest, kLanes, high - low);
+  std::vector<float> delta((p.probes + 1) * longest * panel), gram(pairs_of(longest) * panel);
+  std::vector<float> inputs(longest * kWidth), products(kPairs * kWidth);
+  std::vector<float> sums(tall * wide * kRows * kWidth);
+  for (int64_t n = 0; n < p.segments; ++n) {
+    const int64_t start = offset(p, n), length = offset(p, n + 1) - start;
+    if (!by_gram(p, form, length)) continue;
+    for (int64_t first = low; first < high; first += panel) {
+      const int64_t last = std::min<int64_t>(first + panel, high);
+      pack_delta<kLanes, kBlock>(p, start, length, first, last, delta.data(), read);
+      for (int64_t o = 0; o < last - first; o += kLanes) {
+        for (int64_t s = 0; s < length; s += kBlock) {
+          gram_block<kLanes, kBlock>(delta.data() + o * (p.probes + 1) * length, p.probes, length,
+                                     s, panel, gram.data() + o);
+        }
+      }
+      for (int64_t j = 0; j < wide; ++j) {
+        const Panel in =
+            packed<kWidth>(p.inputs, start, length, p.columns, j * kWidth, inputs, read);
+        Pair next = {0, 0};
+        for (int64_t pair = 0; pair < pairs_of(length); pair += kPairs) {
+          const int64_t pairs = std::min<int64_t>(kPairs, pairs_of(length) - pair);
+          next = multiply_inputs<kWidth>(in.data, length, next, pairs, products.data());
+          for (int64_t o = first; o < last; o += kRows) {
+            add_pairs<kLanes, kRows, kVectors>(
+                gram.data() + pair * panel + o - first, panel, products.data(), pairs,
+                sums.data() + ((o - low) / kRows * wide + j) * kRows * kWidth);
+          }
+        }
+      }
+    }
+  }
+  add_sums<kRows, kWidth>(p, sums, low, high);
+}
+
+template <int kLanes, int kRows, int kVectors, int kBlock, class Read>
+FISHERKERN_INLINE void add(const SegmentOuterSquare& p, Form form, Longest longest, int64_t low,
+                           int64_t high, Read read) {
+  if (longest.direct > 0) {
+    add_direct<kLanes, kRows, kVectors>(p, form, longest.direct, low, high, read);
+  }
+  if (longest.gram > 0) {
+    add_gram<kLanes, kRows, kVectors, kBlock>(p, form, longest.gram, low, high, read);
+  }
+}
+
+template <int kLanes, int kRows, int kVectors, int kBlock>
+FISHERKERN_INLINE void add_numbers(const SegmentOuterSquare& p, Form form, Longest longest,
+                                   int64_t low, int64_t high) {
+  switch (p.precision) {
+    case Precision::fp32:
+      return add<kLanes, kRows, kVectors, kBlock>(p, form, longest, low, high, read_float);
+    case Precision::tf32:
+      return add<kLanes, kRows, kVectors, kBlock>(p, form, longest, low, high, read_tf32);
+    case Precision::bf16:
+      return add<kLanes, kRows, kVectors, kBlock>(p, form, longest, low, high, read_bf16);
+  }
+}
+
+// Tiles, of F and of G, as large as the registers hold with what is multiplied beside them.
+using Add = void (*)(const SegmentOuterSquare&, Form, Longest, int64_t, int64_t);
 constexpr int kRows = 4;  // of every tile, so that threads part F alike on every machine
 
-void add_plain(const SegmentOuterSquare& p, int64_t longest, int64_t low, int64_t high) {
-  add_numbers<4, kRows, 2>(p, longest, low, high);
+void add_plain(const SegmentOuterSquare& p, Form form, Longest longest, int64_t low,
+               int64_t high) {
+  add_numbers<4, kRows, 2, 3>(p, form, longest, low, high);
 }
 
 #ifdef __x86_64__
-__attribute__((target("avx2,fma"))) void add_avx2(const SegmentOuterSquare& p, int64_t longest,
-                                                  int64_t low, int64_t high) {
-  add_numbers<8, kRows, 2>(p, longest, low, high);
+__attribute__((target("avx2,fma"))) void add_avx2(const SegmentOuterSquare& p, Form form,
+                                                  Longest longest, int64_t low, int64_t high) {
+  add_numbers<8, kRows, 2, 3>(p, form, longest, low, high);
 }
 
-__attribute__((target("avx512f"))) void add_avx512(const SegmentOuterSquare& p, int64_t longest,
-                                                   int64_t low, int64_t high) {
-  add_numbers<16, kRows, 4>(p, longest, low, high);
+__attribute__((target("avx512f"))) void add_avx512(const SegmentOuterSquare& p, Form form,
+                                                   Longest longest, int64_t low, int64_t high) {
+  add_numbers<16, kRows, 4, 4>(p, form, longest, low, high);
 }
 #else
 constexpr Add add_avx2 = nullptr, add_avx512 = nullptr;
@@ -162,14 +380,14 @@ constexpr Add add_avx2 = nullptr, add_avx512 = nullptr;
 
 }  // namespace
 
-void segment_outer_square_cpu(const SegmentOuterSquare& p, int threads, int lanes) {
+void segment_outer_square_cpu(const SegmentOuterSquare& p, int threads, int lanes, Form form) {
   const Add work = widest<Add>("segment_outer_square", lanes, add_plain, add_avx2, add_avx512);
-  const int64_t longest = check_offsets(p);
+  const Longest longest = check_offsets(p, form);
   const int64_t tall = (p.rows + kRows - 1) / kRows;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tall));
   // Whole tiles each, so that the result has the same bits for any number of threads.
   const auto bound = [&](int64_t part) { return std::min(p.rows, part * tall / parts * kRows); };
-  in_parts(parts, [&](int64_t part) { work(p, longest, bound(part), bound(part + 1)); });
+  in_parts(parts, [&](int64_t part) { work(p, form, longest, bound(part), bound(part + 1)); });
 }
 
 }  // namespace fisherkern

@@ -92,7 +92,9 @@ def segment_outer_square_(
     offsets[n] to offsets[n + 1] − 1, or the length T of segments that are all alike.
     fp32 products are exact, or of tf32 numbers with `tf32`; sums are fp32. With `split`
     the CUDA kernel runs on the current stream, else the CPU's, on PyTorch's number of
-    threads. Allocates splits × O × I where splits > 1, on the CPU O × I.
+    threads. On the CPU segments short beside R and I take the Gram form, by which an entry
+    about 0 may come out a little less. Allocates splits × O × I where splits > 1, on the
+    CPU O × I, and 4 MB a thread for the Gram form.
     Raises InputError for tensors that do not fit.
     """
     (probes, positions, rows), columns = _shape("delta", delta, 3), fisher.shape[-1]
@@ -126,7 +128,9 @@ def segment_outer_square_(
         "precision": _TF32 if tf32 and delta.dtype == torch.float32 else _PRECISIONS[delta.dtype],
     }
     if split is None:
-        threads = _threads(probes * positions * rows * columns)
+        gram = positions * (length + 1) // 2 * (probes + columns)
+        direct = probes * positions * columns
+        threads = _threads(rows * (min(gram, direct) if length else direct))
         extension.segment_outer_square_cpu(**arguments, threads=threads)
         return
     workspace = _workspace(fisher, split, rows, columns)

@@ -1,35 +1,42 @@
-"""Square of each sequence's summed outer products, added over the sequences."""
+"""Square of each sequence's summed outer products, added over the probes and sequences."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fisherkern.errors import InputError
 from fisherkern.ops import _extension
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
 from fisherkern.ops._products import add_outer_
 from fisherkern.ops.launch_table import outer_split
 
-# Elements of the per-sequence products held at once: 4 MB in fp32, which stays in cache.
+# Elements of what a few sequences make, held at once: 4 MB in fp32, which stays in cache.
 _TILE_ELEMENTS = 2**20
+
+# The Gram form's products of small matrices take three times as long a multiply-add as the direct
+# form's, measured on an AMD EPYC; nothing is made of G's symmetry here.
+_GRAM_COST = 3
 
 
 def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
-    n, positions, rows = delta.shape
+    probes, n, positions, rows = delta.shape
     columns = inputs.shape[2]
     if positions == 1:
-        # (δ aᵀ)² = δ² (a²)ᵀ: one product over the sequences.
-        d, a = delta[:, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
-        add_outer_(fisher, d.square(), a.square())
+        # Σ_r (δ_r aᵀ)² = (Σ_r δ_r²) (a²)ᵀ: one product over the sequences.
+        d, a = delta[:, :, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
+        add_outer_(fisher, d.square().sum(dim=0), a.square())
         return
     extension = _extension.serving(fisher, delta, inputs)
     if extension is not None and delta.dtype == inputs.dtype:
-        d, a = delta.reshape(1, n * positions, rows), inputs.reshape(n * positions, columns)
+        d = delta.reshape(probes, n * positions, rows)
+        a = inputs.reshape(n * positions, columns)
         if not fisher.is_cuda:
             _extension.segment_outer_square_(extension, fisher, d, a, positions)
             return
-        split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, n))
+        pairs = probes * n
+        split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, pairs))
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         _extension.segment_outer_square_(extension, fisher, d, a, positions, tf32=tf32, split=split)
         return
@@ -38,15 +45,36 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
 
         segment_outer_square_triton.segment_outer_square_(fisher, delta, inputs)
         return
-    step = min(n, max(1, _TILE_ELEMENTS // (rows * columns)))
-    products = fisher.new_empty(step, rows, columns)
+    gram = _GRAM_COST * positions * (probes + columns) < probes * columns
+    held = rows * columns
+    if gram:
+        held = rows * positions * (probes + positions) + positions**2 * columns
+    step = max(1, _TILE_ELEMENTS // max(1, held))
     for first in range(0, n, step):
-        d = delta[first : first + step].to(fisher.dtype)
+        d = delta[:, first : first + step].to(fisher.dtype)
         a = inputs[first : first + step].to(fisher.dtype)
-        product = torch.bmm(d.transpose(1, 2), a, out=products[: len(d)])
-        # As a product with ones: measured twice as fast on a CPU as a sum over dimension 0.
-        ones = product.new_ones(1, len(d))
-        fisher += (ones @ product.square_().view(len(d), -1)).view(rows, columns)
+        (_add_gram_ if gram else _add_direct_)(fisher, d, a)
+
+
+def _add_direct_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
+    """Every product, squared."""
+    products = fisher.new_empty(len(inputs), *fisher.shape)
+    # As a product with ones: measured twice as fast on a CPU as a sum over dimension 0.
+    ones = fisher.new_ones(1, len(inputs))
+    for d in delta:
+        torch.bmm(d.transpose(1, 2), inputs, out=products)
+        fisher += (ones @ products.square_().flatten(1)).view(fisher.shape)
+
+
+def _add_gram_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
+    """Σ_n Σ_ts G_nots a_nt a_ns with G_nots = Σ_r δ_rnto δ_rnso, made once for all columns.
+
+    Where a square is about 0, rounding may leave a little less than 0.
+    """
+    probes, n, positions, rows = delta.shape
+    d = delta.permute(3, 1, 2, 0).reshape(rows * n, positions, probes)
+    gram = torch.bmm(d, d.transpose(1, 2)).view(rows, n * positions**2)
+    fisher.addmm_(gram, (inputs[:, :, None] * inputs[:, None]).flatten(0, 2))
 
 
 _op = register(
@@ -57,25 +85,35 @@ _op = register(
 
 
 def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
-    """fisher += Σ_n (Σ_t δ_nt a_ntᵀ)², the square taken after the sum over positions.
+    """fisher += Σ_r Σ_n (Σ_t δ_rnt a_ntᵀ)², the square taken after the sum over positions.
 
-    fisher (O, I), delta (N, T, O): gradients at a Linear's output, inputs
+    fisher (O, I), delta (R, N, T, O): gradients at a Linear's output by R probes, inputs
     (N, T, I): what it was applied to; padded positions have δ = 0. Accumulates in
-    fisher's dtype. Holds a tile of N of the O×I products, never all; in the extension
-    partial sums of F alone, on a GPU its fp32 products exact unless PyTorch is told to use
-    tf32. On one thread of an AVX-512 machine the extension takes half the time of PyTorch's
-    products (benchmarks/bench_segment.py).
-    Design section 1, token-wise layers.
+    fisher's dtype. Where T is short beside R and I (on the CPU; the choice depends on the
+    shapes alone) through G_nots = Σ_r δ_rnto δ_rnso, as Σ_n Σ_ts G_nots a_nt a_ns, which is
+    the same but for rounding: an entry that is about 0 may come out a little less.
+    Holds a tile of N of the O×I products or of G, never all; in the extension partial sums
+    of F, and in the Gram form 4 MB, for each thread; on a GPU its fp32 products are exact
+    unless PyTorch is told to use tf32. On one thread of an AVX-512 machine the extension
+    takes half the time of PyTorch's products (benchmarks/bench_segment.py).
+    Raises InputError for tensors that do not fit. Design section 1, token-wise layers.
     """
+    sizes = (*delta.shape[1:3], *fisher.shape)
+    if delta.dim() != 4 or sizes != (*inputs.shape[:2], delta.shape[3], *inputs.shape[2:]):
+        raise InputError(
+            f"delta {tuple(delta.shape)} and inputs {tuple(inputs.shape)} are not (R, N, T, O)"
+            f" and (N, T, I) of fisher, (O, I) {tuple(fisher.shape)}"
+        )
     _op(fisher, delta, inputs)
 
 
 def segment_outer_square_reference(delta: Tensor, inputs: Tensor) -> Tensor:
-    """The fp64 twin: Σ_n (Σ_t δ_nt a_ntᵀ)², shape (O, I), a loop over sequences and positions."""
-    total = torch.zeros(delta.shape[2], inputs.shape[2], dtype=torch.float64)
-    for d, a in zip(delta.double(), inputs.double(), strict=True):
-        product = torch.zeros_like(total)
-        for t in range(d.shape[0]):
-            product += torch.outer(d[t], a[t])
-        total += product.square()
+    """The fp64 twin: Σ_r Σ_n (Σ_t δ_rnt a_ntᵀ)², (O, I), a loop over probes to positions."""
+    total = torch.zeros(delta.shape[3], inputs.shape[2], dtype=torch.float64)
+    for probe in delta.double():
+        for d, a in zip(probe, inputs.double(), strict=True):
+            product = torch.zeros_like(total)
+            for t in range(d.shape[0]):
+                product += torch.outer(d[t], a[t])
+            total += product.square()
     return total

@@ -1,4 +1,4 @@
-"""Triton kernel of `segment_outer_square_`: a tile of F per program, sequences in turn."""
+"""Triton kernel of `segment_outer_square_`: a tile of F per program, its products in turn."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from fisherkern.ops.tiles_triton import accumulator, dot_settings, prepared
 
 @triton.jit
 def segment_outer_square_kernel(
-    delta_ptr, inputs_ptr, squares_ptr, n, t, o, i, length,
+    delta_ptr, inputs_ptr, squares_ptr, pairs, n, t, o, i, length,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """squares (splits, o, i): Σ_n (Σ_t δ_nt a_ntᵀ)² over each range of `length` sequences.
+    """squares (splits, o, i): Σ (Σ_t δ_t a_tᵀ)² over each range of `length` probes and sequences.
 
-    delta (n, t, o), inputs (n, t, i); a tile is ROWS × ITEMS, WIDTH positions at once.
+    delta (pairs, t, o), the n sequences of each probe in turn, inputs (n, t, i); a tile is
+    ROWS × ITEMS, WIDTH positions at once.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     split = tl.program_id(2)
     squares = tl.zeros((ROWS, ITEMS), tl.float32)
-    for sequence in range(split * length, tl.minimum((split + 1) * length, n)):
-        first = (tl.zeros((), tl.int64) + sequence) * t
+    for pair in range(split * length, tl.minimum((split + 1) * length, pairs)):
+        first = (tl.zeros((), tl.int64) + pair) * t
+        first_input = (tl.zeros((), tl.int64) + pair % n) * t
         product = tl.zeros((ROWS, ITEMS), tl.float32)
         for chunk in range(CHUNKS):
             position = chunk * WIDTH + tl.arange(0, WIDTH)
             valid = position < t
-            place = first + position
+            place, input_place = first + position, first_input + position
             mask = (row < o)[:, None] & valid[None, :]
             d = tl.load(delta_ptr + place[None, :] * o + row[:, None], mask=mask, other=0.0)
             mask = valid[:, None] & (column < i)[None, :]
-            a = tl.load(inputs_ptr + place[:, None] * i + column[None, :], mask=mask, other=0.0)
+            a_ptr = inputs_ptr + input_place[:, None] * i + column[None, :]
+            a = tl.load(a_ptr, mask=mask, other=0.0)
             product = tl.dot(d.to(DOT), a.to(DOT), product, input_precision=PRECISION)
         squares += product * product
     out = squares_ptr + (split.to(tl.int64) * o + row[:, None]) * i + column[None, :]
@@ -44,16 +47,17 @@ def segment_outer_square_kernel(
 
 def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
     delta, inputs = prepared(delta), prepared(inputs)
-    (n, t, o), i = delta.shape, inputs.shape[2]
-    row, constants = dot_settings("segment_outer_square_", delta[:, :, 0], inputs)
+    (probes, n, t, o), i = delta.shape, inputs.shape[2]
+    pairs = probes * n
+    row, constants = dot_settings("segment_outer_square_", delta[0, :, :, 0], inputs)
     programs = triton.cdiv(o, row.rows), triton.cdiv(i, row.items)
-    splits = min(n, max(1, TARGET_PROGRAMS // (programs[0] * programs[1])))
-    length = triton.cdiv(n, splits)
-    splits = triton.cdiv(n, length)
+    splits = min(pairs, max(1, TARGET_PROGRAMS // (programs[0] * programs[1])))
+    length = triton.cdiv(pairs, splits)
+    splits = triton.cdiv(pairs, length)
     squares = torch.empty(splits, o, i, dtype=torch.float32, device=delta.device)
     with torch.cuda.device_of(delta), accumulator(fisher) as sums:
         segment_outer_square_kernel[*programs, splits](
-            delta, inputs, squares, n, t, o, i, length,
+            delta, inputs, squares, pairs, n, t, o, i, length,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
         assert sums is not None

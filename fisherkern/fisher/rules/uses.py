@@ -57,7 +57,7 @@ class LinearWeight:
         return by_position(delta, 1)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        ops.segment_outer_square_(fisher, self.positions(delta), self.inputs)
+        ops.segment_outer_square_(fisher, self.positions(delta)[None], self.inputs)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
         return torch.bmm(self.positions(delta[part]).transpose(1, 2), self.inputs[part])
@@ -108,7 +108,7 @@ class MatrixWeight:
         return by_position(delta, 1)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        ops.segment_outer_square_(fisher, self.inputs, self.positions(delta))
+        ops.segment_outer_square_(fisher, self.inputs[None], self.positions(delta))
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
         return torch.bmm(self.inputs[part].transpose(1, 2), self.positions(delta[part]))
