@@ -36,9 +36,9 @@ def _segment(_fisher: Shape, delta: Shape, inputs: Shape, **__: Any) -> int:
     return 2 * math.prod(delta) * inputs[2]
 
 
-def _attention(p: Shape, _delta: Shape, q: Shape, _k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    # dP, dQ, dK, dV: two products as wide as q, two as wide as v.
-    return 4 * math.prod(p) * (q[3] + v[3])
+def _attention(p: Shape, delta: Shape, q: Shape, _k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    # dP, dQ, dK, dV of every probe: two products as wide as q, two as wide as v.
+    return 4 * delta[0] * math.prod(p) * (q[3] + v[3])
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:

@@ -5,17 +5,18 @@
 
 namespace fisherkern {
 
-// For O = P V with P = softmax(scale Q K^T) row by row, in every sequence and head: from the
-// gradient of O those of Q, K and V.
+// For O = P V with P = softmax(scale Q K^T) row by row, in every sequence and head: from several
+// gradients of O (probes) those of Q, K and V.
 struct AttentionBackward {
   const float* p;      // (sequences, heads, queries, keys)
-  const float* delta;  // (sequences, queries, heads, value_width), the gradient of O
+  const float* delta;  // (probes, sequences, queries, heads, value_width), the gradients of O
   const float* q;      // (sequences, queries, heads, width)
   const float* k;      // (sequences, keys, heads, width)
   const float* v;      // (sequences, keys, heads, value_width)
-  float* dq;           // as q
-  float* dk;           // as k
-  float* dv;           // as v
+  float* dq;           // (probes, as q)
+  float* dk;           // (probes, as k)
+  float* dv;           // (probes, as v)
+  int64_t probes;
   int64_t sequences;
   int64_t heads;
   int64_t queries;

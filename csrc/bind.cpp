@@ -126,17 +126,18 @@ LookupSquare lookup_problem(Address fisher, Address delta, Address order, Addres
 }
 
 AttentionBackward attention_problem(Address p, Address delta, Address q, Address k, Address v,
-                                    Address dq, Address dk, Address dv, int64_t sequences,
-                                    int64_t heads, int64_t queries, int64_t keys, int64_t width,
-                                    int64_t value_width, float scale) {
+                                    Address dq, Address dk, Address dv, int64_t probes,
+                                    int64_t sequences, int64_t heads, int64_t queries, int64_t keys,
+                                    int64_t width, int64_t value_width, float scale) {
   const std::string op = "attention_backward";
-  require_sizes(op, {{"sequences", sequences},
+  require_sizes(op, {{"probes", probes},
+                     {"sequences", sequences},
                      {"heads", heads},
                      {"queries", queries},
                      {"keys", keys},
                      {"width", width},
                      {"value_width", value_width}});
-  const int64_t count = sequences * heads;
+  const int64_t count = probes * sequences * heads;
   if (count * queries * keys > 0) require_addresses(op, {{"p", p}});
   if (count * queries * width > 0) require_addresses(op, {{"q", q}, {"dq", dq}});
   if (count * keys * width > 0) require_addresses(op, {{"k", k}, {"dk", dk}});
@@ -150,6 +151,7 @@ AttentionBackward attention_problem(Address p, Address delta, Address q, Address
           reinterpret_cast<float*>(dq),
           reinterpret_cast<float*>(dk),
           reinterpret_cast<float*>(dv),
+          probes,
           sequences,
           heads,
           queries,
@@ -176,8 +178,8 @@ void segment_outer_square_in(const SegmentOuterSquare& problem, int threads, int
       "width"_a, "sequences"_a, "delta_bf16"_a
 
 #define ATTENTION_ARGUMENTS                                                                     \
-  "p"_a, "delta"_a, "q"_a, "k"_a, "v"_a, "dq"_a, "dk"_a, "dv"_a, "sequences"_a, "heads"_a,      \
-      "queries"_a, "keys"_a, "width"_a, "value_width"_a, "scale"_a
+  "p"_a, "delta"_a, "q"_a, "k"_a, "v"_a, "dq"_a, "dk"_a, "dv"_a, "probes"_a, "sequences"_a,     \
+      "heads"_a, "queries"_a, "keys"_a, "width"_a, "value_width"_a, "scale"_a
 
 // A function of Python from the one that makes the problem and the one that works on it, which
 // may take more arguments (threads).

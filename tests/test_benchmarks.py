@@ -161,7 +161,7 @@ def test_every_op_has_a_count():
 
 
 def attention(q, k):
-    return ops.attention_backward(torch.rand(1, 1, 3, 5), q, q, k, k, 1.0)
+    return ops.attention_backward(torch.rand(1, 1, 3, 5), torch.stack([q, q]), q, k, k, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def attention(q, k):
             48,
         ),
         (lambda h, w: product(h, w), 2 * 3 * 5 * 4),
-        (lambda h, w: attention(h[None, :, None], w[None, :, None]), 2 * 4 * 3 * 5 * 4),
+        (lambda h, w: attention(h[None, :, None], w[None, :, None]), 2 * 2 * 4 * 3 * 5 * 4),
     ],
 )
 def test_flop_counts(call, expected):

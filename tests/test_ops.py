@@ -279,7 +279,7 @@ def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     drawn = (h, weight, bias, lse, ranges, rows)
     fisher = torch.ops.fisherkern
     lookups = ops.lookup_segments(torch.tensor([[0, 3], [2, 2], [-1, 3]]))
-    q, delta = torch.randn(2, 2, 3, 4, 5)
+    q, delta = torch.randn(2, 3, 4, 5), torch.randn(6, 2, 3, 4, 5)
     p = torch.randn(2, 4, 3, 3).softmax(dim=3)
     return [
         ("attention_backward", fisher.attention_backward.default, (p, delta, q, q, q, 0.5)),

@@ -15,24 +15,30 @@ from fisherkern.ops import _extension
 from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops.attention_backward import attention_backward_reference
 
-# N, H, Q, T, d, e: one; primes; a vector more or less; tiles; fewer queries than keys; nothing.
+# R, N, H, Q, T, d, e: one; primes; a vector more or less; tiles; fewer queries than keys, of more
+# probes than are stacked and of fewer; panels of every width, in both; nothing.
 SHAPES = [
-    (1, 1, 1, 1, 1, 1),
-    (3, 2, 5, 7, 11, 3),
-    (2, 3, 31, 33, 15, 17),
-    (2, 1, 65, 63, 33, 31),
-    (1, 4, 1, 50, 16, 64),
-    (2, 2, 50, 50, 32, 32),
-    (0, 2, 3, 3, 4, 4),
-    (2, 2, 3, 3, 4, 0),
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 3, 2, 5, 7, 11, 3),
+    (3, 2, 3, 31, 33, 15, 17),
+    (2, 2, 1, 65, 63, 33, 31),
+    (5, 1, 4, 1, 50, 16, 64),
+    (67, 2, 2, 1, 44, 5, 3),
+    (13, 2, 1, 6, 5, 80, 97),
+    (2, 2, 2, 50, 50, 32, 32),
+    (0, 2, 2, 3, 3, 4, 4),
+    (3, 0, 2, 3, 3, 4, 4),
+    (3, 2, 2, 3, 3, 4, 0),
+    (3, 2, 2, 0, 3, 4, 2),
+    (3, 2, 2, 3, 0, 4, 2),
 ]
 SCALE = 0.37
 
 
 def given(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """p, delta, q, k, v; nobody attends to the first key, where there are others."""
-    n, h, queries, keys, d, e = shape
-    sizes = [(n, queries, h, e), (n, queries, h, d), (n, keys, h, d), (n, keys, h, e)]
+    r, n, h, queries, keys, d, e = shape
+    sizes = [(r, n, queries, h, e), (n, queries, h, d), (n, keys, h, d), (n, keys, h, e)]
     delta, q, k, v = (guarded(*s, seed=i, dtype=dtype) for i, s in enumerate(sizes))
     scores = SCALE * torch.einsum("nihd,njhd->nhij", q.double(), k.double())
     if keys > 1:
@@ -47,7 +53,12 @@ def by_autograd(p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tu
     scores = SCALE * torch.einsum("nihd,njhd->nhij", q, k)
     hidden = torch.zeros_like(scores).masked_fill_(p == 0, -torch.inf)
     output = torch.einsum("nhij,njhe->nihe", (scores + hidden).softmax(dim=3), v)
-    return torch.autograd.grad(output, (q, k, v), delta.double())
+    found = [
+        torch.autograd.grad(output, (q, k, v), one, retain_graph=True) for one in delta.double()
+    ]
+    if not found:
+        return tuple(tensor.new_empty(0, *tensor.shape) for tensor in (q, k, v))
+    return tuple(torch.stack(each) for each in zip(*found, strict=True))
 
 
 def assert_close(found: tuple[Tensor, ...], exact: tuple[Tensor, ...], factor: float) -> None:
@@ -89,9 +100,9 @@ def run(
 ) -> tuple[Tensor, ...]:
     """The extension's own, into memory with numbers that must not be added to."""
     p, delta, q, k, v = tensors = given(shape)
-    found = [torch.full_like(tensor, torch.nan) for tensor in (q, k, v)]
+    found = [torch.full((len(delta), *tensor.shape), torch.nan) for tensor in (q, k, v)]
     names = ("p", "delta", "q", "k", "v", "dq", "dk", "dv")
-    sizes = ("sequences", "heads", "queries", "keys", "width", "value_width")
+    sizes = ("probes", "sequences", "heads", "queries", "keys", "width", "value_width")
     extension.attention_backward_cpu(
         **{name: t.data_ptr() for name, t in zip(names, [*tensors, *found], strict=True)},
         **dict(zip(sizes, shape, strict=True)),
@@ -120,16 +131,40 @@ def test_bits_do_not_depend_on_threads(extension: Any) -> None:
 
 
 def test_tensors_of_any_layout() -> None:
-    arguments = given((3, 2, 5, 7, 11, 3))
-    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in arguments]
+    arguments = given((4, 3, 2, 5, 7, 11, 3))
+    turned = [t.transpose(-3, -2).contiguous().transpose(-3, -2) for t in arguments]
     plain, found = (ops.attention_backward(*these, SCALE) for these in (arguments, turned))
     assert all(map(torch.equal, plain, found))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dim", [0, 2, -1])
+def test_mapped_over_output_gradients(dim: int) -> None:
+    """By torch.vmap, of calls with one probe and with several: the bits of call after call."""
+    for probes, mapped in ((1, 7), (3, 2), (2, 1)):
+        p, delta, q, k, v = given((probes * mapped, 3, 2, 5, 7, 11, 3))
+        apart = delta.unflatten(0, (mapped, probes))
+        call = torch.vmap(
+            lambda d, p=p, q=q, k=k, v=v: ops.attention_backward(p, d, q, k, v, SCALE), dim
+        )
+        found = call(apart.movedim(0, dim))
+        for r, one in enumerate(apart):
+            alone = ops.attention_backward(p, one, q, k, v, SCALE)
+            assert all(torch.equal(many[r], few) for many, few in zip(found, alone, strict=True))
+
+
+def test_mapped_over_anything_else() -> None:
+    p, delta, q, k, v = given((4, 3, 2, 5, 7, 11, 3))
+    for dims in ((0, None, None, None, None), (None, None, 0, None, None), (0, 1, 0, 0, 0)):
+        with pytest.raises(NotImplementedError, match="over delta alone"):
+            torch.vmap(lambda *t: ops.attention_backward(*t, SCALE), dims)(p, delta, q, k, v)
+
+
 def test_bad_input(extension: Any) -> None:
-    p, delta, q, k, v = given((3, 2, 5, 7, 11, 3))
+    p, delta, q, k, v = given((4, 3, 2, 5, 7, 11, 3))
     for name, arguments in {
-        "delta": (p, delta[:, 1:], q, k, v),
+        "delta": (p, delta[:, :, 1:], q, k, v),
+        "delta: must have 5 dimensions": (p, delta[0], q, k, v),
         "q": (p, delta, q[:, :, :1], k, v),
         "k": (p, delta, q, k[..., :4], v),
         "v": (p, delta, q, k, v[:2]),
@@ -139,7 +174,9 @@ def test_bad_input(extension: Any) -> None:
         with pytest.raises(InputError, match=name):
             _extension.attention_backward(extension, *arguments, SCALE)
     for keys, said in ((-1, "keys must not be negative, got -1"), (1, "p is a null address")):
-        sizes = dict.fromkeys(("sequences", "heads", "queries", "width", "value_width"), 1)
+        sizes = dict.fromkeys(
+            ("probes", "sequences", "heads", "queries", "width", "value_width"), 1
+        )
         nowhere = dict.fromkeys(("p", "delta", "q", "k", "v", "dq", "dk", "dv"), 0)
         with pytest.raises(ValueError, match=said):
             extension.attention_backward_cpu(**nowhere, **sizes, keys=keys, scale=1.0)

@@ -66,6 +66,19 @@ def test_result_and_gradients_are_the_librarys(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", SERVED)
+def test_many_output_gradients_at_once(name: str) -> None:
+    given = inputs()
+    output = captured(SERVED[name], given)
+    deltas = torch.randn(5, *output.shape, dtype=torch.float64)
+    found = torch.autograd.grad(output, given, deltas, retain_graph=True, is_grads_batched=True)
+    for r, delta in enumerate(deltas):
+        exact = torch.autograd.grad(output, given, delta, retain_graph=True)
+        for one, other in zip(found, exact, strict=True):
+            torch.testing.assert_close(one[r], other, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_is_left_to_the_library(name: str) -> None:
     assert not is_ours(captured(LEFT_ALONE[name], inputs()))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <stdexcept>
 #include <string>
@@ -24,6 +25,20 @@ Work widest(const char* op, int lanes, Work plain, Work avx2, Work avx512) {
   if (lanes == 0 || lanes == 4) return plain;
   throw std::invalid_argument(std::string(op) + ": this processor has no vectors of " +
                               std::to_string(lanes) + " floats");
+}
+
+// The sum of a vector's floats, in halves: one after another each addition would wait for the last.
+template <int kLanes, class Vector>
+FISHERKERN_INLINE float sum_of(const Vector& vector) {
+  if constexpr (kLanes == 1) {
+    return vector[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * kLanes), aligned(4), may_alias));
+    Half low, high;
+    std::memcpy(&low, &vector, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof low, sizeof high);
+    return sum_of<kLanes / 2>(low + high);
+  }
 }
 
 // work(0), ..., work(parts - 1), each on a thread of its own where the system has them.

@@ -212,10 +212,11 @@ def attention_backward(
     On PyTorch's number of threads, whose number does not change the result. Raises InputError
     for tensors that do not fit.
     """
+    probes = _shape("delta", delta, 5)[0]
     sequences, heads, queries, keys = _shape("p", p, 4)
     width, value_width = _shape("q", q, 4)[3], _shape("v", v, 4)[3]
     shapes = {
-        "delta": (delta, (sequences, queries, heads, value_width), "(N, Q, H, e)"),
+        "delta": (delta, (probes, sequences, queries, heads, value_width), "(R, N, Q, H, e)"),
         "q": (q, (sequences, queries, heads, width), "(N, Q, H, d)"),
         "k": (k, (sequences, keys, heads, width), "(N, T, H, d)"),
         "v": (v, (sequences, keys, heads, value_width), "(N, T, H, e)"),
@@ -226,10 +227,11 @@ def attention_backward(
     if any(tensor.dtype != torch.float32 for tensor in given):
         raise InputError("p, delta, q, k, v: must be fp32")
     _require_device(*given)
-    found = [torch.empty_like(tensor) for tensor in given[2:]]
+    found = [tensor.new_empty(probes, *tensor.shape) for tensor in given[2:]]
     names = ("p", "delta", "q", "k", "v", "dq", "dk", "dv")
     extension.attention_backward_cpu(
         **{name: t.data_ptr() for name, t in zip(names, [*given, *found], strict=True)},
+        probes=probes,
         sequences=sequences,
         heads=heads,
         queries=queries,
@@ -237,7 +239,7 @@ def attention_backward(
         width=width,
         value_width=value_width,
         scale=scale,
-        threads=_threads(4 * p.numel() * (width + value_width)),
+        threads=_threads(4 * probes * p.numel() * (width + value_width)),
     )
     return found[0], found[1], found[2]
 

@@ -1,4 +1,4 @@
-"""The backward pass of attention from its probabilities, for many output gradients in turn."""
+"""The backward pass of attention from its probabilities, for many output gradients at once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def _attention_backward(
     extension = _extension.serving(p, delta, q, k, v)
     if extension is not None and not p.is_cuda and q.dtype == torch.float32:
         return _extension.attention_backward(extension, p, delta, q, k, v, scale)
-    delta, q, k, v = (tensor.transpose(1, 2) for tensor in (delta, q, k, v))
-    dp = delta @ v.transpose(2, 3)
-    ds = p * (dp - (p * dp).sum(dim=3, keepdim=True)) * scale
-    found = (ds @ k, ds.transpose(2, 3) @ q, p.transpose(2, 3) @ delta)
-    dq, dk, dv = (tensor.transpose(1, 2).contiguous() for tensor in found)
+    delta, q, k, v = (tensor.transpose(-3, -2) for tensor in (delta, q, k, v))
+    dp = delta @ v.mT
+    ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * scale
+    found = (ds @ k, ds.mT @ q, p.mT @ delta)
+    dq, dk, dv = (tensor.transpose(-3, -2).contiguous() for tensor in found)
     return dq, dk, dv
 
 
 def _fake(p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (tensor.new_empty(len(delta), *tensor.shape) for tensor in (q, k, v))
+    return dq, dk, dv
 
 
 _op = register(
@@ -35,6 +36,7 @@ _op = register(
     " -> (Tensor, Tensor, Tensor)",
     _attention_backward,
     _fake,
+    probes_of=1,
 )
 
 
@@ -44,10 +46,11 @@ def attention_backward(
     """The gradients of q, k and v from delta, that of o = p v with p = softmax(scale q kᵀ).
 
     dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − Σ_j P dP), dQ = scale dS K, dK = scale dSᵀ Q, in every
-    sequence and head. p (N, H, Q, T); delta (N, Q, H, e), q (N, Q, H, d), k (N, T, H, d),
-    v (N, T, H, e), all of one type; the results are shaped as q, k and v. Where p is 0, by a mask
-    or else, nothing passes. In the extension on a CPU it holds one head at a time beside the
-    results, otherwise two tensors of the size of p.
+    sequence and head, for each of R probes. p (N, H, Q, T); delta (R, N, Q, H, e), q (N, Q, H, d),
+    k (N, T, H, d), v (N, T, H, e), all of one type; the results are (R, ...) of the shapes of q, k
+    and v. Where p is 0, by a mask or else, nothing passes. In the extension on a CPU it holds one
+    head at a time beside the results, otherwise two tensors of R times the size of p and R copies
+    of q, k and v. torch.vmap over delta is more probes of one call.
     """
     return _op(p, delta, q, k, v, scale)
 
@@ -55,14 +58,14 @@ def attention_backward(
 def attention_backward_reference(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:
-    """The fp64 twin: the products written out over n, h, queries i and keys j."""
+    """The fp64 twin: the products written out over r, n, h, queries i and keys j."""
     p, delta, q, k, v = (tensor.double() for tensor in (p, delta, q, k, v))
-    dp = torch.einsum("nihe,njhe->nhij", delta, v)
+    dp = torch.einsum("rnihe,njhe->rnhij", delta, v)
     # The Jacobian of a softmax, diag(p) − p pᵀ, whole.
     jacobian = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
-    ds = torch.einsum("nhijl,nhil->nhij", jacobian, dp)
+    ds = torch.einsum("nhijl,rnhil->rnhij", jacobian, dp)
     return (
-        scale * torch.einsum("nhij,njhd->nihd", ds, k),
-        scale * torch.einsum("nhij,nihd->njhd", ds, q),
-        torch.einsum("nhij,nihe->njhe", p, delta),
+        scale * torch.einsum("rnhij,njhd->rnihd", ds, k),
+        scale * torch.einsum("rnhij,nihd->rnjhd", ds, q),
+        torch.einsum("nhij,rnihe->rnjhe", p, delta),
     )

@@ -194,7 +194,8 @@ class _Attended(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
         p, q, k, v = ctx.saved_tensors
-        return *ops.attention_backward(p, deltas[0], q, k, v, ctx.scale), None, None
+        found = ops.attention_backward(p, deltas[0][None], q, k, v, ctx.scale)
+        return *(gradient[0] for gradient in found), None, None
 
 
 RULES: Rules = {
