@@ -29,6 +29,7 @@ DEFAULT_ARCHS = "80,90,100+PTX"
 CPU_SOURCES = (
     "csrc/bind.cpp",
     "csrc/cpu/attention_backward.cpp",
+    "csrc/cpu/layer_norm_backward.cpp",
     "csrc/cpu/lookup_square.cpp",
     "csrc/cpu/segment_outer_square.cpp",
 )
@@ -36,6 +37,7 @@ CUDA_SOURCES = ("csrc/cuda/lookup_square.cu", "csrc/cuda/segment_outer_square.cu
 HEADERS = (
     "csrc/attention.h",
     "csrc/fisher_segment.h",
+    "csrc/layer_norm.h",
     "csrc/cpu/machine.h",
     "csrc/cpu/numbers.h",
     "csrc/cuda/launch.cuh",

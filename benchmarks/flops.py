@@ -45,9 +45,10 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
-# FLOP of one call, by op; a lookup has no matrix product.
+# FLOP of one call, by op; a lookup and a normalisation have no matrix product.
 FORMULAS: dict[str, Callable[..., int]] = {
     "attention_backward": _attention,
+    "layer_norm_backward": lambda *_, **__: 0,
     "softmax_lse": _head(1),
     "softmax_topk": _head(1),
     "softmax_mean": _head(2),

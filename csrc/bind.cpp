@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "fisher_segment.h"
+#include "layer_norm.h"
 
 // What setup.py compiled for: compute capabilities of machine code, and of PTX.
 #ifndef FISHERKERN_CUDA_ARCHS
@@ -168,6 +169,28 @@ void segment_outer_square_in(const SegmentOuterSquare& problem, int threads, int
   segment_outer_square_cpu(problem, threads, lanes, static_cast<Form>(form));
 }
 
+LayerNormBackward layer_norm_problem(Address delta, Address normalised, Address weight,
+                                     Address rstd, Address result, int64_t probes, int64_t rows,
+                                     int64_t width) {
+  const std::string op = "layer_norm_backward";
+  require_sizes(op, {{"probes", probes}, {"rows", rows}, {"width", width}});
+  if (probes * rows * width > 0) {
+    require_addresses(op, {{"delta", delta},
+                           {"normalised", normalised},
+                           {"weight", weight},
+                           {"rstd", rstd},
+                           {"result", result}});
+  }
+  return {reinterpret_cast<const float*>(delta),
+          reinterpret_cast<const float*>(normalised),
+          reinterpret_cast<const float*>(weight),
+          reinterpret_cast<const float*>(rstd),
+          reinterpret_cast<float*>(result),
+          probes,
+          rows,
+          width};
+}
+
 // The parameters of the problems by name, in the order of the functions above.
 #define SEGMENT_ARGUMENTS                                                                   \
   "fisher"_a, "delta"_a, "inputs"_a, "offsets"_a, "offset_bytes"_a, "length"_a, "probes"_a, \
@@ -180,6 +203,9 @@ void segment_outer_square_in(const SegmentOuterSquare& problem, int threads, int
 #define ATTENTION_ARGUMENTS                                                                     \
   "p"_a, "delta"_a, "q"_a, "k"_a, "v"_a, "dq"_a, "dk"_a, "dv"_a, "probes"_a, "sequences"_a,     \
       "heads"_a, "queries"_a, "keys"_a, "width"_a, "value_width"_a, "scale"_a
+
+#define LAYER_NORM_ARGUMENTS                                                                     \
+  "delta"_a, "normalised"_a, "weight"_a, "rstd"_a, "result"_a, "probes"_a, "rows"_a, "width"_a
 
 // A function of Python from the one that makes the problem and the one that works on it, which
 // may take more arguments (threads).
@@ -217,7 +243,7 @@ py::tuple numbers(std::initializer_list<int> values) {
 PYBIND11_MODULE(_C, m) {
   using namespace fisherkern;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "fisherkern's compiled kernels; see csrc/fisher_segment.h and csrc/attention.h.";
+  m.doc() = "fisherkern's compiled kernels; see csrc/*.h.";
   m.attr("cuda_archs") = numbers({FISHERKERN_CUDA_ARCHS});
   m.attr("cuda_ptx") = numbers({FISHERKERN_CUDA_PTX});
   m.def("segment_outer_square_cpu", on_cpu(segment_problem, segment_outer_square_in), py::kw_only(),
@@ -226,6 +252,8 @@ PYBIND11_MODULE(_C, m) {
         LOOKUP_ARGUMENTS, Unlocked());
   m.def("attention_backward_cpu", on_cpu(attention_problem, attention_backward_cpu), py::kw_only(),
         ATTENTION_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, Unlocked());
+  m.def("layer_norm_backward_cpu", on_cpu(layer_norm_problem, layer_norm_backward_cpu),
+        py::kw_only(), LAYER_NORM_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, Unlocked());
 #ifdef FISHERKERN_WITH_CUDA
   m.def("segment_outer_square_cuda",
         on_cuda("segment_outer_square", segment_problem, segment_outer_square_cuda), py::kw_only(),

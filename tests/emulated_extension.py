@@ -20,6 +20,7 @@ FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-fPIC", "-fvisibility=hidden"]
 SOURCES = {
     "csrc/bind.cpp": ["-O0", "-DFISHERKERN_WITH_CUDA"],
     "csrc/cpu/attention_backward.cpp": ["-O2"],
+    "csrc/cpu/layer_norm_backward.cpp": ["-O2"],
     "csrc/cpu/lookup_square.cpp": ["-O2"],
     "csrc/cpu/segment_outer_square.cpp": ["-O2"],
     "csrc/cuda/lookup_square.cu": ["-O2", "-x", "c++"],

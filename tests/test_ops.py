@@ -283,6 +283,11 @@ def calls() -> list[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     p = torch.randn(2, 4, 3, 3).softmax(dim=3)
     return [
         ("attention_backward", fisher.attention_backward.default, (p, delta, q, q, q, 0.5)),
+        (
+            "layer_norm_backward",
+            fisher.layer_norm_backward.default,
+            (torch.randn(6, 3, 4), h, torch.rand(4), torch.rand(3)),
+        ),
         ("softmax_lse", fisher.softmax_lse.default, (h, weight, bias)),
         ("softmax_topk", fisher.softmax_topk.default, (h, weight, bias, 5)),
         ("sample_items", fisher.sample_items.default, (*drawn, 4, 1)),

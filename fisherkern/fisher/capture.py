@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fisherkern.fisher.layer_norm_backward import layer_norm
 from fisherkern.fisher.linear_backward import linear
 
 
@@ -181,6 +182,12 @@ _BY_ROW = {
     torch.sigmoid,
 }
 
+# Ours in place of these: the backward pass gives their parameters nothing, as nobody asks for it.
+_OURS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: linear,
+    F.layer_norm: layer_norm,
+}
+
 # What F.embedding hands on of a lookup without extras; it names all but the first two.
 _PLAIN = {"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False}
 
@@ -231,8 +238,8 @@ class Capture(TorchFunctionMode):
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         # Before the call: one in place makes its own output of an input.
         nodes = [tensor.grad_fn for tensor in tensors]
-        if func is F.linear:
-            output = linear(self._is_parameter, *args, **kwargs)
+        if (ours := _OURS.get(func)) is not None:
+            output = ours(self._is_parameter, *args, **kwargs)
         else:
             output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.grad_fn is not None:

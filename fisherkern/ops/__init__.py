@@ -1,4 +1,4 @@
-"""Ops on plain tensors: softmax over the catalogue and squared-gradient sums.
+"""Ops on plain tensors: softmax over the catalogue, backward passes, squared-gradient sums.
 
 Each op has one name: its file, its schema `fisherkern::<name>`, its test and its
 benchmark; a trailing underscore means that it mutates its first argument.
@@ -6,6 +6,7 @@ benchmark; a trailing underscore means that it mutates its first argument.
 
 from fisherkern.ops.attention_backward import attention_backward
 from fisherkern.ops.head_sqgrad import head_sqgrad_
+from fisherkern.ops.layer_norm_backward import layer_norm_backward
 from fisherkern.ops.lookup_square import LookupSegments, lookup_segments, lookup_square_
 from fisherkern.ops.sample_distinct import sample_distinct
 from fisherkern.ops.sample_items import sample_items
@@ -19,6 +20,7 @@ __all__ = [
     "LookupSegments",
     "attention_backward",
     "head_sqgrad_",
+    "layer_norm_backward",
     "lookup_segments",
     "lookup_square_",
     "sample_distinct",

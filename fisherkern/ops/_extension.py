@@ -244,6 +244,36 @@ def attention_backward(
     return found[0], found[1], found[2]
 
 
+def layer_norm_backward(
+    extension: Any, delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
+) -> Tensor:
+    """`fisherkern.ops.layer_norm_backward` in the extension: all fp32, on the CPU.
+
+    On PyTorch's number of threads, whose number does not change the result. Raises InputError
+    for tensors that do not fit.
+    """
+    probes, rows, width = _shape("delta", delta, 3)
+    weight = normalised.new_ones(width) if weight is None else weight
+    _require(normalised.shape == (rows, width), "normalised", "(P, D)", normalised)
+    _require(weight.shape == (width,), "weight", "(D,)", weight)
+    _require(rstd.shape == (rows,), "rstd", "(P,)", rstd)
+    given = [tensor.contiguous() for tensor in (delta, normalised, weight, rstd)]
+    if any(tensor.dtype != torch.float32 for tensor in given):
+        raise InputError("delta, normalised, weight, rstd: must be fp32")
+    _require_device(*given)
+    found = torch.empty_like(given[0])
+    names = ("delta", "normalised", "weight", "rstd", "result")
+    extension.layer_norm_backward_cpu(
+        **{name: t.data_ptr() for name, t in zip(names, [*given, found], strict=True)},
+        probes=probes,
+        rows=rows,
+        width=width,
+        # A number that is read and written takes as long as ten products from the cache.
+        threads=_threads(10 * delta.numel()),
+    )
+    return found
+
+
 def _threads(products: int) -> int:
     """Of PyTorch's number: one earns its start from half a millisecond of products on."""
     return min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD)

@@ -1,0 +1,59 @@
+"""The backward pass of layer normalisation to its input, for many output gradients at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherkern.ops import _extension
+from fisherkern.ops._library import register
+
+
+def _layer_norm_backward(
+    delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
+) -> Tensor:
+    normalised = normalised.contiguous()
+    extension = _extension.serving(normalised, delta, weight, rstd)
+    if extension is not None and not delta.is_cuda and delta.dtype == torch.float32:
+        return _extension.layer_norm_backward(extension, delta, normalised, weight, rstd)
+    g = delta if weight is None else delta * weight
+    mean = g.mean(dim=2, keepdim=True)
+    slope = (g * normalised).mean(dim=2, keepdim=True)
+    return ((g - mean - normalised * slope) * rstd[:, None]).contiguous()
+
+
+def _fake(delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
+    return delta.new_empty(delta.shape)
+
+
+_op = register(
+    "layer_norm_backward(Tensor delta, Tensor normalised, Tensor? weight, Tensor rstd) -> Tensor",
+    _layer_norm_backward,
+    _fake,
+    probes_of=0,
+)
+
+
+def layer_norm_backward(
+    delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
+) -> Tensor:
+    """The gradients of x from delta, that of y = w n + b with n = (x − mean(x)) rstd row by row.
+
+    rstd (g − mean(g) − n mean(g n)) with g = w delta and means over D, for each of R probes. delta
+    (R, P, D), normalised n (P, D), weight w (D,) or None for ones, rstd (P,), 1 / sqrt(var(x) + ε),
+    all of one type; the result (R, P, D). In the extension on a CPU it holds nothing beside the
+    result, otherwise some tensors of its size. torch.vmap over delta is more probes of one call.
+    """
+    return _op(delta, normalised, weight, rstd)
+
+
+def layer_norm_backward_reference(
+    delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
+) -> Tensor:
+    """The fp64 twin: every row's Jacobian of y, rstd w (I − 1/D − n nᵀ/D), whole."""
+    delta, n, rstd = delta.double(), normalised.double(), rstd.double()
+    width = n.shape[1]
+    jacobian = torch.eye(width).to(n) - (1 + n[:, :, None] * n[:, None, :]) / width
+    if weight is not None:
+        jacobian = weight.double()[:, None] * jacobian
+    return torch.einsum("rpi,pij,p->rpj", delta, jacobian, rstd)
