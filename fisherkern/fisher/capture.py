@@ -71,17 +71,17 @@ class Parameters:
 class Use(Protocol):
     """One use of a place by one call: how the call's output gradient becomes the place's.
 
-    `delta` is the gradient of a per-sequence scalar at the call's output, its
-    dimensions those of the output with the sequences' moved to the front: (N, ...).
+    `delta` is the gradient of R per-sequence scalars, the probes, at the call's output, its
+    dimensions those of the output with the sequences' moved to the front: (R, N, ...).
     """
 
     place: Place
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        """fisher += Σ_n g_n², g_n the gradient of sequence n, fisher of the place's shape."""
+        """fisher += Σ_r Σ_n g_rn², g_rn the gradient of sequence n, of the place's shape."""
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        """g of the sequences in `part`, (n, *place.shape)."""
+        """g of the sequences in `part` for one probe's `delta` (N, ...): (n, *place.shape)."""
 
 
 @dataclasses.dataclass
@@ -105,8 +105,8 @@ class Site:
         return len(self.shape), self.dim, *((type(use), use.place) for use in self.uses)
 
     def sequences_first(self, delta: Tensor) -> Tensor:
-        """The gradient that arrived at `output` as `Use` takes it, (N, ...)."""
-        return delta.reshape(self.shape).movedim(self.dim, 0)
+        """The R gradients that arrived at `output` as `Use` takes them, (R, N, ...)."""
+        return delta.reshape(len(delta), *self.shape).movedim(1 + self.dim, 1)
 
 
 @dataclasses.dataclass(frozen=True)

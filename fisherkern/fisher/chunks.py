@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,16 +37,50 @@ def chunks(subject: Subject, batch: Any, n: int, size: int) -> Iterator[tuple[An
                 yield batch_take(batch, part), part
 
 
-def _by_length(subject: Subject, batch: Any) -> list[Tensor] | None:
-    """The sequences' numbers, ascending in each group of alike lengths; None to leave the order."""
+def pieces(
+    subject: Subject, batch: Any, n: int, size: Callable[[int], int]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Parts of at most `size(T)` of the batch's `n` sequences, T positions that they compute.
+
+    From long to short sequences where the model computes no padding that a whole part shares;
+    in their order, of the batch's width, for other models; whole where neither is known.
+    """
+    history = _history(batch)
+    if history is None:
+        yield batch, torch.arange(n)
+        return
+    if not isinstance(subject.module, SequenceEncoder):
+        step = max(1, size(history.shape[1]))
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            yield batch_slice(batch, first, last), torch.arange(first, last)
+        return
+    # What an encoder adds to a history is one mask token at most.
+    lengths, order = ((history != 0).sum(dim=1) + 1).cpu().sort(descending=True, stable=True)
+    while len(order):
+        step = max(1, size(int(lengths[0])))
+        part, order, lengths = order[:step].sort().values, order[step:], lengths[step:]
+        yield batch_take(batch, part), part
+
+
+def _history(batch: Any) -> Tensor | None:
+    """The ids (N, T) of a batch whose sequences can be taken out by number."""
     history = model_input(batch)
     if isinstance(history, Mapping):
         history = history.get("history")
-    if not isinstance(subject.module, SequenceEncoder) or not isinstance(history, Tensor):
+    if not isinstance(history, Tensor) or history.dim() != 2:
         return None
     if isinstance(batch, (tuple, list)) and not all(isinstance(part, Tensor) for part in batch):
         return None
-    if history.dim() != 2 or history.shape[1] < _BUCKETS or len(history) < 2 * _LEAST:
+    return history
+
+
+def _by_length(subject: Subject, batch: Any) -> list[Tensor] | None:
+    """The sequences' numbers, ascending in each group of alike lengths; None to leave the order."""
+    history = _history(batch)
+    if history is None or not isinstance(subject.module, SequenceEncoder):
+        return None
+    if history.shape[1] < _BUCKETS or len(history) < 2 * _LEAST:
         return None
     width = history.shape[1]
     lengths = (history != 0).sum(dim=1).cpu()

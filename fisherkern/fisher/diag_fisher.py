@@ -13,11 +13,10 @@ from tqdm.auto import tqdm
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.batchwise import add_batchwise_
-from fisherkern.fisher.chunks import chunks
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.samplers import SAMPLERS, Settings
-from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode
+from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
 from fisherkern.ops._dispatch import use_backend
 
 DEFAULT_SKETCH_PROBES = 16
@@ -61,10 +60,10 @@ def diag_fisher(
     - "random": k uniform draws, ω = p V / k. Unbiased, noisy.
     - "target": the next item alone, ω = p, or 1 with weight="one" (empirical Fisher).
 
-    Backward passes per chunk: min(k, D) for the item samplers. Beside them "exact"
-    costs N·V·D²/2 multiply-adds; every other sampler streams over the items in two
-    matrix products of N·V·D, "sketch" for large V in four. A model with `encode` and
-    `head` (see `adapt`) needs those few; one known only by its logits needs V passes for
+    Probes that go through the backward pass, in blocks: min(k, D) for the item samplers.
+    Beside them "exact" costs N·V·D²/2 multiply-adds; every other sampler streams over the
+    items in two matrix products of N·V·D, "sketch" for large V in four. A model with `encode`
+    and `head` (see `adapt`) needs those few; one known only by its logits needs V probes for
     "exact" and k for the rest.
 
     reduction="batchwise" is the paper's eq. 6, which squares the gradient summed over
@@ -74,11 +73,11 @@ def diag_fisher(
     result of `adapt`; `loader`, an iterable of batches (histories (N, T) int64,
     mappings with "history" and "target", or (history, target) pairs); `chunk`, the
     number of sequences worked on at once (default: the loader's batch), which bounds
-    memory at about chunk × the activations of one sequence plus one tile of logits;
-    `seed` keys the random numbers by (seed, sequence), so they do not depend on batch
-    or chunk; `backend`, "torch", "triton" or "cuda" for the ops ("auto": the environment's
-    FISHERKERN_BACKEND, else PyTorch; see ops/_dispatch.py). The model runs in eval mode
-    and is left as it was.
+    memory at about chunk × the activations of one sequence plus one tile of logits and
+    the gradients of one block of probes; `seed` keys the random numbers by (seed,
+    sequence), so they do not depend on batch or chunk; `backend`, "torch", "triton" or
+    "cuda" for the ops ("auto": the environment's FISHERKERN_BACKEND, else PyTorch; see
+    ops/_dispatch.py). The model runs in eval mode and is left as it was.
 
     Returns a DiagFisher: tensors keyed as `model.named_parameters()`, fp32 or wider;
     frozen parameters are left out. Raises InputError for bad arguments, an empty
@@ -103,8 +102,11 @@ def diag_fisher(
             if reduction == "batchwise":
                 _add_whole_batch(engine, batch, count, n)
             else:
-                for part, which in chunks(subject, batch, n, chunk or max(n, 1)):
-                    engine.add(part, _numbers(engine, count, count + n)[which])
+                size = chunk or max(n, 1)
+                for first in range(0, n, size):
+                    last = min(first + size, n)
+                    part = batch if size >= n else batch_slice(batch, first, last)
+                    engine.add(part, _numbers(engine, count + first, count + last))
             count += n
     if count == 0:
         raise InputError("loader: it gave no sequences")

@@ -103,8 +103,8 @@ class _Collector:
         for name, group in linear.items():
             for index, use in zip(group.sites, group.uses, strict=True):
                 assert isinstance(use, LinearWeight)
-                delta = use.positions(sites[index].sequences_first(deltas[index]))
-                self._add(name, use.inputs.flatten(0, 1), delta)
+                delta = use.positions(sites[index].sequences_first(deltas[index][None]))
+                self._add(name, use.inputs.flatten(0, 1), delta[0])
 
     def _add(self, name: str, inputs: Tensor, delta: Tensor) -> None:
         """inputs (P, I), delta (N, T, O) of as many positions."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops._products import product, suits_linear
+from fisherkern.ops._products import product, rows_product, suits_linear
 
 
 class _Linear(torch.autograd.Function):
@@ -26,9 +26,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        delta, transposed = deltas[0], ctx.transposed
-        found = product(delta.reshape(-1, delta.shape[-1]), transposed)
-        return found.view(*delta.shape[:-1], len(transposed)), None, None
+        return rows_product(deltas[0][None], ctx.transposed)[0], None, None
 
 
 def linear(

@@ -60,7 +60,7 @@ class LogitRows:
 
 
 def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
-    """The factor that `settings.sampler` asks for; its columns are (N, V)."""
+    """The factor that `settings.sampler` asks for; its columns are over the V logits."""
     p = rows.log_p.exp()
     if settings.sampler == "sketch":
         return _sketch(p, rows, settings)
@@ -73,12 +73,14 @@ def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
         probes = ids.shape[1]
     omega = omega.to(p.dtype)
 
-    def column(r: int) -> Tensor:
-        root = omega[:, r : r + 1].sqrt()
-        item = torch.full_like(rows.number, r) if ids is None else ids[:, r]
-        return (-root * p).scatter_add_(1, item[:, None], root)
+    def columns(sequence: Tensor, which: slice) -> Tensor:
+        root = omega[sequence, which].sqrt().t()[:, :, None]
+        items = torch.arange(probes, device=p.device)[which].expand(len(sequence), -1)
+        if ids is not None:
+            items = ids[sequence, which]
+        return (-root * p[sequence]).scatter_add_(2, items.t()[:, :, None], root)
 
-    return Factor(probes=probes, column=column, cross=_no_cross, mass=mass)
+    return Factor(probes=probes, columns=columns, cross=_no_cross, mass=mass)
 
 
 def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
@@ -87,11 +89,14 @@ def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
     signed = counter.put_random_signs_(p.sqrt(), settings.seed, rows.number, items)
     bucket = counter.bucket_at(settings.seed, items, settings.probes)
 
-    def column(r: int) -> Tensor:
-        own = signed * (bucket == r)
-        return own - p * own.sum(dim=1, keepdim=True)
+    probes = settings.probes
 
-    return Factor(probes=settings.probes, column=column, cross=_no_cross)
+    def columns(sequence: Tensor, which: slice) -> Tensor:
+        numbers = torch.arange(probes, device=p.device)[which]
+        own = signed[sequence] * (bucket == numbers[:, None])[:, None]
+        return own - p[sequence] * own.sum(dim=2, keepdim=True)
+
+    return Factor(probes=probes, columns=columns, cross=_no_cross)
 
 
 def _no_cross(sequence: Tensor, item: Tensor) -> Tensor:

@@ -36,21 +36,21 @@ class Group:
         """All lookups as one over their positions side by side; see `joined_delta`."""
         return Lookup.joined([use for use in self.uses if isinstance(use, Lookup)])
 
-    def joined_delta(self, deltas: Sequence[Tensor | None]) -> Tensor:
-        """The output gradients that belong to `joined_lookup`, (N, T, D)."""
+    def joined_delta(self, deltas: Sequence[Tensor | None], probes: int) -> Tensor:
+        """The output gradients that belong to `joined_lookup`, (R, N, T, D)."""
         parts = []
         for index, site, use in zip(self.sites, self.captured, self.uses, strict=True):
             assert isinstance(use, Lookup)
             delta = deltas[index]
-            n, positions, width = *use.ids.shape, use.place.shape[1]
+            shape = probes, *use.ids.shape, use.place.shape[1]
             if delta is None:
-                parts.append(torch.zeros(n, positions, width, device=use.ids.device))
+                parts.append(torch.zeros(shape, device=use.ids.device))
             else:
                 parts.append(use.positions(site.sequences_first(delta)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def add_square_(self, fisher: Tensor, deltas: Sequence[Tensor | None]) -> None:
-        """fisher += Σ_n (the sum over the uses of their gradients)²; `deltas` by site."""
+        """fisher += Σ_r Σ_n (the sum over the uses of their gradients)²; `deltas` by site."""
         numbers, present = [], []
         for number, (index, site) in enumerate(zip(self.sites, self.captured, strict=True)):
             if (delta := deltas[index]) is not None:
@@ -65,16 +65,23 @@ class Group:
                 for use, delta in zip(uses, present, strict=True)
                 if isinstance(use, Joinable)
             ]
-            joined.add_square_(fisher, torch.cat(parts, dim=1))
+            joined.add_square_(fisher, torch.cat(parts, dim=2))
         elif uses:
-            n = len(present[0])
-            step = max(1, _TILE_ELEMENTS // fisher.numel())
-            for first in range(0, n, step):
-                part = slice(first, min(first + step, n))
-                total = fisher.new_zeros(part.stop - first, *fisher.shape)
-                for use, delta in zip(uses, present, strict=True):
-                    total += use.per_sequence(delta, part)
-                fisher += total.square_().sum(dim=0)
+            for probe in zip(*present, strict=True):
+                self._add_stored_square_(fisher, uses, probe)
+
+    def _add_stored_square_(
+        self, fisher: Tensor, uses: Sequence[Use], deltas: Sequence[Tensor]
+    ) -> None:
+        """The same for one probe and uses that nothing joins: their gradients are stored."""
+        n = len(deltas[0])
+        step = max(1, _TILE_ELEMENTS // fisher.numel())
+        for first in range(0, n, step):
+            part = slice(first, min(first + step, n))
+            total = fisher.new_zeros(part.stop - first, *fisher.shape)
+            for use, delta in zip(uses, deltas, strict=True):
+                total += use.per_sequence(delta, part)
+            fisher += total.square_().sum(dim=0)
 
     def _join(self, numbers: tuple[int, ...]) -> Joinable | None:
         """One use of those of the given numbers, kept for the next probe; None if they differ."""
@@ -147,7 +154,7 @@ def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
         for index in sorted(usable):
             delta = found[sites[index].output.node]
             if delta is not None:
-                delta = sites[index].sequences_first(delta)
+                delta = sites[index].sequences_first(delta[None])[0]
             if delta is None or delta[:number].any() or delta[number + 1 :].any():
                 usable.discard(index)
     readings = collections.Counter(sites[index].output.node for index in usable)

@@ -26,6 +26,8 @@ SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
 
 # Multiply-adds per sequence up to which C is formed: 10⁵ items at D = 64.
 _COVARIANCE_LIMIT = 2**28
+# What stands for as many probes as there are items.
+_MANY_PROBES = 2**10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Settings:
     rescale: bool
     weight: str
     replacement: bool = True
+
+    def most_probes(self, width: int | None) -> int:
+        """Probes that a factor over `width` dimensions has at most; None: over all logits."""
+        asked = {"exact": self.probes, "sketch": self.probes, "target": 1}
+        number = asked.get(self.sampler, self.k)
+        return min(number or _MANY_PROBES, width or _MANY_PROBES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +119,14 @@ class Rows:
         return z - self.lse[sequence]
 
 
+Columns = Callable[[Tensor, slice], Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """L of every sequence: `probes` columns, `column(r)` (N, D) each.
+    """L of every sequence: `probes` columns.
 
+    columns(sequence (n,), which): those of some sequences and probes, (R, n, D).
     ids, omega (N, K): the items used and their weights ω, None where the output
     layer takes all items in closed form. cross(sequence (U,), item (U,)) -> β (U, R),
     for pairs in the order of their sequences.
@@ -122,7 +134,7 @@ class Factor:
     """
 
     probes: int
-    column: Callable[[int], Tensor]
+    columns: Columns
     cross: Callable[[Tensor, Tensor], Tensor]
     ids: Tensor | None = None
     omega: Tensor | None = None
@@ -207,7 +219,7 @@ def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> 
     if ids.shape[1] <= rows.h.shape[1]:
         return Factor(
             probes=ids.shape[1],
-            column=lambda r: columns[:, r],
+            columns=_columns_of(columns),
             cross=coefficients,
             ids=ids,
             omega=omega,
@@ -223,7 +235,7 @@ def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> 
 
     return Factor(
         probes=basis.shape[2],
-        column=_scaled_column(basis, values),
+        columns=_scaled_columns(basis, values, columns.dtype),
         cross=cross,
         ids=ids,
         omega=omega,
@@ -244,8 +256,13 @@ def _eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tenso
     return vectors, values.maximum(floor), trace
 
 
-def _scaled_column(basis: Tensor, values: Tensor) -> Callable[[int], Tensor]:
-    return lambda r: basis[:, :, r] * values[:, r : r + 1].sqrt()
+def _columns_of(every: Tensor) -> Columns:
+    """Those of all sequences, (N, R, D), held."""
+    return lambda sequence, which: every[sequence, which].transpose(0, 1)
+
+
+def _scaled_columns(basis: Tensor, values: Tensor, dtype: torch.dtype) -> Columns:
+    return _columns_of((basis * values[:, None].sqrt()).to(dtype).transpose(1, 2))
 
 
 def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> Tensor:
@@ -256,9 +273,10 @@ def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> T
     """
     if len(sequence) == 0:
         return basis.new_zeros(0, basis.shape[2])
-    first, last = int(sequence[0]), int(sequence[-1])
-    basis, values, local = basis[first : last + 1], values[first : last + 1], sequence - first
-    counts = torch.bincount(local, minlength=len(basis))
+    present, local, counts = torch.unique_consecutive(
+        sequence, return_inverse=True, return_counts=True
+    )
+    basis, values = basis[present], values[present]
     position = torch.arange(len(local), device=local.device)
     position = position - (counts.cumsum(0) - counts)[local]
     padded = basis.new_zeros(len(basis), int(counts.max()), moment.shape[1])
@@ -300,7 +318,7 @@ def _exact(rows: Rows, settings: Settings) -> Factor:
     moment = _all_items_moment(rows)
     return Factor(
         probes=basis.shape[2],
-        column=_scaled_column(basis, values),
+        columns=_scaled_columns(basis, values, rows.mean.dtype),
         cross=lambda sequence, item: _solve(basis, values, sequence, moment(sequence, item)),
         kept=values.sum(dim=1) / trace.clamp(min=torch.finfo(trace.dtype).tiny),
     )
@@ -325,14 +343,10 @@ def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
         basis.new_ones(len(basis), len(rest)), settings.seed, rows.number, rest
     )
     bucket = counter.bucket_at(settings.seed, rest, max(sketched, 1))
-    root = values.sqrt()
-
-    def column(r: int) -> Tensor:
-        if r < top:
-            return basis[:, :, r] * root[:, r : r + 1]
-        own = (bucket == r - top).nonzero()[:, 0]
-        signed = signs[:, own] * root[:, top + own]
-        return torch.einsum("ndr,nr->nd", basis[:, :, top + own], signed)
+    scaled = basis * values[:, None].sqrt()
+    dealt = scaled.new_zeros(*scaled.shape[:2], sketched)
+    dealt.index_add_(2, bucket, scaled[:, :, top:] * signs[:, None])
+    columns = torch.cat([scaled[:, :, :top], dealt], dim=2).to(rows.mean.dtype)
 
     def cross(sequence: Tensor, item: Tensor) -> Tensor:
         alpha = _solve(basis, values, sequence, moment(sequence, item))
@@ -340,7 +354,7 @@ def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
         beta = signed.new_zeros(len(signed), sketched).index_add_(1, bucket, signed)
         return torch.cat([alpha[:, :top], beta], dim=1)
 
-    return Factor(probes=top + sketched, column=column, cross=cross)
+    return Factor(probes=top + sketched, columns=_columns_of(columns.transpose(1, 2)), cross=cross)
 
 
 def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
@@ -358,4 +372,4 @@ def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
         own = (0.5 * log_p).exp() * signs
         return beta.scatter_add_(1, bucket[:, None], own[:, None])
 
-    return Factor(probes=probes, column=lambda r: u[:, r], cross=cross)
+    return Factor(probes=probes, columns=_columns_of(u), cross=cross)

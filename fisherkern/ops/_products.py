@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern.ops._library import register
+
 # The operator is PyTorch's own but not public; where it is missing MKL serves.
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -62,6 +64,27 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight)
     )
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    found = product(x.reshape(-1, x.shape[-1]), weight)
+    return found.view(*x.shape[:-1], len(weight))
+
+
+_rows_product_op = register(
+    "rows_product(Tensor x, Tensor weight) -> Tensor",
+    _rows_product,
+    lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)),
+    probes_of=0,
+)
+
+
+def rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ of all rows: (R, ..., I), (O, I) -> (R, ..., O), as `product`.
+
+    torch.vmap over x is more of R in one call.
+    """
+    return _rows_product_op(x, weight)
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Kinds of use: what a call's output gradient says about one parameter, per sequence.
 
-Everywhere N sequences first, then any positions, flattened to T. `joined` makes one use
-of several of the same kind and place, for output gradients put side by side along the
-positions, each as `positions` gives it: a weight used at every step of a recurrence is
-one product over all steps, and its per-sequence gradients are never stored.
+Everywhere N sequences first, then any positions, flattened to T; a gradient delta has the R
+probes before them. `joined` makes one use of several of the same kind and place, for output
+gradients put side by side along the positions, each as `positions` gives it: a weight used at
+every step of a recurrence is one product over all steps, and its per-sequence gradients are
+never stored.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Joinable(Protocol):
     """A use of which several make one; see above."""
 
     def positions(self, delta: Tensor) -> Tensor:
-        """The part of `delta` that `joined` wants side by side, (N, T, ...)."""
+        """The part of `delta` that `joined` wants side by side, (R, N, T, ...)."""
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         """See `Use`; also takes what `positions` gives."""
@@ -41,9 +42,14 @@ def by_position(tensor: Tensor, trailing: int) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1, *kept)
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    """(N, C, ...) -> (N, T, C)."""
-    return tensor.flatten(2).transpose(1, 2) if tensor.dim() > 2 else tensor[:, None]
+def delta_by_position(delta: Tensor) -> Tensor:
+    """(R, N, ..., O) -> (R, N, T, O)."""
+    return delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+
+
+def channels_last(delta: Tensor) -> Tensor:
+    """(R, N, C, ...) -> (R, N, T, C)."""
+    return delta.flatten(3).transpose(2, 3) if delta.dim() > 3 else delta[:, :, None]
 
 
 @dataclasses.dataclass
@@ -54,13 +60,14 @@ class LinearWeight:
     inputs: Tensor  # (N, T, I)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return by_position(delta, 1)
+        return delta_by_position(delta)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        ops.segment_outer_square_(fisher, self.positions(delta)[None], self.inputs)
+        ops.segment_outer_square_(fisher, self.positions(delta), self.inputs)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        return torch.bmm(self.positions(delta[part]).transpose(1, 2), self.inputs[part])
+        positions = self.positions(delta[None, part])[0]
+        return torch.bmm(positions.transpose(1, 2), self.inputs[part])
 
     @staticmethod
     def joined(uses: Sequence[LinearWeight]) -> LinearWeight:
@@ -88,11 +95,12 @@ class GroupedWeight:
     inputs: Tensor  # (N, L, G, (C/G)·k)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        fisher += self.per_sequence(delta, slice(None)).square_().sum(dim=0)
+        for gradient in delta:
+            fisher += self.per_sequence(gradient, slice(None)).square_().sum(dim=0)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
         inputs = self.inputs[part]
-        by_group = channels_last(delta[part]).unflatten(2, (inputs.shape[2], -1))
+        by_group = channels_last(delta[None, part])[0].unflatten(2, (inputs.shape[2], -1))
         g = torch.einsum("nlgo,nlgi->ngoi", by_group, inputs)
         return g.reshape(len(g), *self.place.shape)
 
@@ -105,13 +113,15 @@ class MatrixWeight:
     inputs: Tensor  # (N, T, I)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return by_position(delta, 1)
+        return delta_by_position(delta)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        ops.segment_outer_square_(fisher, self.inputs[None], self.positions(delta))
+        squares = fisher.new_zeros(fisher.shape[::-1])
+        ops.segment_outer_square_(squares, self.positions(delta), self.inputs)
+        fisher += squares.t()
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        return torch.bmm(self.inputs[part].transpose(1, 2), self.positions(delta[part]))
+        return torch.bmm(self.inputs[part].transpose(1, 2), by_position(delta[part], 1))
 
     @staticmethod
     def joined(uses: Sequence[MatrixWeight]) -> MatrixWeight:
@@ -123,15 +133,17 @@ class Added:
     """A summand that broadcasts (bias, learned positions): g_n is δ_n summed over the copies."""
 
     place: Place
-    copies: tuple[int, ...]  # the dimensions of δ over which the place is repeated
+    copies: tuple[int, ...]  # the dimensions of (N, ...) over which the place is repeated
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        fisher += self.per_sequence(delta, slice(None)).square().sum(dim=0)
+        fisher += self._summed(delta.flatten(0, 1)).square().sum(dim=0)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        g = delta[part]
-        g = g.sum(dim=self.copies) if self.copies else g
-        return g.reshape(g.shape[0], *self.place.shape)
+        return self._summed(delta[part])
+
+    def _summed(self, delta: Tensor) -> Tensor:
+        g = delta.sum(dim=self.copies) if self.copies else delta
+        return g.reshape(len(g), *self.place.shape)
 
 
 @dataclasses.dataclass
@@ -140,8 +152,11 @@ class Scaled(Added):
 
     inputs: Tensor  # (N, ...), what the place multiplies
 
+    def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
+        super().add_square_(fisher, delta * self.inputs)
+
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        return super().per_sequence(delta[part] * self.inputs[part], slice(None))
+        return self._summed(delta[part] * self.inputs[part])
 
 
 @dataclasses.dataclass
@@ -162,7 +177,7 @@ class Lookup:
         return keys // (rows + 1), keys % (rows + 1) - 1, inverse.flatten()
 
     @functools.cached_property
-    def _by_row(self) -> ops.LookupSegments:
+    def by_row(self) -> ops.LookupSegments:
         return ops.lookup_segments(self.ids)
 
     @property
@@ -182,14 +197,10 @@ class Lookup:
         return sums.masked_fill_((self.row < 0)[:, None], 0)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return by_position(delta, 1)
+        return delta_by_position(delta)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        ops.lookup_square_(fisher, delta.reshape(1, -1, delta.shape[-1]), self._by_row)
-
-    def add_rows_(self, fisher: Tensor, values: Tensor) -> None:
-        """fisher[row] += values, (U, D), summed over the segments."""
-        fisher.index_add_(0, self.row.clamp(min=0), values.to(fisher.dtype))
+        ops.lookup_square_(fisher, delta.reshape(len(delta), -1, delta.shape[-1]), self.by_row)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
         here = dataclasses.replace(self, ids=self.ids[part])
