@@ -9,7 +9,9 @@ from test_linear_backward import layouts
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher.layer_norm_backward import layer_norm
+from fisherkern.fisher.capture import Capture, Parameters
+from fisherkern.fisher.layer_norm_backward import _LayerNorm, layer_norm
+from fisherkern.fisher.rules import RULES
 
 
 def used(output: Tensor) -> bool:
@@ -48,10 +50,13 @@ def test_many_output_gradients_at_once() -> None:
     hidden = layer_norm(lambda tensor: True, x.transpose(0, 1), [7], *affine(7, "wb", x.dtype))
     output = hidden.transpose(1, 2) * 3
     deltas = torch.randn(6, *output.shape, generator=g)
-    (found,) = torch.autograd.grad(output, x, deltas, retain_graph=True, is_grads_batched=True)
+    # What has no rule of torch.vmap warns.
+    back = torch.vmap(lambda delta: torch.autograd.grad(output, x, delta, retain_graph=True)[0])
+    together = back(deltas)
+    (batched,) = torch.autograd.grad(output, x, deltas, retain_graph=True, is_grads_batched=True)
     for r, delta in enumerate(deltas):
         (alone,) = torch.autograd.grad(output, x, delta, retain_graph=True)
-        assert torch.equal(found[r], alone)
+        assert torch.equal(together[r], alone) and torch.equal(batched[r], alone)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
@@ -62,6 +67,13 @@ def test_a_computed_parameter_gets_its_gradient(name: str) -> None:
     assert not used(output)
     output.square().sum().backward()
     assert raw.grad is not None and x.grad is not None
+
+
+def test_the_capture_computes_by_it() -> None:
+    norm, x = nn.LayerNorm(4), torch.randn(3, 4, requires_grad=True)
+    with Capture(Parameters(norm), len(x), RULES) as capture:
+        assert used(norm(x)) and used(F.layer_norm(x, (4,), bias=norm.bias))
+    assert [len(site.uses) for site in capture.sites()] == [2, 1]
 
 
 def test_an_input_without_gradient() -> None:
@@ -85,7 +97,8 @@ def test_several_dimensions_are_left_to_pytorch() -> None:
         layer_norm(lambda tensor: True, x, [3])
 
 
-def test_autocast_and_no_grad_are_left_to_pytorch() -> None:
+def test_autocast_and_no_grad_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_LayerNorm, "forward")
     x, parameters = torch.randn(2, 4, requires_grad=True), affine(4, "wb", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not used(layer_norm(lambda tensor: True, x, [4], *parameters))
