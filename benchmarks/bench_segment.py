@@ -1,10 +1,11 @@
-"""Σ_n (Σ_t δ aᵀ)² against PyTorch expressions: python benchmarks/bench_segment.py
+"""Σ_r Σ_n (Σ_t δ aᵀ)² against PyTorch expressions: python benchmarks/bench_segment.py
 
-The rivals are the N per-sequence products stored, then squared and summed (as bmm, einsum and
+The rivals are the R N per-sequence products stored, then squared and summed (as bmm, einsum and
 vmap of one sequence's product), and the same in tiles that stay in cache. `bmm alone` is the
 products, tile over tile in one buffer, without square or sum: what no use of PyTorch's batched
 products beats. `share_of_matmul` and `share_of_copy` are of what this machine reaches in a
-large product and a large copy. Refuses to start unless ours is within 3 times the error of
+large product and a large copy; all count the multiply-adds of every product, though for
+short T beside R ours does with fewer. Refuses to start unless ours is within 3 times the error of
 the stored expression, against fp64, at every shape and some odd ones.
 """
 
@@ -21,9 +22,11 @@ from fisherkern import InputError, ops
 from fisherkern.ops._dispatch import backend
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 
-# T, O, I of a Transformer's linear layers at D = 64.
-SHAPES = [(50, 64, 64), (50, 256, 64), (50, 64, 256), (200, 64, 64), (200, 256, 64)]
-ODD = [(1, 1, 1), (1, 64, 64), (7, 13, 31), (65, 63, 129)]
+# R, T, O, I of a Transformer's linear layers at D = 64: one probe, and as many as are exact.
+LAYERS = [(192, 64), (64, 64), (256, 64), (64, 256)]
+SHAPES = [(1, 50, 64, 64), (1, 50, 256, 64), (1, 50, 64, 256), (1, 200, 64, 64), (1, 200, 256, 64)]
+SHAPES += [(64, t, *layer) for t in (5, 8, 20, 44) for layer in LAYERS]
+ODD = [(1, 1, 1, 1), (3, 1, 64, 64), (1, 7, 13, 31), (2, 65, 63, 129), (31, 7, 13, 31)]
 # Elements of the products in one tile: 4 MB in fp32, which a CPU's cache holds; a GPU wants
 # few launches instead.
 TILE = 2**28 if torch.cuda.is_available() else 2**20
@@ -32,38 +35,41 @@ Expression = Callable[[Tensor, Tensor], Tensor]
 
 
 def ours(delta: Tensor, inputs: Tensor) -> Tensor:
-    fisher = delta.new_zeros(delta.shape[2], inputs.shape[2], dtype=torch.float32)
+    fisher = delta.new_zeros(delta.shape[3], inputs.shape[2], dtype=torch.float32)
     ops.segment_outer_square_(fisher, delta, inputs)
     return fisher
 
 
 def stored(delta: Tensor, inputs: Tensor) -> Tensor:
-    return torch.bmm(delta.transpose(1, 2), inputs).square().sum(dim=0)
+    return torch.matmul(delta.transpose(2, 3), inputs).square().sum(dim=(0, 1))
 
 
 def einsum(delta: Tensor, inputs: Tensor) -> Tensor:
-    return torch.einsum("nto,nti->noi", delta, inputs).square().sum(dim=0)
+    return torch.einsum("rnto,nti->rnoi", delta, inputs).square().sum(dim=(0, 1))
 
 
 def tiled(delta: Tensor, inputs: Tensor) -> Tensor:
-    fisher = delta.new_zeros(delta.shape[2], inputs.shape[2])
+    fisher = delta.new_zeros(delta.shape[3], inputs.shape[2])
     step = max(1, TILE // fisher.numel())
-    for d, a in zip(delta.split(step), inputs.split(step), strict=True):
-        fisher += torch.bmm(d.transpose(1, 2), a).square_().sum(dim=0)
+    for probe in delta:
+        for d, a in zip(probe.split(step), inputs.split(step), strict=True):
+            fisher += torch.bmm(d.transpose(1, 2), a).square_().sum(dim=0)
     return fisher
 
 
 def vmapped(delta: Tensor, inputs: Tensor) -> Tensor:
-    return torch.func.vmap(lambda d, a: (d.T @ a).square())(delta, inputs).sum(dim=0)
+    sequences = torch.func.vmap(lambda d, a: (d.T @ a).square())
+    return torch.func.vmap(sequences, in_dims=(0, None))(delta, inputs).sum(dim=(0, 1))
 
 
 def alone(delta: Tensor, inputs: Tensor) -> Tensor:
     """The products in tiles, each over the last: nothing squared, summed or kept."""
-    o, i = delta.shape[2], inputs.shape[2]
-    step = min(len(delta), max(1, TILE // (o * i)))
+    o, i = delta.shape[3], inputs.shape[2]
+    step = min(len(inputs), max(1, TILE // (o * i)))
     tile = delta.new_empty(step, o, i)
-    for d, a in zip(delta.split(step), inputs.split(step), strict=True):
-        torch.bmm(d.transpose(1, 2), a, out=tile[: len(d)])
+    for probe in delta:
+        for d, a in zip(probe.split(step), inputs.split(step), strict=True):
+            torch.bmm(d.transpose(1, 2), a, out=tile[: len(d)])
     return tile
 
 
@@ -75,16 +81,16 @@ RIVALS: dict[str, Expression] = {
 }
 
 
-def draw(n: int, t: int, o: int, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def draw(r: int, n: int, t: int, o: int, i: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    delta, inputs = (torch.randn(n, t, width, generator=g) for width in (o, i))
+    delta, inputs = torch.randn(r, n, t, o, generator=g), torch.randn(n, t, i, generator=g)
     return delta.to(device(), dtype), inputs.to(device(), dtype)
 
 
 def check(dtype: torch.dtype) -> None:
     """Raise SystemExit unless ours and every rival give the fp64 twin's numbers."""
-    for t, o, i in [*ODD, *SHAPES]:
-        delta, inputs = draw(3, t, o, i, dtype)
+    for r, t, o, i in [*ODD, *SHAPES]:
+        delta, inputs = draw(r, 3, t, o, i, dtype)
         exact = segment_outer_square_reference(delta.cpu(), inputs.cpu())
 
         def error(found: Tensor, exact: Tensor = exact) -> float:
@@ -97,19 +103,19 @@ def check(dtype: torch.dtype) -> None:
         for name, share in wrong.items():
             if not share <= 1:
                 raise SystemExit(
-                    f"bench_segment: {name} at T={t} O={o} I={i} is off by {share:.2g} times"
+                    f"bench_segment: {name} at R={r} T={t} O={o} I={i} is off by {share:.2g} times"
                     " the allowed error; stopped"
                 )
 
 
-def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> None:
-    t, o, i = shape
-    n, dtype = options.sequences, getattr(torch, options.dtype)
-    delta, inputs = draw(n, t, o, i, dtype)
+def measure(shape: tuple[int, int, int, int], options: argparse.Namespace) -> None:
+    r, t, o, i = shape
+    n, dtype = max(1, options.sequences // r), getattr(torch, options.dtype)
+    delta, inputs = draw(r, n, t, o, i, dtype)
     expressions: dict[str, Expression] = {"fisherkern": ours, **RIVALS, "bmm alone": alone}
     calls = {name: lambda run=run: run(delta, inputs) for name, run in expressions.items()}
     times = alternate(calls, options.repeats)
-    flop, moved = 2 * n * t * o * i, n * t * (o + i) * delta.element_size()
+    flop, moved = 2 * r * n * t * o * i, n * t * (r * o + i) * delta.element_size()
     rows = []
     for provider, found in times.items():
         s = found["p50_ms"] / 1e3
@@ -117,6 +123,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> None:
             {
                 "provider": provider,
                 "backend": backend() if provider == "fisherkern" else "torch",
+                "R": r,
                 "N": n,
                 "T": t,
                 "O": o,
@@ -135,13 +142,14 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> None:
     best = min(RIVALS, key=lambda name: times[name]["p50_ms"])
     own = times["fisherkern"]["p50_ms"]
     print(
-        f"T={t:<4} O={o:<4} I={i:<4} ours {own:8.2f} ms, {own / times[best]['p50_ms']:.2f} of the"
-        f" best PyTorch ({best}), {own / times['bmm alone']['p50_ms']:.2f} of bmm alone",
+        f"R={r:<2} T={t:<3} O={o:<4} I={i:<4} ours {own:8.2f} ms,"
+        f" {own / times[best]['p50_ms']:.2f} of the best PyTorch ({best}),"
+        f" {own / times['bmm alone']['p50_ms']:.2f} of bmm alone",
         flush=True,
     )
 
 
-COLUMNS = """provider backend N T O I dtype p20_ms p50_ms p80_ms gflop_s gb_s share_of_matmul
+COLUMNS = """provider backend R N T O I dtype p20_ms p50_ms p80_ms gflop_s gb_s share_of_matmul
     share_of_copy share_of_bmm extra_mb""".split()
 
 
@@ -149,7 +157,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=256, help="N R (default 256)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)

@@ -51,13 +51,13 @@ def fisher_rows(**chosen: str) -> str:
 def segment_rows(**chosen: str) -> str:
     """bench_segment.py's rows, the latest of each provider and shape."""
     lines = [
-        "| provider | N | T | O × I | ms | GFLOP/s | share of a large matrix product"
+        "| provider | R | N | T | O × I | ms | GFLOP/s | share of a large matrix product"
         " | MB above inputs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    key = ("device", "provider", "N", "T", "O", "I", "dtype")
+    key = ("device", "provider", "R", "N", "T", "O", "I", "dtype")
     lines += [
-        f"| {row['provider']} | {row['N']} | {row['T']} | {row['O']} × {row['I']}"
+        f"| {row['provider']} | {row['R']} | {row['N']} | {row['T']} | {row['O']} × {row['I']}"
         f" | {float(row['p50_ms']):.2f} | {float(row['gflop_s']):.3g}"
         f" | {float(row['share_of_matmul']):.2f} | {float(row['extra_mb']):.0f} |"
         for row in {tuple(r[c] for c in key): r for r in read_rows("segment", **chosen)}.values()
