@@ -38,6 +38,7 @@ HEADERS = (
     "csrc/attention.h",
     "csrc/fisher_segment.h",
     "csrc/layer_norm.h",
+    "csrc/cpu/gram.h",
     "csrc/cpu/machine.h",
     "csrc/cpu/numbers.h",
     "csrc/cuda/launch.cuh",

@@ -58,6 +58,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "sample_distinct": _head(1),
     "head_sqgrad_": _head_sqgrad,
     "segment_outer_square_": _segment,
+    "rows_product": _linear,
     "lookup_square_": lambda *_, **__: 0,
 }
 

@@ -102,11 +102,7 @@ def diag_fisher(
             if reduction == "batchwise":
                 _add_whole_batch(engine, batch, count, n)
             else:
-                size = chunk or max(n, 1)
-                for first in range(0, n, size):
-                    last = min(first + size, n)
-                    part = batch if size >= n else batch_slice(batch, first, last)
-                    engine.add(part, _numbers(engine, count + first, count + last))
+                _add_chunks(engine, batch, count, n, chunk or max(n, 1))
             count += n
     if count == 0:
         raise InputError("loader: it gave no sequences")
@@ -154,6 +150,13 @@ def _settings(
     if sampler == "sketch" and probes is None:
         probes = DEFAULT_SKETCH_PROBES
     return Settings(sampler, k, probes, seed, tol, rescale, weight, replacement)
+
+
+def _add_chunks(engine: Engine, batch: Any, first: int, n: int, size: int) -> None:
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        part = batch if size >= n else batch_slice(batch, start, stop)
+        engine.add(part, _numbers(engine, first + start, first + stop))
 
 
 def _add_whole_batch(engine: Engine, batch: Any, first: int, n: int) -> None:

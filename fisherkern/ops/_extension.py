@@ -94,7 +94,7 @@ def segment_outer_square_(
     the CUDA kernel runs on the current stream, else the CPU's, on PyTorch's number of
     threads. On the CPU segments short beside R and I take the Gram form, by which an entry
     about 0 may come out a little less. Allocates splits × O × I where splits > 1, on the
-    CPU O × I, and 4 MB a thread for the Gram form.
+    CPU O × I, and 8 MB a thread for the Gram form.
     Raises InputError for tensors that do not fit.
     """
     (probes, positions, rows), columns = _shape("delta", delta, 3), fisher.shape[-1]
