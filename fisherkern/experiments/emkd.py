@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fisherkern.encoders import BERT4Rec, ParallelEncoders, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import EMKD, MaskedItems
@@ -42,6 +42,7 @@ class Emkd(Experiment):
     member_epochs: int = 10
     fisher_sequences: int = 2000
 
+    PRESETS: ClassVar = {"beauty": {**BEAUTY, "base_epochs": 40, "member_epochs": 8}}
     ENSEMBLE: ClassVar = ENSEMBLE
     PAPER: ClassVar = {ENSEMBLE: ".1915"}
     NOTE: ClassVar = (

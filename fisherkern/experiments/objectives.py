@@ -37,7 +37,7 @@ class Objectives(Experiment):
 
     epochs: int | None = None
     bert4rec_epochs: int = 80
-    next_epochs: int = 25
+    next_epochs: int = 50
     caser_epochs: int = 400
     next_lr: float = 2e-3
     next_dropout: float = 0.2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import MaskedItems
 
@@ -31,6 +31,8 @@ class Pcrec(Experiment):
     bins: int = 10
     percent: float = 50.0
     validations: int = 20
+
+    PRESETS: ClassVar = {"beauty": {**BEAUTY, "peer_epochs": 45}}
 
     def references(self) -> dict[str, Sequence[str]]:
         return {"alone": [ALONE], "twice as long": [LONGER]}
