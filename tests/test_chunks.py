@@ -59,23 +59,26 @@ def test_short_histories_are_not_computed_at_full_length() -> None:
 @pytest.mark.parametrize("sampler", ["exact", "model", "topk"])
 def test_the_fisher_is_that_of_single_sequences(sampler: str) -> None:
     history = histories(160, 16, 0.6)
-    assert len(list(chunks(Subject.of(model()), history, 160, 160))) > 1
     together = fk.diag_fisher(model(), [history], sampler=sampler, k=3, progress=False)
     alone = fk.diag_fisher(model(), [history], sampler=sampler, k=3, chunk=1, progress=False)
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=1e-9, atol=1e-14)
 
 
-def test_the_order_stays_where_sorting_gains_nothing() -> None:
+def test_other_models_and_batches_keep_their_order() -> None:
     class Other(nn.Module):
         def forward(self, batch: Tensor) -> Tensor:
             return batch.float()
 
-    full = torch.randint(1, 31, (100, 16))
-    for subject, batch in (
-        (Subject.of(model()), full),
-        (Subject.of(model()), histories(20, 16, 0.5)),
-        (Subject.of(Other()), histories(600, 16, 0.5)),
-    ):
-        parts = list(chunks(subject, batch, len(batch), 64))
-        assert torch.equal(torch.cat([which for _, which in parts]), torch.arange(len(batch)))
+    history = histories(600, 16, 0.5)
+    found = list(chunks(Subject.of(Other()), history, 600, 64))
+    assert torch.equal(torch.cat([which for _, which in found]), torch.arange(600))
+    assert torch.equal(torch.cat([part for part, _ in found]), history)
+    assert max(len(which) for _, which in found) == 64
+    rows = history.numpy()
+    lengths = [
+        (len(part), len(which)) for part, which in chunks(Subject.of(model()), rows, 600, 250)
+    ]
+    assert lengths == [(250, 250), (250, 250), (100, 100)]
+    ((whole, _),) = chunks(Subject.of(model()), rows, 600, 600)
+    assert whole is rows

@@ -11,49 +11,35 @@ from torch import Tensor
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.fisher.subject import Subject, batch_slice, batch_take, model_input
 
-# Lengths are told apart in eighths of the batch's columns: a part then computes at most an
-# eighth more positions than its sequences have.
-_BUCKETS = 8
-# Fewer sequences of one length class join the next longer: a part's calls cost as much as theirs.
-_LEAST = 24
-# Worth it where so much of the work is left, counting a part's calls as so many positions.
-_WORTH, _CALLS = 0.85, 400
+# Positions that a part has at least before lengths are told apart: its calls cost as much.
+_POSITIONS = 4096
 
 
-def chunks(subject: Subject, batch: Any, n: int, size: int) -> Iterator[tuple[Any, Tensor]]:
-    """Parts of at most `size` of the batch's `n` sequences, and the numbers of those in it.
+def chunks(subject: Subject, batch: Any, n: int, most: int) -> Iterator[tuple[Any, Tensor]]:
+    """`pieces` of at most `most` sequences, few enough that those of alike lengths share one."""
 
-    Sequences of alike lengths stand together where the model computes no padding that a
-    whole part shares, as ours do (design section 2: padding is skipped).
-    """
-    order = _by_length(subject, batch)
-    for group in [torch.arange(n)] if order is None else order:
-        for first in range(0, len(group), size):
-            part = group[first : first + size]
-            if order is None:
-                whole = len(part) == n
-                yield batch if whole else batch_slice(batch, first, first + len(part)), part
-            else:
-                yield batch_take(batch, part), part
+    def size(positions: int | None) -> int:
+        return most if positions is None else min(most, max(1, _POSITIONS // positions))
+
+    return pieces(subject, batch, n, size)
 
 
 def pieces(
-    subject: Subject, batch: Any, n: int, size: Callable[[int], int]
+    subject: Subject, batch: Any, n: int, size: Callable[[int | None], int]
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Parts of at most `size(T)` of the batch's `n` sequences, T positions that they compute.
+    """Parts of the batch's `n` sequences, and the numbers of those in it, ascending.
 
-    From long to short sequences where the model computes no padding that a whole part shares;
-    in their order, of the batch's width, for other models; whole where neither is known.
+    At most size(T) sequences have a part, T the positions that they compute, None where that
+    is unknown. From long to short sequences where the model computes no padding that a whole
+    part shares, as ours do (design section 2: padding is skipped); otherwise in their order.
     """
     history = _history(batch)
-    if history is None:
-        yield batch, torch.arange(n)
-        return
-    if not isinstance(subject.module, SequenceEncoder):
-        step = max(1, size(history.shape[1]))
+    if history is None or not isinstance(subject.module, SequenceEncoder):
+        step = max(1, size(None if history is None else history.shape[1]))
         for first in range(0, n, step):
             last = min(first + step, n)
-            yield batch_slice(batch, first, last), torch.arange(first, last)
+            part = batch if last - first == n else batch_slice(batch, first, last)
+            yield part, torch.arange(first, last)
         return
     # What an encoder adds to a history is one mask token at most.
     lengths, order = ((history != 0).sum(dim=1) + 1).cpu().sort(descending=True, stable=True)
@@ -73,28 +59,3 @@ def _history(batch: Any) -> Tensor | None:
     if isinstance(batch, (tuple, list)) and not all(isinstance(part, Tensor) for part in batch):
         return None
     return history
-
-
-def _by_length(subject: Subject, batch: Any) -> list[Tensor] | None:
-    """The sequences' numbers, ascending in each group of alike lengths; None to leave the order."""
-    history = _history(batch)
-    if history is None or not isinstance(subject.module, SequenceEncoder):
-        return None
-    if history.shape[1] < _BUCKETS or len(history) < 2 * _LEAST:
-        return None
-    width = history.shape[1]
-    lengths = (history != 0).sum(dim=1).cpu()
-    bucket = (lengths * _BUCKETS + width - 1) // width
-    groups: list[Tensor] = []
-    waiting = torch.empty(0, dtype=torch.int64)
-    for number in range(_BUCKETS + 1):
-        waiting = torch.cat([waiting, (bucket == number).nonzero()[:, 0]])
-        if len(waiting) >= _LEAST:
-            groups.append(waiting.sort().values)
-            waiting = waiting[:0]
-    if len(waiting):
-        if groups:
-            waiting = torch.cat([groups.pop(), waiting]).sort().values
-        groups.append(waiting)
-    cost = sum(len(group) * int(lengths[group].max()) + _CALLS for group in groups)
-    return groups if cost < _WORTH * len(lengths) * int(lengths.max()) else None

@@ -109,7 +109,9 @@ class Engine:
         """The passes of a chunk, in which blocks of at most `most` probes fill the device."""
         probes = self.settings.most_probes(most) if self._passes.in_blocks else 1
 
-        def size(positions: int) -> int:
+        def size(positions: int | None) -> int:
+            if positions is None:
+                return n
             block = min(probes, max(1, self.filled // (_FEWEST * positions)))
             return self.filled // (block * positions)
 
