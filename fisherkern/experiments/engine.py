@@ -202,10 +202,15 @@ def config_of(
     """All that the results depend on."""
     settings: dict[str, Any] = dataclasses.asdict(experiment)
     if base is not None:  # the file may be moved, and has sizes of its own
-        settings |= {name: base.config[name] for name in experiment.sizes() if name in base.config}
+        settings |= sizes_of(base, experiment)
         settings["base"] = f"{type(base).__name__} {fingerprint(base)}"
     name = type(experiment).__name__.lower()
     return {"experiment": name, **settings, "data_fingerprint": data.fingerprint()}
+
+
+def sizes_of(base: SequenceEncoder, experiment: Experiment) -> dict[str, Any]:
+    """The experiment's sizes as the base has them."""
+    return {name: base.config[name] for name in experiment.sizes() if name in base.config}
 
 
 def open_labs(

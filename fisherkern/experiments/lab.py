@@ -100,22 +100,17 @@ class Lab:
 
         The state is saved after every epoch, and a run that was stopped goes on from there.
         """
-        state = self.space.path(f"{self.stage(name)}.state.safetensors")
 
-        def build() -> SequenceEncoder:
+        def run(state: Path) -> tuple[SequenceEncoder, dict[str, Any]]:
             model = copy.deepcopy(start())
             own: Any = _Clocked(self.data if data is None else data, self.check)
             log = train(
                 model, own, objective=objective, state=state, progress=self.progress, **settings
             )
-            # First the log, so that a model never is without it.
             about = {"epochs": len(log.losses), "losses": log.losses, "scores": log.scores}
-            write_json(self._log(name), {**about, "best_epoch": log.best_epoch})
-            return model
+            return model, {**about, "best_epoch": log.best_epoch}
 
-        model = self.model(name, build)
-        state.unlink(missing_ok=True)
-        return model
+        return self._trained(name, run)
 
     def train_peers(
         self,
@@ -125,16 +120,28 @@ class Lab:
         **settings: Any,
     ) -> SequenceEncoder:
         """The stored model `name`: the peer kept of the two that `start` gives."""
-        state = self.space.path(f"{self.stage(name)}.state.safetensors")
 
-        def build() -> SequenceEncoder:
+        def run(state: Path) -> tuple[SequenceEncoder, dict[str, Any]]:
             own: Any = _Clocked(self.data, self.check)
             log = train_peers(
                 *start(), own, objective=objective, state=state, progress=self.progress, **settings
             )
             about = {"epochs": len(log.losses[0]), "losses": log.losses, "scores": log.scores}
-            write_json(self._log(name), {**about, "best_epoch": log.best_epoch, "peer": log.peer})
-            return log.model
+            return log.model, {**about, "best_epoch": log.best_epoch, "peer": log.peer}
+
+        return self._trained(name, run)
+
+    def _trained(
+        self, name: str, run: Callable[[Path], tuple[SequenceEncoder, dict[str, Any]]]
+    ) -> SequenceEncoder:
+        """The stored model `name`, which `run(state)` gives with what is written of it."""
+        state = self.space.path(f"{self.stage(name)}.state.safetensors")
+
+        def build() -> SequenceEncoder:
+            model, log = run(state)
+            # First the log, so that a model never is without it.
+            write_json(self._log(name), log)
+            return model
 
         model = self.model(name, build)
         state.unlink(missing_ok=True)

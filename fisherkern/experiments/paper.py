@@ -23,6 +23,7 @@ from fisherkern.experiments.engine import (
     open_labs,
     say_missing,
     settings_line,
+    sizes_of,
 )
 from fisherkern.experiments.fisher_cost import cost_table, fisher_cost
 from fisherkern.experiments.lab import Lab, OutOfTime
@@ -132,8 +133,7 @@ def run_paper(
     check_candidates(data)
     base = paper.given_base(data)
     if base is not None:  # its sizes are everybody's
-        sizes = {name: base.config[name] for name in paper.sizes() if name in base.config}
-        paper = dataclasses.replace(paper, **sizes)
+        paper = dataclasses.replace(paper, **sizes_of(base, paper))
     config = config_of(paper, data, base)
     Workspace(out, config)
     book = _Book(paper, config, data, out, seeds=seeds, end=end, progress=progress)
