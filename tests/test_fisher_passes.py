@@ -42,7 +42,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 # Positions that fill a backward pass, and the largest block of the six probes.
-@pytest.mark.parametrize(("positions", "largest"), [(1, 1), (7, 3), (60, 2), (300, 6)])
+@pytest.mark.parametrize(("positions", "largest"), [(1, 1), (7, 3), (35, 1), (60, 6), (300, 6)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_fisher_does_not_depend_on_blocks_or_pieces(
     positions: int, largest: int, tied: bool, monkeypatch: pytest.MonkeyPatch, blocks: list[int]
@@ -61,8 +61,8 @@ def test_logits_go_back_in_blocks_too(
     monkeypatch.setattr(engine, "_COLUMN_ELEMENTS", 5 * (NUM_ITEMS + 1) * 3)
     model = shaken(Foreign(tie))
     assert_equal(fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False), exact(model))
-    # The last of its two passes has one sequence, the first four.
-    assert blocks == [12, 3, 3, 3, 3]
+    # The last of its two passes has two sequences, the first three, not four beside five positions.
+    assert blocks == [7, 5, 5, 5, 2]
 
 
 class _Numpy(torch.autograd.Function):
