@@ -41,16 +41,27 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-# Positions that fill a backward pass, and the largest block of the six probes.
-@pytest.mark.parametrize(("positions", "largest"), [(1, 1), (7, 3), (60, 6), (300, 6)])
+# Positions that fill a backward pass, elements of a block's gradients, how many passes, of how
+# many of the six probes at most.
+SIZES = [(1, 1, 5 * 6, 1), (1, 10**6, 5, 6), (60, 4000, 4, 6), (300, 2000, 6, 1), (300, 10**6, 1, 6)]
+
+
+@pytest.mark.parametrize(("positions", "elements", "count", "largest"), SIZES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_fisher_does_not_depend_on_blocks_or_pieces(
-    positions: int, largest: int, tied: bool, monkeypatch: pytest.MonkeyPatch, blocks: list[int]
+    positions: int,
+    elements: int,
+    count: int,
+    largest: int,
+    tied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: list[int],
 ) -> None:
     monkeypatch.setattr(engine, "_POSITIONS", positions)
+    monkeypatch.setattr(engine, "_BLOCK_ELEMENTS", elements)
     model = bert(tied)
     assert_equal(fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False), exact(model))
-    assert sum(blocks) % 6 == 0 and max(blocks) == largest
+    assert (len(blocks), max(blocks)) == (count, largest)
 
 
 @pytest.mark.parametrize("tie", ["matmul", "module", "none"])

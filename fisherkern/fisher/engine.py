@@ -22,12 +22,13 @@ from fisherkern.fisher.tied import TiedLookup, tied_lookups
 
 log = logging.getLogger("fisherkern")
 
-# Positions, of all sequences and probes together, that one backward pass goes through: few enough
-# that a core's caches hold them, enough that calls cost nothing beside them; more on a GPU.
+# Positions, of all sequences and probes together, that one backward pass is to go through: few
+# enough for a core's caches, enough that its calls cost little beside them; more on a GPU.
 _POSITIONS, _GPU_POSITIONS = 25_600, 2**17
 # Sequences that a pass should have where blocks of probes could be larger with fewer.
 _FEWEST = 4
-# Elements of the probes' columns held at once.
+# Elements of a block's gradients, at all places where they are needed, and of its columns.
+_BLOCK_ELEMENTS, _GPU_BLOCK_ELEMENTS = 2**25, 2**28
 _COLUMN_ELEMENTS = 2**22
 
 
@@ -50,6 +51,7 @@ class Engine:
         self.probes = 0
         gpu = any(p.is_cuda for p in self.parameters.named.values())
         self.filled = _GPU_POSITIONS if gpu else _POSITIONS
+        self.held = _GPU_BLOCK_ELEMENTS if gpu else _BLOCK_ELEMENTS
         self._passes = Passes(self.parameters)
         self._factored = subject.encode is not None
         self._warned: set[str] = set()
@@ -158,13 +160,12 @@ class Engine:
         tied: Callable[[Pass], Mapping[int, TiedLookup]],
     ) -> None:
         """Every probe's backward pass, each group's squares added to its sum."""
-        width = math.prod(passes[0].result.shape[1:])
         while passes:
             forward = passes.pop()  # its graph goes with it
             self.reached |= forward.plan.reached
             lookups = tied(forward)
-            held = max(1, _COLUMN_ELEMENTS // (len(forward.which) * width))
-            block = min(held, max(1, self.filled // forward.positions))
+            block = self.held // max(1, forward.elements)
+            block = max(1, min(block, _COLUMN_ELEMENTS // forward.result.numel()))
             blocks = self._passes.backward(forward, factor.probes, block, factor.columns)
             for which, deltas in blocks:
                 for number, group in enumerate(forward.plan.groups):

@@ -34,10 +34,14 @@ class Pass:
     plan: Plan
 
     @property
-    def positions(self) -> int:
-        """Of all its sequences together: the rows of the longest captured output."""
-        shapes = [site.shape for site in self.sites]
-        return max((shape.numel() // max(shape[-1], 1) for shape in shapes), default=1)
+    def needed(self) -> list[int]:
+        """The sites, by index, whose gradients the plan's groups need."""
+        return sorted({site for group in self.plan.groups for site in group.sites})
+
+    @property
+    def elements(self) -> int:
+        """Of one probe's gradients at those sites."""
+        return sum(self.sites[i].shape.numel() for i in self.needed)
 
 
 class Passes:
@@ -87,7 +91,7 @@ class Passes:
         columns(which, probes): the gradient of `result`, (R, n, ...). The gradients have the
         R probes of the block first. Afterwards the pass is used up.
         """
-        indices = sorted({site for group in forward.plan.groups for site in group.sites})
+        indices = forward.needed
         outputs = [forward.sites[i].output for i in indices]
         first = 0
         while indices and first < probes:
