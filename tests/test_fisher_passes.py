@@ -43,7 +43,13 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 # Positions that fill a backward pass, elements of a block's gradients, how many passes, of how
 # many of the six probes at most.
-SIZES = [(1, 1, 5 * 6, 1), (1, 10**6, 5, 6), (60, 4000, 4, 6), (300, 2000, 6, 1), (300, 10**6, 1, 6)]
+SIZES = [
+    (1, 1, 5 * 6, 1),
+    (1, 10**6, 5, 6),
+    (60, 4000, 4, 6),
+    (300, 2000, 6, 1),
+    (300, 10**6, 1, 6),
+]
 
 
 @pytest.mark.parametrize(("positions", "elements", "count", "largest"), SIZES)
