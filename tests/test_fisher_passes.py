@@ -46,7 +46,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 SIZES = [
     (1, 1, 5 * 6, 1),
     (1, 10**6, 5, 6),
-    (60, 4000, 4, 6),
+    (60, 8000, 2, 3),
     (300, 2000, 6, 1),
     (300, 10**6, 1, 6),
 ]

@@ -33,17 +33,24 @@ class SharedPositions(nn.Module):
 
 
 @pytest.mark.parametrize("leading", [True, False])
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("size", [1, 4, 5])
+@pytest.mark.parametrize("known", [True, False])
 def test_positions_shared_by_all_sequences(
-    leading: bool, size: int, caplog: pytest.LogCaptureFixture
+    leading: bool, size: int, known: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With as many sequences as positions, (T, D) cannot be told from (N, D): the fallback."""
+    """With as many sequences as positions, (T, D) cannot be told from (N, D): the fallback.
+
+    Where the number of positions can be seen, fewer sequences are taken at once.
+    """
     model = shaken(SharedPositions(leading))
-    p, gradients = brute.all_gradients(model, HISTORIES[:size])
+    batch = HISTORIES[:size]
+    p, gradients = brute.all_gradients(model, batch)
+    subject = model if known else fk.adapt(model, logits=lambda model, batch: model(batch["ids"]))
     with caplog.at_level(logging.WARNING, logger="fisherkern"):
-        fisher = fk.diag_fisher(model, [HISTORIES[:size]], sampler="exact", progress=False)
+        given = [batch if known else {"ids": batch}]
+        fisher = fk.diag_fisher(subject, given, sampler="exact", progress=False)
     assert_equal(fisher, brute.fisher(gradients, p))
-    assert len(caplog.records) == (not leading and size == 5)
+    assert len(caplog.records) == (not leading and size == 5 and not known)
 
 
 class LastLogits(nn.Module):

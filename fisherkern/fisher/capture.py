@@ -294,7 +294,9 @@ class Capture(TorchFunctionMode):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> bool:
         """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
-        if self._num_sequences in (1, len(output)):
+        # One sequence's own rows have its dimension; those without it are everybody's.
+        own = 1 if output.dim() == 3 else len(output)
+        if self._num_sequences == own:
             return False
         plain = len(args) == 2 and all(
             kwargs.get(key, _PLAIN[key]) == _PLAIN[key] for key in _PLAIN

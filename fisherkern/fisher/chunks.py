@@ -35,11 +35,10 @@ def pieces(
     """
     history = _history(batch)
     if history is None or not isinstance(subject.module, SequenceEncoder):
-        step = max(1, size(None if history is None else history.shape[1]))
-        for first in range(0, n, step):
-            last = min(first + step, n)
-            part = batch if last - first == n else batch_slice(batch, first, last)
-            yield part, torch.arange(first, last)
+        width = None if history is None else history.shape[1]
+        for numbers in _alike(n, max(1, size(width)), width):
+            first, last = int(numbers[0]), int(numbers[-1]) + 1
+            yield batch if last - first == n else batch_slice(batch, first, last), numbers
         return
     # What an encoder adds to a history is one mask token at most.
     lengths, order = ((history != 0).sum(dim=1) + 1).cpu().sort(descending=True, stable=True)
@@ -47,6 +46,19 @@ def pieces(
         step = max(1, size(int(lengths[0])))
         part, order, lengths = order[:step].sort().values, order[step:], lengths[step:]
         yield batch_take(batch, part), part
+
+
+def _alike(n: int, most: int, width: int | None) -> tuple[Tensor, ...]:
+    """0..n−1 in parts of about as many, at most `most`, and where possible none of `width`.
+
+    As many sequences as positions could not be told from them.
+    """
+    least = -(-n // most)
+    for count in range(least, n + 1):
+        parts = torch.arange(n).tensor_split(count)
+        if all(len(part) != width for part in parts):
+            return parts
+    return torch.arange(n).tensor_split(least)
 
 
 def _history(batch: Any) -> Tensor | None:

@@ -115,9 +115,7 @@ class Engine:
             if positions is None:
                 return n
             block = min(probes, max(1, self.filled // (_FEWEST * positions)))
-            sequences = self.filled // (block * positions)
-            # As many as positions would have to be told from them, by passes of their own.
-            return positions - 2 if sequences in (positions - 1, positions) else sequences
+            return self.filled // (block * positions)
 
         found = pieces(self.subject, batch, n, size)
         return [self._passes.forward(function, part, which) for part, which in found]
