@@ -50,8 +50,10 @@ def assert_right(
         for parameter in model.parameters():
             parameter.normal_(0, 0.7, generator=generator)
     p, gradients = brute.all_gradients(model, history)
+    # Under a name of its own a batch is taken whole, also where it has as many positions.
+    subject = fk.adapt(model, logits=lambda model, batch: model(batch["whole"]))
     with caplog.at_level(logging.WARNING, logger="fisherkern"):
-        fisher = fk.diag_fisher(model, [history], sampler="exact", progress=False)
+        fisher = fk.diag_fisher(subject, [{"whole": history}], sampler="exact", progress=False)
     assert_equal(fisher, brute.fisher(gradients, p))
     # Other libraries log as well, when another test has let them.
     own = [record for record in caplog.records if record.name == "fisherkern"]
