@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/gpu_check.sh [FOLDER FOR LOGS]
 #
+# Figure 2 and the exact Fisher of all of MovieLens-1M are added where FISHERKERN_DATA has it.
 # Needs Python with torch and triton, nvcc, pybind11; no network. Correctness comes first, and
 # nothing is timed if it fails. The CSVs in benchmarks/results are appended to.
 set -uo pipefail
@@ -50,4 +51,12 @@ fi
 step bench-segment 60 "$python" benchmarks/bench_segment.py --sequences 4096
 step bench-head 120 "$python" benchmarks/bench_head.py --items 3706 1000000 \
   --sequences 4096 --widths 64 128 256 --dtype bfloat16
+if [[ -e "${FISHERKERN_DATA:-}/ml-1m.txt" ]]; then
+  trained=(--data ml-1m --max-len 200 --epochs 2 --out "$logs/trained")
+  step bench-fisher 90 "$python" benchmarks/bench_fisher.py "${trained[@]}" --limit 2
+  step bench-fisher-all 60 "$python" benchmarks/bench_fisher.py "${trained[@]}" --sequences 6040 \
+    --only exact --repeats 3
+else
+  echo "== FISHERKERN_DATA has no ml-1m.txt: no Fisher is timed"
+fi
 exit "$failed"
