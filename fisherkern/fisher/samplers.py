@@ -262,7 +262,11 @@ def _columns_of(every: Tensor) -> Columns:
 
 
 def _scaled_columns(basis: Tensor, values: Tensor, dtype: torch.dtype) -> Columns:
-    return _columns_of((basis * values[:, None].sqrt()).to(dtype).transpose(1, 2))
+    def columns(sequence: Tensor, which: slice) -> Tensor:
+        scaled = basis[sequence][:, :, which] * values[sequence, which].sqrt()[:, None]
+        return scaled.to(dtype).permute(2, 0, 1)
+
+    return columns
 
 
 def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> Tensor:
