@@ -118,6 +118,14 @@ SUMMARY: list[Line] = [
         "masked items, as many passes as all members",
     ),
     (
+        "four objectives from one base, Amazon Beauty",
+        "table2_beauty",
+        UNIFORM,
+        "Fisher merge, exact, floor 0.1",
+        ENSEMBLE,
+        "masked items, as many passes as all members",
+    ),
+    (
         "EMKD's networks, branches of one base",
         "emkd_ml-1m",
         UNIFORM,
@@ -128,6 +136,14 @@ SUMMARY: list[Line] = [
     (
         "from scratch, aligned by permutations",
         "branches_ml-1m_bert4rec",
+        f"{UNIFORM}{ALIGNED}",
+        f"{FISHER}{ALIGNED}",
+        ENSEMBLE,
+        "",
+    ),
+    (
+        "from scratch, SASRec, aligned by rotations too",
+        "branches_ml-1m_sasrec",
         f"{UNIFORM}{ALIGNED}",
         f"{FISHER}{ALIGNED}",
         ENSEMBLE,
