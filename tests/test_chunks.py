@@ -80,5 +80,6 @@ def test_other_models_and_batches_keep_their_order() -> None:
         (len(part), len(which)) for part, which in chunks(Subject.of(model()), rows, 600, 250)
     ]
     assert lengths == [(200, 200)] * 3
+    assert list(chunks(Subject.of(Other()), history[:0], 0, 64)) == []
     ((whole, _),) = chunks(Subject.of(model()), rows, 600, 600)
     assert whole is rows

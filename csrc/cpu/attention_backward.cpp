@@ -19,7 +19,7 @@ constexpr int64_t kStacked = 64;
 
 template <int kLanes, int kRows>
 struct Head {
-  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  typedef typename Lanes<kLanes>::Vector Vector;
   static_assert(kLanes % kRows == 0, "whole tiles of a panel's columns");
 
   // Rows of the panels are whole vectors, zero past the end.
@@ -211,11 +211,8 @@ constexpr Work heads_avx2 = nullptr, heads_avx512 = nullptr;
 
 void attention_backward_cpu(const AttentionBackward& problem, int threads, int lanes) {
   const Work work = widest<Work>("attention_backward", lanes, heads_plain, heads_avx2, heads_avx512);
-  const int64_t total = problem.sequences * problem.heads;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total));
-  in_parts(parts, [&](int64_t part) {
-    work(problem, part * total / parts, (part + 1) * total / parts);
-  });
+  in_shares(problem.sequences * problem.heads, threads,
+            [&](int64_t first, int64_t last) { work(problem, first, last); });
 }
 
 }  // namespace fisherkern

@@ -9,11 +9,6 @@
 
 namespace fisherkern {
 
-template <int kLanes>
-struct Lanes {
-  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-};
-
 // Pairs (t, s >= t) of `length` positions.
 inline int64_t pairs_of(int64_t length) { return length * (length + 1) / 2; }
 

@@ -1,8 +1,6 @@
 // Layer normalisation's backward pass: each row is read twice, the second time from the cache. The
 // probes come one after another, as memory has them: what they share is small beside them.
 
-#include <algorithm>
-
 #include "../layer_norm.h"
 #include "machine.h"
 
@@ -12,7 +10,7 @@ namespace {
 template <int kLanes>
 FISHERKERN_INLINE void backward(const float* delta, const float* normalised, const float* weight,
                                 float rstd, int64_t width, float* result) {
-  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+  typedef typename Lanes<kLanes>::Vector Vector;
   const Vector* d = reinterpret_cast<const Vector*>(delta);
   const Vector* n = reinterpret_cast<const Vector*>(normalised);
   const Vector* w = reinterpret_cast<const Vector*>(weight);
@@ -75,10 +73,8 @@ constexpr Work rows_avx2 = nullptr, rows_avx512 = nullptr;
 
 void layer_norm_backward_cpu(const LayerNormBackward& problem, int threads, int lanes) {
   const Work work = widest<Work>("layer_norm_backward", lanes, rows_plain, rows_avx2, rows_avx512);
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, problem.rows));
-  in_parts(parts, [&](int64_t part) {
-    work(problem, part * problem.rows / parts, (part + 1) * problem.rows / parts);
-  });
+  in_shares(problem.rows, threads,
+            [&](int64_t first, int64_t last) { work(problem, first, last); });
 }
 
 }  // namespace fisherkern

@@ -1,6 +1,7 @@
 // What a processor offers: vectors of several widths, and threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -27,14 +28,18 @@ Work widest(const char* op, int lanes, Work plain, Work avx2, Work avx512) {
                               std::to_string(lanes) + " floats");
 }
 
+template <int kLanes>
+struct Lanes {
+  typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+};
+
 // The sum of a vector's floats, in halves: one after another each addition would wait for the last.
 template <int kLanes, class Vector>
 FISHERKERN_INLINE float sum_of(const Vector& vector) {
   if constexpr (kLanes == 1) {
     return vector[0];
   } else {
-    typedef float Half __attribute__((vector_size(2 * kLanes), aligned(4), may_alias));
-    Half low, high;
+    typename Lanes<kLanes / 2>::Vector low, high;
     std::memcpy(&low, &vector, sizeof low);
     std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof low, sizeof high);
     return sum_of<kLanes / 2>(low + high);
@@ -68,6 +73,13 @@ void in_parts(int64_t parts, const Work& work) {
   for (const std::exception_ptr& fault : faults) {
     if (fault) std::rethrow_exception(fault);
   }
+}
+
+// work(first, last) for parts of 0..total, at most `threads` and one at least.
+template <class Work>
+void in_shares(int64_t total, int threads, const Work& work) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, total));
+  in_parts(parts, [&](int64_t part) { work(part * total / parts, (part + 1) * total / parts); });
 }
 
 }  // namespace fisherkern

@@ -292,10 +292,10 @@ void segment_outer_square_cpu(const SegmentOuterSquare& p, int threads, int lane
   const Add work = widest<Add>("segment_outer_square", lanes, add_plain, add_avx2, add_avx512);
   const Longest longest = check_offsets(p, form);
   const int64_t tall = (p.rows + kRows - 1) / kRows;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, tall));
   // Whole tiles each, so that the result has the same bits for any number of threads.
-  const auto bound = [&](int64_t part) { return std::min(p.rows, part * tall / parts * kRows); };
-  in_parts(parts, [&](int64_t part) { work(p, form, longest, bound(part), bound(part + 1)); });
+  in_shares(tall, threads, [&](int64_t first, int64_t last) {
+    work(p, form, longest, first * kRows, std::min(p.rows, last * kRows));
+  });
 }
 
 }  // namespace fisherkern

@@ -53,6 +53,8 @@ def _alike(n: int, most: int, width: int | None) -> tuple[Tensor, ...]:
 
     As many sequences as positions could not be told from them.
     """
+    if n == 0:
+        return ()
     least = -(-n // most)
     for count in range(least, n + 1):
         parts = torch.arange(n).tensor_split(count)

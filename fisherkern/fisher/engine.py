@@ -67,8 +67,7 @@ class Engine:
         assert self.subject.encode is not None and self.subject.head is not None
         head = self.subject.head()
         places = self._head_places(head)
-        most = head[0].shape[1]
-        passes = self._forward(self.subject.encode, batch, len(number), most)
+        passes = self._forward(self.subject.encode, batch, len(number), head[0].shape[1])
         reason = self._why_not_factored(head, passes)
         if reason is not None:
             self._factored, self._passes = False, Passes(self.parameters)
@@ -76,8 +75,7 @@ class Engine:
             return False
         hidden = _in_order(passes)
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        weight, bias = (None if tensor is None else tensor.detach() for tensor in head)
-        assert weight is not None
+        weight, bias = head[0].detach(), None if head[1] is None else head[1].detach()
         rows = Rows.of(h, weight, bias, number, self._target(batch), self.settings)
         check_probabilities(rows.lse, number)
         factor = factorise(rows, self.settings)

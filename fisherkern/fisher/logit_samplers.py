@@ -85,11 +85,9 @@ def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
 
 def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
     assert settings.probes is not None
-    items = torch.arange(rows.num_items, device=p.device)
+    probes, items = settings.probes, torch.arange(rows.num_items, device=p.device)
     signed = counter.put_random_signs_(p.sqrt(), settings.seed, rows.number, items)
-    bucket = counter.bucket_at(settings.seed, items, settings.probes)
-
-    probes = settings.probes
+    bucket = counter.bucket_at(settings.seed, items, probes)
 
     def columns(sequence: Tensor, which: slice) -> Tensor:
         numbers = torch.arange(probes, device=p.device)[which]

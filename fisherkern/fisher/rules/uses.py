@@ -36,15 +36,10 @@ class Joinable(Protocol):
         """The use of all positions of several uses of the same kind and place."""
 
 
-def by_position(tensor: Tensor, trailing: int) -> Tensor:
-    """(N, ..., *last) -> (N, T, *last) with `trailing` last dimensions kept."""
+def by_position(tensor: Tensor, trailing: int, leading: int = 1) -> Tensor:
+    """(N, ..., *last) -> (N, T, *last), `leading` first and `trailing` last dimensions kept."""
     kept = tensor.shape[tensor.dim() - trailing :]
-    return tensor.reshape(tensor.shape[0], -1, *kept)
-
-
-def delta_by_position(delta: Tensor) -> Tensor:
-    """(R, N, ..., O) -> (R, N, T, O)."""
-    return delta.reshape(*delta.shape[:2], -1, delta.shape[-1])
+    return tensor.reshape(*tensor.shape[:leading], -1, *kept)
 
 
 def channels_last(delta: Tensor) -> Tensor:
@@ -60,7 +55,7 @@ class LinearWeight:
     inputs: Tensor  # (N, T, I)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return delta_by_position(delta)
+        return by_position(delta, 1, leading=2)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         ops.segment_outer_square_(fisher, self.positions(delta), self.inputs)
@@ -113,7 +108,7 @@ class MatrixWeight:
     inputs: Tensor  # (N, T, I)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return delta_by_position(delta)
+        return by_position(delta, 1, leading=2)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         squares = fisher.new_zeros(fisher.shape[::-1])
@@ -197,7 +192,7 @@ class Lookup:
         return sums.masked_fill_((self.row < 0)[:, None], 0)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return delta_by_position(delta)
+        return by_position(delta, 1, leading=2)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         ops.lookup_square_(fisher, delta.reshape(len(delta), -1, delta.shape[-1]), self.by_row)
