@@ -130,14 +130,15 @@ def test_windows_repeat_with_seed_and_epoch_and_shuffle_the_users():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sequences, st.sampled_from(sorted(HELD_OUT)))
-def test_seen_and_popularity_count_what_a_loop_counts(rows, split):
+@given(sequences, st.sampled_from(sorted(HELD_OUT)), st.sampled_from([None, 1, 3]))
+def test_seen_and_popularity_count_what_a_loop_counts(rows, split, last):
     data = make(rows)
     users = list(reversed(range(len(rows))))
-    indptr, items = data.seen(users, split)
+    indptr, items = data.seen(users, split, last)
     assert indptr[0] == 0 and indptr[-1] == len(items)
     for place, user in enumerate(users):
         history = rows[user][: max(len(rows[user]) - 1 - HELD_OUT[split], 0)]
+        history = history if last is None else history[-last:]
         assert items[indptr[place] : indptr[place + 1]].tolist() == sorted(set(history))
     train = [item for row in rows for item in row[: max(len(row) - 2, 0)]]
     assert data.popularity().tolist() == [train.count(v) for v in range(1, V + 1)]

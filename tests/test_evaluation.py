@@ -61,7 +61,7 @@ def parts(data, user, split):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-@pytest.mark.parametrize("seen", ["exclude", "keep"])
+@pytest.mark.parametrize("seen", ["exclude", "keep", "last-1", "last-4"])
 @pytest.mark.parametrize(("first_item", "extra"), [(1, 0), (0, 0), (0, 3)])
 def test_full_ranks_equal_a_plain_loop(split, seen, first_item, extra):
     data = random_data(53, 37)
@@ -73,9 +73,11 @@ def test_full_ranks_equal_a_plain_loop(split, seen, first_item, extra):
         if not history:
             continue
         own = score_of(data, user, history, target)
+        places = {"exclude": len(history), "keep": 0, "last-1": 1, "last-4": 4}[seen]
+        excluded = history[max(len(history) - places, 0) :]
         rank = 1
         for item in range(1, data.num_items + 1):
-            candidate = item != target and not (seen == "exclude" and item in history)
+            candidate = item != target and item not in excluded
             rank += candidate and score_of(data, user, history, item) >= own
         expected_users.append(user)
         expected_ranks.append(rank)
@@ -258,7 +260,8 @@ class Foreign(Coarse):
     [
         ({"split": "dev"}, "split: expected one of train, validation, test, got 'dev'"),
         ({"candidates": "random"}, "candidates: expected one of full, uniform-100"),
-        ({"seen": True}, "seen: expected one of exclude, keep, got True"),
+        ({"seen": True}, "seen: expected exclude, keep or last-N, got True"),
+        ({"seen": "last-0"}, "seen: expected exclude, keep or last-N, got 'last-0'"),
         ({"k": (5, 0)}, "k: expected positive integers"),
         ({"k": ()}, "k: expected positive integers"),
         ({"users": [3, 3]}, "users: an index occurs twice"),

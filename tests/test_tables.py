@@ -42,6 +42,9 @@ class Two(Experiment):
 
     ENSEMBLE: ClassVar = "both"
 
+    def rankings(self) -> dict[str, str]:
+        return {"NDCG@10 of all": "keep"}
+
     def references(self) -> dict[str, Sequence[str]]:
         return {"best": ["a", "b"], "base": ["base"]}
 
@@ -101,6 +104,8 @@ def test_cells_are_those_of_evaluate_and_compare(small: str, whole: Path) -> Non
                 cell = {"model": reference, **dataclasses.asdict(expected)}
                 assert row["over"][title] == cell
             assert row["chosen"] == (name == best)
+            kept = fk.evaluate(models[name], data, seen="keep")["ndcg@10"]
+            assert row["columns"] == {"NDCG@10 of all": kept}
             if gain.low <= 0:
                 assert row["share_of_ensemble_gain"] is None
         assert {len(row["about"]) for row in table["rows"]} == {0, 1, 2}
@@ -138,7 +143,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, looks: int) -> Callable[[], None
 
 @pytest.mark.parametrize(
     ("looks", "rows", "training"),
-    [(0, 0, False), (5, 0, True), (8, 1, False), (11, 1, True), (12, 1, False)],
+    [(0, 0, False), (5, 0, True), (7, 0, False), (8, 1, False), (12, 1, True), (13, 1, False)],
 )
 def test_what_a_short_call_leaves_is_a_table_that_goes_on(
     small: str,
@@ -352,6 +357,16 @@ def test_a_base_from_a_file(small: str, whole: Path, tmp_path: Path) -> None:
     fk.save_model(other, tmp_path / "other.safetensors")
     with pytest.raises(fk.InputError, match="base: the catalogue of .*other.safetensors is not"):
         run_table(Two.on(small, base=str(tmp_path / "other.safetensors")), tmp_path / "x")
+
+
+def test_the_ranking_of_emkd_is_that_of_its_code_on_the_data() -> None:
+    """Its input has 40 places on ML-1M and 15 on Beauty."""
+    title = "NDCG@10 by the paper's ranking"
+    for name, seen, figure in (("ml-1m", "last-39", ".1915"), ("beauty", "last-14", ".0594")):
+        experiment = TABLES["emkd"].on(name)
+        assert experiment.rankings() == {title: seen}
+        assert list(experiment.paper()[0].values()) == [figure]
+    assert TABLES["emkd"].on("x.txt").rankings() == {}
 
 
 def test_presets_give_way_to_what_is_given() -> None:

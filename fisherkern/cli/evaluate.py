@@ -18,7 +18,9 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--against", type=Path, help="a checkpoint to compare with, paired")
     parser.add_argument("--split", choices=["validation", "test"], default="test")
     parser.add_argument("--candidates", choices=CANDIDATES, default="full")
-    parser.add_argument("--seen", choices=["exclude", "keep"], default="exclude")
+    parser.add_argument(
+        "--seen", default="exclude", help="exclude, keep, or last-N: exclude the last N places'"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[5, 10, 20])
 
 

@@ -212,8 +212,10 @@ class SequenceDataset:
             crop=crop,
         )
 
-    def seen(self, users: ArrayLike, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The distinct items of whole histories (not only the last `max_len`), as CSR.
+    def seen(
+        self, users: ArrayLike, split: str, last: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The distinct items of whole histories, or of their `last` places, as CSR.
 
         `users` are (n,) integers. Returns (indptr (n+1,) int64, items int64, ascending in
         every row); the row of a user without a history in `split` is empty.
@@ -221,6 +223,8 @@ class SequenceDataset:
         rows = self._check_users(users)
         start = self.offsets[rows]
         stop = np.maximum(target_positions(self.offsets, split)[rows], start)
+        if last is not None:
+            start = np.maximum(start, stop - last)
         row = np.repeat(np.arange(len(rows)), stop - start)
         # One sort of (row, item) keys removes the repeats of every row at once.
         width = self.num_items + 1

@@ -43,7 +43,8 @@ def evaluate(
         fixed by the seed and the user), "top-popular-100" (the 100 most popular); the
         sampled ones are never items of the user's history.
     seen: "exclude" takes the items of the user's whole history (but not the target) out of
-        the full ranking, "keep" leaves them in.
+        the full ranking, "keep" leaves them in, as DuoRec's code does; "last-N" takes out those
+        of its last N places alone, as EMKD's does with its input's T - 1.
     users: indices of the users to evaluate, all by default. Users without a history in
         the split are left out; `report.users` says who is in.
 
@@ -156,7 +157,8 @@ def _ranks(
     if protocol.candidates == "full" and protocol.seen == "keep":
         return full_ranks(scores, target, None)
     users = batch["user"].numpy()
-    indptr, item = data.seen(users, protocol.split)
+    last = protocol.last if protocol.candidates == "full" else None
+    indptr, item = data.seen(users, protocol.split, last)
     row = np.repeat(np.arange(len(users)), np.diff(indptr))
     if protocol.candidates == "full":
         seen = (torch.from_numpy(row), torch.from_numpy(item))

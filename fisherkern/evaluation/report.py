@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,14 +13,14 @@ from fisherkern.errors import InputError
 from fisherkern.evaluation.candidates import CANDIDATES
 
 SPLITS = ("train", "validation", "test")
-SEEN = ("exclude", "keep")
 
 
 @dataclass(frozen=True)
 class Protocol:
     """What was ranked against what; two reports compare only where all of it agrees.
 
-    The seed matters for drawn candidates alone. Raises InputError for an unknown choice.
+    seen: "exclude", "keep", or "last-N" for an N from 1 on. The seed matters for drawn candidates
+    alone. Raises InputError for an unknown choice.
     """
 
     split: str
@@ -29,18 +30,28 @@ class Protocol:
     data_fingerprint: str
 
     def __post_init__(self) -> None:
-        choices = {"split": SPLITS, "candidates": CANDIDATES, "seen": SEEN}
+        choices = {"split": SPLITS, "candidates": CANDIDATES}
         for field, known in choices.items():
             if getattr(self, field) not in known:
                 raise InputError(
                     f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}"
                 )
+        if self.seen not in ("exclude", "keep") and self.last is None:
+            raise InputError(f"seen: expected exclude, keep or last-N, got {self.seen!r}")
+
+    @property
+    def last(self) -> int | None:
+        """N of seen="last-N"."""
+        found = re.fullmatch("last-([1-9][0-9]{0,8})", str(self.seen))
+        return None if found is None else int(found[1])
 
     def __str__(self) -> str:
         if self.candidates != "full":
             return f"{self.split} split, {self.candidates} unseen candidates, seed {self.seed}"
-        seen = "excluded" if self.seen == "exclude" else "kept"
-        return f"{self.split} split, full ranking, seen items {seen}"
+        seen = {"exclude": "seen items excluded", "keep": "seen items kept"}.get(
+            self.seen, f"items of the last {self.last} places excluded"
+        )
+        return f"{self.split} split, full ranking, {seen}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +16,7 @@ from torch import nn
 from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import BERT4Rec, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.evaluation import Report
+from fisherkern.evaluation import Report, evaluate
 from fisherkern.experiments.lab import Lab, OutOfTime
 from fisherkern.experiments.tables import (
     INTERVAL,
@@ -107,6 +108,10 @@ class Experiment:
         """The rows in the order in which they are made and shown."""
         raise NotImplementedError
 
+    def rankings(self) -> Mapping[str, str]:
+        """Other rankings of the test item: a column's title -> `seen` of `evaluate`."""
+        return {}
+
     def references(self) -> dict[str, Sequence[str]]:
         """A column's title -> the rows of which the best on validation is what it compares with.
 
@@ -120,7 +125,17 @@ class Experiment:
 
     def numbers(self, lab: Lab) -> Mapping[str, Callable[[], dict[str, float]]]:
         """Row -> what finds the numbers in columns of its own, by the column's title."""
-        return {}
+        if not self.rankings():
+            return {}
+        return {row: partial(self.ranked, lab, make) for row, make in self.rows(lab).items()}
+
+    def ranked(self, lab: Lab, make: Callable[[], nn.Module]) -> dict[str, float]:
+        """A model's test NDCG@10 among the items that the other rankings have."""
+        model = make()
+        return {
+            title: evaluate(model, lab.data, k=10, seen=seen, progress=lab.progress)[METRIC]
+            for title, seen in self.rankings().items()
+        }
 
     def sizes(self) -> dict[str, Any]:
         """The arguments of a Transformer encoder."""

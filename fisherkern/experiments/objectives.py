@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -72,6 +72,9 @@ class Objectives(Experiment):
         super().__post_init__()
         if self.base is not None:
             raise InputError("base: every row of objectives starts from scratch")
+
+    def rankings(self) -> Mapping[str, str]:
+        return {"NDCG@10, seen items kept": "keep"}
 
     def references(self) -> dict[str, Sequence[str]]:
         return {"SASRec": [SAS], "BERT4Rec": [BERT]}

@@ -142,12 +142,16 @@ def comparison_table(
         if shares:
             cells.append("" if share is None or row["chosen"] else f"{100 * share:.0f} %")
         values = row.get("columns", {})
-        cells += [f"{values[title]:.3g}" if title in values else "" for title in own]
+        cells += [_number(title, values[title]) if title in values else "" for title in own]
         if paper:
             cells.append(paper.get(row["model"], ""))
         name = f"{row['model']} ({titles[0]})" if row["chosen"] else row["model"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _number(title: str, value: float) -> str:
+    return f"{value:.4f}" if METRIC.upper() in title else f"{value:.3g}"
 
 
 def difference(d: Mapping[str, float]) -> str:
