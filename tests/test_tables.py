@@ -369,6 +369,26 @@ def test_the_ranking_of_emkd_is_that_of_its_code_on_the_data() -> None:
     assert TABLES["emkd"].on("x.txt").rankings() == {}
 
 
+def test_a_constant_rate_is_of_members_and_control_alone(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra epochs decay as ever."""
+    seen: dict[str, str] = {}
+    plain = lab.Lab.train
+
+    def noted(self: lab.Lab, name: str, *given: Any, **settings: Any) -> fk.SequenceEncoder:
+        seen[name] = settings.get("schedule", "constant")
+        return plain(self, name, *given, **settings)
+
+    monkeypatch.setattr(lab.Lab, "train", noted)
+    given = {**TINY, "base_epochs": 1, "member_epochs": 1}
+    experiment = TABLES["table2"].on(small, schedule="constant", **given)
+    run_table(experiment, tmp_path, progress=False)
+    assert {kind for name, kind in seen.items() if name.endswith("once more")} == {"linear"}
+    assert {kind for name, kind in seen.items() if not name.endswith("once more")} == {"constant"}
+    assert {"+ CL4SRec", "masked items, as many passes as all members"} <= seen.keys()
+
+
 def test_presets_give_way_to_what_is_given() -> None:
     assert TABLES["table2"].on("beauty").max_len == 20
     assert TABLES["table2"].on("folder/beauty.txt", max_len=30).max_len == 30
@@ -392,6 +412,7 @@ def test_presets_give_way_to_what_is_given() -> None:
         (["branches", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, SASRec"),
         (["branches", "--base", "x", "--base-epochs", "1"], "base: a model to start from needs no"),
         (["objectives", "--base", "x"], "base: every row of objectives starts from scratch"),
+        (["table2", "--schedule", "cosine"], "schedule: must be 'constant' or 'linear', got"),
         (["table2", "--base", "none.safetensors"], "none.safetensors: no such file"),
     ],
 )

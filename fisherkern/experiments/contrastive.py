@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
 from fisherkern.experiments.engine import Experiment, Rows
 from fisherkern.experiments.family import EXACT, Estimate, Family, Make
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NTXent, Objective
+from fisherkern.training.settings import CHOICES
 
 MASKED, CL, UNSUPERVISED, SUPERVISED = MEMBERS = (
     "masked items",
@@ -30,10 +32,11 @@ STRIDE, CONTROL_NUMBER, EXTRA_NUMBER = 1000, 8, 9
 class Contrastive(Experiment):
     """Four members by four objectives, the rules that make them one, and equal training after it.
 
-    Every member sees the training users `member_epochs` times, the learning rate decayed to zero.
-    The control has masked items alone for as many passes as all members together; a contrastive
-    pass costs more than one of those. Then every row, base, members, merges and control alike,
-    gets `extra_epochs` more of masked items at a tenth of the rate, with the same windows and
+    Every member sees the training users `member_epochs` times. schedule: "linear", the learning
+    rate decays to zero meanwhile, or "constant", it stays, as in the released codes. The control
+    has masked items alone for as many passes as all members together; a contrastive pass costs
+    more than one of those. Then every row, base, members, merges and control alike, gets
+    `extra_epochs` more of masked items at a tenth of the rate, decayed, with the same windows and
     masks, and rows with that training are compared with one another; the ensemble is then that of
     the members that have it. contrastive_weight, temperature and similarity are those of the
     contrastive parts. fisher_sequences: training pairs that every Fisher is of. top_k: K of the
@@ -43,6 +46,7 @@ class Contrastive(Experiment):
     mask_ratio: float = 0.2
     member_epochs: int = 30
     extra_epochs: int = 1
+    schedule: str = "linear"
     contrastive_weight: float = 0.1
     temperature: float = 1.0
     similarity: str = "dot"
@@ -56,6 +60,9 @@ class Contrastive(Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objectives()
+        if self.schedule not in CHOICES["schedule"]:
+            known = " or ".join(map(repr, CHOICES["schedule"]))
+            raise InputError(f"schedule: must be {known}, got {self.schedule!r}")
 
     def start(self, lab: Lab, number: int) -> SequenceEncoder:
         """What member `number` starts as."""
@@ -101,9 +108,14 @@ class Contrastive(Experiment):
         self, lab: Lab, name: str, start: Make, objective: str, epochs: int, number: int, **how: Any
     ) -> SequenceEncoder:
         """The stored model `name`, trained with the objective of that member."""
-        settings = {**self.training(), "seed": lab.seed + STRIDE * number, **how}
-        chosen = self.objectives()[objective]
-        return lab.train(name, start, chosen, epochs=epochs, schedule="linear", **settings)
+        settings = {
+            **self.training(),
+            "epochs": epochs,
+            "schedule": self.schedule,
+            "seed": lab.seed + STRIDE * number,
+            **how,
+        }
+        return lab.train(name, start, self.objectives()[objective], **settings)
 
     def members(self, lab: Lab) -> dict[str, Make]:
         return {
@@ -145,7 +157,7 @@ class Contrastive(Experiment):
 
     def once_more(self, lab: Lab, rows: Mapping[str, Make]) -> dict[str, Make]:
         """The rows' models after the extra epochs, the same for all."""
-        slower = {"lr": self.lr / 10, "warmup_steps": 0}
+        slower = {"lr": self.lr / 10, "warmup_steps": 0, "schedule": "linear"}
         epochs, number = self.extra_epochs, EXTRA_NUMBER
         if not epochs:
             return {}
