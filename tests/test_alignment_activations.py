@@ -249,9 +249,9 @@ def test_trained_copies_that_were_permuted_merge_as_if_they_had_not_been():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"by": "heart"}, "by is 'heart' where 'weights' or 'activations' was expected"),
+        ({"by": "heart"}, "by is 'heart' where 'weights', 'activations', 'loss' was expected"),
         ({"by": "activations"}, "by='activations' needs loader"),
-        ({"loader": LOADER}, "loader= is used by by='activations' only"),
+        ({"loader": LOADER}, "loader= is used by by='activations' and 'loss' only"),
         ({"by": "activations", "loader": []}, "loader gives no batch"),
         ({"by": "activations", "loader": 3}, "loader is a int, not an iterable of batches"),
         ({"by": "activations", "loader": [HISTORIES + 5]}, "history holds item id 14, outside"),

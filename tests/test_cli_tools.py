@@ -87,6 +87,29 @@ def test_align_by_activations_is_that_of_python(
     assert "aligned-2.safetensors: residual correlates " in capsys.readouterr().out
 
 
+def test_align_by_the_loss_is_that_of_python(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = members(folder)
+    data = fk.load(folder / "data.txt")
+    windows = data.first_windows(4, batch_size=64, max_len=6, seed=5)
+    how = {"objective": fk.MaskedItems(), "steps": 4, "seed": 5}
+    expected = fk.align([fk.load_model(path) for path in names], by="loss", loader=windows, **how)
+    flags = ["--by", "loss", "--data", str(folder / "data.txt"), "--steps", "4", "--seed", "5"]
+    assert main(["align", *names, *flags, "--out", str(tmp_path)]) == 0
+    found = read_json(tmp_path / "result.json")["members"]
+    for entry, model in zip(found, expected, strict=True):
+        aligned = fk.load_model(entry["aligned"])
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, aligned.get_parameter(name)), name
+        assert entry["loss"] == model.align_report["loss"]
+    before, after = found[0]["loss"]
+    assert after < before
+    assert f"training loss of the average: {before:.4f} matched by weights, now {after:.4f}" in (
+        capsys.readouterr().out
+    )
+
+
 def test_merge_streams_members_of_other_catalogues(folder: Path, tmp_path: Path) -> None:
     names = members(folder, "m1", "more")
     for flags in ([], ["--stream"]):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,6 +128,17 @@ def test_windows_repeat_with_seed_and_epoch_and_shuffle_the_users():
     assert rows(1, 2) == rows(1, 2)
     orders = {tuple(row[0] for row in rows(seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
+
+
+def test_first_windows_are_those_of_epoch_after_epoch():
+    data = make([[1, 2, 3, 4, 5], [6, 7, 1, 2], [3, 3, 4, 5, 6, 7]])
+    how = {"batch_size": 2, "max_len": 2, "seed": 3}
+    epochs = [batch for epoch in (1, 2, 3) for batch in data.windows(epoch=epoch, **how)]
+    found = data.first_windows(5, **how)
+    assert len(epochs) == 6 and len(found) == 5
+    assert all(torch.equal(one, other) for one, other in zip(found, epochs, strict=False))
+    with pytest.raises(InputError, match="count must be an integer of at least 1"):
+        data.first_windows(0, **how)
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.merging import align
+from fisherkern.merging.alignment import BY
+from fisherkern.objectives import MaskedItems, NextItem, Objective
 from fisherkern.training import load_model, save_model
 
 
@@ -22,31 +23,28 @@ def add_align(commands: Any) -> None:
     parser.add_argument("--sweeps", type=int, default=100, help="at most (default: 100)")
     parser.add_argument(
         "--by",
-        choices=["weights", "activations"],
+        choices=list(BY),
         default="weights",
-        help="activations: bring together what does the same on histories of --data",
+        help="activations: bring together what does the same on histories of --data; loss: turn"
+        " until the members' average has a low training loss there",
     )
     parser.add_argument(
-        "--limit", type=int, default=512, help="histories that are looked at (default: 512)"
+        "--limit", type=int, default=512, help="histories, by activations (default: 512)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=500, help="of 64 windows each, by loss (default: 500)"
     )
 
 
 def _align(options: argparse.Namespace) -> None:
-    histories: Any = None
-    if options.by == "activations":
-        data = load_data(options.data)
-
-        def histories(model: SequenceEncoder) -> Iterable[Any]:
-            own = over_catalogue_of(model, data, options.checkpoints[0])
-            return own.loader(batch_size=128, max_len=model.max_len, limit=options.limit)
-
     models = [load_model(path) for path in options.checkpoints]
     aligned = align(
         models,
         rotate=not options.no_rotate,
         sweeps=options.sweeps,
         by=options.by,
-        loader=histories,
+        seed=options.seed,
+        **_from_data(options, models[0]),
     )
     out = out_folder(options, "align")
     members = []
@@ -67,3 +65,25 @@ def _align(options: argparse.Namespace) -> None:
             print(
                 f"{Path(member['aligned']).name}: {group} correlates {before:.3f}, now {after:.3f}"
             )
+    if "loss" in members[0]:
+        before, after = members[0]["loss"]
+        print(f"training loss of the average: {before:.4f} matched by weights, now {after:.4f}")
+
+
+def _from_data(options: argparse.Namespace, model: SequenceEncoder) -> dict[str, Any]:
+    """What `align` looks at beside the weights."""
+    if options.by == "weights":
+        return {}
+    data = over_catalogue_of(model, load_data(options.data), options.checkpoints[0])
+    if options.by == "activations":
+        loader = data.loader(batch_size=128, max_len=model.max_len, limit=options.limit)
+        return {"loader": loader}
+    masks = hasattr(model, "mask_token")
+    objective: Objective = MaskedItems() if masks else NextItem(last_only=not model.causal)
+    windows = data.first_windows(
+        max(1, options.steps),
+        batch_size=64,
+        max_len=model.max_len + objective.lookahead,
+        seed=options.seed,
+    )
+    return {"loader": windows, "objective": objective, "steps": options.steps}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fisherkern.data.batching import (
     HistoryBatches,
     WindowBatches,
+    check_count,
     gather_ranges,
     history_batches,
     target_positions,
@@ -211,6 +214,17 @@ class SequenceDataset:
             epoch=epoch,
             crop=crop,
         )
+
+    def first_windows(
+        self, count: int, *, batch_size: int, max_len: int, seed: int
+    ) -> list[torch.Tensor]:
+        """The first `count` batches of random `windows`, of as many epochs as that takes."""
+        check_count("count", count)
+        epochs = (
+            self.windows(batch_size=batch_size, max_len=max_len, seed=seed, epoch=epoch)
+            for epoch in itertools.count(1)
+        )
+        return list(itertools.islice(itertools.chain.from_iterable(epochs), count))
 
     def seen(
         self, users: ArrayLike, split: str, last: int | None = None

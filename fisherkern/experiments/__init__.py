@@ -2,7 +2,8 @@
 
 from fisherkern.experiments.branches import Branches
 from fisherkern.experiments.emkd import Emkd
-from fisherkern.experiments.engine import Experiment, run_table
+from fisherkern.experiments.engine import run_table
+from fisherkern.experiments.experiment import Experiment
 from fisherkern.experiments.merge_story import DEMO, MEMBERS, Story, run
 from fisherkern.experiments.objectives import Objectives
 from fisherkern.experiments.paper import Paper, run_paper

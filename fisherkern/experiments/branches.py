@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
+from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.merging import align, recalibrate
@@ -21,6 +21,7 @@ Members = Mapping[str, Callable[[], SequenceEncoder]]
 
 ENCODERS = ("BERT4Rec", "SASRec")
 ALIGNED, PERMUTED = ", aligned", ", aligned by permutations"
+TURNED = ", aligned by the loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Branches(Experiment):
     own. member_epochs: of each member after that. encoder: "BERT4Rec" with masked items, whose
     symmetries outside the heads are permutations, or "SASRec" with the next item, pre-norm and
     an output layer of its own, whose residual stream `align` may rotate: then both alignments
-    are in the table.
+    are in the table. turn_steps: batches of training windows that `align` by the loss learns from.
     """
 
     encoder: str = "BERT4Rec"
@@ -40,6 +41,7 @@ class Branches(Experiment):
     base_epochs: int = 0
     member_epochs: int = 80
     fisher_sequences: int = 2000
+    turn_steps: int = 600
 
     PRESETS: ClassVar = {"beauty": {**BEAUTY, "member_epochs": 45}}
     ENSEMBLE: ClassVar = "score ensemble"
@@ -90,14 +92,25 @@ class Branches(Experiment):
         families = {"": members, ALIGNED: self._aligned(lab, members, ALIGNED, rotate=rotates)}
         if rotates:
             families[PERMUTED] = self._aligned(lab, members, PERMUTED, rotate=False)
+        families[TURNED] = self._aligned(
+            lab,
+            members,
+            TURNED,
+            rotate=rotates,
+            by="loss",
+            objective=objective,
+            loader=partial(self._windows, lab, objective),
+            steps=self.turn_steps,
+            seed=lab.seed,
+        )
         family_of = {
             suffix: Family(lab, own, self.fisher_sequences, suffix=suffix)
             for suffix, own in families.items()
         }
 
-        def recalibrated() -> SequenceEncoder:
-            family, name = family_of[ALIGNED], f"uniform merge{ALIGNED}"
-            merged = family.merge(name.removesuffix(ALIGNED), method="uniform")[name]
+        def recalibrated(suffix: str) -> SequenceEncoder:
+            family, name = family_of[suffix], f"uniform merge{suffix}"
+            merged = family.merge(name.removesuffix(suffix), method="uniform")[name]
             loader = lab.data.loader(
                 split="train", max_len=merged().max_len, limit=min(1000, lab.data.num_users)
             )
@@ -110,21 +123,25 @@ class Branches(Experiment):
         for family in family_of.values():
             rows |= family.merge("uniform merge", method="uniform")
             rows |= family.fisher_merges()
-        rows[f"uniform merge{ALIGNED}, recalibrated"] = recalibrated
+        for suffix in (ALIGNED, TURNED):
+            rows[f"uniform merge{suffix}, recalibrated"] = partial(recalibrated, suffix)
         return {**rows, **family_of[""].ensemble()}
 
-    def _aligned(
-        self,
-        lab: Lab,
-        members: Members,
-        suffix: str,
-        rotate: bool,
-    ) -> Members:
+    def _windows(self, lab: Lab, objective: Objective, model: SequenceEncoder) -> list[Tensor]:
+        """What the turns are learned from: a batch a step."""
+        return lab.data.first_windows(
+            self.turn_steps,
+            batch_size=self.batch_size,
+            max_len=model.max_len + objective.lookahead,
+            seed=lab.seed,
+        )
+
+    def _aligned(self, lab: Lab, members: Members, suffix: str, **how: Any) -> Members:
         """The members after `align`, which is run once for all of them."""
 
         @cache
         def found() -> list[SequenceEncoder]:
-            return align([make() for make in members.values()], rotate=rotate)
+            return align([make() for make in members.values()], **how)
 
         def one(number: int, name: str) -> SequenceEncoder:
             return lab.model(f"{name}{suffix}", lambda: found()[number])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import Experiment, Rows
+from fisherkern.experiments.experiment import Experiment, Rows
 from fisherkern.experiments.family import EXACT, Estimate, Family, Make
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NTXent, Objective

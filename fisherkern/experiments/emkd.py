@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from fisherkern.encoders import BERT4Rec, ParallelEncoders, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
+from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import EMKD, MaskedItems

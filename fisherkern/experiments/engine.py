@@ -6,17 +6,17 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from fisherkern.data import SequenceDataset, load
-from fisherkern.encoders import BERT4Rec, SequenceEncoder
+from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.evaluation import Report, evaluate
+from fisherkern.evaluation import Report
+from fisherkern.experiments.experiment import Experiment, Rows
 from fisherkern.experiments.lab import Lab, OutOfTime
 from fisherkern.experiments.tables import (
     INTERVAL,
@@ -28,147 +28,6 @@ from fisherkern.experiments.tables import (
 from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import atomic_path, write_json
 from fisherkern.fingerprint import fingerprint
-from fisherkern.objectives import Objective
-from fisherkern.training import load_model
-
-Self = TypeVar("Self", bound="Experiment")
-
-# Whole numbers that may be 0; the others are at least 1.
-MAY_BE_ZERO = ("warmup_steps", "base_epochs", "extra_epochs")
-
-# What BERT4Rec takes on Amazon Beauty: short sequences, three times the items.
-BEAUTY: Mapping[str, Any] = {
-    "max_len": 20,
-    "dropout": 0.3,
-    "mask_ratio": 0.4,
-    "batch_size": 128,
-    "lr": 1e-3,
-}
-
-# A row's name -> what makes its model, called where its report is not stored yet.
-Rows = dict[str, Callable[[], nn.Module]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """Every setting of a table; a subclass says which rows it has and what they are held against.
-
-    data: what `load` takes. base: a model file to start from where the rows do. validation_users:
-    users of the validation score that a choice is made by, evenly spread.
-    """
-
-    data: str
-    base: str | None = None
-    max_len: int = 50
-    dim: int = 64
-    layers: int = 2
-    heads: int = 2
-    dropout: float = 0.1
-    batch_size: int = 64
-    lr: float = 3e-3
-    warmup_steps: int = 100
-    crop: str = "random"
-    validation_users: int = 2000
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), int(field.name not in MAY_BE_ZERO)
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise InputError(f"{field.name}: must be at least {least}, got {value}")
-
-    #: Fields that differ from the defaults above on a data set, by its name.
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    #: The row of whose gain over the first reference the others' shares are given.
-    ENSEMBLE: ClassVar[str | None] = None
-    #: What a paper reports on ML-1M, by row, and what to know of it; shown for that data alone.
-    PAPER: ClassVar[Mapping[str, str]] = {}
-    NOTE: ClassVar[str] = ""
-
-    @classmethod
-    def on(cls: type[Self], data: str, **given: Any) -> Self:
-        """The settings for a data set: those given, else its presets, else the defaults.
-
-        Raises InputError for a setting that the experiment does not have.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in given:
-            if name not in known:
-                raise InputError(f"{name}: {cls.__name__.lower()} has no such setting")
-        return cls(**{**cls.PRESETS.get(Path(data).stem, {}), **given, "data": data})
-
-    def paper(self) -> tuple[Mapping[str, str], str]:
-        """What a paper reports on these data, by row, and what to know of it."""
-        return (self.figures(), self.NOTE) if Path(self.data).stem == "ml-1m" else ({}, "")
-
-    def figures(self) -> Mapping[str, str]:
-        """The paper's figures by row, where the settings decide which row they stand beside."""
-        return self.PAPER
-
-    def rows(self, lab: Lab) -> Rows:
-        """The rows in the order in which they are made and shown."""
-        raise NotImplementedError
-
-    def rankings(self) -> Mapping[str, str]:
-        """Other rankings of the test item: a column's title -> `seen` of `evaluate`."""
-        return {}
-
-    def references(self) -> dict[str, Sequence[str]]:
-        """A column's title -> the rows of which the best on validation is what it compares with.
-
-        The first column's reference, where it is chosen, is marked in the table.
-        """
-        raise NotImplementedError
-
-    def suffix(self, row: str) -> str:
-        """What a row's name ends in if its references, and the ensemble, end in it as well."""
-        return ""
-
-    def numbers(self, lab: Lab) -> Mapping[str, Callable[[], dict[str, float]]]:
-        """Row -> what finds the numbers in columns of its own, by the column's title."""
-        if not self.rankings():
-            return {}
-        return {row: partial(self.ranked, lab, make) for row, make in self.rows(lab).items()}
-
-    def ranked(self, lab: Lab, make: Callable[[], nn.Module]) -> dict[str, float]:
-        """A model's test NDCG@10 among the items that the other rankings have."""
-        model = make()
-        return {
-            title: evaluate(model, lab.data, k=10, seen=seen, progress=lab.progress)[METRIC]
-            for title, seen in self.rankings().items()
-        }
-
-    def sizes(self) -> dict[str, Any]:
-        """The arguments of a Transformer encoder."""
-        names = ("max_len", "dim", "layers", "heads", "dropout")
-        return {name: getattr(self, name) for name in names}
-
-    def untrained(self, lab: Lab, *, offset: int = 0) -> SequenceEncoder:
-        """The encoder that a base, or a member from scratch, starts as."""
-        return lab.fresh(BERT4Rec, offset=offset, **self.sizes())
-
-    def training(self) -> dict[str, Any]:
-        """The arguments of `Lab.train` that all models share."""
-        names = ("batch_size", "lr", "warmup_steps", "crop")
-        return {name: getattr(self, name) for name in names}
-
-    def common_base(self, lab: Lab, objective: Objective, epochs: int) -> SequenceEncoder:
-        """The model that members start from: the file `base`, else one trained at a constant rate.
-
-        It bears the row name "base".
-        """
-        if lab.given_base is not None:
-            return lab.given_base
-        settings = {"epochs": epochs, "seed": lab.seed, **self.training()}
-        return lab.train("base", lambda: self.untrained(lab), objective, **settings)
-
-    def given_base(self, data: SequenceDataset) -> SequenceEncoder | None:
-        """The model of the file `base`, checked against the data."""
-        if self.base is None:
-            return None
-        model = load_model(Path(self.base))
-        if model.item_ids is None or list(model.item_ids) != list(data.item_ids):
-            raise InputError(f"base: the catalogue of {self.base} is not that of {data.name}")
-        return model
 
 
 def run_table(

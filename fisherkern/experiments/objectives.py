@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fisherkern.encoders import Caser, GRU4Rec, SASRec, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
+from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NextItem, NTXent, Objective
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from fisherkern.evaluation import Report, compare
 from fisherkern.experiments.contrastive import MEMBERS, Contrastive
-from fisherkern.experiments.engine import Rows, Table
+from fisherkern.experiments.engine import Table
+from fisherkern.experiments.experiment import Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.tables import METRIC, difference

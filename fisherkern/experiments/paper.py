@@ -15,7 +15,6 @@ from fisherkern.data import SequenceDataset, load
 from fisherkern.experiments.candidates import Candidates, check_candidates
 from fisherkern.experiments.contrastive import CL, FISHER, MASKED, MEMBERS, SUPERVISED, Contrastive
 from fisherkern.experiments.engine import (
-    BEAUTY,
     Table,
     config_of,
     deadline,
@@ -25,6 +24,7 @@ from fisherkern.experiments.engine import (
     settings_line,
     sizes_of,
 )
+from fisherkern.experiments.experiment import BEAUTY
 from fisherkern.experiments.fisher_cost import cost_table, fisher_cost
 from fisherkern.experiments.lab import Lab, OutOfTime
 from fisherkern.experiments.pairs import Pairs

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
+from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import MaskedItems
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import Rows
+from fisherkern.experiments.experiment import Rows
 from fisherkern.experiments.family import EXACT, Estimate
 from fisherkern.experiments.fisher_cost import best_scaled_error, relative_error
 from fisherkern.experiments.lab import Lab

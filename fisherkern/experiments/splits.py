@@ -12,7 +12,7 @@ import numpy as np
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.experiments.engine import BEAUTY, Experiment, Rows
+from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.parts import count_weights, over_items, places, training_part

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.experiments.contrastive import CL, STRIDE, SUPERVISED, Contrastive
-from fisherkern.experiments.engine import BEAUTY
+from fisherkern.experiments.experiment import BEAUTY
 from fisherkern.experiments.family import Make
 from fisherkern.experiments.lab import Lab
 

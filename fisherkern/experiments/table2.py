@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.experiments.contrastive import MASKED, Contrastive
-from fisherkern.experiments.engine import BEAUTY
+from fisherkern.experiments.experiment import BEAUTY
 from fisherkern.experiments.family import Make
 from fisherkern.experiments.lab import Lab
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from fisherkern.errors import InputError
 from fisherkern.merging import checks
 from fisherkern.merging.activations import match, paired, places_of
 from fisherkern.merging.assignment import solve
+from fisherkern.merging.learned_alignment import learn_turns
 from fisherkern.merging.rows import Catalogue
 from fisherkern.merging.rows import align as align_rows
 from fisherkern.merging.symmetries import (
@@ -26,9 +28,16 @@ from fisherkern.merging.symmetries import (
 )
 from fisherkern.merging.ties import named_tensors
 from fisherkern.merging.wrapped import batches_of, check_encoders
+from fisherkern.objectives import Objective
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# What channels are brought together by, and what it looks at.
+BY = {
+    "weights": "nothing",
+    "activations": "batches of histories",
+    "loss": "batches of training windows",
+}
 # Of the reference's squared norm: what a step must gain, more than rounding does, and what a
 # round over the groups must, for another. Turns of linked groups settle slowly.
 STEP_GAIN, ROUND_GAIN = 1e-12, 1e-8
@@ -44,6 +53,10 @@ def align(
     sweeps: int = 100,
     by: str = "weights",
     loader: Iterable[Any] | Callable[[Any], Iterable[Any]] | None = None,
+    objective: Objective | None = None,
+    steps: int = 500,
+    lr: float = 0.005,
+    seed: int = 0,
 ) -> list[ModelT]:
     """New models with the members' functions, their weights moved towards the reference's:
 
@@ -68,8 +81,8 @@ def align(
         the residual stream, the gains and biases of layer norms are first folded into the layers
         that read them, in every member and in the reference too.
     sweeps: the most rounds over the groups.
-    by: "weights" as above, or "activations": channels are brought together that do the same on the
-        histories of `loader`. For each group
+    by: "weights" as above, "activations" or "loss". By "activations" channels are brought together
+        that do the same on the histories of `loader`. For each group
 
             maximise  sum_labels <T, C>,   C = corr(reference's channels, member's channels)
 
@@ -81,22 +94,36 @@ def align(
         which there is a channel for each of the items') the loader is gone through until nothing
         moves, else once. What the histories do not show, such as units that never
         fire, is decided by the weights. The distance may grow.
+
+        By the "loss" they are first matched by weights; then every orthogonal map (of the residual
+        stream, within heads) is turned further, T <- exp(S - Sᵀ) T, to
+
+            minimise over all S   mean over batches of objective( (1/M) sum_m T_m theta_m )
+
+        by `steps` steps of Adam at rate `lr` from S = 0, one batch each, around and around,
+        without dropout; S = 0 stays if the mean over the first 32 batches is no lower after it.
+        It is for a plain average of all members, who need one catalogue; permutations stay as
+        they are, and Fishers have little to add.
     loader: batches of histories, of the reference's items, or a function of the reference that
         gives them; kept. Items that a member lacks are taken out of the histories for its match.
+        By the loss: of training windows (N, T + objective.lookahead) int64, better of many
+        epochs than the same again, such as `data.first_windows` gives.
+    objective, steps, lr, seed: of by="loss" alone; `seed` is of the objective's draws.
 
     Each result carries `align_report`, JSON-ready: reference, by, groups (name -> kind), distance
     before (after folding, if any) and after (the square root of the sum above, over parameters
     that the function depends on), sweeps, and, by activations, agreement (group -> mean
-    correlation of what is matched, before and after; 1 where channels do the same). Permutations
-    move values without rounding; for the rest logits agree to rounding of the dtype. A Fisher
-    belongs to the weights it was computed at: compute it after aligning.
+    correlation of what is matched, before and after; 1 where channels do the same), by the loss,
+    loss (of the average, before and after turning) and steps. Permutations move values without
+    rounding; for the rest logits agree to rounding of the dtype. A Fisher belongs to the weights
+    it was computed at: compute it after aligning.
 
     Allocates the new models and, a tensor at a time, float64 copies of it and of the
     reference's; products with the reference's item table, D x D, are made once. Raises
     InputError as `merge` does, and for a class without known symmetries.
     Source: Ainsworth et al., arXiv 2209.04836 (weight and activation matching, coordinate
     descent); rotations within heads and of the residual stream as in arXiv 2502.00264 and
-    2506.22712.
+    2506.22712, the latter for learning them from the loss too.
     """
     models = list(models)
     ties = checks.check_members(models)
@@ -107,46 +134,60 @@ def align(
         raise InputError(f"reference is {reference} where 0..{len(models) - 1} was expected")
     if sweeps < 1:
         raise InputError(f"sweeps is {sweeps} where at least 1 was expected")
-    found = [_symmetries(model, symmetries) for model in models]
-    spec = _common(found, rotate)
-    members: Sequence[ModelT] = models
-    if any(group.kind == "rotation" for group in spec.groups.values()):
-        members = [folded(model, spec) for model in models]
-    batches = _batches(by, loader, members[reference]) if members else []
-    aligned = []
-    for number, member in enumerate(members):
-        pair = _pair(spec, members, catalogue, reference, number)
-        transforms: dict[str, Tensor] = {}
-        rounds, extra = 0, {}
-        if number != reference and by == "weights":
-            transforms, rounds = _match(pair, sweeps)
-        elif number != reference:
+    spec, members = _foldable(models, symmetries, rotate)
+    batches = _batches(by, loader, objective, members[reference]) if members else []
+    if by == "loss" and catalogue.positions is not None:
+        raise InputError("by='loss' averages the members, which need one catalogue")
+    pair = partial(_pair, spec, members, catalogue, reference)
+
+    def matched(number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if number == reference:
+            return {}, {"sweeps": 0}
+        if by == "activations":
             places = places_of(catalogue, reference, number)
-            run = paired((members[reference], member), spec, batches, places)
-            transforms, rounds, extra["agreement"] = match(spec, run, pair.correlation, sweeps)
+            run = paired((members[reference], members[number]), spec, batches, places)
+            transforms, rounds, agreement = match(spec, run, pair(number).correlation, sweeps)
+            return transforms, {"sweeps": rounds, "agreement": agreement}
+        transforms, rounds = _match(pair(number), sweeps)
+        return transforms, {"sweeps": rounds}
+
+    matches = [matched(number) for number in range(len(members))]
+    if by == "loss":
+        starts = [transforms for transforms, _ in matches]
+        how = (members, spec, starts, batches, objective)
+        turned, learned = learn_turns(*how, reference=reference, steps=steps, lr=lr, seed=seed)
+        reports = [{**report, **learned} for _, report in matches]
+        matches = list(zip(turned, reports, strict=True))
+    aligned = []
+    for number, (member, (transforms, report)) in enumerate(zip(members, matches, strict=True)):
         new = transformed(member, spec, transforms)
         new.align_report = {
             "reference": reference,
             "by": by,
             "groups": {name: group.kind for name, group in spec.groups.items()},
-            "distance_before": pair.distance({}),
-            "distance_after": pair.distance(transforms),
-            "sweeps": rounds,
-            **extra,
+            "distance_before": pair(number).distance({}),
+            "distance_after": pair(number).distance(transforms),
+            **report,
         }
         aligned.append(new)
     return aligned
 
 
-def _batches(by: str, loader: Any, reference: nn.Module) -> list[Any]:
-    """The loader's batches; checks that there is one where activations are compared."""
-    if by not in ("weights", "activations"):
-        raise InputError(f"by is {by!r} where 'weights' or 'activations' was expected")
+def _batches(by: str, loader: Any, objective: Any, reference: nn.Module) -> list[Any]:
+    """The loader's batches; checks that there is one where there is something to see."""
+    if by not in BY:
+        raise InputError(f"by is {by!r} where {', '.join(map(repr, BY))} was expected")
     if (loader is None) != (by == "weights"):
         raise InputError(
-            "by='activations' needs loader: batches of histories"
+            f"by={by!r} needs loader: {BY[by]}"
             if loader is None
-            else "loader= is used by by='activations' only"
+            else "loader= is used by by='activations' and 'loss' only"
+        )
+    if (objective is None) != (by != "loss"):
+        raise InputError(
+            "by='loss' needs objective: what the average is to be good at"
+            if objective is None
+            else "objective= is used by by='loss' only"
         )
     if loader is None:
         return []
@@ -177,6 +218,16 @@ def _symmetries(model: Any, given: Callable[[Any], Symmetries] | None) -> Symmet
     found = given(model)
     found.check(model)
     return found
+
+
+def _foldable(
+    models: list[ModelT], symmetries: Callable[[ModelT], Symmetries] | None, rotate: bool
+) -> tuple[Symmetries, list[ModelT]]:
+    """What all members admit, and the members with their norms folded where that is a rotation."""
+    spec = _common([_symmetries(model, symmetries) for model in models], rotate)
+    if any(group.kind == "rotation" for group in spec.groups.values()):
+        models = [folded(model, spec) for model in models]
+    return spec, models
 
 
 def _common(found: Sequence[Symmetries], rotate: bool) -> Symmetries:

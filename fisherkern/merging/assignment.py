@@ -68,9 +68,13 @@ def _procrustes(correlation: Tensor) -> Tensor:
 
 def _rotation(correlation: Tensor) -> Tensor:
     """Orthogonal Q with Q 1 = 1 and the largest <Q, C>: Procrustes in the complement of 1."""
-    size = len(correlation)
-    basis = torch.eye(size, dtype=correlation.dtype, device=correlation.device)
-    basis[:, 0] = 1
-    complement = torch.linalg.qr(basis)[0][:, 1:]
+    complement = complement_of_ones(len(correlation)).to(correlation)
     inner = _procrustes(complement.t() @ correlation @ complement)
-    return 1 / size + complement @ inner @ complement.t()
+    return 1 / len(correlation) + complement @ inner @ complement.t()
+
+
+def complement_of_ones(size: int) -> Tensor:
+    """(size, size - 1) float64, orthonormal columns that are orthogonal to 1."""
+    basis = torch.eye(size, dtype=torch.float64)
+    basis[:, 0] = 1
+    return torch.linalg.qr(basis)[0][:, 1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,15 @@ def act(part: Tensor, labels: tuple[str | None, ...], transforms: Transforms) ->
     return part
 
 
+def moved(tensor: Tensor, pieces: Sequence[Piece], transforms: Transforms) -> Tensor:
+    """A new tensor: `tensor`, which consists of `pieces`, with its labelled axes transformed."""
+    new = tensor.clone()
+    for piece in pieces:
+        if any(label in transforms for label in piece.labels if label):
+            piece.put(new, act(piece.of(tensor), piece.labels, transforms))
+    return new
+
+
 def transformed(model: nn.Module, symmetries: Symmetries, transforms: Transforms) -> Any:
     """A new model with the same function, whose labelled axes are transformed.
 
@@ -127,10 +136,7 @@ def transformed(model: nn.Module, symmetries: Symmetries, transforms: Transforms
     new = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in new.named_parameters():
-            for piece in symmetries.pieces[name]:
-                part = piece.of(parameter.detach().clone())
-                if any(label in transforms for label in piece.labels if label):
-                    piece.put(parameter, act(part.double(), piece.labels, transforms))
+            parameter.copy_(moved(parameter.double(), symmetries.pieces[name], transforms))
     return new
 
 
