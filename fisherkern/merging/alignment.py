@@ -130,10 +130,7 @@ def align(
     checks.check_config(models)
     catalogue = align_rows(models, item_ids)
     checks.check_tensors([named_tensors(model) for model in models], ties, catalogue)
-    if not 0 <= reference < len(models):
-        raise InputError(f"reference is {reference} where 0..{len(models) - 1} was expected")
-    if sweeps < 1:
-        raise InputError(f"sweeps is {sweeps} where at least 1 was expected")
+    _check_counts(reference, sweeps, len(models))
     spec, members = _foldable(models, symmetries, rotate)
     batches = _batches(by, loader, objective, members[reference]) if members else []
     if by == "loss" and catalogue.positions is not None:
@@ -218,6 +215,13 @@ def _symmetries(model: Any, given: Callable[[Any], Symmetries] | None) -> Symmet
     found = given(model)
     found.check(model)
     return found
+
+
+def _check_counts(reference: int, sweeps: int, members: int) -> None:
+    if not 0 <= reference < members:
+        raise InputError(f"reference is {reference} where 0..{members - 1} was expected")
+    if sweeps < 1:
+        raise InputError(f"sweeps is {sweeps} where at least 1 was expected")
 
 
 def _foldable(
