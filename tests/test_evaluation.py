@@ -1,5 +1,6 @@
 """Evaluation: ranks against a plain Python loop, literal tables, protocols, bad input."""
 
+import functools
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import fisherkern.evaluation.candidates as candidates_module
 from fisherkern.data import SequenceDataset, load
 from fisherkern.errors import InputError
 from fisherkern.evaluation import evaluate
-from fisherkern.evaluation.candidates import sample_negatives
+from fisherkern.evaluation.candidates import check_enough, sample_negatives
 from fisherkern.evaluation.ranking import full_ranks, metrics_at, sampled_ranks
 
 SAMPLED = ("uniform-100", "popular-100", "top-popular-100")
@@ -167,6 +168,26 @@ def test_sampled_ranks_equal_a_plain_loop_and_are_never_worse_than_full(kind):
         for metric in full:
             assert (report.per_user[metric] >= full.per_user[metric]).all(), metric
     assert report["hr@20"] > full["hr@20"]
+
+
+@pytest.mark.parametrize("kind", ["uniform-100", "popular-100", "top-popular-100"])
+@pytest.mark.parametrize("spare", [0, 1])
+def test_the_items_there_are_to_draw_are_counted(kind, spare):
+    """Of 140 items 30 were never bought; user 7 had some of both kinds, and some twice."""
+    popularity = np.array([0] * 30 + [1] * 110)
+    taken = [*range(31, 41), *range(1, 6)] if kind == "popular-100" else [*range(1, 41)]
+    item = np.array([*taken[spare:], *taken[spare:][-3:], 60, 61])
+    row = np.array([1] * (len(item) - 2) + [0, 0])
+    call = (kind, np.array([3, 7]), (row, item), popularity)
+    check_enough(*call)
+    assert len(np.unique(sample_negatives(*call, seed=0)[1])) == 100
+    more = (np.append(row, 1), np.append(item, 140)), popularity
+    if spare:
+        check_enough(kind, np.array([3, 7]), *more)
+        return
+    for check in (check_enough, functools.partial(sample_negatives, seed=0)):
+        with pytest.raises(InputError, match="user number 7 has 99"):
+            check(kind, np.array([3, 7]), *more)
 
 
 @pytest.mark.parametrize("kind", ["uniform-100", "popular-100"])

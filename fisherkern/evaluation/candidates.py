@@ -28,6 +28,7 @@ def sample_negatives(
     counts of items 1..V. Returns (N, 100) int64 items, allocates (N, V) float64.
     Raises InputError when a user has fewer than 100 items to draw from.
     """
+    check_enough(kind, users, forbidden, popularity)
     num_items = len(popularity)
     if kind == "top-popular-100":
         place = np.empty(num_items)
@@ -44,11 +45,24 @@ def sample_negatives(
             keys /= weight
     row, item = forbidden
     keys[row, item - 1] = np.inf
-    available = np.isfinite(keys).sum(axis=1)
-    if available.min() < NUM_NEGATIVES:
+    return np.argpartition(keys, NUM_NEGATIVES - 1, axis=1)[:, :NUM_NEGATIVES] + 1
+
+
+def check_enough(
+    kind: str,
+    users: np.ndarray,
+    forbidden: tuple[np.ndarray, np.ndarray],
+    popularity: np.ndarray,
+) -> None:
+    """Raise InputError where a user has fewer than 100 items to draw from; see above."""
+    drawn = popularity > 0 if kind == "popular-100" else np.ones(len(popularity), dtype=bool)
+    row, item = forbidden
+    pairs = np.unique(row * len(popularity) + item - 1)
+    taken = pairs[drawn[pairs % len(popularity)]] // len(popularity)
+    available = drawn.sum() - np.bincount(taken, minlength=len(users))
+    if len(users) and available.min() < NUM_NEGATIVES:
         user = users[available.argmin()]
         raise InputError(
             f'candidates="{kind}" needs {NUM_NEGATIVES} unseen items for every user, '
             f"user number {user} has {available.min()}"
         )
-    return np.argpartition(keys, NUM_NEGATIVES - 1, axis=1)[:, :NUM_NEGATIVES] + 1

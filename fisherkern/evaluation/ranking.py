@@ -157,18 +157,29 @@ def _ranks(
     if protocol.candidates == "full" and protocol.seen == "keep":
         return full_ranks(scores, target, None)
     users = batch["user"].numpy()
-    last = protocol.last if protocol.candidates == "full" else None
-    indptr, item = data.seen(users, protocol.split, last)
-    row = np.repeat(np.arange(len(users)), np.diff(indptr))
     if protocol.candidates == "full":
-        seen = (torch.from_numpy(row), torch.from_numpy(item))
-        return full_ranks(scores, target, (seen[0].to(scores.device), seen[1].to(scores.device)))
-    forbidden = (
-        np.concatenate([row, np.arange(len(users))]),
-        np.concatenate([item, batch["target"].numpy()]),
-    )
+        seen = seen_pairs(data, users, protocol.split, protocol.last)
+        row, item = (torch.from_numpy(own).to(scores.device) for own in seen)
+        return full_ranks(scores, target, (row, item))
+    forbidden = never_drawn(data, users, batch["target"].numpy(), protocol.split)
     drawn = sample_negatives(protocol.candidates, users, forbidden, popularity, protocol.seed)
     return sampled_ranks(scores, target, torch.from_numpy(drawn).to(scores.device))
+
+
+def seen_pairs(
+    data: SequenceDataset, users: np.ndarray, split: str, last: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Index in `users`, item) of what each has had, in the `last` places if given."""
+    indptr, item = data.seen(users, split, last)
+    return np.repeat(np.arange(len(users)), np.diff(indptr)), item
+
+
+def never_drawn(
+    data: SequenceDataset, users: np.ndarray, target: np.ndarray, split: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Index in `users`, item) of what is no sampled candidate: what they have had, and targets."""
+    row, item = seen_pairs(data, users, split)
+    return np.concatenate([row, np.arange(len(users))]), np.concatenate([item, target])
 
 
 def _cutoffs(k: int | Sequence[int]) -> tuple[int, ...]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn, zeros
+from torch import nn
 
 from fisherkern.data import SequenceDataset
-from fisherkern.evaluation import Report, compare, evaluate
-from fisherkern.evaluation.candidates import NUM_NEGATIVES
-from fisherkern.evaluation.ranking import metrics_at
+from fisherkern.evaluation import Report, compare
+from fisherkern.evaluation.candidates import NUM_NEGATIVES, check_enough
+from fisherkern.evaluation.ranking import metrics_at, never_drawn
 from fisherkern.experiments.engine import Known, Table, only
 from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.tables import METRIC, difference
@@ -30,12 +30,12 @@ NOTE = (
 
 def check_candidates(data: SequenceDataset) -> None:
     """Raise InputError now if a user has too few unseen items to draw from later."""
-
-    def indifferent(batch: Mapping[str, Tensor]) -> Tensor:
-        return zeros(len(batch["history"]), data.num_items + 1)
-
-    for candidates in SAMPLED:
-        evaluate(indifferent, data, k=CUTOFF, candidates=candidates)
+    popularity = data.popularity()
+    for batch in data.loader(split="test", batch_size=4096, max_len=1):
+        users = batch["user"].numpy()
+        forbidden = never_drawn(data, users, batch["target"].numpy(), "test")
+        for kind in SAMPLED:
+            check_enough(kind, users, forbidden, popularity)
 
 
 def chance() -> float:
