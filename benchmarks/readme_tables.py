@@ -18,6 +18,7 @@ from typing import Any
 
 from figures import latest_fisher_rows, read_rows
 
+from fisherkern.experiments.contrastive import EXTRA
 from fisherkern.experiments.fisher_cost import cost_table
 from fisherkern.experiments.tables import INTERVAL, comparison_table, difference, story_table
 from fisherkern.files import atomic_path, read_json
@@ -90,6 +91,7 @@ def training_rows(**chosen: str) -> str:
 Line = tuple[str, str, str, str, str, str]
 UNIFORM, FISHER, ENSEMBLE = "uniform merge", "Fisher merge, floor 0.1", "score ensemble"
 ALL_DATA, ALIGNED = "all data, as many windows as all members", ", aligned"
+TURNED = ", aligned by the loss"
 SUMMARY: list[Line] = [
     ("each on a third of the users", "splits_ml-1m_users", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
     (
@@ -116,6 +118,22 @@ SUMMARY: list[Line] = [
         "Fisher merge, exact, floor 0.1",
         ENSEMBLE,
         "masked items, as many passes as all members",
+    ),
+    (
+        "the same at a constant learning rate",
+        "table2_ml-1m_constant",
+        UNIFORM,
+        "Fisher merge, exact, floor 0.1",
+        ENSEMBLE,
+        "masked items, as many passes as all members",
+    ),
+    (
+        "... and one more epoch for every row",
+        "table2_ml-1m_constant",
+        f"{UNIFORM}{EXTRA}",
+        f"Fisher merge, exact, floor 0.1{EXTRA}",
+        f"{ENSEMBLE}{EXTRA}",
+        f"masked items, as many passes as all members{EXTRA}",
     ),
     (
         "four objectives from one base, Amazon Beauty",
@@ -149,6 +167,14 @@ SUMMARY: list[Line] = [
         ENSEMBLE,
         "",
     ),
+    (
+        "... and turned until the average's loss is low",
+        "branches_ml-1m_sasrec",
+        f"{UNIFORM}{TURNED}",
+        f"{FISHER}{TURNED}",
+        ENSEMBLE,
+        "",
+    ),
 ]
 
 
@@ -175,7 +201,8 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
         uniform, fisher, ensemble, alone = names
         reference = rows[uniform]["over"][best]["model"]
         cells = [over(name, best) for name in (uniform, fisher)]
-        cells += [over(fisher, "uniform merge") if uniform == UNIFORM else ""]
+        plain = uniform.removesuffix(EXTRA) == UNIFORM
+        cells += [over(fisher, "uniform merge") if plain else ""]
         cells += [over(name, best) for name in (ensemble, alone)]
         count = len(result["seeds"])
         found.append(
