@@ -118,6 +118,22 @@ def test_a_base_of_another_catalogue_alone(tmp_path):
     assert provenance["base"]["items"] == 3
 
 
+@pytest.mark.parametrize("item", "xz")
+def test_a_nan_in_any_row_of_the_base_is_refused_as_in_memory(item, tmp_path):
+    """Item z is in no member, so that nothing else reads its row."""
+    found = [saved(tmp_path, n, ids=ids) for n, ids in enumerate(("abcd", "abx", "cxzab"))]
+    paths, out = [path for path, _ in found], tmp_path / "out.safetensors"
+    base = load_model(paths[2])
+    with torch.no_grad():
+        base.item_embedding.weight["cxzab".index(item) + 1, 1] = torch.nan
+    save_model(base, paths[2])
+    with pytest.raises(InputError, match="2.safetensors: tensor 'item_embedding.weight' holds a"):
+        merge_files(paths[:2], out, method="task_arithmetic", base=paths[2])
+    assert not out.exists()
+    with pytest.raises(InputError, match="'item_embedding.weight' of the base holds a NaN"):
+        merge([load_model(path) for path in paths[:2]], method="task_arithmetic", base=base)
+
+
 def test_what_came_out_merges_again_and_says_where_it_is_from(tmp_path):
     found = [saved(tmp_path, n, ids=ids) for n, ids in enumerate(IDS[:3])]
     paths = [path for path, _ in found]

@@ -171,6 +171,8 @@ class _Job:
         function: Callable[[Operands], Tensor] = self.rule.function if by_rule else average
         scaled = self.fishers.scaled(name) if self.fishers and by_rule else None
         places, base_place = members.rows(name), members.base_rows(name)
+        if by_rule and base_place is not None:
+            self._check_unread(name, base_place, step)
         for start, stop in spans(shape, step):
             wanted = None if places is None else [index[start:stop] for index in places]
             own = read_rows(members.files, name, start, stop, wanted)
@@ -226,6 +228,17 @@ class _Job:
         odd = [bool(block.isfinite().all()) for block in blocks].index(False)
         path = self.members.everything[odd].path
         raise InputError(f"{path}: tensor {name!r} holds an infinity")
+
+    def _check_unread(self, name: str, place: Tensor, step: int) -> None:
+        """No NaN in rows of the base that no member has, which are read for nothing else."""
+        base = self.members.base
+        assert base is not None
+        shape = base.layout[name][1]
+        unread = torch.ones(shape[0], dtype=torch.bool)
+        unread[place[place >= 0]] = False
+        for start, stop in spans(shape, step):
+            if unread[start:stop].any() and bool(base.rows(name, start, stop).isnan().any()):
+                raise InputError(f"{base.path}: tensor {name!r} holds a NaN")
 
     def _check_no_nan(self, name: str, blocks: Sequence[Tensor]) -> None:
         for file, block in zip(self.members.everything, blocks, strict=False):
