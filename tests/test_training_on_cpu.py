@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fisherkern as fk
+from fisherkern.objectives import emkd
 from fisherkern.ops._products import suits
 from fisherkern.training.on_cpu import OnCPU, dropout
 
@@ -120,3 +123,40 @@ def test_train_enters_it(monkeypatch: pytest.MonkeyPatch) -> None:
         settings = {"epochs": 1, "batch_size": data.num_users, "compile": compiled}
         fk.train(model, data, progress=False, **settings)
         assert (set(seen) == {0.3}) == calls
+
+
+class Checkpointed(fk.BERT4Rec):
+    """Computes each block again in the backward pass, dropout and all."""
+
+    def states(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        for block in self.blocks:
+            if not hasattr(block, "plain"):
+                block.plain = block.forward
+                block.forward = partial(checkpoint, block.plain, use_reentrant=False)
+        return super().states(tokens, positions)
+
+
+def test_what_is_computed_again_is_the_same() -> None:
+    data = fk.synthetic(64, 40, seed=0)
+    trained = []
+    for kind in (fk.BERT4Rec, Checkpointed):
+        torch.manual_seed(0)
+        model = kind(data.num_items, max_len=8, dim=16, layers=2, heads=2, dropout=0.3)
+        fk.train(model, data, epochs=2, batch_size=32, progress=False)
+        trained.append(dict(model.named_parameters()))
+    for name, parameter in trained[0].items():
+        assert torch.equal(parameter, trained[1][name]), name
+
+
+def test_emkd_trains_with_more_logits_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = fk.synthetic(64, 40, seed=0)
+    trained = []
+    for kept in (emkd._KEPT, 0):
+        monkeypatch.setattr(emkd, "_KEPT", kept)
+        sizes = {"max_len": 8, "dim": 16, "layers": 1, "heads": 2, "dropout": 0.3}
+        model = fk.ParallelEncoders.seeded(partial(fk.BERT4Rec, data.num_items, **sizes), 2)
+        objective = fk.EMKD(views=2, attribute_weight=0, networks=2, dim=16)
+        fk.train(model, data, objective=objective, epochs=2, batch_size=32, progress=False)
+        trained.append(dict(model.named_parameters()))
+    for name, parameter in trained[0].items():
+        assert torch.equal(parameter, trained[1][name]), name

@@ -21,7 +21,7 @@ from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.training import processes
 from fisherkern.training.averaging import WeightAverage
-from fisherkern.training.on_cpu import OnCPU
+from fisherkern.training.on_cpu import OnCPU, backward
 from fisherkern.training.scalars import Scalars
 from fisherkern.training.settings import TrainingSettings, learning_rate
 from fisherkern.training.state import PathLike, Progress, Trainee, load_state, save_state
@@ -285,7 +285,10 @@ class Run:
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
         )
         self.optimizer.zero_grad()
-        loss.backward()
+        if settings.compile:
+            loss.backward()
+        else:
+            backward(loss)
         limit = math.inf if settings.clip is None else settings.clip
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
         value, size = processes.mean_over_processes(loss).item(), norm.item()

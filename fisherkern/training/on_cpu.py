@@ -35,6 +35,19 @@ class OnCPU(TorchFunctionMode):
         return ours(*args, **(kwargs or {}))
 
 
+def backward(loss: Tensor) -> None:
+    """loss.backward() inside `OnCPU`: what is checkpointed is computed again there, as it was.
+
+    Both public ways to call it leave every mode first, and the engine's threads have those of its
+    call; so it is called itself, as `torch.autograd.backward` does.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    with OnCPU():
+        engine.run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True
+        )
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; its gradients can be differentiated in turn."""
     if suits_linear(input, weight, bias) and rows_for_onednn(input.numel() // input.shape[-1]):
