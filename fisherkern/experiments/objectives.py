@@ -53,11 +53,11 @@ class Objectives(Experiment):
     PRESETS: ClassVar = {
         "beauty": {
             **BEAUTY,
-            "next_lr": 1e-3,
+            "lr": 2e-3,
             "next_dropout": 0.5,
-            "bert4rec_epochs": 45,
-            "next_epochs": 20,
-            "caser_epochs": 100,
+            "bert4rec_epochs": 120,
+            "next_epochs": 40,
+            "caser_epochs": 60,
         },
     }
     PAPER: ClassVar = {BERT: ".1516, .2821", DUO: ".1680, .2946"}
