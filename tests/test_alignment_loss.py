@@ -190,6 +190,8 @@ class Trained(fk.NextItem):
         ({"lr": 0.0}, "lr is 0.0"),
         ({"by": "weights", "loader": None}, "objective= is used by by='loss' only"),
         ({"loader": [HISTORIES + 5]}, "item id"),
+        ({"loader": [{"history": HISTORIES}]}, "takes training windows, int64 tensors"),
+        ({"loader": [HISTORIES[0]]}, "takes training windows, int64 tensors"),
     ],
 )
 def test_bad_arguments_are_named(given, message):

@@ -139,6 +139,9 @@ def learn_turns(
         raise InputError(f"objective is a {type(objective).__name__}, not a loss like NextItem()")
     if objective.modules():
         raise InputError("objective has trainable parts of its own, which by='loss' does not train")
+    for batch in batches:
+        if not isinstance(batch, Tensor) or batch.dim() != 2 or batch.dtype != torch.int64:
+            raise InputError("loader: by='loss' takes training windows, int64 tensors (N, T)")
     if steps < 0:
         raise InputError(f"steps is {steps} where a number of at least 0 was expected")
     if not 0 < lr < math.inf:
@@ -163,6 +166,6 @@ def _composed(first: Transforms, second: Mapping[str, Tensor]) -> dict[str, Tens
     for label, turn in second.items():
         start = first.get(label)
         if start is not None and start.dim() == 1:
-            start = torch.eye(len(start), dtype=turn.dtype)[start]
+            start = torch.eye(len(start), device=start.device)[start]
         found[label] = turn if start is None else turn @ start.to(turn)
     return found
