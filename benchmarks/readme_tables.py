@@ -144,6 +144,22 @@ SUMMARY: list[Line] = [
         "masked items, as many passes as all members",
     ),
     (
+        "the same at a constant learning rate, Amazon Beauty",
+        "table2_beauty_constant",
+        UNIFORM,
+        "Fisher merge, exact, floor 0.1",
+        ENSEMBLE,
+        "masked items, as many passes as all members",
+    ),
+    (
+        "... and one more epoch for every row",
+        "table2_beauty_constant",
+        f"{UNIFORM}{EXTRA}",
+        f"Fisher merge, exact, floor 0.1{EXTRA}",
+        f"{ENSEMBLE}{EXTRA}",
+        f"masked items, as many passes as all members{EXTRA}",
+    ),
+    (
         "EMKD's networks, branches of one base",
         "emkd_ml-1m",
         UNIFORM,
