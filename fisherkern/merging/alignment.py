@@ -157,13 +157,13 @@ def align(
         matches = list(zip(turned, reports, strict=True))
     aligned = []
     for number, (member, (transforms, report)) in enumerate(zip(members, matches, strict=True)):
-        new = transformed(member, spec, transforms)
+        new, own = transformed(member, spec, transforms), pair(number)
         new.align_report = {
             "reference": reference,
             "by": by,
             "groups": {name: group.kind for name, group in spec.groups.items()},
-            "distance_before": pair(number).distance({}),
-            "distance_after": pair(number).distance(transforms),
+            "distance_before": own.distance({}),
+            "distance_after": own.distance(transforms),
             **report,
         }
         aligned.append(new)

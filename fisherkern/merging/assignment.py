@@ -69,8 +69,7 @@ def _procrustes(correlation: Tensor) -> Tensor:
 def _rotation(correlation: Tensor) -> Tensor:
     """Orthogonal Q with Q 1 = 1 and the largest <Q, C>: Procrustes in the complement of 1."""
     complement = complement_of_ones(len(correlation)).to(correlation)
-    inner = _procrustes(complement.t() @ correlation @ complement)
-    return 1 / len(correlation) + complement @ inner @ complement.t()
+    return fixing_ones(_procrustes(complement.t() @ correlation @ complement), complement)
 
 
 def complement_of_ones(size: int) -> Tensor:
@@ -78,3 +77,8 @@ def complement_of_ones(size: int) -> Tensor:
     basis = torch.eye(size, dtype=torch.float64)
     basis[:, 0] = 1
     return torch.linalg.qr(basis)[0][:, 1:]
+
+
+def fixing_ones(inner: Tensor, complement: Tensor) -> Tensor:
+    """Q (n, n) with Q 1 = 1 that turns the complement of 1 by `inner` (n - 1, n - 1)."""
+    return 1 / len(complement) + complement @ inner @ complement.t()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fisherkern.errors import InputError
-from fisherkern.merging.assignment import complement_of_ones
+from fisherkern.merging.assignment import complement_of_ones, fixing_ones
 from fisherkern.merging.symmetries import Symmetries, Transforms, moved, transformed
 from fisherkern.merging.wrapped import descend, eval_mode
 from fisherkern.objectives import Objective
@@ -49,8 +49,7 @@ class Turns:
             s = free.detach().double() if exact else free
             turn = torch.block_diag(*torch.linalg.matrix_exp(s - s.mT))
             if label in self._complements:
-                complement = self._complements[label].to(turn)
-                turn = 1 / len(complement) + complement @ turn @ complement.t()
+                turn = fixing_ones(turn, self._complements[label].to(turn))
             found[label] = turn
         return found
 

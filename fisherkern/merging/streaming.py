@@ -23,6 +23,7 @@ from fisherkern.merging.member_files import MemberFiles
 from fisherkern.merging.rules import Operands, Rule, average
 from fisherkern.merging.tensor_files import (
     TYPES,
+    TensorFile,
     opened,
     raw,
     read_rows,
@@ -211,7 +212,7 @@ class _Job:
             if odd is not None:
                 break
             if own[0].is_floating_point():
-                self._check_no_nan(name, own)
+                self._check_no_nan(name, own, files)
                 infinite = infinite or bool(own[0].isinf().any())
         if odd is not None and not files[0].floating(name):
             raise InputError(
@@ -224,7 +225,7 @@ class _Job:
         """`blocks` are the members', and the base's after them where it is used."""
         if all(bool(block.isfinite().all()) for block in blocks):
             return
-        self._check_no_nan(name, blocks)
+        self._check_no_nan(name, blocks, self.members.everything)
         odd = [bool(block.isfinite().all()) for block in blocks].index(False)
         path = self.members.everything[odd].path
         raise InputError(f"{path}: tensor {name!r} holds an infinity")
@@ -237,11 +238,13 @@ class _Job:
         unread = torch.ones(shape[0], dtype=torch.bool)
         unread[place[place >= 0]] = False
         for start, stop in spans(shape, step):
-            if unread[start:stop].any() and bool(base.rows(name, start, stop).isnan().any()):
-                raise InputError(f"{base.path}: tensor {name!r} holds a NaN")
+            if unread[start:stop].any():
+                self._check_no_nan(name, [base.rows(name, start, stop)], [base])
 
-    def _check_no_nan(self, name: str, blocks: Sequence[Tensor]) -> None:
-        for file, block in zip(self.members.everything, blocks, strict=False):
+    def _check_no_nan(
+        self, name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]
+    ) -> None:
+        for file, block in zip(files, blocks, strict=False):
             if bool(block.isnan().any()):
                 raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
 
