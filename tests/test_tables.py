@@ -336,6 +336,28 @@ def test_a_constant_rate_is_of_members_and_control_alone(
     assert {"+ CL4SRec", "masked items, as many passes as all members"} <= seen.keys()
 
 
+def test_parts_of_other_sizes(small: str, tmp_path: Path) -> None:
+    """Each has a third of the users of the one before; the larger ones count for more."""
+    data = fk.load(small)
+    experiment = TABLES["splits"].on(small, parts=3, size_ratio=1 / 3)
+    parts = experiment.divided(data, 0).values()
+    sizes = np.array([part.num_users for part in parts])
+    # Users of fewer than two training actions are in no part; here there is none.
+    assert sizes.sum() == data.num_users
+    np.testing.assert_allclose(sizes, data.num_users * np.array([9, 3, 1]) / 13, atol=1)
+    assert len({user for part in parts for user in part.user_ids}) == data.num_users
+    given = ["--base-epochs=1", "--member-epochs=1", "--parts=3", "--size-ratio=0.25", "--quiet"]
+    given += [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    assert main(["reproduce", "splits", "--data", small, "--out", str(tmp_path), *given]) == 0
+    rows = {row["model"]: row for row in read_json(tmp_path / "result.json")["tables"][0]["rows"]}
+    parts = TABLES["splits"].on(small, parts=3, size_ratio=0.25).divided(data, 0).values()
+    sizes = np.array([part.num_users for part in parts])
+    for name in ("weighted by users", "Fisher merge weighted by users, floor 0.1"):
+        found = np.array(rows[name]["about"]["weights"])
+        np.testing.assert_allclose(found / found.sum(), sizes / sizes.sum())
+        assert rows[name]["over"].keys() >= {"weighted by users"}
+
+
 def test_presets_give_way_to_what_is_given() -> None:
     assert TABLES["table2"].on("beauty").max_len == 20
     assert TABLES["table2"].on("folder/beauty.txt", max_len=30).max_len == 30
@@ -355,6 +377,8 @@ def test_presets_give_way_to_what_is_given() -> None:
         (["splits", "--by", "sex"], "by: 'sex' is not one of users, time, regions"),
         (["splits", "--parts", "1"], "parts: must be at least 2, got 1"),
         (["splits", "--shared", "0"], "shared: must be in (0, 1], got 0"),
+        (["splits", "--size-ratio", "2"], "size_ratio: must be in (0, 1], got 2"),
+        (["splits", "--by", "time", "--size-ratio", "0.5"], "size_ratio: parts by time have"),
         (["branches", "--count", "1"], "count: must be at least 2, got 1"),
         (["branches", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, SASRec"),
         (["branches", "--base", "x", "--base-epochs", "1"], "base: a model to start from needs no"),

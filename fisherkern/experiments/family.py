@@ -92,16 +92,25 @@ class Family:
         return {name: make}
 
     def fisher_merges(
-        self, estimates: Sequence[Estimate] = (EXACT,), floors: Sequence[float] = (0.1, 1.0)
+        self,
+        estimates: Sequence[Estimate] = (EXACT,),
+        floors: Sequence[float] = (0.1, 1.0),
+        *,
+        title: str = "Fisher merge",
+        weights: Sequence[float] | None = None,
     ) -> dict[str, Make]:
         """A row for every estimate and floor; the estimate is named where there are several."""
         rows: dict[str, Make] = {}
         for estimate in estimates:
-            title = "Fisher merge" if len(estimates) == 1 else f"Fisher merge, {estimate}"
-            fishers = partial(self.fishers, estimate)
+            named = title if len(estimates) == 1 else f"{title}, {estimate}"
             for floor in floors:
-                name = f"{title}, floor {floor:g}"
-                rows |= self.merge(name, method="fisher", fishers=fishers, floor=floor)
+                rows |= self.merge(
+                    f"{named}, floor {floor:g}",
+                    method="fisher",
+                    fishers=partial(self.fishers, estimate),
+                    floor=floor,
+                    weights=weights,
+                )
         return rows
 
     def ensemble(self) -> dict[str, Callable[[], nn.Module]]:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
@@ -20,6 +21,7 @@ from fisherkern.objectives import MaskedItems
 
 BY = ("users", "time", "regions")
 CONTROL = "all data, as many windows as all members"
+WEIGHTED = "weighted by users"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +32,14 @@ class Splits(Experiment):
     items; "regions", disjoint users, each region with a catalogue of its own: a share `shared` of
     the items is sold in all regions, every other one in a single region, and what its users did
     with other items is unknown there. A region's model has rows for its own items alone; where it
-    is ranked over all, the base's rows stand in. parts: the number of members.
+    is ranked over all, the base's rows stand in. parts: the number of members. size_ratio: how many
+    users each part has for one of the part before; below 1, a large market and smaller ones, there
+    are rows weighted by users as well.
     """
 
     by: str = "users"
     parts: int = 2
+    size_ratio: float = 1.0
     shared: float = 0.5
     mask_ratio: float = 0.2
     base_epochs: int = 60
@@ -52,14 +57,20 @@ class Splits(Experiment):
             raise InputError(f"parts: must be at least 2, got {self.parts}")
         if not 0 < self.shared <= 1:
             raise InputError(f"shared: must be in (0, 1], got {self.shared}")
+        if not 0 < self.size_ratio <= 1:
+            raise InputError(f"size_ratio: must be in (0, 1], got {self.size_ratio}")
+        if self.by == "time" and self.size_ratio != 1:
+            raise InputError("size_ratio: parts by time have the same users")
 
     def names(self) -> list[str]:
         return [f"member {number + 1}" for number in range(self.parts)]
 
     def references(self) -> dict[str, Sequence[str]]:
+        weighted = {"weighted by users": [WEIGHTED]} if self.size_ratio < 1 else {}
         return {
             "best member": self.names(),
             "uniform merge": ["uniform merge"],
+            **weighted,
             "all data": [CONTROL],
         }
 
@@ -74,7 +85,7 @@ class Splits(Experiment):
             return {
                 n: training_part(data, mask) for n, mask in zip(self.names(), masks, strict=True)
             }
-        region = np.repeat(random.permutation(data.num_users) % self.parts, lengths)
+        region = np.repeat(self.part_of(random.permutation(data.num_users)), lengths)
         sold = random.permutation(data.num_items) % self.parts
         if self.by == "users":
             sold[:] = -1
@@ -86,6 +97,13 @@ class Splits(Experiment):
             ids = [item for item, kept in zip(data.item_ids, here, strict=True) if kept]
             found[name] = training_part(data, (region == number) & here[data.items - 1], ids)
         return found
+
+    def part_of(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The part of each user, of whom 0..num_users-1 say a random order."""
+        if self.size_ratio == 1:
+            return users % self.parts
+        ends = np.cumsum(self.size_ratio ** np.arange(self.parts))
+        return np.searchsorted(ends, (users + 0.5) * ends[-1] / len(users))
 
     def rows(self, lab: Lab) -> Rows:
         objective, data = MaskedItems(self.mask_ratio), self.divided(lab.data, lab.seed)
@@ -118,11 +136,19 @@ class Splits(Experiment):
 
         members = {name: partial(member, n, name) for n, name in enumerate(self.names(), start=1)}
         family = Family(lab, members, self.fisher_sequences, data=data, fit=fit)
+        weighted: dict[str, Callable[[], SequenceEncoder]] = {}
+        if self.size_ratio < 1:
+            users = [part.num_users for part in data.values()]
+            weighted = {
+                **family.merge(WEIGHTED, method="weighted", weights=users),
+                **family.fisher_merges(title=f"Fisher merge {WEIGHTED}", weights=users),
+            }
         return {
             "base": base,
             **{name: partial(fitted, make) for name, make in members.items()},
             **family.merge("uniform merge", method="uniform"),
             **family.fisher_merges(),
+            **weighted,
             **family.merge(
                 "rows weighted by item counts", fishers=counts, normalize=None, floor=0.1
             ),
