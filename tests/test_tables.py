@@ -24,6 +24,7 @@ from fisherkern.experiments.reports import load_reports, save_reports
 from fisherkern.experiments.tables import comparison_rows, comparison_table
 from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import read_json
+from fisherkern.fingerprint import fingerprint
 
 TINY: dict[str, Any] = {"max_len": 8, "dim": 8, "batch_size": 32, "validation_users": 20}
 
@@ -336,6 +337,18 @@ def test_a_constant_rate_is_of_members_and_control_alone(
     assert {"+ CL4SRec", "masked items, as many passes as all members"} <= seen.keys()
 
 
+@pytest.mark.parametrize("encoder", ["BERT4Rec", "SASRec"])
+def test_branches_from_scratch_start_apart_or_together(
+    small: str, tmp_path: Path, encoder: str
+) -> None:
+    own = Lab(fk.load(small), Workspace(tmp_path, {}), 0, None, None, 10, False)
+    for shared in (False, True):
+        given = {"encoder": encoder, "shared_start": shared, "max_len": 8, "dim": 8}
+        experiment = TABLES["branches"].on(small, **given)
+        starts = {fingerprint(experiment.start(own, number)) for number in (1, 2, 3)}
+        assert len(starts) == (1 if shared else 3)
+
+
 def test_parts_of_other_sizes(small: str, tmp_path: Path) -> None:
     """Each has a third of the users of the one before; the larger ones count for more."""
     data = fk.load(small)
@@ -382,6 +395,7 @@ def test_presets_give_way_to_what_is_given() -> None:
         (["branches", "--count", "1"], "count: must be at least 2, got 1"),
         (["branches", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, SASRec"),
         (["branches", "--base", "x", "--base-epochs", "1"], "base: a model to start from needs no"),
+        (["branches", "--shared-start", "--base-epochs", "1"], "shared_start: members that branch"),
         (["objectives", "--base", "x"], "base: every row of objectives starts from scratch"),
         (["table2", "--schedule", "cosine"], "schedule: must be 'constant' or 'linear', got"),
         (["table2", "--base", "none.safetensors"], "none.safetensors: no such file"),

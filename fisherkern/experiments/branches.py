@@ -29,16 +29,18 @@ class Branches(Experiment):
     """Members that differ in their seeds, and every rule on them as they are and aligned.
 
     base_epochs: passes of the base they branch from; 0 gives every member an initialisation of its
-    own. member_epochs: of each member after that. encoder: "BERT4Rec" with masked items, whose
-    symmetries outside the heads are permutations, or "SASRec" with the next item, pre-norm and
-    an output layer of its own, whose residual stream `align` may rotate: then both alignments
-    are in the table. turn_steps: batches of training windows that `align` by the loss learns from.
+    own, or all one with shared_start. member_epochs: of each member after that. encoder: "BERT4Rec"
+    with masked items, whose symmetries outside the heads are permutations, or "SASRec" with the
+    next item, pre-norm and an output layer of its own, whose residual stream `align` may rotate:
+    then both alignments are in the table. turn_steps: batches of training windows that `align` by
+    the loss learns from.
     """
 
     encoder: str = "BERT4Rec"
     count: int = 3
     mask_ratio: float = 0.2
     base_epochs: int = 0
+    shared_start: bool = False
     member_epochs: int = 80
     fisher_sequences: int = 2000
     turn_steps: int = 600
@@ -54,6 +56,8 @@ class Branches(Experiment):
             raise InputError(f"count: must be at least 2, got {self.count}")
         if self.base is not None and self.base_epochs:
             raise InputError("base: a model to start from needs no base_epochs")
+        if self.shared_start and (self.base is not None or self.base_epochs):
+            raise InputError("shared_start: members that branch share a trained start")
 
     def names(self) -> list[str]:
         return [f"member {number + 1}" for number in range(self.count)]
@@ -66,6 +70,11 @@ class Branches(Experiment):
             return super().untrained(lab, offset=offset)
         return lab.fresh(SASRec, offset=offset, tied=False, bias=True, **self.sizes())
 
+    def start(self, lab: Lab, number: int) -> SequenceEncoder:
+        """What member `number` starts as where there is no base."""
+        # Runs of neighbouring seeds share no member.
+        return self.untrained(lab, offset=0 if self.shared_start else 1000 * number)
+
     def rows(self, lab: Lab) -> Rows:
         rotates = self.encoder == "SASRec"
         objective: Objective = NextItem() if rotates else MaskedItems(self.mask_ratio)
@@ -73,13 +82,9 @@ class Branches(Experiment):
         branching = self.base_epochs > 0 or lab.given_base is not None
 
         def member(number: int, name: str) -> SequenceEncoder:
-            def start() -> SequenceEncoder:
-                # Runs of neighbouring seeds share no member.
-                return base() if branching else self.untrained(lab, offset=1000 * number)
-
             return lab.train(
                 name,
-                start,
+                base if branching else partial(self.start, lab, number),
                 objective,
                 epochs=self.member_epochs,
                 seed=lab.seed + 1000 * number,
