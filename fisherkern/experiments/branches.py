@@ -29,11 +29,12 @@ class Branches(Experiment):
     """Members that differ in their seeds, and every rule on them as they are and aligned.
 
     base_epochs: passes of the base they branch from; 0 gives every member an initialisation of its
-    own, or all one with shared_start. member_epochs: of each member after that. encoder: "BERT4Rec"
-    with masked items, whose symmetries outside the heads are permutations, or "SASRec" with the
-    next item, pre-norm and an output layer of its own, whose residual stream `align` may rotate:
-    then both alignments are in the table. turn_steps: batches of training windows that `align` by
-    the loss learns from.
+    own, or all one with shared_start. member_epochs: of each member after that; meanwhile
+    its learning rate decays to zero, or stays (schedule "constant"). encoder: "BERT4Rec" with
+    masked items, whose symmetries outside the heads are permutations, or "SASRec" with the next
+    item, pre-norm and an output layer of its own, whose residual stream `align` may rotate: then
+    both alignments are in the table. turn_steps: batches of training windows that `align` by the
+    loss learns from.
     """
 
     encoder: str = "BERT4Rec"
@@ -42,6 +43,7 @@ class Branches(Experiment):
     base_epochs: int = 0
     shared_start: bool = False
     member_epochs: int = 80
+    schedule: str = "linear"
     fisher_sequences: int = 2000
     turn_steps: int = 600
 
@@ -88,7 +90,7 @@ class Branches(Experiment):
                 objective,
                 epochs=self.member_epochs,
                 seed=lab.seed + 1000 * number,
-                schedule="linear",
+                schedule=self.schedule,
                 **self.training(),
             )
 

@@ -8,12 +8,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
 from fisherkern.experiments.experiment import Experiment, Rows
 from fisherkern.experiments.family import EXACT, Estimate, Family, Make
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NTXent, Objective
-from fisherkern.training.settings import CHOICES
 
 MASKED, CL, UNSUPERVISED, SUPERVISED = MEMBERS = (
     "masked items",
@@ -60,9 +58,6 @@ class Contrastive(Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objectives()
-        if self.schedule not in CHOICES["schedule"]:
-            known = " or ".join(map(repr, CHOICES["schedule"]))
-            raise InputError(f"schedule: must be {known}, got {self.schedule!r}")
 
     def start(self, lab: Lab, number: int) -> SequenceEncoder:
         """What member `number` starts as."""

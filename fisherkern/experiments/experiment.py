@@ -18,6 +18,7 @@ from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.tables import METRIC
 from fisherkern.objectives import Objective
 from fisherkern.training import load_model
+from fisherkern.training.settings import CHOICES
 
 Self = TypeVar("Self", bound="Experiment")
 
@@ -63,6 +64,9 @@ class Experiment:
             value, least = getattr(self, field.name), int(field.name not in MAY_BE_ZERO)
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise InputError(f"{field.name}: must be at least {least}, got {value}")
+            if field.name in CHOICES and value not in CHOICES[field.name]:
+                known = " or ".join(map(repr, CHOICES[field.name]))
+                raise InputError(f"{field.name}: must be {known}, got {value!r}")
 
     #: Fields that differ from the defaults above on a data set, by its name.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
