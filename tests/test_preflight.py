@@ -100,7 +100,7 @@ def test_inconsistency_by_hand():
     ("values", "score", "words", "align"),
     [
         (([1.0, 0.0], [1.0, 0.1]), None, "likely to help: the cosine", False),
-        (([1.0, 0.0], [1.0, 1.0]), None, "may help or harm", False),
+        (([1.0, 0.0], [1.0, 1.0]), None, "may help or harm", True),
         (([1.0, 0.0], [0.0, 1.0]), None, "likely to harm: the cosine", True),
         (([1.0, 0.0], [0.0, 1.0]), lambda m: 1.0, "unlikely to help or harm", False),
         # Along the chord of a circle the norm falls.
