@@ -6,13 +6,14 @@ there are several seeds) or `fisher_cost` (time, error);
 or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each estimate, shape
 or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
 `fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
-or the whole is `summary`, a line for each experiment on merging.
+or the whole is `summary`, a line for each experiment on merging, or `starts`, a line for each
+distance between members' starts.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,7 @@ def training_rows(**chosen: str) -> str:
 # uniform merge, a Fisher merge, the members' ensemble, and one model of the same compute.
 Line = tuple[str, str, str, str, str, str]
 UNIFORM, FISHER, ENSEMBLE = "uniform merge", "Fisher merge, floor 0.1", "score ensemble"
-ALL_DATA, ALIGNED = "all data, as many windows as all members", ", aligned"
-TURNED = ", aligned by the loss"
+ALL_DATA = "all data, as many windows as all members"
 SUMMARY: list[Line] = [
     ("each on a third of the users", "splits_ml-1m_users", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
     (
@@ -167,31 +167,52 @@ SUMMARY: list[Line] = [
         "EMKD, averaged logits",
         "masked items, as many masked sequences as all networks",
     ),
-    (
-        "from scratch, aligned by permutations",
-        "branches_ml-1m_bert4rec",
-        f"{UNIFORM}{ALIGNED}",
-        f"{FISHER}{ALIGNED}",
-        ENSEMBLE,
-        "",
-    ),
-    (
-        "from scratch, SASRec, aligned by rotations too",
-        "branches_ml-1m_sasrec",
-        f"{UNIFORM}{ALIGNED}",
-        f"{FISHER}{ALIGNED}",
-        ENSEMBLE,
-        "",
-    ),
-    (
-        "... and turned until the average's loss is low",
-        "branches_ml-1m_sasrec",
-        f"{UNIFORM}{TURNED}",
-        f"{FISHER}{TURNED}",
-        ENSEMBLE,
-        "",
-    ),
 ]
+
+
+# How members started, and the folder of what became of them; and a column's title and its row.
+STARTS = [
+    ("BERT4Rec, 80 passes from a start of its own each", "branches_ml-1m_bert4rec"),
+    ("SASRec, 25 passes from a start of its own each", "branches_ml-1m_sasrec"),
+    ("... at a constant rate", "branches_ml-1m_sasrec_constant"),
+    ("SASRec, 25 passes from one untrained start", "branches_ml-1m_sasrec_one-start"),
+    ("... at a constant rate", "branches_ml-1m_sasrec_one-start_constant"),
+    ("SASRec, 3 passes together, then 25", "branches_ml-1m_sasrec_3-together"),
+    ("... at a constant rate", "branches_ml-1m_sasrec_3-together_constant"),
+]
+OF_STARTS = {
+    "uniform": UNIFORM,
+    "Fisher": FISHER,
+    "uniform, aligned by weights": f"{UNIFORM}, aligned",
+    "Fisher, aligned by weights": f"{FISHER}, aligned",
+    "uniform, aligned by the loss": f"{UNIFORM}, aligned by the loss",
+    "ensemble": ENSEMBLE,
+}
+
+
+def over(rows: Mapping[str, Mapping[str, Any]], name: str, title: str) -> str:
+    """A row's difference in that column; nothing where there is none."""
+    gap = rows[name]["over"].get(title) if name in rows else None
+    return difference(gap) if gap else ""
+
+
+def start_rows(
+    results: Path = HERE / "results", lines: Sequence[tuple[str, str]] = tuple(STARTS)
+) -> str:
+    """A line for each start that there is a result of: all merges over the best member."""
+    found = [
+        f"| members | best member, NDCG@10 | {' | '.join(OF_STARTS)} |",
+        f"|---|{'---:|' * (1 + len(OF_STARTS))}",
+    ]
+    for start, folder in lines:
+        path = results / folder / "result.json"
+        if not path.exists():
+            continue
+        rows = {row["model"]: row for row in read_json(path)["tables"][-1]["rows"]}
+        best = rows[UNIFORM]["over"]["best member"]["model"]
+        cells = [over(rows, name, "best member") for name in OF_STARTS.values()]
+        found.append(f"| {start} | {rows[best]['ndcg@10']:.4f} | {' | '.join(cells)} |")
+    return "\n".join(found)
 
 
 def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple(SUMMARY)) -> str:
@@ -210,16 +231,12 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
         rows = {row["model"]: row for row in result["tables"][-1]["rows"]}
         best = next(iter(rows[names[0]]["over"]))
 
-        def over(name: str, title: str, rows: dict[str, Any] = rows) -> str:
-            gap = rows[name]["over"].get(title) if name in rows else None
-            return difference(gap) if gap else ""
-
         uniform, fisher, ensemble, alone = names
         reference = rows[uniform]["over"][best]["model"]
-        cells = [over(name, best) for name in (uniform, fisher)]
+        cells = [over(rows, name, best) for name in (uniform, fisher)]
         plain = uniform.removesuffix(EXTRA) == UNIFORM
-        cells += [over(fisher, "uniform merge") if plain else ""]
-        cells += [over(name, best) for name in (ensemble, alone)]
+        cells += [over(rows, fisher, "uniform merge") if plain else ""]
+        cells += [over(rows, name, best) for name in (ensemble, alone)]
         count = len(result["seeds"])
         found.append(
             f"| {members} | {count} | {rows[reference]['ndcg@10']:.4f} | {' | '.join(cells)} |"
@@ -234,13 +251,16 @@ CSV_TABLES = {
 }
 
 
+WHOLE = {"summary": summary_rows, "starts": start_rows}
+
+
 def table(match: re.Match[str]) -> str:
     name, _, query = match[3].partition("?")
     if name in CSV_TABLES:
         chosen = dict(part.split("=", 1) for part in query.split("&") if part)
         return f"{match[1]}{CSV_TABLES[name](**chosen)}\n{match[4]}"
-    if match[3] == "summary":
-        return f"{match[1]}{summary_rows()}\n{match[4]}"
+    if match[3] in WHOLE:
+        return f"{match[1]}{WHOLE[match[3]]()}\n{match[4]}"
     result = read_json(HERE / "results" / match[2] / "result.json")
     if match[3] == "fisher_cost":
         text = cost_table(result["fisher_cost"])

@@ -349,3 +349,24 @@ def test_summary_of_experiments(tmp_path):
         "| these | 2 | 0.1500 | +0.0100 ± 0.0020 | +0.0200 ± 0.0020 | +0.0102 ± 0.0010"
         " | +0.0300 ± 0.0020 |  |"
     )
+
+
+def test_merges_by_start(tmp_path):
+    def row(model, ndcg, mean):
+        gap = {"model": "member 2", "mean": mean, "standard_error": 0.001}
+        return {"model": model, "ndcg@10": ndcg, "over": {"best member": gap}}
+
+    rows = [
+        row("member 2", 0.15, 0),
+        row("uniform merge", 0.14, -0.01),
+        row("uniform merge, aligned by the loss", 0.16, 0.01),
+        row("score ensemble", 0.17, 0.02),
+    ]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "result.json").write_text(json.dumps({"tables": [{"rows": rows}]}))
+    lines = [("these", "here"), ("those", "not run")]
+    *_, line = found = readme_tables.start_rows(tmp_path, lines).split("\n")
+    assert len(found) == 3
+    assert line == (
+        "| these | 0.1500 | -0.0100 ± 0.0020 |  |  |  | +0.0100 ± 0.0020 | +0.0200 ± 0.0020 |"
+    )
