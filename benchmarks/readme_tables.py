@@ -102,7 +102,24 @@ SUMMARY: list[Line] = [
         ENSEMBLE,
         ALL_DATA,
     ),
+    (
+        "each on 76, 19 or 5 % of the users; Fishers weighted by users",
+        "splits_ml-1m_uneven",
+        UNIFORM,
+        "Fisher merge weighted by users, floor 0.1",
+        ENSEMBLE,
+        ALL_DATA,
+    ),
+    (
+        "the same, Amazon Beauty",
+        "splits_beauty_uneven",
+        UNIFORM,
+        "Fisher merge weighted by users, floor 0.1",
+        ENSEMBLE,
+        ALL_DATA,
+    ),
     ("each on half of every history", "splits_ml-1m_time", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
+    ("the same, Amazon Beauty", "splits_beauty_time", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
     (
         "two regions, half of the items sold in both",
         "splits_ml-1m_regions",
@@ -111,6 +128,7 @@ SUMMARY: list[Line] = [
         ENSEMBLE,
         ALL_DATA,
     ),
+    ("the same, Amazon Beauty", "splits_beauty_regions", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
     (
         "four objectives from one base",
         "paper_ml-1m/table2",

@@ -58,7 +58,9 @@ def merge(
         auto                every member alone and every rule whose inputs are given: the one with
             the highest `score`, see `merge_auto`
     weights: lambda, M numbers >= 0 of which the sum does not matter; "search" looks for those
-        with the highest `score` (see `search_weights`); None means equal.
+        with the highest `score` (see `search_weights`); None means equal. Members that saw
+        different amounts of data want their numbers of training sequences: lambda_m F_m is then
+        the Fisher of all that a member saw, up to the unit.
     fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
         parameters' shapes. mean(F_m) is over all entries of the member's Fisher, so a Fisher
         scaled by a constant changes nothing. A `.meta["fingerprint"]` must fit the member,
