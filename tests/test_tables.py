@@ -317,10 +317,9 @@ def test_the_ranking_of_emkd_is_that_of_its_code_on_the_data() -> None:
     assert TABLES["emkd"].on("x.txt").rankings() == {}
 
 
-def test_a_constant_rate_is_of_members_and_control_alone(
-    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The extra epochs decay as ever."""
+@pytest.fixture
+def schedules(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The schedule of every model that is trained, by name."""
     seen: dict[str, str] = {}
     plain = lab.Lab.train
 
@@ -329,12 +328,31 @@ def test_a_constant_rate_is_of_members_and_control_alone(
         return plain(self, name, *given, **settings)
 
     monkeypatch.setattr(lab.Lab, "train", noted)
+    return seen
+
+
+def test_a_constant_rate_is_of_members_and_control_alone(
+    small: str, tmp_path: Path, schedules: dict[str, str]
+) -> None:
+    """The extra epochs decay as ever."""
     given = {**TINY, "base_epochs": 1, "member_epochs": 1}
     experiment = TABLES["table2"].on(small, schedule="constant", **given)
     run_table(experiment, tmp_path, progress=False)
-    assert {kind for name, kind in seen.items() if name.endswith("once more")} == {"linear"}
-    assert {kind for name, kind in seen.items() if not name.endswith("once more")} == {"constant"}
-    assert {"+ CL4SRec", "masked items, as many passes as all members"} <= seen.keys()
+    more = {name for name in schedules if name.endswith("once more")}
+    assert {schedules[name] for name in more} == {"linear"}
+    assert {schedules[name] for name in schedules.keys() - more} == {"constant"}
+    assert {"+ CL4SRec", "masked items, as many passes as all members"} <= schedules.keys()
+
+
+def test_branches_may_keep_their_rate(
+    small: str, tmp_path: Path, schedules: dict[str, str]
+) -> None:
+    for schedule in ("linear", "constant"):
+        experiment = TABLES["branches"].on(small, schedule=schedule, count=2, **TINY)
+        own = Lab(fk.load(small), Workspace(tmp_path / schedule, {}), 0, None, None, 10, False)
+        experiment = dataclasses.replace(experiment, member_epochs=1)
+        experiment.rows(own)["member 2"]()
+        assert schedules.pop("member 2") == schedule
 
 
 @pytest.mark.parametrize("encoder", ["BERT4Rec", "SASRec"])
