@@ -1,4 +1,4 @@
-"""`fisherkern merge --method weight_ensemble` and `calibrate`: files that evaluate takes."""
+"""`fisherkern merge --method weight_ensemble`, `calibrate`, `recalibrate`: as in Python."""
 
 from __future__ import annotations
 
@@ -101,8 +101,28 @@ def test_a_calibrated_model_is_that_of_python(version: int, folder: Path, tmp_pa
     assert_evaluates(tmp_path / "calibrated.safetensors", folder, tmp_path / "e")
 
 
+def test_a_recalibrated_model_is_that_of_python(folder: Path, tmp_path: Path) -> None:
+    data = fk.load(folder / "data.txt")
+    base, m1, m2 = models(folder, "base", "m1", "m2")
+    flags = [*of(folder, "base"), "--members", *of(folder, "m1", "m2")]
+    flags += ["--data", str(folder / "data.txt"), "--out", str(tmp_path)]
+    for more, limit, weights in ((["--limit", "9", "--weights", "3,1"], 9, [3, 1]), ([], 40, None)):
+        loader = data.loader(max_len=6, limit=limit)
+        expected = fk.recalibrate(base, [m1, m2], loader, weights=weights)
+        assert main(["recalibrate", *flags, *more]) == 0
+        found = fk.load_model(tmp_path / "recalibrated.safetensors")
+        assert type(found) is type(base)
+        for key, value in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[key], value), key
+        assert not torch.equal(found.final_norm.weight, base.final_norm.weight)
+    about = read_json(tmp_path / "recalibrated.json")["extra"]["recalibrated"]
+    assert about == {"merged": flags[0], "members": flags[2:4]}
+    assert_evaluates(tmp_path / "recalibrated.safetensors", folder, tmp_path / "e")
+
+
 ENSEMBLE = ["merge", "m1", "m2", "--method", "weight_ensemble", "--base", "base"]
 CALIBRATE = ["calibrate", "base", "--members", "m1", "m2"]
+RECALIBRATE = ["re" + CALIBRATE[0], *CALIBRATE[1:]]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +144,12 @@ CALIBRATE = ["calibrate", "base", "--members", "m1", "m2"]
         (CALIBRATE + ["--data", "D", "--weights", "search"], "weights is 'search' where 2"),
         (["calibrate", "base", "--members", "gru", "--data", "D"], "member 0 is a GRU4Rec"),
         (["calibrate", "base", "--members", "gone.safetensors", "--data", "D"], "no such file"),
+        (RECALIBRATE, "--data: name a data set"),
+        (RECALIBRATE + ["--data", "D", "--limit", "0"], "limit"),
+        (RECALIBRATE + ["--data", "D", "--weights", "search"], "weights is 'search' where 2"),
+        (["recalibrate", "base", "--members", "gru", "--data", "D"], "GRU4Rec"),
+        (["recalibrate", "base", "--members", "gone.safetensors", "--data", "D"], "no such file"),
+        (["recalibrate", "gru", "--members", "gru", "--data", "D"], "norm"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -20,6 +20,7 @@ from fisherkern.cli.fisher import add_fisher
 from fisherkern.cli.merge import add_merge
 from fisherkern.cli.options import flags_from
 from fisherkern.cli.preflight import add_preflight
+from fisherkern.cli.recalibrate import add_recalibrate
 from fisherkern.cli.reproduce import add_reproduce
 from fisherkern.cli.train import add_train
 from fisherkern.errors import InputError
@@ -32,6 +33,7 @@ COMMANDS = (
     add_align,
     add_fisher,
     add_merge,
+    add_recalibrate,
     add_calibrate,
     add_evaluate,
     add_data,

@@ -21,15 +21,20 @@ def add_calibrate(commands: Any) -> None:
         _calibrate,
         "a merged model brought back towards its members",
     )
-    parser.add_argument("checkpoint", type=Path, help="the merged model")
-    parser.add_argument("--members", type=Path, nargs="+", required=True)
-    parser.add_argument("--weights", help="of the members, comma-separated (default: equal)")
+    add_merged(parser)
     parser.add_argument(
         "--version", type=int, default=1, help="2: after every Transformer block as well"
     )
     parser.add_argument("--rank", type=int, default=16, help="of a correction (default: 16)")
     parser.add_argument("--steps", type=int, default=500, help="of Adam (default: 500)")
     parser.add_argument("--lr", type=float, default=1e-3, help="(default: 0.001)")
+
+
+def add_merged(parser: argparse.ArgumentParser) -> None:
+    """A merged model, and what it was merged from."""
+    parser.add_argument("checkpoint", type=Path, help="the merged model")
+    parser.add_argument("--members", type=Path, nargs="+", required=True)
+    parser.add_argument("--weights", help="of the members, comma-separated (default: equal)")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
