@@ -195,8 +195,13 @@ STARTS = [
     ("... at a constant rate", "branches_ml-1m_sasrec_constant"),
     ("SASRec, 25 passes from one untrained start", "branches_ml-1m_sasrec_one-start"),
     ("... at a constant rate", "branches_ml-1m_sasrec_one-start_constant"),
+    ("SASRec, 1 pass together, then 25, at a constant rate", "branches_ml-1m_sasrec_1-together"),
     ("SASRec, 3 passes together, then 25", "branches_ml-1m_sasrec_3-together"),
     ("... at a constant rate", "branches_ml-1m_sasrec_3-together_constant"),
+    (
+        "BERT4Rec, 15 passes together, then 40, at a constant rate",
+        "branches_ml-1m_bert4rec_15-together",
+    ),
 ]
 OF_STARTS = {
     "uniform": UNIFORM,
