@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
-from fisherkern.experiments.family import Family
+from fisherkern.experiments.family import TURNED, Family
 from fisherkern.experiments.lab import Lab
-from fisherkern.merging import align, recalibrate
+from fisherkern.merging import recalibrate
 from fisherkern.objectives import MaskedItems, NextItem, Objective
 
 Members = Mapping[str, Callable[[], SequenceEncoder]]
 
 ENCODERS = ("BERT4Rec", "SASRec")
 ALIGNED, PERMUTED = ", aligned", ", aligned by permutations"
-TURNED = ", aligned by the loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +95,12 @@ class Branches(Experiment):
 
         numbered = enumerate(self.names(), start=1)
         members: Members = {name: partial(member, n, name) for n, name in numbered}
-        families = {"": members, ALIGNED: self._aligned(lab, members, ALIGNED, rotate=rotates)}
+        plain = Family(lab, members, self.fisher_sequences)
+        family_of = {"": plain, ALIGNED: plain.aligned(ALIGNED, rotate=rotates)}
         if rotates:
-            families[PERMUTED] = self._aligned(lab, members, PERMUTED, rotate=False)
-        families[TURNED] = self._aligned(
-            lab,
-            members,
-            TURNED,
-            rotate=rotates,
-            by="loss",
-            objective=objective,
-            loader=partial(self._windows, lab, objective),
-            steps=self.turn_steps,
-            seed=lab.seed,
-        )
-        family_of = {
-            suffix: Family(lab, own, self.fisher_sequences, suffix=suffix)
-            for suffix, own in families.items()
-        }
+            family_of[PERMUTED] = plain.aligned(PERMUTED, rotate=False)
+        how = {"steps": self.turn_steps, "batch_size": self.batch_size, "rotate": rotates}
+        family_of[TURNED] = plain.turned(objective, **how)
 
         def recalibrated(suffix: str) -> SequenceEncoder:
             family, name = family_of[suffix], f"uniform merge{suffix}"
@@ -133,24 +120,3 @@ class Branches(Experiment):
         for suffix in (ALIGNED, TURNED):
             rows[f"uniform merge{suffix}, recalibrated"] = partial(recalibrated, suffix)
         return {**rows, **family_of[""].ensemble()}
-
-    def _windows(self, lab: Lab, objective: Objective, model: SequenceEncoder) -> list[Tensor]:
-        """What the turns are learned from: a batch a step."""
-        return lab.data.first_windows(
-            self.turn_steps,
-            batch_size=self.batch_size,
-            max_len=model.max_len + objective.lookahead,
-            seed=lab.seed,
-        )
-
-    def _aligned(self, lab: Lab, members: Members, suffix: str, **how: Any) -> Members:
-        """The members after `align`, which is run once for all of them."""
-
-        @cache
-        def found() -> list[SequenceEncoder]:
-            return align([make() for make in members.values()], **how)
-
-        def one(number: int, name: str) -> SequenceEncoder:
-            return lab.model(f"{name}{suffix}", lambda: found()[number])
-
-        return {f"{name}{suffix}": partial(one, n, name) for n, name in enumerate(members)}

@@ -22,6 +22,8 @@ MASKED, CL, UNSUPERVISED, SUPERVISED = MEMBERS = (
 FISHER = "Fisher merge, exact, floor 0.1"
 EXTRA = ", masked items once more"
 CONTROL = "masked items, as many passes as all members"
+# Batches that `align` by the loss learns from.
+TURN_STEPS = 600
 # Seeds: a member's number is its place among MEMBERS; runs of neighbouring seeds share nothing.
 STRIDE, CONTROL_NUMBER, EXTRA_NUMBER = 1000, 8, 9
 
@@ -131,6 +133,8 @@ class Contrastive(Experiment):
 
     def merges(self, lab: Lab) -> dict[str, Make]:
         family, base = self.family(lab), self.origin(lab)
+        masked = self.objectives()[MASKED]
+        turned = family.turned(masked, steps=TURN_STEPS, batch_size=self.batch_size)
         rows = {
             **family.merge("uniform merge", method="uniform"),
             **family.fisher_merges((EXACT, self.topk())),
@@ -144,6 +148,7 @@ class Contrastive(Experiment):
                 seed=lab.seed,
             ),
             **family.merge("greedy soup", method="greedy_soup", score=lab.score),
+            **turned.merge("uniform merge", method="uniform"),
         }
         if base is not None:
             rows |= family.merge("task arithmetic", method="task_arithmetic", base=base)

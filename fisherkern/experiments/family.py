@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.evaluation import ScoreEnsemble
 from fisherkern.experiments.lab import Lab
 from fisherkern.fisher import DiagFisher
+from fisherkern.merging import align
+from fisherkern.objectives import Objective
 
 Make = Callable[[], SequenceEncoder]
+
+TURNED = ", aligned by the loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,31 @@ class Family:
                     weights=weights,
                 )
         return rows
+
+    def aligned(self, suffix: str, **how: Any) -> Family:
+        """The members after `align`, run once for all of them, with `suffix` after every name."""
+
+        @cache
+        def found() -> list[SequenceEncoder]:
+            return align(self.models(), **how)
+
+        def one(number: int, name: str) -> SequenceEncoder:
+            return self.lab.model(f"{name}{suffix}", lambda: found()[number])
+
+        members = {f"{name}{suffix}": partial(one, n, name) for n, name in enumerate(self.members)}
+        return dataclasses.replace(self, members=members, suffix=f"{self.suffix}{suffix}")
+
+    def turned(self, objective: Objective, *, steps: int, batch_size: int, **how: Any) -> Family:
+        """The members aligned by the loss, a batch of training windows a step."""
+
+        def windows(model: SequenceEncoder) -> list[Tensor]:
+            length = model.max_len + objective.lookahead
+            return self.lab.data.first_windows(
+                steps, batch_size=batch_size, max_len=length, seed=self.lab.seed
+            )
+
+        how |= {"by": "loss", "objective": objective, "loader": windows, "steps": steps}
+        return self.aligned(TURNED, seed=self.lab.seed, **how)
 
     def ensemble(self) -> dict[str, Callable[[], nn.Module]]:
         """The row of the members' averaged scores."""
