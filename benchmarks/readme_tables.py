@@ -154,6 +154,14 @@ SUMMARY: list[Line] = [
         f"masked items, as many passes as all members{EXTRA}",
     ),
     (
+        "... and aligned by the loss, without that epoch",
+        "table2_ml-1m_constant",
+        f"{UNIFORM}, aligned by the loss",
+        "",
+        ENSEMBLE,
+        "masked items, as many passes as all members",
+    ),
+    (
         "four objectives from one base, Amazon Beauty",
         "table2_beauty",
         UNIFORM,
@@ -176,6 +184,14 @@ SUMMARY: list[Line] = [
         f"Fisher merge, exact, floor 0.1{EXTRA}",
         f"{ENSEMBLE}{EXTRA}",
         f"masked items, as many passes as all members{EXTRA}",
+    ),
+    (
+        "... and aligned by the loss, without that epoch",
+        "table2_beauty_constant",
+        f"{UNIFORM}, aligned by the loss",
+        "",
+        ENSEMBLE,
+        "masked items, as many passes as all members",
     ),
     (
         "EMKD's networks, branches of one base",

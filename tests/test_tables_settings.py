@@ -51,6 +51,8 @@ def test_every_table_on_small_data(
     names = [row["model"] for row in result["tables"][0]["rows"]]
     assert result["missing"] == {} and result["settings"]["experiment"] == name
     assert len(list((tmp_path / "seed-0").glob("*.reports.safetensors"))) == len(names)
+    turned = "uniform merge, aligned by the loss" in names
+    assert turned == (name in ("table1", "table2", "branches"))
     for row in result["tables"][0]["rows"]:
         assert all(cell is not None for cell in row["over"].values())
     printed = capsys.readouterr().out
