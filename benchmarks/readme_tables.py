@@ -19,8 +19,14 @@ from typing import Any
 
 from figures import latest_fisher_rows, read_rows
 
+from fisherkern.experiments.branches import ALIGNED
+from fisherkern.experiments.contrastive import CONTROL as PASSES
 from fisherkern.experiments.contrastive import EXTRA
+from fisherkern.experiments.contrastive import FISHER as EXACT_FISHER
+from fisherkern.experiments.family import TURNED
 from fisherkern.experiments.fisher_cost import cost_table
+from fisherkern.experiments.splits import CONTROL as ALL_DATA
+from fisherkern.experiments.splits import WEIGHTED
 from fisherkern.experiments.tables import INTERVAL, comparison_table, difference, story_table
 from fisherkern.files import atomic_path, read_json
 
@@ -91,7 +97,6 @@ def training_rows(**chosen: str) -> str:
 # uniform merge, a Fisher merge, the members' ensemble, and one model of the same compute.
 Line = tuple[str, str, str, str, str, str]
 UNIFORM, FISHER, ENSEMBLE = "uniform merge", "Fisher merge, floor 0.1", "score ensemble"
-ALL_DATA = "all data, as many windows as all members"
 SUMMARY: list[Line] = [
     ("each on a third of the users", "splits_ml-1m_users", UNIFORM, FISHER, ENSEMBLE, ALL_DATA),
     (
@@ -106,7 +111,7 @@ SUMMARY: list[Line] = [
         "each on 76, 19 or 5 % of the users; Fishers weighted by users",
         "splits_ml-1m_uneven",
         UNIFORM,
-        "Fisher merge weighted by users, floor 0.1",
+        f"Fisher merge {WEIGHTED}, floor 0.1",
         ENSEMBLE,
         ALL_DATA,
     ),
@@ -114,7 +119,7 @@ SUMMARY: list[Line] = [
         "the same, Amazon Beauty",
         "splits_beauty_uneven",
         UNIFORM,
-        "Fisher merge weighted by users, floor 0.1",
+        f"Fisher merge {WEIGHTED}, floor 0.1",
         ENSEMBLE,
         ALL_DATA,
     ),
@@ -133,65 +138,65 @@ SUMMARY: list[Line] = [
         "four objectives from one base",
         "paper_ml-1m/table2",
         UNIFORM,
-        "Fisher merge, exact, floor 0.1",
+        EXACT_FISHER,
         ENSEMBLE,
-        "masked items, as many passes as all members",
+        PASSES,
     ),
     (
         "the same at a constant learning rate",
         "table2_ml-1m_constant",
         UNIFORM,
-        "Fisher merge, exact, floor 0.1",
+        EXACT_FISHER,
         ENSEMBLE,
-        "masked items, as many passes as all members",
+        PASSES,
     ),
     (
         "... and one more epoch for every row",
         "table2_ml-1m_constant",
         f"{UNIFORM}{EXTRA}",
-        f"Fisher merge, exact, floor 0.1{EXTRA}",
+        f"{EXACT_FISHER}{EXTRA}",
         f"{ENSEMBLE}{EXTRA}",
-        f"masked items, as many passes as all members{EXTRA}",
+        f"{PASSES}{EXTRA}",
     ),
     (
         "... and aligned by the loss, without that epoch",
         "table2_ml-1m_constant",
-        f"{UNIFORM}, aligned by the loss",
+        f"{UNIFORM}{TURNED}",
         "",
         ENSEMBLE,
-        "masked items, as many passes as all members",
+        PASSES,
     ),
     (
         "four objectives from one base, Amazon Beauty",
         "table2_beauty",
         UNIFORM,
-        "Fisher merge, exact, floor 0.1",
+        EXACT_FISHER,
         ENSEMBLE,
-        "masked items, as many passes as all members",
+        PASSES,
     ),
     (
         "the same at a constant learning rate, Amazon Beauty",
         "table2_beauty_constant",
         UNIFORM,
-        "Fisher merge, exact, floor 0.1",
+        EXACT_FISHER,
         ENSEMBLE,
-        "masked items, as many passes as all members",
+        PASSES,
     ),
     (
         "... and one more epoch for every row",
         "table2_beauty_constant",
         f"{UNIFORM}{EXTRA}",
-        f"Fisher merge, exact, floor 0.1{EXTRA}",
+        f"{EXACT_FISHER}{EXTRA}",
         f"{ENSEMBLE}{EXTRA}",
-        f"masked items, as many passes as all members{EXTRA}",
+        f"{PASSES}{EXTRA}",
     ),
     (
         "... and aligned by the loss, without that epoch",
         "table2_beauty_constant",
-        f"{UNIFORM}, aligned by the loss",
+        f"{UNIFORM}{TURNED}",
         "",
         ENSEMBLE,
-        "masked items, as many passes as all members",
+        PASSES,
     ),
     (
         "EMKD's networks, branches of one base",
@@ -222,9 +227,9 @@ STARTS = [
 OF_STARTS = {
     "uniform": UNIFORM,
     "Fisher": FISHER,
-    "uniform, aligned by weights": f"{UNIFORM}, aligned",
-    "Fisher, aligned by weights": f"{FISHER}, aligned",
-    "uniform, aligned by the loss": f"{UNIFORM}, aligned by the loss",
+    "uniform, aligned by weights": f"{UNIFORM}{ALIGNED}",
+    "Fisher, aligned by weights": f"{FISHER}{ALIGNED}",
+    "uniform, aligned by the loss": f"{UNIFORM}{TURNED}",
     "ensemble": ENSEMBLE,
 }
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiment_runs import assert_refused, small_data
 
 import fisherkern as fk
-from fisherkern.cli import main
-from fisherkern.data import write_seqrec
 from fisherkern.experiments import TABLES, Paper
 from fisherkern.experiments.candidates import Candidates, chance
 from fisherkern.experiments.contrastive import EXTRA, MEMBERS
@@ -21,9 +20,7 @@ from fisherkern.fingerprint import fingerprint
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small.txt"
-    write_seqrec(fk.synthetic(50, 180, clusters=8), path)
-    return str(path)
+    return small_data(tmp_path_factory, 50, 180)
 
 
 def test_chance_by_hand() -> None:
@@ -100,8 +97,4 @@ def test_presets_reach_the_parts() -> None:
 def test_bad_input(
     small: str, tmp_path: Path, arguments: list[str], message: str, capsys: Any
 ) -> None:
-    out = tmp_path / "out"
-    assert main(["reproduce", *arguments, "--data", small, "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
-    assert not out.exists()
+    assert_refused(arguments, small, tmp_path / "out", message, capsys)

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from experiment_runs import TINY, small_data
 
 import fisherkern as fk
-from fisherkern.data import write_seqrec
 from fisherkern.evaluation import Protocol
 from fisherkern.experiments import Experiment, lab, run_table
 from fisherkern.experiments.experiment import Rows
@@ -24,14 +24,10 @@ from fisherkern.experiments.tables import comparison_rows, comparison_table
 from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import read_json
 
-TINY: dict[str, Any] = {"max_len": 8, "dim": 8, "batch_size": 32, "validation_users": 20}
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small.txt"
-    write_seqrec(fk.synthetic(60, 40, clusters=8), path)
-    return str(path)
+    return small_data(tmp_path_factory, 60, 40)
 
 
 @dataclasses.dataclass(frozen=True)

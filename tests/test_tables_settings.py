@@ -8,24 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from experiment_runs import TINY, assert_refused, small_data
 
 import fisherkern as fk
 from fisherkern.cli import main
-from fisherkern.data import write_seqrec
 from fisherkern.experiments import TABLES, lab, run_table
 from fisherkern.experiments.lab import Lab
 from fisherkern.experiments.workspace import Workspace
 from fisherkern.files import read_json
 from fisherkern.fingerprint import fingerprint
 
-TINY: dict[str, Any] = {"max_len": 8, "dim": 8, "batch_size": 32, "validation_users": 20}
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "small.txt"
-    write_seqrec(fk.synthetic(60, 40, clusters=8), path)
-    return str(path)
+    return small_data(tmp_path_factory, 60, 40)
 
 
 @pytest.mark.parametrize("name", list(TABLES))
@@ -176,8 +172,4 @@ def test_presets_give_way_to_what_is_given() -> None:
 def test_bad_input(
     small: str, tmp_path: Path, arguments: list[str], message: str, capsys: Any
 ) -> None:
-    out = tmp_path / "out"
-    assert main(["reproduce", *arguments, "--data", small, "--out", str(out)]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
-    assert not out.exists()
+    assert_refused(arguments, small, tmp_path / "out", message, capsys)

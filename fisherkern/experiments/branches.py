@@ -12,7 +12,7 @@ from torch import nn
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
-from fisherkern.experiments.family import TURNED, Family
+from fisherkern.experiments.family import TURN_STEPS, TURNED, Family
 from fisherkern.experiments.lab import Lab
 from fisherkern.merging import recalibrate
 from fisherkern.objectives import MaskedItems, NextItem, Objective
@@ -44,7 +44,7 @@ class Branches(Experiment):
     member_epochs: int = 80
     schedule: str = "linear"
     fisher_sequences: int = 2000
-    turn_steps: int = 600
+    turn_steps: int = TURN_STEPS
 
     PRESETS: ClassVar = {"beauty": {**BEAUTY, "member_epochs": 45}}
     ENSEMBLE: ClassVar = "score ensemble"

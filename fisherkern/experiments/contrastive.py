@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.experiments.experiment import Experiment, Rows
-from fisherkern.experiments.family import EXACT, Estimate, Family, Make
+from fisherkern.experiments.family import EXACT, TURN_STEPS, Estimate, Family, Make
 from fisherkern.experiments.lab import Lab
 from fisherkern.objectives import CL4SRec, DuoRec, MaskedItems, NTXent, Objective
 
@@ -22,8 +22,6 @@ MASKED, CL, UNSUPERVISED, SUPERVISED = MEMBERS = (
 FISHER = "Fisher merge, exact, floor 0.1"
 EXTRA = ", masked items once more"
 CONTROL = "masked items, as many passes as all members"
-# Batches that `align` by the loss learns from.
-TURN_STEPS = 600
 # Seeds: a member's number is its place among MEMBERS; runs of neighbouring seeds share nothing.
 STRIDE, CONTROL_NUMBER, EXTRA_NUMBER = 1000, 8, 9
 

@@ -20,6 +20,8 @@ from fisherkern.objectives import Objective
 Make = Callable[[], SequenceEncoder]
 
 TURNED = ", aligned by the loss"
+# Batches of training windows that it learns from.
+TURN_STEPS = 600
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Splits(Experiment):
         return [f"member {number + 1}" for number in range(self.parts)]
 
     def references(self) -> dict[str, Sequence[str]]:
-        weighted = {"weighted by users": [WEIGHTED]} if self.size_ratio < 1 else {}
+        weighted = {WEIGHTED: [WEIGHTED]} if self.size_ratio < 1 else {}
         return {
             "best member": self.names(),
             "uniform merge": ["uniform merge"],
