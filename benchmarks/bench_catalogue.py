@@ -26,7 +26,8 @@ from common import append, check_columns, device, seconds, with_peak
 from torch import Tensor
 
 from fisherkern import InputError, ops
-from fisherkern.fisher.samplers import Factor, Rows, Settings, factorise
+from fisherkern.fisher.factor import Factor
+from fisherkern.fisher.samplers import Rows, Settings, factorise
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.sample_distinct import sample_distinct_reference
 from fisherkern.ops.sample_items import sample_items_reference

@@ -15,14 +15,19 @@ from test_fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher import engine, passes
+from fisherkern.fisher import passes
 from fisherkern.fisher.chunks import pieces
+from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.subject import Subject
 
 
 def exact(model: nn.Module) -> dict[str, Tensor]:
     p, gradients = brute.all_gradients(model, HISTORIES)
     return brute.fisher(gradients, p)
+
+
+def scheduled(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> None:
+    monkeypatch.setattr(Schedule, "of", lambda device: schedule)
 
 
 @pytest.fixture
@@ -63,8 +68,7 @@ def test_the_fisher_does_not_depend_on_blocks_or_pieces(
     monkeypatch: pytest.MonkeyPatch,
     blocks: list[int],
 ) -> None:
-    monkeypatch.setattr(engine, "_POSITIONS", positions)
-    monkeypatch.setattr(engine, "_BLOCK_ELEMENTS", elements)
+    scheduled(monkeypatch, Schedule(positions, elements))
     model = bert(tied)
     assert_equal(fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False), exact(model))
     assert (len(blocks), max(blocks)) == (count, largest)
@@ -74,8 +78,7 @@ def test_the_fisher_does_not_depend_on_blocks_or_pieces(
 def test_logits_go_back_in_blocks_too(
     tie: str, monkeypatch: pytest.MonkeyPatch, blocks: list[int]
 ) -> None:
-    monkeypatch.setattr(engine, "_POSITIONS", 100)
-    monkeypatch.setattr(engine, "_COLUMN_ELEMENTS", 5 * (NUM_ITEMS + 1) * 3)
+    scheduled(monkeypatch, Schedule(100, 2**25, 5 * (NUM_ITEMS + 1) * 3))
     model = shaken(Foreign(tie))
     assert_equal(fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False), exact(model))
     # The last of its two passes has two sequences, the first three, not four beside five positions.

@@ -79,7 +79,7 @@ def test_buckets_deal_every_block_evenly() -> None:
     assert (bucket[:-4].view(-1, probes).sort(dim=1).values == torch.arange(probes)).all()
     rotations = counter.bucket_rotations(2, torch.arange(3001), probes)
     for r in range(probes):
-        members = counter.bucket_members(rotations, r, probes, len(columns))
+        members = counter.bucket_members(rotations, int(rotations[-1]), r, probes, len(columns))
         assert torch.equal(members, (bucket == r).nonzero()[:, 0])
     first = torch.bincount(bucket[::probes], minlength=probes)
     assert float(((first - 3001 / 7) ** 2 / (3001 / 7)).sum()) < 25  # chi², 6 degrees

@@ -131,9 +131,11 @@ class SequenceEncoder(nn.Module):
         if width > self.max_len:
             raise InputError(f"tokens has {width} columns, more than max_len = {self.max_len}")
 
-    def read_history(self, batch: Batch) -> Tensor:
+    def read_history(self, batch: Batch, *, least: int | None = None) -> Tensor:
         """The last `max_len` columns of a batch's histories, int64, on the model's device.
 
+        With `least`, left columns that are padding in every row are cut off, until so many
+        remain. Waits once for the device that the histories come from, which is seldom a GPU.
         Raises InputError when they are missing, not an integer (N, T) tensor with T >= 1,
         hold an id outside 0..V, or are padded on the right.
         """
@@ -149,17 +151,24 @@ class SequenceEncoder(nn.Module):
             raise InputError(f"history must hold integer item ids, got {history.dtype}")
         if history.ndim != 2 or history.shape[1] == 0:
             raise InputError(f"history must be (N, T) with T >= 1, got {tuple(history.shape)}")
-        history = history[:, -self.max_len :].to(next(self.parameters()).device, torch.int64)
+        history = history[:, -self.max_len :].long()
         if history.shape[0]:
-            low, high = (int(bound) for bound in torch.aminmax(history))
+            used = history != 0
+            wrong_side = ~used[:, -1] & used.any(dim=1)
+            columns = used.any(dim=0)
+            # Past the last column where none is used; read back all at once.
+            first = torch.cat([columns, columns.new_ones(1)]).int().argmax()
+            facts = torch.stack([*history.aminmax(), wrong_side.any().long(), first])
+            low, high, wrong, padding = facts.tolist()
             if low < 0 or high > self.num_items:
-                wrong = low if low < 0 else high
-                raise InputError(f"history holds item id {wrong}, outside 0..{self.num_items}")
-            wrong_side = (history[:, -1] == 0) & (history != 0).any(dim=1)
-            if bool(wrong_side.any()):
+                item = low if low < 0 else high
+                raise InputError(f"history holds item id {item}, outside 0..{self.num_items}")
+            if wrong:
                 row = int(wrong_side.nonzero()[0, 0])
                 raise InputError(f"history row {row} ends in padding; pad with 0 on the left")
-        return history
+            if least is not None:
+                history = history[:, min(padding, history.shape[1] - least) :]
+        return history.to(next(self.parameters()).device, non_blocking=True)
 
 
 def check_size(owner: type, name: str, value: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, trim_padding
+from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.transformer import Block, check_blocks, places
 
 
@@ -98,7 +98,7 @@ class BERT4Rec(SequenceEncoder):
         Equals `transform(states(append_mask(history))[:, -1])`. A history of padding
         alone is allowed. Raises InputError as `read_history` does.
         """
-        tokens = trim_padding(self.append_mask(self.read_history(batch)))
+        tokens = self.append_mask(self.read_history(batch, least=0))
         last = tokens.new_full((tokens.shape[0], 1), tokens.shape[1] - 1)
         return self.transform(self.states(tokens, last).squeeze(1))
 

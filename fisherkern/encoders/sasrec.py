@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_choice, trim_padding
+from fisherkern.encoders.base import Batch, SequenceEncoder, check_choice
 from fisherkern.encoders.transformer import ACTIVATIONS, Block, check_blocks, places
 
 
@@ -114,7 +114,7 @@ class SASRec(SequenceEncoder):
         Equals `transform(states(read_history(batch))[:, -1])`, but computes the last block
         there alone, and nothing for padding that the whole batch shares.
         """
-        tokens = trim_padding(self.read_history(batch))
+        tokens = self.read_history(batch, least=1)
         last = tokens.new_full((tokens.shape[0], 1), tokens.shape[1] - 1)
         return self.transform(self.states(tokens, last).squeeze(1))
 

@@ -117,8 +117,8 @@ def diag_fisher(
         "weight": weight if sampler == "target" else None,
         "replacement": replacement if sampler == "model" else None,
         "num_sequences": count,
-        "captured_mass": engine.mass / count if sampler == "topk" else None,
-        "kept_energy": engine.kept / count if sampler == "exact" else None,
+        "captured_mass": float(engine.mass) / count if sampler == "topk" else None,
+        "kept_energy": float(engine.kept) / count if sampler == "exact" else None,
         "fingerprint": fingerprint(subject.module),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
@@ -169,7 +169,8 @@ def _add_whole_batch(engine: Engine, batch: Any, first: int, n: int) -> None:
         _numbers(engine, first, first + n),
     )
     engine.reached |= reached
-    engine.mass += 0.0 if mass is None else float(mass.sum())
+    if mass is not None:
+        engine.mass += mass.double().sum()
 
 
 def _numbers(engine: Engine, start: int, stop: int) -> Tensor:

@@ -14,22 +14,22 @@ from fisherkern import ops
 from fisherkern.errors import InputError
 from fisherkern.fisher.capture import Parameters, Place
 from fisherkern.fisher.chunks import pieces
+from fisherkern.fisher.factor import Factor
 from fisherkern.fisher.logit_samplers import LogitRows, factorise_logits
 from fisherkern.fisher.passes import Pass, Passes
-from fisherkern.fisher.samplers import Factor, Rows, Settings, factorise
-from fisherkern.fisher.subject import Head, Subject, batch_slice, check_probabilities, model_input
+from fisherkern.fisher.samplers import Rows, Settings, factorise
+from fisherkern.fisher.schedule import Schedule
+from fisherkern.fisher.subject import (
+    Autocast,
+    Head,
+    Subject,
+    batch_slice,
+    check_probabilities,
+    model_input,
+)
 from fisherkern.fisher.tied import TiedLookup, tied_lookups
 
 log = logging.getLogger("fisherkern")
-
-# Positions, of all sequences and probes together, that one backward pass is to go through: few
-# enough for a core's caches, enough that its calls cost little beside them; more on a GPU.
-_POSITIONS, _GPU_POSITIONS = 25_600, 2**17
-# Sequences that a pass should have where blocks of probes could be larger with fewer.
-_FEWEST = 4
-# Elements of a block's gradients, at all places where they are needed, and of its columns.
-_BLOCK_ELEMENTS, _GPU_BLOCK_ELEMENTS = 2**25, 2**28
-_COLUMN_ELEMENTS = 2**22
 
 
 class Engine:
@@ -46,21 +46,22 @@ class Engine:
             for name, p in self.parameters.named.items()
         }
         self.reached: set[str] = set()
-        self.mass = 0.0
-        self.kept = 0.0
+        self.device = next(subject.module.parameters()).device
+        self.schedule = Schedule.of(self.device)
+        self.autocast = Autocast.of(self.device)
+        # Sums over the sequences, on the device: a number read back is waited for.
+        self.mass = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.kept = torch.zeros_like(self.mass)
         self.probes = 0
-        gpu = any(p.is_cuda for p in self.parameters.named.values())
-        self.filled = _GPU_POSITIONS if gpu else _POSITIONS
-        self.held = _GPU_BLOCK_ELEMENTS if gpu else _BLOCK_ELEMENTS
-        self._passes = Passes(self.parameters)
+        self._passes = Passes(self.parameters, self.autocast)
         self._factored = subject.encode is not None
         self._warned: set[str] = set()
 
     def add(self, batch: Any, number: Tensor) -> None:
         """Add the sequences of `batch`; `number` (N,) int64 is their place in the loader."""
-        if self._factored and self._add_factored(batch, number):
-            return
-        self._add_logits(batch, number)
+        with self.autocast.off():
+            if not (self._factored and self._add_factored(batch, number)):
+                self._add_logits(batch, number)
 
     def _add_factored(self, batch: Any, number: Tensor) -> bool:
         """The fast path; False, and no sum touched, where the head does not allow it."""
@@ -70,7 +71,7 @@ class Engine:
         passes = self._forward(self.subject.encode, batch, len(number), head[0].shape[1])
         reason = self._why_not_factored(head, passes)
         if reason is not None:
-            self._factored, self._passes = False, Passes(self.parameters)
+            self._factored, self._passes = False, Passes(self.parameters, self.autocast)
             log.warning("%s; taking the slower path through the logits", reason)
             return False
         hidden = _in_order(passes)
@@ -110,13 +111,12 @@ class Engine:
         probes = self.settings.most_probes(most) if self._passes.in_blocks else 1
 
         def size(positions: int | None) -> int:
-            if positions is None:
-                return n
-            block = min(probes, max(1, self.filled // (_FEWEST * positions)))
-            return self.filled // (block * positions)
+            return n if positions is None else self.schedule.sequences(positions, probes)
 
         found = pieces(self.subject, batch, n, size)
-        return [self._passes.forward(function, part, which) for part, which in found]
+        return [
+            self._passes.forward(function, part, which.to(self.device)) for part, which in found
+        ]
 
     def _head_places(self, head: Head) -> tuple[Place | None, Place | None]:
         return self.parameters.place(head[0]), self.parameters.place(head[1])
@@ -160,8 +160,7 @@ class Engine:
             forward = passes.pop()  # its graph goes with it
             self.reached |= forward.plan.reached
             lookups = tied(forward)
-            block = self.held // max(1, forward.elements)
-            block = max(1, min(block, _COLUMN_ELEMENTS // forward.result.numel()))
+            block = self.schedule.probes(forward.elements, forward.result.numel())
             blocks = self._passes.backward(forward, factor.probes, block, factor.columns)
             for which, deltas in blocks:
                 for number, group in enumerate(forward.plan.groups):
@@ -185,7 +184,7 @@ class Engine:
             log.warning("no rule for %s: one backward pass per sequence and probe", names_text)
         tensors = [self.parameters.named[name] for name in names]
         for i in forward.which.tolist():
-            with torch.enable_grad():
+            with torch.enable_grad(), self.autocast.on():
                 result = function(model_input(batch_slice(batch, i, i + 1)))
             number = torch.tensor([i], device=result.device)
             for r in range(factor.probes):
@@ -207,9 +206,9 @@ class Engine:
     def _note(self, factor: Factor) -> None:
         self.probes = max(self.probes, factor.probes)
         if factor.mass is not None:
-            self.mass += float(factor.mass.sum())
+            self.mass += factor.mass.double().sum()
         if factor.kept is not None:
-            self.kept += float(factor.kept.sum())
+            self.kept += factor.kept.double().sum()
 
     def finish(self, num_sequences: int) -> dict[str, Tensor]:
         """The mean over the sequences, in each parameter's shape; every parameter accounted for."""
@@ -219,18 +218,20 @@ class Engine:
                 f"model: {', '.join(missing)} received no gradient from the next-item logits;"
                 " freeze with requires_grad_(False) what the prediction does not use"
             )
-        result = {}
-        for name, parameter in self.parameters.named.items():
-            mean = (self.fisher[name] / num_sequences).view(parameter.shape)
-            if not math.isfinite(float(mean.sum())):
+        named = self.parameters.named
+        totals = torch.stack([self.fisher[name].double().sum().to(self.device) for name in named])
+        for name, total in zip(named, totals.tolist(), strict=True):
+            if not math.isfinite(total):
                 raise InputError(f"model: the Fisher of '{name}' is not finite")
-            # Rounding, and in "sketch" the noise of the cross term, can fall below zero.
-            result[name] = mean.clamp_(min=0)
-        return result
+        # Rounding, and in "sketch" the noise of the cross term, can fall below zero.
+        return {
+            name: (self.fisher[name] / num_sequences).view(parameter.shape).clamp_(min=0)
+            for name, parameter in named.items()
+        }
 
 
 def _in_order(passes: Sequence[Pass]) -> Tensor:
     """The results of all sequences, (N, ...), without their graphs."""
     results = torch.cat([forward.result.detach() for forward in passes])
-    which = torch.cat([forward.which for forward in passes]).to(results.device)
+    which = torch.cat([forward.which for forward in passes])
     return torch.empty_like(results).index_copy_(0, which, results)

@@ -13,7 +13,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.samplers import Factor, Settings, sample
+from fisherkern.fisher.factor import Factor
+from fisherkern.fisher.samplers import Settings, sample
 from fisherkern.ops import counter
 from fisherkern.ops.sample_distinct import distinct_from_ranges
 from fisherkern.ops.softmax_lse import RANGE
@@ -55,8 +56,8 @@ class LogitRows:
         ids, omega = distinct_from_ranges(log_mass, log_p_of, self.number, self.num_items, k, seed)
         return ids, omega.to(self.log_p.dtype)
 
-    def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor:
-        return self.log_p[sequence, item]
+    def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor:
+        return self.log_p[sequence[:, None], items]
 
 
 def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
@@ -97,5 +98,5 @@ def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
     return Factor(probes=probes, columns=columns, cross=_no_cross)
 
 
-def _no_cross(sequence: Tensor, item: Tensor) -> Tensor:
+def _no_cross(sequence: Tensor, items: Tensor) -> Tensor:
     raise AssertionError("in logit space the output layer is inside the encoder")

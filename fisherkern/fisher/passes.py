@@ -19,14 +19,14 @@ from fisherkern.errors import InputError
 from fisherkern.fisher.capture import Capture, Parameters, Site
 from fisherkern.fisher.plan import Plan, make_plan, usable_sites
 from fisherkern.fisher.rules import RULES
-from fisherkern.fisher.subject import batch_slice, model_input
+from fisherkern.fisher.subject import Autocast, batch_slice, model_input
 
 log = logging.getLogger("fisherkern")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """The sequences `which` (n,) of a chunk; result (n, ...) is what the probes are applied to."""
+    """The sequences `which` (n,), on the model's device, of a chunk, and their result (n, ...)."""
 
     which: Tensor
     result: Tensor
@@ -47,8 +47,9 @@ class Pass:
 class Passes:
     """Makes the passes of one model, and sends probes back through them."""
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, autocast: Autocast) -> None:
         self._parameters = parameters
+        self._autocast = autocast
         # The sites that rules serve, by the structure of what was captured.
         self._usable: dict[tuple[Any, ...], list[int]] = {}
         self.in_blocks = True
@@ -73,7 +74,8 @@ class Passes:
     def _captured(
         self, function: Callable[[Any], Tensor], batch: Any, n: int
     ) -> tuple[Tensor, list[Site]]:
-        with torch.enable_grad(), Capture(self._parameters, n, RULES) as capture:
+        capture = Capture(self._parameters, n, RULES)
+        with torch.enable_grad(), self._autocast.on(), capture:
             result = function(model_input(batch))
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")

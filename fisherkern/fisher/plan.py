@@ -144,19 +144,25 @@ def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
     direction = torch.randn(result[0].shape, generator=generator).to(result)
     edges = {site.output.node: site.output for site in sites}
     usable = set(range(len(sites)))
-    for number in {0, len(result) - 1}:
+    wrong = []
+    for number in sorted({0, len(result) - 1}):
         seed = torch.zeros_like(result)
         seed[number] = direction
         gradients = torch.autograd.grad(
             result, list(edges.values()), seed, retain_graph=True, allow_unused=True
         )
         found = dict(zip(edges, gradients, strict=True))
-        for index in sorted(usable):
-            delta = found[sites[index].output.node]
-            if delta is not None:
-                delta = sites[index].sequences_first(delta[None])[0]
-            if delta is None or delta[:number].any() or delta[number + 1 :].any():
+        for index, site in enumerate(sites):
+            delta = found[site.output.node]
+            if delta is None:
                 usable.discard(index)
+                continue
+            delta = site.sequences_first(delta[None])[0]
+            elsewhere = delta[:number].any() | delta[number + 1 :].any()
+            wrong.append((index, elsewhere))
+    # All read back at once: a GPU is waited for only here.
+    answers = torch.stack([answer for _, answer in wrong]).tolist() if wrong else []
+    usable -= {index for (index, _), answer in zip(wrong, answers, strict=True) if answer}
     readings = collections.Counter(sites[index].output.node for index in usable)
     return sorted(index for index in usable if readings[sites[index].output.node] == 1)
 

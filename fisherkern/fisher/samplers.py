@@ -12,7 +12,6 @@ m_v = Σ_y ω_y (1[v=y] − p_v)(w_y − w̄), the sum over the items the sample
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -20,6 +19,15 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.errors import InputError
+from fisherkern.fisher.factor import (
+    Factor,
+    cholesky,
+    columns_of,
+    eigen,
+    matrix_columns,
+    project,
+    solve_lower,
+)
 from fisherkern.ops import counter
 
 SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
@@ -111,35 +119,12 @@ class Rows:
         assert self.ranges is not None
         return self.h, self.weight, self.bias, self.lse, self.ranges, self.number
 
-    def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor:
-        """log p_sequence(item) for pairs, (U,) and (U,) -> (U,)."""
-        z = (self.h[sequence] * self.weight[item]).sum(dim=1)
+    def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor:
+        """log p of some items of some sequences: (n,) and (n, m) -> (n, m)."""
+        z = (self.h[sequence][:, None] * self.weight[items]).sum(dim=2)
         if self.bias is not None:
-            z = z + self.bias[item]
-        return z - self.lse[sequence]
-
-
-Columns = Callable[[Tensor, slice], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """L of every sequence: `probes` columns.
-
-    columns(sequence (n,), which): those of some sequences and probes, (R, n, D).
-    ids, omega (N, K): the items used and their weights ω, None where the output
-    layer takes all items in closed form. cross(sequence (U,), item (U,)) -> β (U, R),
-    for pairs in the order of their sequences.
-    mass: Σ_j p(y_j) per sequence, (N,), for topk. kept: share of trace(C) in L.
-    """
-
-    probes: int
-    columns: Columns
-    cross: Callable[[Tensor, Tensor], Tensor]
-    ids: Tensor | None = None
-    omega: Tensor | None = None
-    mass: Tensor | None = None
-    kept: Tensor | None = None
+            z = z + self.bias[items]
+        return z - self.lse[sequence, None]
 
 
 def factorise(rows: Rows, settings: Settings) -> Factor:
@@ -167,7 +152,7 @@ class Distribution(Protocol):
     def topk(self, k: int) -> tuple[Tensor, Tensor]: ...
     def draw(self, k: int, seed: int) -> Tensor: ...
     def draw_distinct(self, k: int, seed: int) -> tuple[Tensor, Tensor]: ...
-    def log_probability(self, sequence: Tensor, item: Tensor) -> Tensor: ...
+    def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor: ...
 
 
 def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -195,8 +180,7 @@ def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tens
             raise InputError(f"batch: a target is not one of the model's {v} items")
         if settings.weight == "one":
             return ids, torch.ones(ids.shape, device=ids.device), None
-    sequence = torch.arange(n, device=ids.device).repeat_interleave(ids.shape[1])
-    p = rows.log_probability(sequence, ids.flatten()).exp().view(ids.shape)
+    p = rows.log_probability(torch.arange(n, device=ids.device), ids).exp()
     return ids, p * scale, None
 
 
@@ -210,16 +194,16 @@ def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> 
     root = omega.to(mean.dtype).sqrt()
     columns = root[:, :, None] * (rows.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)
 
-    def coefficients(sequence: Tensor, item: Tensor) -> Tensor:
-        """sqrt(ω_j) (1[v = y_j] − p_v), (U, K)."""
-        p = rows.log_probability(sequence, item).exp()
-        hit = (ids[sequence] == item[:, None]).to(p.dtype)
-        return root[sequence] * (hit - p[:, None])
+    def coefficients(sequence: Tensor, items: Tensor) -> Tensor:
+        """sqrt(ω_j) (1[v = y_j] − p_v), (n, m, K)."""
+        p = rows.log_probability(sequence, items).exp()
+        hit = (ids[sequence][:, None] == items[:, :, None]).to(p.dtype)
+        return root[sequence][:, None] * (hit - p[:, :, None])
 
     if ids.shape[1] <= rows.h.shape[1]:
         return Factor(
             probes=ids.shape[1],
-            columns=_columns_of(columns),
+            columns=columns_of(columns),
             cross=coefficients,
             ids=ids,
             omega=omega,
@@ -227,15 +211,14 @@ def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> 
         )
     # More columns than dimensions: D probes say the same, so time stops growing with K.
     wide = columns.double()
-    basis, values, _ = _eigen(wide.transpose(1, 2) @ wide, columns.dtype, rows.h.shape[1])
+    lower = cholesky(wide.transpose(1, 2) @ wide, wide.dtype)
 
-    def cross(sequence: Tensor, item: Tensor) -> Tensor:
-        moment = torch.einsum("uk,ukd->ud", coefficients(sequence, item), columns[sequence])
-        return _solve(basis, values, sequence, moment)
+    def cross(sequence: Tensor, items: Tensor) -> Tensor:
+        return solve_lower(lower[sequence], coefficients(sequence, items) @ columns[sequence])
 
     return Factor(
-        probes=basis.shape[2],
-        columns=_scaled_columns(basis, values, columns.dtype),
+        probes=lower.shape[2],
+        columns=matrix_columns(lower, columns.dtype),
         cross=cross,
         ids=ids,
         omega=omega,
@@ -243,71 +226,26 @@ def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> 
     )
 
 
-def _eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top `rank` eigenpairs in fp64, largest first: vectors (N, D, R), values (N, R), trace (N,).
-
-    Values are held above the rounding of `dtype`: a direction whose value is noise
-    keeps its cross term, which does not depend on the value (L β = m whatever it is).
-    """
-    values, vectors = torch.linalg.eigh(matrix.double())
-    values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
-    trace = matrix.diagonal(dim1=1, dim2=2).double().sum(dim=1)
-    floor = values[:, :1].clamp(min=torch.finfo(dtype).tiny) * torch.finfo(dtype).eps
-    return vectors, values.maximum(floor), trace
+def _all_items_moments(rows: Rows, sequence: Tensor, items: Tensor) -> Tensor:
+    """m_v = p_v (w_v − w̄), the sum over all items: (n, m, D)."""
+    p = rows.log_probability(sequence, items).exp()
+    return p[:, :, None] * (rows.weight[items].to(p.dtype) - rows.mean[sequence][:, None])
 
 
-def _columns_of(every: Tensor) -> Columns:
-    """Those of all sequences, (N, R, D), held."""
-    return lambda sequence, which: every[sequence, which].transpose(0, 1)
-
-
-def _scaled_columns(basis: Tensor, values: Tensor, dtype: torch.dtype) -> Columns:
-    def columns(sequence: Tensor, which: slice) -> Tensor:
-        scaled = basis[sequence][:, :, which] * values[sequence, which].sqrt()[:, None]
-        return scaled.to(dtype).permute(2, 0, 1)
-
-    return columns
-
-
-def _solve(basis: Tensor, values: Tensor, sequence: Tensor, moment: Tensor) -> Tensor:
-    """β with L β = m for pairs: (U, D) moments -> (U, R); zero where a value is zero.
-
-    `sequence` (U,) must not fall: pairs are projected sequence by sequence, padded to the
-    longest, so that no basis is copied for a pair.
-    """
-    if len(sequence) == 0:
-        return basis.new_zeros(0, basis.shape[2])
-    present, local, counts = torch.unique_consecutive(
-        sequence, return_inverse=True, return_counts=True
-    )
-    basis, values = basis[present], values[present]
-    position = torch.arange(len(local), device=local.device)
-    position = position - (counts.cumsum(0) - counts)[local]
-    padded = basis.new_zeros(len(basis), int(counts.max()), moment.shape[1])
-    padded[local, position] = moment.to(basis.dtype)
-    root = values.sqrt()
-    inverse = torch.where(root > 0, 1 / root, 0.0)
-    return (torch.bmm(padded, basis) * inverse[:, None])[local, position]
-
-
-def _all_items_moment(rows: Rows) -> Callable[[Tensor, Tensor], Tensor]:
-    """m_v = p_v (w_v − w̄), the sum over all items."""
-
-    def moment(sequence: Tensor, item: Tensor) -> Tensor:
-        p = rows.log_probability(sequence, item).exp()
-        return p[:, None] * (rows.weight[item].to(p.dtype) - rows.mean[sequence])
-
-    return moment
+def _covariance(rows: Rows) -> Tensor:
+    return ops.softmax_covariance(rows.h, rows.weight, rows.bias, rows.lse, rows.mean)
 
 
 def _eigen_of_covariance(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """(basis, values, trace) of every sequence's C, all D directions or V − 1."""
-    covariance = ops.softmax_covariance(rows.h, rows.weight, rows.bias, rows.lse, rows.mean)
     rank = min(rows.h.shape[1], max(len(rows.weight) - 1, 1))
-    return _eigen(covariance, rows.mean.dtype, rank)
+    return eigen(_covariance(rows), rows.mean.dtype, rank)
 
 
 def _exact(rows: Rows, settings: Settings) -> Factor:
+    if settings.tol is None and settings.probes is None:
+        few = len(rows.weight) <= rows.h.shape[1]
+        return _exact_of_few_items(rows) if few else _exact_of_all(rows)
     basis, values, trace = _eigen_of_covariance(rows)
     if settings.tol is not None:
         # Per sequence, the fewest directions that leave at most tol of the trace out.
@@ -319,12 +257,61 @@ def _exact(rows: Rows, settings: Settings) -> Factor:
         basis, values = basis[:, :, :keep], values[:, :keep]
     if settings.probes is not None:
         basis, values = basis[:, :, : settings.probes], values[:, : settings.probes]
-    moment = _all_items_moment(rows)
+
+    def cross(sequence: Tensor, items: Tensor) -> Tensor:
+        moments = _all_items_moments(rows, sequence, items)
+        return project(basis[sequence], values[sequence], moments)
+
     return Factor(
         probes=basis.shape[2],
-        columns=_scaled_columns(basis, values, rows.mean.dtype),
-        cross=lambda sequence, item: _solve(basis, values, sequence, moment(sequence, item)),
+        columns=matrix_columns(basis * values[:, None].sqrt(), rows.mean.dtype),
+        cross=cross,
         kept=values.sum(dim=1) / trace.clamp(min=torch.finfo(trace.dtype).tiny),
+    )
+
+
+def _exact_of_all(rows: Rows) -> Factor:
+    """A Cholesky factor of every C: any L with L Lᵀ = C serves where no direction is dropped."""
+    lower = cholesky(_covariance(rows), rows.mean.dtype)
+
+    def cross(sequence: Tensor, items: Tensor) -> Tensor:
+        return solve_lower(lower[sequence], _all_items_moments(rows, sequence, items))
+
+    return Factor(
+        probes=lower.shape[2],
+        columns=matrix_columns(lower, rows.mean.dtype),
+        cross=cross,
+        kept=torch.ones_like(lower[:, 0, 0]),
+    )
+
+
+def _exact_of_few_items(rows: Rows) -> Factor:
+    """V − 1 columns where V <= D and C is singular: L = Wᵀ M with M Mᵀ = diag(p) − p pᵀ.
+
+    M (V, V − 1) in closed form (Tanabe and Sagae, J. R. Statist. Soc. B 54, 1992): with
+    tails q_j = Σ_{i > j} p_i, column j is sqrt(p_j q_j / q_{j−1}) times 1 at j and −p_i / q_j
+    at every i > j. m_v = Wᵀ (diag(p) − p pᵀ) e_v = L Mᵀ e_v, so β_v is row v of M.
+    """
+    every = torch.arange(len(rows.weight), device=rows.h.device).expand(len(rows.h), -1)
+    sequence = torch.arange(len(rows.h), device=rows.h.device)
+    p = rows.log_probability(sequence, every).exp().double()
+    if p.shape[1] == 1:
+        root = p.new_zeros(len(p), 1, 1)
+    else:
+        tail = p.flip(1).cumsum(1).flip(1)  # from j on
+        after = tail[:, 1:]
+        tiny = torch.finfo(p.dtype).tiny
+        root = (-p[:, :, None] / after[:, None].clamp(min=tiny)).tril(-1)
+        root.diagonal(dim1=1, dim2=2).fill_(1.0)
+        scale = p[:, :-1] * (after / tail[:, :-1].clamp(min=tiny))
+        root *= scale.sqrt()[:, None]
+    # Differences to w̄ leave L as it is, its columns' coefficients summing to 0, and cancel less.
+    centred = rows.weight.double() - rows.mean.double()[:, None]
+    return Factor(
+        probes=root.shape[2],
+        columns=matrix_columns(centred.transpose(1, 2) @ root, rows.mean.dtype),
+        cross=lambda sequence, items: root[sequence[:, None], items],
+        kept=torch.ones_like(root[:, 0, 0]),
     )
 
 
@@ -341,24 +328,26 @@ def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
     else:
         top = settings.probes // 2
         sketched = settings.probes - top
-    moment = _all_items_moment(rows)
     rest = torch.arange(basis.shape[2] - top, device=basis.device)
     signs = counter.put_random_signs_(
         basis.new_ones(len(basis), len(rest)), settings.seed, rows.number, rest
     )
     bucket = counter.bucket_at(settings.seed, rest, max(sketched, 1))
+    # A product with the buckets' indicators: a scattered sum has no fixed order on a GPU.
+    dealing = torch.nn.functional.one_hot(bucket, max(sketched, 1))[:, :sketched].to(basis.dtype)
     scaled = basis * values[:, None].sqrt()
-    dealt = scaled.new_zeros(*scaled.shape[:2], sketched)
-    dealt.index_add_(2, bucket, scaled[:, :, top:] * signs[:, None])
-    columns = torch.cat([scaled[:, :, :top], dealt], dim=2).to(rows.mean.dtype)
+    dealt = (scaled[:, :, top:] * signs[:, None]) @ dealing
+    columns = torch.cat([scaled[:, :, :top], dealt], dim=2)
 
-    def cross(sequence: Tensor, item: Tensor) -> Tensor:
-        alpha = _solve(basis, values, sequence, moment(sequence, item))
-        signed = alpha[:, top:] * signs[sequence]
-        beta = signed.new_zeros(len(signed), sketched).index_add_(1, bucket, signed)
-        return torch.cat([alpha[:, :top], beta], dim=1)
+    def cross(sequence: Tensor, items: Tensor) -> Tensor:
+        moments = _all_items_moments(rows, sequence, items)
+        alpha = project(basis[sequence], values[sequence], moments)
+        beta = (alpha[:, :, top:] * signs[sequence][:, None]) @ dealing
+        return torch.cat([alpha[:, :, :top], beta], dim=2)
 
-    return Factor(probes=top + sketched, columns=_columns_of(columns.transpose(1, 2)), cross=cross)
+    return Factor(
+        probes=top + sketched, columns=matrix_columns(columns, rows.mean.dtype), cross=cross
+    )
 
 
 def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
@@ -368,12 +357,14 @@ def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
         rows.h, rows.weight, rows.bias, rows.lse, rows.mean, rows.number, probes, seed
     )
 
-    def cross(sequence: Tensor, item: Tensor) -> Tensor:
-        log_p = rows.log_probability(sequence, item)
-        signs = counter.random_signs_at(seed, rows.number[sequence], item, u.dtype)
-        bucket = counter.bucket_at(seed, item, probes)
-        beta = -log_p.exp()[:, None] * totals[sequence]
+    def cross(sequence: Tensor, items: Tensor) -> Tensor:
+        log_p = rows.log_probability(sequence, items)
+        number, item = torch.broadcast_tensors(rows.number[sequence][:, None], items)
+        signs = counter.random_signs_at(seed, number, item, u.dtype)
+        bucket = counter.bucket_at(seed, items, probes)
+        beta = -log_p.exp()[:, :, None] * totals[sequence][:, None]
         own = (0.5 * log_p).exp() * signs
-        return beta.scatter_add_(1, bucket[:, None], own[:, None])
+        # One entry of each (sequence, item): no order to keep.
+        return beta.scatter_add_(2, bucket[:, :, None], own[:, :, None])
 
-    return Factor(probes=probes, columns=_columns_of(u), cross=cross)
+    return Factor(probes=probes, columns=columns_of(u), cross=cross)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.fisher.capture import Place
+from fisherkern.fisher.factor import Factor
 from fisherkern.fisher.passes import Pass
 from fisherkern.fisher.plan import Group
-from fisherkern.fisher.samplers import Factor, Rows
+from fisherkern.fisher.samplers import Rows
 from fisherkern.ops.lookup_square import LookupSegments
 
 
@@ -45,14 +46,14 @@ def tied_lookups(
     for number, group in enumerate(forward.plan.groups):
         if group.place.name != weight.name:
             continue
-        segments = group.joined_lookup().by_row
-        item = segments.row - (weight.start - group.place.start) // weight.shape[1]
-        known = ((item >= 0) & (item < weight.shape[0])).nonzero()[:, 0]
-        # The factor takes its pairs sequence by sequence.
-        known = known[segments.sequence[known].sort(stable=True).indices]
-        sequence = forward.which.to(item.device)[segments.sequence[known]]
-        beta = rows.h.new_zeros(len(item), factor.probes)
-        beta[known] = factor.cross(sequence, item[known]).to(beta.dtype)
-        hidden = 2 * rows.h[forward.which.to(item.device)]
-        found[number] = TiedLookup(group, segments, beta, hidden)
+        lookup = group.joined_lookup()
+        items = lookup.ids - (weight.start - group.place.start) // weight.shape[1]
+        outside = (lookup.ids < 0) | (items < 0) | (items >= weight.shape[0])
+        beta = factor.cross(forward.which, items.masked_fill(outside, 0)).to(rows.h.dtype)
+        beta = beta.masked_fill_(outside[:, :, None], 0.0).flatten(0, 1)
+        segments = lookup.by_row
+        # Every position of a segment has its pair's β; an empty one may have any.
+        first = segments.segment_start[:-1].clamp(max=len(beta) - 1)
+        beta = beta[segments.order[first]]
+        found[number] = TiedLookup(group, segments, beta, 2 * rows.h[forward.which])
     return found

@@ -10,6 +10,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 _LIBRARY = torch.library.Library("fisherkern", "DEF")
+# What the dispatcher calls, by an op's name: for a tool that counts what an op is made of.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def register(
@@ -26,6 +28,7 @@ def register(
     begin with the probes' dimension, torch.vmap over that argument is more probes of one call.
     """
     name = _LIBRARY.define(schema)
+    IMPLEMENTATIONS[name] = implementation
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fisherkern::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fisherkern, name).default

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern.ops._library import register
+from fisherkern.ops.device import on_gpu
 
 # The operator is PyTorch's own but not public; where it is missing MKL serves.
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -27,6 +28,7 @@ def suits(*factors: Tensor) -> bool:
     return (
         _AVAILABLE
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in factors)
+        and not on_gpu(factors[0])
         and all(t.numel() for t in factors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

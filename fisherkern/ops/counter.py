@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherkern.ops.device import on_gpu
+
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -81,9 +83,13 @@ def random_signs_at(seed: int, row: Tensor, column: Tensor, dtype: torch.dtype) 
 
 def put_random_signs_(values: Tensor, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Multiply values (N, C), none negative, by `random_signs_at` (N,) rows, (C,) columns."""
-    groups, index = torch.unique(rows // _ROWS_OF_A_WORD, return_inverse=True)
-    # index_select copies whole rows, where indexing goes number by number.
-    words = (random_bits(seed, groups, columns) >> 32).int().index_select(0, index)
+    if on_gpu(rows):
+        # A GPU makes a row's words faster than it tells how many rows share them.
+        words = (random_bits(seed, rows // _ROWS_OF_A_WORD, columns) >> 32).int()
+    else:
+        groups, index = torch.unique(rows // _ROWS_OF_A_WORD, return_inverse=True)
+        # index_select copies whole rows, where indexing goes number by number.
+        words = (random_bits(seed, groups, columns) >> 32).int().index_select(0, index)
     # The row's bit becomes the sign bit of a float that lends it to the value.
     words <<= (rows % _ROWS_OF_A_WORD).int()[:, None]
     return values.copysign_(words.view(torch.float32))
@@ -109,8 +115,12 @@ def bucket_at(seed: int, column: Tensor, probes: int) -> Tensor:
     return (column + bucket_rotations(seed, column // probes, probes)) % probes
 
 
-def bucket_members(rotations: Tensor, bucket: int, probes: int, columns: int) -> Tensor:
-    """The columns below `columns` that `bucket_at` puts into `bucket`, ascending, int64."""
+def bucket_members(rotations: Tensor, last: int, bucket: int, probes: int, columns: int) -> Tensor:
+    """The columns below `columns` that `bucket_at` puts into `bucket`, ascending, int64.
+
+    `last` is the last of the rotations: only in its block may a column be too many.
+    """
     blocks = torch.arange(len(rotations), device=rotations.device)
     members = blocks * probes + (bucket - rotations) % probes
-    return members[members < columns]
+    inside = (len(rotations) - 1) * probes + (bucket - last) % probes < columns
+    return members if inside else members[:-1]

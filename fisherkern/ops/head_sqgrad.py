@@ -8,6 +8,7 @@ from torch import Tensor
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
 from fisherkern.ops._products import add_product_
+from fisherkern.ops._sums import add_rows_
 from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles, reference_logits
 
 
@@ -51,9 +52,9 @@ def _head_sqgrad_(
     coefficient = omega.to(lse.dtype) * (1 - 2 * (z - lse[:, None]).exp())
     if weight_fisher is not None:
         terms = coefficient[:, :, None] * squared[:, None]
-        weight_fisher.index_add_(0, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
+        add_rows_(weight_fisher, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
     if bias_fisher is not None:
-        bias_fisher.index_add_(0, ids.flatten(), coefficient.flatten().to(bias_fisher.dtype))
+        add_rows_(bias_fisher, ids.flatten(), coefficient.flatten().to(bias_fisher.dtype))
 
 
 _op = register(

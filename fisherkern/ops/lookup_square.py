@@ -9,7 +9,12 @@ from torch import Tensor
 
 from fisherkern.ops import _extension
 from fisherkern.ops._library import no_outputs, register
+from fisherkern.ops._sums import add_rows_
+from fisherkern.ops.device import on_gpu
 from fisherkern.ops.launch_table import lookup_splits
+
+# Elements of the gradients that a GPU works on at once: 256 MB in fp32, three times over.
+_BLOCK_ELEMENTS = 2**26
 
 
 class LookupSegments(NamedTuple):
@@ -17,7 +22,9 @@ class LookupSegments(NamedTuple):
 
     order (P,): positions n·T + t, segment by segment; segment_start (U + 1,): where each
     begins in `order`; row (U,) and sequence (U,) of each; row_start (G + 1,): where the
-    segments of each row that occurs begin. All int64.
+    segments of each row that occurs begin. All int64. On a GPU P is N·T, positions without
+    a lookup last, and U and G are P as well: segments and rows beyond those that occur are
+    empty, their `row` -1, so that nobody waits for the number of either.
     """
 
     order: Tensor
@@ -32,20 +39,43 @@ def lookup_segments(ids: Tensor) -> LookupSegments:
 
     Equal pairs keep the order of their positions, so that sums repeat bit for bit.
     """
-    n, positions = ids.shape
-    sequence = torch.arange(n, device=ids.device)[:, None]
-    keys, order = (ids * n + sequence).flatten().sort(stable=True)
-    # A padded id sorts before every other, its key being negative.
-    order, keys = order[keys >= 0], keys[keys >= 0]
-    pair, lengths = torch.unique_consecutive(keys, return_counts=True)
-    row = pair // max(n, 1)
-    _, segments = torch.unique_consecutive(row, return_counts=True)
-    return LookupSegments(order, _starts(lengths), row, pair % max(n, 1), _starts(segments))
+    found = _padded_segments(ids)
+    if on_gpu(ids):
+        return found
+    segments = int((found.row >= 0).sum())
+    rows = int((found.row_start.diff() > 0).sum())
+    return LookupSegments(
+        found.order[: int(found.segment_start[-1])],
+        found.segment_start[: segments + 1],
+        found.row[:segments],
+        found.sequence[:segments],
+        found.row_start[: rows + 1],
+    )
 
 
-def _starts(lengths: Tensor) -> Tensor:
-    """0 and the running sums: (U,) -> (U + 1,)."""
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+def _padded_segments(ids: Tensor) -> LookupSegments:
+    """`lookup_segments` with as many segments and rows as positions; waits for no GPU."""
+    n, positions = len(ids), ids.numel()
+    numbers = torch.arange(positions + 1, device=ids.device)
+    keys = ids * n + torch.arange(n, device=ids.device)[:, None]
+    none = torch.iinfo(torch.int64).max
+    keys, order = keys.masked_fill(ids < 0, none).flatten().sort(stable=True)
+    segment = _numbered(keys, none)
+    segment_start = torch.searchsorted(segment, numbers)
+    # Past the last segment this reads a position of it, or one without a lookup.
+    key = keys[segment_start[:-1].clamp(max=max(positions - 1, 0))]
+    occurs = segment_start.diff() > 0
+    row = torch.where(occurs, key // max(n, 1), -1)
+    group = _numbered(torch.where(occurs, row, none), none)
+    sequence = torch.where(occurs, key % max(n, 1), 0)
+    return LookupSegments(order, segment_start, row, sequence, torch.searchsorted(group, numbers))
+
+
+def _numbered(keys: Tensor, none: int) -> Tensor:
+    """0, 1, 2, … for the runs of equal ascending keys (P,); P for the keys that are `none`."""
+    begins = torch.ones_like(keys, dtype=torch.bool)
+    begins[1:] = keys[1:] != keys[:-1]
+    return (begins.cumsum(0) - 1).masked_fill_(keys == none, len(keys))
 
 
 def _lookup_square_(
@@ -66,7 +96,23 @@ def _lookup_square_(
         _extension.lookup_square_(
             extension, fisher, delta, *indices, beta, hidden, sequence, split=split
         )
-        return
+    elif on_gpu(fisher):
+        _add_blocks_(fisher, delta, order, segment_start, row, beta, hidden, sequence)
+    else:
+        _add_probes_(fisher, delta, order, segment_start, row, beta, hidden, sequence)
+
+
+def _add_probes_(
+    fisher: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    segment_start: Tensor,
+    row: Tensor,
+    beta: Tensor | None,
+    hidden: Tensor | None,
+    sequence: Tensor | None,
+) -> None:
+    """One probe at a time, which is what a CPU's caches want; in a fixed order there."""
     count = len(row)
     # Position -> segment; positions of no segment add to one more, which is dropped.
     segment = torch.full((delta.shape[1],), count, device=row.device)
@@ -82,6 +128,34 @@ def _lookup_square_(
             h = hidden.to(fisher.dtype).index_select(0, sequence)
             sums *= h.mul_(beta[:, r : r + 1]).add_(sums)
         fisher.index_add_(0, row, sums)
+
+
+def _add_blocks_(
+    fisher: Tensor,
+    delta: Tensor,
+    order: Tensor,
+    segment_start: Tensor,
+    row: Tensor,
+    beta: Tensor | None,
+    hidden: Tensor | None,
+    sequence: Tensor | None,
+) -> None:
+    """Many probes at a time: a launch for all of them, no atomics, nothing waited for."""
+    width = delta.shape[2]
+    block = max(1, _BLOCK_ELEMENTS // max(1, delta[0].numel()))
+    total = fisher.new_zeros(len(row), width)
+    for first in range(0, len(delta), block):
+        part = delta[first : first + block].to(fisher.dtype)
+        given = part.permute(1, 0, 2).index_select(0, order)
+        sums = torch.segment_reduce(given, "sum", offsets=segment_start, axis=0, unsafe=True)
+        if beta is None:
+            total += sums.square_().sum(dim=1)
+            continue
+        assert hidden is not None and sequence is not None
+        h = hidden.to(fisher.dtype).index_select(0, sequence)
+        crossed = beta[:, first : first + block, None].to(fisher.dtype) * h[:, None]
+        total += crossed.add_(sums).mul_(sums).sum(dim=1)
+    add_rows_(fisher, row.clamp(min=0), total)
 
 
 _op = register(
@@ -106,9 +180,10 @@ def lookup_square_(
     cross term with the tied output layer (twice β h, in the letters of design section
     1), None without one. Accumulates in fisher's dtype. Duplicates of a row within a
     sequence are summed before the square. In PyTorch holds (U, D) of one probe at a
-    time. In fp32 and bf16 the extension, where it was built, serves the CPU and covered
-    GPUs; it holds nothing, or (splits, G, D) on a GPU, where one CTA owns a row and no
-    atomics are needed. Design section 1, tied embedding.
+    time, on a GPU three times a block of probes' gradients. In fp32 and bf16 the extension,
+    where it was built, serves the CPU and covered GPUs; it holds nothing, or (splits, G, D)
+    on a GPU, where one CTA owns a row and no atomics are needed. Design section 1, tied
+    embedding.
     """
     indices = (segments.order, segments.segment_start, segments.row, segments.row_start)
     sequence = None if beta is None else segments.sequence

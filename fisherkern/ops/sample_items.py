@@ -13,10 +13,13 @@ from fisherkern.ops import counter
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops._products import product
+from fisherkern.ops.device import on_gpu
 from fisherkern.ops.softmax_lse import RANGE, exp_minus_, reference_logits
 
 # Logits of ranges held at once: 8 MB in fp32, and twice that for each fp64 temporary.
 _ELEMENTS = 2**21
+# Times that many elements of the item vectors, where a GPU copies them: 512 MB in fp32.
+_GATHERED = 2**6
 
 
 def row_blocks(num_rows: int, elements_of_a_row: int) -> list[slice]:
@@ -32,6 +35,8 @@ def range_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) 
     """
     dtype = torch.promote_types(h.dtype, torch.float32)
     inputs, v = h.to(dtype), weight.shape[0]
+    if on_gpu(h):
+        return _gathered_logits(inputs, weight, bias, parts)
     found = torch.full((parts.numel(), RANGE), -torch.inf, dtype=dtype, device=h.device)
     # One product for all rows that want a range: a copy of the vectors for each is slower.
     ordered, place = torch.sort(parts.flatten())
@@ -42,6 +47,21 @@ def range_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) 
         z = product(inputs[own // parts.shape[1]], weight[first:last].to(dtype), own_bias)
         found[own, : last - first] = z
     return found.view(*parts.shape, RANGE)
+
+
+def _gathered_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) -> Tensor:
+    """`range_logits` with a copy of the vectors for every row and range; waits for no GPU."""
+    offsets = torch.arange(RANGE, device=h.device)
+    blocks = []
+    for block in row_blocks(len(h), parts.shape[1] * RANGE * weight.shape[1] // _GATHERED):
+        items = parts[block][:, :, None] * RANGE + offsets
+        past, items = items >= len(weight), items.clamp(max=len(weight) - 1)
+        rows = weight[items.flatten(1)].to(h.dtype)
+        z = torch.bmm(rows, h[block][:, :, None])[:, :, 0].view(items.shape)
+        if bias is not None:
+            z += bias[items].to(h.dtype)
+        blocks.append(z.masked_fill_(past, -torch.inf))
+    return torch.cat(blocks) if blocks else h.new_empty(*parts.shape, RANGE)
 
 
 def _sample_items(

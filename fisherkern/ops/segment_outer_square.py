@@ -10,10 +10,12 @@ from fisherkern.ops import _extension
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import no_outputs, register
 from fisherkern.ops._products import add_outer_
+from fisherkern.ops.device import on_gpu
 from fisherkern.ops.launch_table import outer_split
 
-# Elements of what a few sequences make, held at once: 4 MB in fp32, which stays in cache.
-_TILE_ELEMENTS = 2**20
+# Elements of what a few sequences make, held at once: 4 MB in fp32, which stays in cache. A
+# GPU wants few launches: 512 MB.
+_TILE_ELEMENTS, _GPU_TILE_ELEMENTS = 2**20, 2**27
 
 # The Gram form's products of small matrices take three times as long a multiply-add as the direct
 # form's, measured on an AMD EPYC; nothing is made of G's symmetry here.
@@ -46,14 +48,17 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
         segment_outer_square_triton.segment_outer_square_(fisher, delta, inputs)
         return
     gram = _GRAM_COST * positions * (probes + columns) < probes * columns
-    held = rows * columns
+    gpu = on_gpu(fisher)
+    together = gpu and not gram
+    held = rows * columns * (probes if together else 1)
     if gram:
         held = rows * positions * (probes + positions) + positions**2 * columns
-    step = max(1, _TILE_ELEMENTS // max(1, held))
+    step = max(1, (_GPU_TILE_ELEMENTS if gpu else _TILE_ELEMENTS) // max(1, held))
+    add_ = _add_gram_ if gram else _add_together_ if together else _add_direct_
     for first in range(0, n, step):
         d = delta[:, first : first + step].to(fisher.dtype)
         a = inputs[first : first + step].to(fisher.dtype)
-        (_add_gram_ if gram else _add_direct_)(fisher, d, a)
+        add_(fisher, d, a)
 
 
 def _add_direct_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
@@ -64,6 +69,14 @@ def _add_direct_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
     for d in delta:
         torch.bmm(d.transpose(1, 2), inputs, out=products)
         fisher += (ones @ products.square_().flatten(1)).view(fisher.shape)
+
+
+def _add_together_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
+    """Every product, squared: all probes of a sequence in one matrix product, few launches."""
+    probes, n, positions, rows = delta.shape
+    stacked = delta.permute(1, 0, 3, 2).reshape(n, probes * rows, positions)
+    squares = torch.bmm(stacked, inputs).square_()
+    fisher += squares.view(n * probes, *fisher.shape).sum(dim=0)
 
 
 def _add_gram_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:

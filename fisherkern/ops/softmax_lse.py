@@ -14,6 +14,7 @@ from torch import Tensor
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
 from fisherkern.ops._products import product, suits
+from fisherkern.ops.device import on_gpu
 
 # Elements of one (N, tile) block of logits. On a CPU 2 MB in fp32, which stays in a core's
 # cache from the product that makes it to the one that uses it; a GPU wants few launches.
@@ -27,10 +28,10 @@ RANGE = 256
 _LOG2_E = 1.4426950408889634
 
 
-def tile_rows(num_rows: int, device: torch.device) -> int:
-    """Items a tile holds for `num_rows` sequences: whole ranges."""
-    elements = TILE_ELEMENTS if device.type == "cpu" else _GPU_TILE_ELEMENTS
-    ranges = min(elements // max(num_rows, 1), _MOST_ITEMS) // RANGE
+def tile_rows(h: Tensor) -> int:
+    """Items a tile holds for the sequences of h (N, D): whole ranges."""
+    elements = _GPU_TILE_ELEMENTS if on_gpu(h) else TILE_ELEMENTS
+    ranges = min(elements // max(len(h), 1), _MOST_ITEMS) // RANGE
     return max(ranges, 1) * RANGE
 
 
@@ -42,7 +43,7 @@ def logit_tiles(
     z has the accumulator's dtype: fp32, or fp64 for fp64 input. With `by_item` it is
     the transpose, (stop - start, N). z may be overwritten, and is when the next comes.
     """
-    step = tile_rows(h.shape[0], h.device)
+    step = tile_rows(h)
     product = LogitProduct(h, step)
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
@@ -81,7 +82,7 @@ class LogitProduct:
 def exp_minus_(z: Tensor, shift: Tensor, power: float = 1.0) -> Tensor:
     """exp(z − shift)^power in the place of z."""
     z.sub_(shift)
-    if z.device.type != "cpu":
+    if on_gpu(z):
         return z.mul_(power).exp_() if power != 1.0 else z.exp_()
     # On CPUs torch takes four times as long for exp as for exp2.
     return z.mul_(power * _LOG2_E).exp2_()

@@ -38,11 +38,13 @@ def _softmax_sketch(
     n, width = h.shape[0], weight.shape[1]
     sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
     totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
-    step = tile_rows(n, h.device)
+    step = tile_rows(h)
     product = LogitProduct(h, step)
     rotations = bucket_rotations(seed, weight, probes)
+    # Made on the CPU once more: a GPU would be waited for.
+    last = int(counter.bucket_rotations(seed, torch.tensor([len(rotations) - 1]), probes))
     for r in range(probes):
-        members = counter.bucket_members(rotations, r, probes, len(weight))
+        members = counter.bucket_members(rotations, last, r, probes, len(weight))
         for items in members.split(step):
             w = weight.index_select(0, items).to(lse.dtype)
             z = product(w, None if bias is None else bias[items])

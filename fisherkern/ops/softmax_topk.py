@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisherkern.ops._dispatch import use_triton
 from fisherkern.ops._library import register
+from fisherkern.ops.device import on_gpu
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 from fisherkern.ops.softmax_moments import OnlineMean
 
@@ -33,6 +34,45 @@ def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     ids, order = torch.sort(ids, dim=1)
     values, order = torch.sort(values.gather(1, order), dim=1, descending=True, stable=True)
     return values, ids.gather(1, order)
+
+
+_LOW_WORD = 2**32 - 1
+
+
+def _packed(z: Tensor, start: int) -> Tensor:
+    """Keys (N, C) int64 in the order of fp32 logits, of equal ones the lower item first."""
+    # Adding 0 makes -0 the 0 that it equals. A float's bits ascend with it, a negative one's not.
+    bits = (z + 0.0).view(torch.int32)
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    items = torch.arange(start, start + z.shape[1], device=z.device)
+    return (ascending.long() << 32) | (_LOW_WORD - items)
+
+
+def _unpacked(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits fp32, items int64) of keys."""
+    ascending = (keys >> 32).int()
+    bits = ascending ^ ((ascending >> 31) & 0x7FFFFFFF)
+    return bits.view(torch.float32), _LOW_WORD - (keys & _LOW_WORD)
+
+
+class _PackedTopk:
+    """`_OnlineTopk` for fp32 on a GPU: no tie to look for, nothing to wait for."""
+
+    def __init__(self, h: Tensor, k: int) -> None:
+        self._k = k
+        self._keys = torch.empty((h.shape[0], 0), dtype=torch.int64, device=h.device)
+
+    def add(self, z: Tensor, start: int) -> Tensor:
+        """Take from z (N, C) of the items from `start` on; returns z's row maxima (N,)."""
+        keys = _packed(z, start)
+        keys = torch.topk(keys, min(self._k, keys.shape[1]), dim=1, sorted=False).values
+        keys = torch.cat((self._keys, keys), dim=1)
+        self._keys = torch.topk(keys, min(self._k, keys.shape[1]), dim=1).values
+        return z.amax(dim=1)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(logits, ids), (N, k) each, the largest first."""
+        return _unpacked(self._keys)
 
 
 class _OnlineTopk:
@@ -110,7 +150,9 @@ def _softmax_topk(
         values, ids = _ordered(*_select(candidates, places, k))
         # Only a row with NaN has fewer items than k to choose from.
         return (values - lse[:, None]).exp(), ids.clamp_(max=weight.shape[0] - 1), lse, mean
-    moments, best = OnlineMean(h, weight), _OnlineTopk(h, k)
+    moments = OnlineMean(h, weight)
+    packed = on_gpu(h) and h.dtype != torch.float64
+    best = _PackedTopk(h, k) if packed else _OnlineTopk(h, k)
     for start, stop, z in logit_tiles(h, weight, bias):
         top = best.add(z, start)
         moments.add(z, weight[start:stop], top)

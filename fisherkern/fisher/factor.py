@@ -1,0 +1,92 @@
+"""The factor L of every sequence's item covariance, C = L Lᵀ, and the algebra that makes one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Columns = Callable[[Tensor, slice], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """L of every sequence: `probes` columns.
+
+    columns(sequence (n,), which): those of some sequences and probes, (R, n, D).
+    ids, omega (N, K): the items used and their weights ω, None where the output
+    layer takes all items in closed form. cross(sequence (n,), items (n, m)) -> β (n, m, R),
+    for m items of each sequence.
+    mass: Σ_j p(y_j) per sequence, (N,), for topk. kept: share of trace(C) in L.
+    """
+
+    probes: int
+    columns: Columns
+    cross: Callable[[Tensor, Tensor], Tensor]
+    ids: Tensor | None = None
+    omega: Tensor | None = None
+    mass: Tensor | None = None
+    kept: Tensor | None = None
+
+
+# Floors of a covariance, in roundings of its largest variance; the last times D is more than what
+# rounding can leave of an eigenvalue that is 0.
+_FLOORS = (1.0, 8.0, 64.0)
+
+
+def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """L of matrix + floor · 1 = L Lᵀ in fp64, (N, D, D), for covariances computed in `dtype`.
+
+    The floor is the first of `_FLOORS` with which the matrix is positive: one rounding
+    unless it is singular. L is then invertible, and L β = m holds for every m whatever
+    the floor is. For the moments m_v of items that enter the covariance |β_v|² <= p_v, so
+    that what a small pivot magnifies stays within rounding. NaN where no floor suffices.
+    Waits for no GPU.
+    """
+    matrix = matrix.double()
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    largest = diagonal.amax(dim=1).clamp(min=torch.finfo(dtype).tiny)[:, None]
+    found = torch.full_like(matrix, torch.nan)
+    for floor in reversed(_FLOORS):
+        raised = diagonal + floor * torch.finfo(dtype).eps * largest
+        lower, failed = torch.linalg.cholesky_ex(torch.diagonal_scatter(matrix, raised, 0, 1, 2))
+        found = torch.where((failed > 0)[:, None, None], found, lower)
+    return found
+
+
+def solve_lower(lower: Tensor, moments: Tensor) -> Tensor:
+    """β with L β = m: (n, D, D) lower triangular, (n, m, D) moments -> (n, m, D)."""
+    given = moments.to(lower.dtype).transpose(1, 2)
+    return torch.linalg.solve_triangular(lower, given, upper=False).transpose(1, 2)
+
+
+def eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top `rank` eigenpairs in fp64, largest first: vectors (N, D, R), values (N, R), trace (N,).
+
+    Values are held above the rounding of `dtype`: a direction whose value is noise
+    keeps its cross term, which does not depend on the value (L β = m whatever it is).
+    """
+    values, vectors = torch.linalg.eigh(matrix.double())
+    values, vectors = values.flip(1)[:, :rank], vectors.flip(2)[:, :, :rank]
+    trace = matrix.diagonal(dim1=1, dim2=2).double().sum(dim=1)
+    floor = values[:, :1].clamp(min=torch.finfo(dtype).tiny) * torch.finfo(dtype).eps
+    return vectors, values.maximum(floor), trace
+
+
+def columns_of(every: Tensor) -> Columns:
+    """Those of all sequences, (N, R, D), held."""
+    return lambda sequence, which: every[sequence, which].transpose(0, 1)
+
+
+def matrix_columns(matrix: Tensor, dtype: torch.dtype) -> Columns:
+    """Those of (N, D, R) matrices, cast as they are taken."""
+    return lambda sequence, which: matrix[sequence][:, :, which].to(dtype).permute(2, 0, 1)
+
+
+def project(basis: Tensor, values: Tensor, moments: Tensor) -> Tensor:
+    """β with L β = m for L = basis · sqrt(values): (n, m, D) -> (n, m, R); 0 where a value is."""
+    root = values.sqrt()
+    inverse = torch.where(root > 0, 1 / root, 0.0)
+    return (moments.to(basis.dtype) @ basis) * inverse[:, None]
