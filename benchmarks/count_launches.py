@@ -4,13 +4,15 @@
 
 Runs the paths that a GPU takes with PyTorch's products, at the sizes that a GPU of --memory GiB
 gets, and counts dispatched operators: one that is no view launches a kernel or more, so the count
-is a lower bound. Operators inside ours are counted too. Reading a tensor's value waits for a GPU.
+is a lower bound. Operators inside ours are counted too. Reading a tensor's value waits for a GPU,
+if the tensor is there: the loader's batches are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import json
 import traceback
 from collections.abc import Callable, Mapping
@@ -91,9 +93,9 @@ def _place() -> str:
 def histories(count: int, length: int, items: int) -> Tensor:
     """Lengths as ML-1M's, where most histories are long: (count, length) int64, padded left."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.rand(count, generator=generator) ** 1.5 * (length * 1.2) + 15
+    lengths = torch.rand(count, generator=generator) ** 1.5 * (length * 1.2) + length * 0.075
     found = torch.zeros(count, length, dtype=torch.int64)
-    for row, n in zip(found, lengths.long().clamp(max=length - 1).tolist(), strict=True):
+    for row, n in zip(found, lengths.long().clamp(min=1, max=length - 1).tolist(), strict=True):
         row[length - n :] = torch.randint(1, items + 1, (n,), generator=generator)
     return found
 
@@ -101,9 +103,16 @@ def histories(count: int, length: int, items: int) -> Tensor:
 def count(options: argparse.Namespace) -> dict[str, Any]:
     """The counts of one call of `diag_fisher`."""
     torch.manual_seed(0)
-    model = fk.BERT4Rec(options.items, max_len=options.max_len, dim=options.width)
-    loader = histories(options.sequences, options.max_len, options.items).split(options.batch_size)
+    length = options.max_len // options.shrink
+    model = fk.BERT4Rec(options.items, max_len=length, dim=options.width)
+    loader = histories(options.sequences, length, options.items).split(options.batch_size)
     schedule = Schedule.of_memory(options.memory << 30)
+    # As many passes, of as many sequences each, as with whole histories.
+    schedule = dataclasses.replace(
+        schedule,
+        positions=schedule.positions // options.shrink,
+        gradients=schedule.gradients // options.shrink,
+    )
     counter = Counter()
     with (
         gpu_paths(),
@@ -117,7 +126,7 @@ def count(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "sampler": options.sampler,
         "sequences": options.sequences,
-        "positions_of_a_pass": schedule.positions,
+        "positions_of_a_pass": schedule.positions * options.shrink,
         "launches": sum(counter.launches.values()),
         "waits": sum(counter.places.values()),
         "waits_at": dict(counter.places.most_common()),
@@ -134,6 +143,7 @@ def main() -> None:
     parser.add_argument("--max-len", type=int, default=200)
     parser.add_argument("--width", type=int, default=64, help="D")
     parser.add_argument("--memory", type=int, default=78, help="free memory of the GPU in GiB")
+    parser.add_argument("--shrink", type=int, default=10, help="histories shorter by this factor")
     parser.add_argument("--progress", action="store_true")
     print(json.dumps(count(parser.parse_args()), indent=1))
 
