@@ -47,9 +47,12 @@ _ONE_DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float1
 
 # Widths that a kernel takes alike, whatever is checked of them holding for the others: D of the
 # catalogue's ops and the lookups, padded and taken 64 columns at once; min(O, I) of segments,
-# whose compiled kernel has a larger tile from 128 on.
+# of which Triton makes nothing, and whose compiled kernel has a larger tile from 128 on.
 WIDTHS = ((1, 32), (33, 64), (65, 128), (129, 256))
-SEGMENT_WIDTHS = ((1, 127), (128, 4096))
+SEGMENT_WIDTHS = {"triton": ((1, 4096),), "cuda": ((1, 127), (128, 4096))}
+
+
+Table = Sequence[tuple[str, int, str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def load(path: Path) -> list[Row]:
         row = Row(**(entry | {"widths": tuple(entry["widths"]), "launch": launch}))
         if (row.op, row.backend) not in KERNELS or row.dtype not in DTYPES:
             raise InputError(f"{path}: row {number} is of no kernel: {row.op} {row.backend}")
-        if row.widths not in widths_of(row.op):
+        if row.widths not in widths_of(row.op, row.backend):
             raise InputError(f"{path}: row {number}: {row.widths} is no class of widths")
         found.append(row)
     return found
@@ -111,9 +114,9 @@ def rows() -> tuple[Row, ...]:
     return tuple(load(FILE))
 
 
-def widths_of(op: str) -> tuple[tuple[int, int], ...]:
-    """The classes of widths of an op."""
-    return SEGMENT_WIDTHS if op == SEGMENTS else WIDTHS
+def widths_of(op: str, backend: str) -> tuple[tuple[int, int], ...]:
+    """The classes of widths of an op's kernels."""
+    return SEGMENT_WIDTHS[backend] if op == SEGMENTS else WIDTHS
 
 
 def dtype_name(first: torch.dtype, second: torch.dtype) -> str | None:
@@ -147,15 +150,22 @@ def stale(row: Row, code: str | None) -> str | None:
     return f"the launch table's row of {', '.join(changed)} has changed since" if changed else None
 
 
-def launch_settings(op: str, backend: str, arch: int, dtype: str) -> dict[str, tuple[int, ...]]:
-    """The launch table's rows that a Triton op runs with; none of the extension's."""
+def launch_settings(
+    op: str, backend: str, arch: int, dtype: str, table: Table | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The rows of today's launch table, or of another, that a Triton op runs with.
+
+    Of the extension's there are none.
+    """
     if backend != "triton":
         return {}
+    table = rows_of_table() if table is None else table
     kind = "fp32" if dtype in ("float32", "mixed", "tf32") else "half"
     found = {}
     for kernel in TRITON[op][1]:
-        own = {a: row for name, a, key, row in rows_of_table() if (name, key) == (kernel, kind)}
-        found[kernel] = tuple(own[max((a for a in own if a <= arch), default=min(own))])
+        own = {a: row for name, a, key, row in table if (name, key) == (kernel, kind)}
+        if own:
+            found[kernel] = tuple(own[max([a for a in own if a <= arch] or [min(own)])])
     return found
 
 
