@@ -105,9 +105,8 @@ def winners(run: Run) -> dict[Key, Launch]:
             print(f"stays    {name}: no setting was right and without stack at every shape")
         else:
             found[key] = chosen
-            print(
-                f"decided  {name}: {tuple(chosen)}; {'; '.join(gains(lines, chosen)) or 'at all widths'}"
-            )
+            print(f"decided  {name}: {tuple(chosen)}")
+            print("".join(f"         {line}\n" for line in gains(lines, chosen)), end="")
     return found
 
 

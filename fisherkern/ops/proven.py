@@ -15,7 +15,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -223,19 +222,16 @@ def digest(files: Mapping[str, bytes]) -> str:
     return total.hexdigest()
 
 
-def verdict(op: str, backend: str, proven: Sequence[Row], code: str | None) -> tuple[str, str]:
-    """(where a kernel ran, when "auto" takes it), each in a few words."""
+def verdict(op: str, backend: str, proven: Sequence[Row]) -> tuple[str, str]:
+    """(where a kernel ran, what "auto" takes on a GPU), each in a few words, of valid rows."""
     own = [row for row in proven if (row.op, row.backend) == (op, backend)]
-    if not own:
-        return "never", "never: it has not run"
+    faster = [row for row in own if row.faster_from is not None]
     ran = "; ".join(sorted({f"{row.device} (sm_{row.arch})" for row in own}))
-    valid = [row for row in own if stale(row, code) is None]
-    faster = [row for row in valid if row.faster_from is not None]
-    if not valid:
-        return ran, f"never: {stale(own[0], code)}"
+    if not own:
+        return "no GPU", "PyTorch"
     if not faster:
-        return ran, "never: PyTorch was faster"
-    return ran, "; ".join(sorted(map(_when, faster)))
+        return ran, "PyTorch, which was faster"
+    return ran, "the kernel: " + "; ".join(sorted(map(_when, faster)))
 
 
 def _when(row: Row) -> str:
@@ -249,8 +245,12 @@ def _when(row: Row) -> str:
 
 def status() -> str:
     """For a person: what backend "auto" does on a GPU with each op that has kernels, and why."""
-    lines: list[Any] = []
+    lines = []
     for op, backend in KERNELS:
-        ran, taken = verdict(op, backend, rows(), kernel_hash(op, backend))
-        lines.append(f"{op:<22}{backend:<8}ran: {ran}; taken: {taken}")
+        code = kernel_hash(op, backend)
+        own = [row for row in rows() if (row.op, row.backend) == (op, backend)]
+        ran, taken = verdict(op, backend, [row for row in own if stale(row, code) is None])
+        reasons = sorted({reason for row in own if (reason := stale(row, code)) is not None})
+        lines.append(f"{op} ({backend}): ran on {ran}; auto takes {taken}")
+        lines += [f"  a row of {own[0].evidence} does not count: {reason}" for reason in reasons]
     return "\n".join(lines)
