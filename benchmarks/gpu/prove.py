@@ -84,6 +84,7 @@ def read_run(folder: Path) -> Run:
     gpus = {(line["arch"], line["device"]) for lines in files for line in lines if "arch" in line}
     if len(gpus) != 1:
         raise InputError(f"{folder}: its lines are not of one GPU: {sorted(gpus)}")
+    files[2] = [line for line in files[2] if "kernel" in line]  # a dead unit's line has none
     return Run(folder, *files, hashes, *gpus.pop())
 
 
