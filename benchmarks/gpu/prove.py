@@ -112,12 +112,12 @@ def settled(lines: Sequence[Line]) -> list[Line]:
     """
     found = []
     for index, line in enumerate(lines):
-        later = [other for other in lines[index + 1 :] if other.get("unit") == line.get("unit")]
-        if line.get("N"):
-            keys = ("backend", "D", "N", "V")
-            later = [x for x in later if all(x.get(key) == line.get(key) for key in keys)]
-        raised = not line["ok"] and line.get("of_allowed") is None
-        if not (raised and line.get("unit") and any(other["ok"] for other in later)):
+        if line["ok"] or line.get("of_allowed") is not None or not line.get("unit"):
+            found.append(line)
+            continue
+        keys = ("unit", "backend", "D", "N", "V") if line.get("N") else ("unit",)
+        later = [x for x in lines[index + 1 :] if all(x.get(k) == line.get(k) for k in keys)]
+        if not any(other["ok"] for other in later):
             found.append(line)
     return found
 
