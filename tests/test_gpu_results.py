@@ -55,7 +55,7 @@ def test_a_right_run_gives_a_row(folder: Path, capsys: Any, today: dict[str, str
         launch=proven.launch_settings("softmax_lse", "triton", 90, "float32"),
         faster_from=1_000_000,
         device="NVIDIA H100",
-        evidence="benchmarks/results/gpu_2027-01-01/check.jsonl",
+        evidence="benchmarks/results/gpu_2027-01-01",
     )
     said = capsys.readouterr().out
     assert said == "proven  softmax_lse triton float32, 33 to 64: from 1,000,000\n"
@@ -116,6 +116,7 @@ RAISED = checks()[0] | {"of_allowed": None, "ok": False, "what": "exception", "e
         (without(lambda x: "stream" in x["what"]), "no check is named 'second stream'"),
         (without(lambda x: "impossible" in x["what"]), "no check is named 'bias impossible'"),
         ([*checks(), {"unit": "sampler", "ok": False}], "sampler failed"),
+        (without(lambda x: x["D"] == 64) + [CRASH], "ended with -6"),
         (
             [*checks(), {"unit": "fisher:exact:triton", "op": "diag_fisher", "ok": False}],
             "fisher:exact:triton failed",
@@ -158,6 +159,37 @@ def test_a_sanitizer_is_heard_unless_told_otherwise(folder: Path, capsys: Any) -
     assert len(proven_rows(folder)) == 1
 
 
+def test_processes_that_ended_badly(folder: Path, capsys: Any) -> None:
+    """What is in units.jsonl alone; a unit that never ran is missing and no more."""
+    unit = {"unit": "check:softmax_lse:float32:64", "ok": False, "reason": "ended by SIGSEGV"}
+    write(folder, "check", checks())
+    write(folder, "units", [unit])
+    assert proven_rows(folder) == []
+    assert "ended by SIGSEGV" in capsys.readouterr().out
+    for right in (
+        [unit, unit | {"ok": True, "reason": None}],
+        [unit | {"ok": None}],
+        [unit | {"unit": "sweep:softmax_lse:fp32:64"}],
+        [unit | {"unit": "sanitizer:memcheck:triton"}],  # it had found nothing yet
+        [unit | {"unit": "driver:all"}],
+    ):
+        write(folder, "units", right)
+        assert len(proven_rows(folder)) == 1
+    write(folder, "units", [unit | {"ok": True}])
+    write(folder, "check", [line for line in checks() if line["D"] == 50])
+    assert proven_rows(folder) == []
+
+
+def test_a_later_part_makes_exceptions_good(folder: Path) -> None:
+    first = [RAISED, *without(lambda x: (x["N"], x["D"]) == (3, 50))]
+    for part, lines in (("correct", first), ("tune", checks())):
+        (folder / part).mkdir()
+        write(folder / part, "check", lines)
+    assert len(proven_rows(folder)) == 1
+    (folder / "correct").rename(folder / "zzz")  # the exception comes last
+    assert proven_rows(folder) == []
+
+
 def test_a_torn_line_is_a_failure_of_its_unit(folder: Path, capsys: Any) -> None:
     write(folder, "check", checks())
     with (folder / "check.jsonl").open("a") as stream:
@@ -195,8 +227,8 @@ def test_a_run_of_other_kernels_proves_nothing(
     write(folder, "check", [*checks(), *checks("softmax_covariance")])
     assert len(proven_rows(folder)) == 2
     other = "16,16,16,4,1" if key.startswith("launch") else "another"
-    hashes = [{"unit": "env", "ok": True, "hashes": today | {key: other}}]
-    write(folder, "other", hashes)  # as well as what env.json says: changed in between
+    hashes = {"unit": "env:all", "ok": True, "hashes": today | {key: other}}
+    write(folder, "other", [hashes])  # as well as what env.json says: changed in between
     assert [row.op for row in proven_rows(folder)] == ["softmax_covariance"]
     reason = "neither the checks' nor" if key.startswith("launch") else "of another source"
     assert reason in capsys.readouterr().out

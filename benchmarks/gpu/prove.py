@@ -6,10 +6,10 @@ size the kernel beats PyTorch is read off the run's times. Each kernel without a
 the reason. Rows that the run does not confirm and rows of changed kernels are taken out; without a
 folder nothing else happens. Run benchmarks/readme_tables.py afterwards.
 
-The folder holds env.json with "hashes", what `fisherkern.ops.proven.kernel_hashes` gave there, or
-such a line in other.jsonl; check.jsonl and time.jsonl, a line for each check and time; and, where
-launch settings were tried, sweep.jsonl. Times of segments and lookups say their "size", in the
-letters of proven.json.
+The folder, or folders of the parts in it, hold what benchmarks/gpu_day.py wrote: check.jsonl,
+time.jsonl and sweep.jsonl, a line for each check, time and launch setting; units.jsonl, how
+processes ended; other.jsonl, or env.json, with "hashes": `fisherkern.ops.proven.kernel_hashes` as
+they were there. Times of segments and lookups say their "size", in the letters of proven.json.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class Cell(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The lines of a run, its GPU, and the hashes recorded: several where the code was changed."""
+    """The lines of a run, its GPU, and the hashes recorded: several where the code was changed.
+
+    Among the checks are the ends of their processes.
+    """
 
     folder: Path
     checks: list[Line]
@@ -73,19 +76,31 @@ class Run(NamedTuple):
 
 def read_run(folder: Path) -> Run:
     """Raises InputError where a line is of no GPU, or nothing says of which code they are."""
-    names = ("check", "time", "sweep", "other")
-    files = [read_lines(folder / f"{name}.jsonl") for name in names]
-    records = [line for line in files[3] if "hashes" in line]
-    if (folder / "env.json").exists():
-        records.append(json.loads((folder / "env.json").read_text(encoding="utf-8")))
+    names = ("check", "units", "time", "sweep", "other")
+    found: dict[str, list[Line]] = {name: [] for name in names}
+    for part in sorted({path.parent for path in folder.rglob("*.jsonl")}):
+        for name in names:
+            # In the order that they came in, as a later part runs some units again.
+            found["check" if name == "units" else name] += read_lines(part / f"{name}.jsonl")
+    records = [line for line in found["other"] if "hashes" in line]
+    records += [json.loads(path.read_text("utf-8")) for path in sorted(folder.rglob("env.json"))]
     hashes = [record["hashes"] for record in records if "hashes" in record]
     if not hashes:
         raise InputError(f"{folder}: nothing says of which kernels its lines are: no hashes")
-    gpus = {(line["arch"], line["device"]) for lines in files for line in lines if "arch" in line}
+    lines = [line for own in found.values() for line in own]
+    gpus = {(line["arch"], line["device"]) for line in lines if "arch" in line}
     if len(gpus) != 1:
         raise InputError(f"{folder}: its lines are not of one GPU: {sorted(gpus)}")
-    files[2] = [line for line in files[2] if "kernel" in line]  # a dead unit's line has none
-    return Run(folder, *files, hashes, *gpus.pop())
+    checks = [line for line in found["check"] if is_check(line)]
+    sweep = [line for line in found["sweep"] if "kernel" in line]  # a torn line has none
+    return Run(folder, checks, found["time"], sweep, found["other"], hashes, *gpus.pop())
+
+
+def is_check(line: Line) -> bool:
+    """Whether a line tells of a check: not of a sweep that ended, nor of what never began."""
+    others = ("env", "build", "sanitizer", "ncu", "sass", "figure", "time", "ceiling", "sweep",
+              "launch", "small", "engine")  # fmt: skip
+    return line["ok"] is not None and line.get("unit", "").split(":")[0] not in others
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -125,7 +140,7 @@ def settled(lines: Sequence[Line]) -> list[Line]:
 def named(line: Line) -> Line:
     """The line with what its unit's name says and the line of a dead process does not.
 
-    Units are check:OP:DTYPE:D and, of the extension alone, extension:OP:PRECISION.
+    Units are check:OP:DTYPE:D, of segments segments:..., of the extension extension:OP:PRECISION.
     """
     kind, *parts = str(line.get("unit", "")).split(":")
     said: Line = dict(zip(("op", "dtype", "D"), parts, strict=False))
@@ -166,13 +181,13 @@ def width_of(line: Line) -> int | None:
 def suspected(run: Run, despite: Sequence[str]) -> dict[str, list[str]]:
     """Backend -> failures of units that are about all its kernels: sanitizers, diag_fisher."""
     found: dict[str, list[str]] = {"triton": [], "cuda": []}
-    sanitizers = [line for line in run.others if "sanit" in line.get("unit", "")]
-    for line in [*settled(run.checks), *settled(sanitizers)]:
+    tools = [x for x in run.others if x.get("unit", "").split(":")[0] in ("sanitizer", "driver")]
+    for line in [*settled(run.checks), *settled(tools)]:
         unit = line.get("unit", "")
         if line["ok"] or named(line).get("op") in (*TRITON, LOOKUPS) or unit in despite:
             continue
         words = {line.get("backend"), *unit.split(":")} - {None}
-        backends = {"cuda": {"cuda", "extension"}, "triton": {"triton"}}
+        backends = {"cuda": {"cuda", "extension", "driver"}, "triton": {"triton"}}
         blamed = [backend for backend, names in backends.items() if names & words]
         for backend in blamed or ([] if "torch" in words else found):
             found[backend].append(f"{unit or 'a unit without a name'} failed")
@@ -207,7 +222,8 @@ def against(cell: Cell, run: Run, lines: Sequence[Line]) -> list[str]:
 
 def failure(line: Line) -> str:
     shape = ", ".join(f"{key} {line[key]}" for key in ("N", "V", "D") if line.get(key))
-    said = line.get("exception") or f"{line.get('of_allowed')} of the error allowed"
+    said = line.get("exception") or line.get("reason")
+    said = said or f"{line.get('of_allowed')} of the error allowed"
     return f"{line.get('what', line.get('unit'))} at {shape}: {said}"
 
 
@@ -217,7 +233,7 @@ def changed(cell: Cell, run: Run, today: Mapping[str, str]) -> str | None:
     Launch settings may be others than the checks', where the sweep saw them right.
     """
     key = f"{cell.op}/{cell.backend}"
-    if {hashes.get(key) for hashes in run.hashes} != {today[key]}:
+    if {hashes[key] for hashes in run.hashes if key in hashes} != {today[key]}:
         return "the run was of another source than the kernel has today"
     now = proven.launch_settings(cell.op, cell.backend, run.arch, cell.dtype)
     for hashes in run.hashes:
@@ -290,13 +306,14 @@ def prove(run: Run, today: Mapping[str, str], despite: Sequence[str] = ()) -> tu
 ]:  # fmt: skip
     """The rows that a run is proof of, and why each other cell that it has lines of is without."""
     try:
-        evidence = (run.folder.resolve() / "check.jsonl").relative_to(ROOT).as_posix()
+        evidence = run.folder.resolve().relative_to(ROOT).as_posix()
     except ValueError:
         raise InputError(f"{run.folder}: evidence belongs into benchmarks/results") from None
     lines: dict[Cell, list[Line]] = {}
     for line in settled(run.checks):
-        for cell in cells_of(line):
-            lines.setdefault(cell, []).append(line)
+        if not line["ok"] or "of_allowed" in line:  # that a process ended well proves nothing
+            for cell in cells_of(line):
+                lines.setdefault(cell, []).append(line)
     blamed = suspected(run, despite)
     rows, without = [], {}
     for cell, own in lines.items():

@@ -62,7 +62,7 @@ class Row:
     for). widths: the first and the last of a class, multiples of `multiple_of` alone. hash: of
     the kernel's source. launch: its rows of the launch table. faster_from: the size from which it
     beat PyTorch, None where it never did; N·V, R·N·T·O·I of segments, R·N·T·D of lookups.
-    device: the GPU's name. evidence: the file of checks, from the repository's root.
+    device: the GPU's name. evidence: the folder of results, from the repository's root.
     """
 
     op: str
@@ -186,13 +186,15 @@ def kernel_hash(op: str, backend: str) -> str | None:
     return digest(files | {"launch_table": f"{PRECISION} {TARGET_PROGRAMS}".encode()})
 
 
-def kernel_hashes() -> dict[str, str]:
+def kernel_hashes(extension: object | None = None) -> dict[str, str]:
     """What identifies all kernels as they are now, for a run on a GPU to keep beside its results.
 
-    "op/backend": `kernel_hash`; "launch/kernel/arch/kind": the row of the launch table.
+    "op/backend": `kernel_hash`, of the extension's that of the module given, nothing without one;
+    "launch/kernel/arch/kind": the row of the launch table.
     """
-    hashes = {f"{op}/{backend}": kernel_hash(op, backend) for op, backend in KERNELS}
-    found = {key: value for key, value in hashes.items() if value is not None}
+    hashes = {f"{op}/triton": kernel_hash(op, "triton") for op in TRITON}
+    hashes |= {f"{op}/cuda": getattr(extension, "cuda_sources", None) for op in CUDA}
+    found = {key: value for key, value in hashes.items() if value}
     for kernel, arch, kind, row in rows_of_table():
         found[f"launch/{kernel}/{arch}/{kind}"] = ",".join(map(str, row))
     return found
