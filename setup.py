@@ -13,6 +13,7 @@ pip shows what was built with -v; `fisherkern.ops._extension.status()` says it a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CompileError, LinkError, SetupError
 
+ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "80,90,100+PTX"
 CPU_SOURCES = (
     "csrc/bind.cpp",
@@ -74,6 +76,19 @@ def cuda_archs() -> tuple[list[int], list[int]]:
         if match[3]:
             ptx.append(arch)
     return code, ptx
+
+
+def cuda_hash() -> str:
+    """sha256 of all that the CUDA kernels are made of; by it proven.json knows them.
+
+    Files in the order of their names, as `fisherkern.ops.proven.digest` takes them.
+    """
+    headers = ["csrc/fisher_segment.h", *(h for h in HEADERS if h.startswith("csrc/cuda/"))]
+    total = hashlib.sha256()
+    for name in sorted([*CUDA_SOURCES, *headers]):
+        text = (ROOT / name).read_bytes()
+        total.update(f"{name} {len(text)}\n".encode() + text)
+    return total.hexdigest()
 
 
 def toolkit(nvcc: str) -> Path:
@@ -166,6 +181,7 @@ class BuildExtension(build_ext):
             ("FISHERKERN_WITH_CUDA", "1"),
             ("FISHERKERN_CUDA_ARCHS", ",".join(map(str, code))),
             ("FISHERKERN_CUDA_PTX", ",".join(map(str, ptx))),
+            ("FISHERKERN_CUDA_SOURCES", cuda_hash()),
         ]
 
 

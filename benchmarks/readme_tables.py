@@ -6,8 +6,8 @@ there are several seeds) or `fisher_cost` (time, error);
 or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each estimate, shape
 or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
 `fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
-or the whole is `summary`, a line for each experiment on merging, or `starts`, a line for each
-distance between members' starts.
+or the whole is `summary`, a line for each experiment on merging, `starts`, a line for each
+distance between members' starts, or `kernels`, a line for each op's kernel, of proven.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fisherkern.experiments.splits import CONTROL as ALL_DATA
 from fisherkern.experiments.splits import WEIGHTED
 from fisherkern.experiments.tables import INTERVAL, comparison_table, difference, story_table
 from fisherkern.files import atomic_path, read_json
+from fisherkern.ops import proven
 
 HERE = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- table: (\S*?)/?([^/\s]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -288,6 +289,27 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
     return "\n".join(found)
 
 
+def kernel_rows(rows: Sequence[proven.Row] | None = None, results: Path = HERE / "results") -> str:
+    """What ran on a GPU, and which calls take it there by default: the rows of proven.json.
+
+    Rows of kernels that have changed do not pass the tests, so what stands there is today's.
+    """
+    rows = proven.rows() if rows is None else rows
+    runs = [f"`{path.name}`" for path in sorted(results.glob("gpu_*")) if path.is_dir()]
+    lines = [
+        f"Runs on a GPU, in benchmarks/results: {', '.join(runs)}."
+        if runs
+        else "Nothing has run on a GPU yet: no kernel, and no op's path in PyTorch.",
+        "",
+        '| op | kernel | ran, and was right, on | `backend="auto"` on a GPU takes |',
+        "|---|---|---|---|",
+    ]
+    for op, backend in proven.KERNELS:
+        where, taken = proven.verdict(op, backend, rows)
+        lines.append(f"| `{op}` | {backend} | {where} | {taken} |")
+    return "\n".join(lines)
+
+
 CSV_TABLES = {
     "fisher.csv": fisher_rows,
     "segment.csv": segment_rows,
@@ -295,7 +317,7 @@ CSV_TABLES = {
 }
 
 
-WHOLE = {"summary": summary_rows, "starts": start_rows}
+WHOLE = {"summary": summary_rows, "starts": start_rows, "kernels": kernel_rows}
 
 
 def table(match: re.Match[str]) -> str:

@@ -21,6 +21,12 @@
 #ifndef FISHERKERN_CUDA_PTX
 #define FISHERKERN_CUDA_PTX
 #endif
+// And from: the sha256 of the CUDA kernels' sources, none where they were not compiled.
+#ifndef FISHERKERN_CUDA_SOURCES
+#define FISHERKERN_CUDA_SOURCES
+#endif
+#define FISHERKERN_QUOTED_TEXT(text) #text
+#define FISHERKERN_QUOTED(macro) FISHERKERN_QUOTED_TEXT(macro)
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -246,6 +252,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fisherkern's compiled kernels; see csrc/*.h.";
   m.attr("cuda_archs") = numbers({FISHERKERN_CUDA_ARCHS});
   m.attr("cuda_ptx") = numbers({FISHERKERN_CUDA_PTX});
+  m.attr("cuda_sources") = FISHERKERN_QUOTED(FISHERKERN_CUDA_SOURCES);
   m.def("segment_outer_square_cpu", on_cpu(segment_problem, segment_outer_square_in), py::kw_only(),
         SEGMENT_ARGUMENTS, "threads"_a = 1, "lanes"_a = 0, "form"_a = 0, Unlocked());
   m.def("lookup_square_cpu", on_cpu(lookup_problem, lookup_square_cpu), py::kw_only(),

@@ -2,6 +2,7 @@
 
 cuda_archs: tuple[int, ...]
 cuda_ptx: tuple[int, ...]
+cuda_sources: str
 
 def segment_outer_square_cpu(**arguments: int) -> None: ...
 def segment_outer_square_cuda(**arguments: int) -> None: ...

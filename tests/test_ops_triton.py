@@ -90,7 +90,7 @@ def test_cpu_tensors_take_pytorch_unless_triton_is_demanded(
     monkeypatch.setattr(_dispatch, "_installed", lambda: True)
     monkeypatch.setattr(_dispatch, "_interpreted", lambda: False)
     one = torch.ones(1, 1)
-    assert not _dispatch.use_triton(one)
+    assert not _dispatch.use_triton("softmax_lse", one, one)
     with _dispatch.use_backend("triton"):
         with pytest.raises(fk.InputError, match="takes TRITON_INTERPRET=1"):
             ops.softmax_lse(one, one)
@@ -101,10 +101,10 @@ def test_cpu_tensors_take_pytorch_unless_triton_is_demanded(
     with pytest.raises(fk.InputError, match="backend: 'triton' cannot be used"):
         fk.diag_fisher(bert().float(), [HISTORIES], k=2, backend="triton", progress=False)
     monkeypatch.setattr(_dispatch, "_interpreted", lambda: True)
-    assert not _dispatch.use_triton(one)
+    assert not _dispatch.use_triton("softmax_lse", one, one)
     with _dispatch.use_backend("triton"):
-        assert _dispatch.use_triton(one)
-        assert not _dispatch.use_triton(one[:0])
+        assert _dispatch.use_triton("softmax_lse", one, one)
+        assert not _dispatch.use_triton("softmax_lse", one[:0], one)
 
 
 WITHOUT_TRITON = """

@@ -2,9 +2,9 @@
 
 `use_backend` sets the choice for a block of code, the environment variable
 FISHERKERN_BACKEND for a process. "torch" and "triton" mean what they say; "cuda" takes
-the extension where it serves and Triton elsewhere. "auto" is PyTorch for CUDA tensors
-as long as no kernel has run on a GPU (see PROVEN), and what "cuda" is after that. Triton
-is imported when a kernel is about to run, never before.
+the extension where it serves and Triton elsewhere. "auto" is the same on a GPU for the calls
+that proven.json has a row of, and PyTorch for all others. Triton is imported when a kernel is
+about to run, never before.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.ops import proven
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
-# Whether benchmarks/gpu_check.sh has passed on a GPU: nobody gets a kernel by default
-# that was only seen in the interpreter and the compiler.
-PROVEN = False
 VARIABLE = "FISHERKERN_BACKEND"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # tf32 products, which the fp32 kernels are made of, begin with this compute capability.
-_OLDEST_ARCHITECTURE = (8, 0)
+_OLDEST_ARCHITECTURE = 80
 
 _chosen: ContextVar[str] = ContextVar("fisherkern_backend", default="auto")
 
@@ -56,25 +54,44 @@ def backend() -> str:
     return name
 
 
-def use_triton(*tensors: Tensor | None) -> bool:
-    """Whether an op of these tensors runs its Triton kernel.
+def use_triton(
+    op: str, *tensors: Tensor | None, width: int | None = None, size: int | None = None
+) -> bool:
+    """Whether this call of `op` runs its Triton kernel.
 
-    Raises InputError where a kernel was asked for and cannot run: triton is not
-    installed, a tensor is fp64, or a tensor is on the CPU outside the interpreter.
+    The first two tensors are the products' matrices; without `width` and `size`, in the letters of
+    proven.json, they are h (N, D) and the items (V, D). Raises InputError where a kernel was asked
+    for and cannot run: triton is not installed, a tensor is fp64, or a tensor is on the CPU
+    outside the interpreter.
     """
     name = backend()
     given = [tensor for tensor in tensors if tensor is not None]
     if name == "torch" or any(tensor.numel() == 0 for tensor in given):
         return False
     # The interpreter is for checking kernels: on the CPU only an explicit choice takes it.
-    if name == "auto" and not (given[0].is_cuda and PROVEN):
-        return False
+    # On a GPU nobody gets a kernel unasked that was only seen in interpreter and compiler.
+    if name == "auto":
+        if not given[0].is_cuda:
+            return False
+        first, second = given[:2]
+        dtype = proven.dtype_name(first.dtype, second.dtype)
+        width = first.shape[1] if width is None else width
+        size = len(first) * len(second) if size is None else size
+        if not proven.beats_torch(op, "triton", architecture(first.device), dtype, width, size):
+            return False
     reason = _why_not(given)
     if reason is None:
         return True
     if name != "auto":
         raise InputError(f"backend: {name!r} cannot be used: {reason}")
     return False
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """A GPU's compute capability as one number: 90 is 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _why_not(tensors: list[Tensor]) -> str | None:
@@ -84,7 +101,7 @@ def _why_not(tensors: list[Tensor]) -> str | None:
     if not _installed():
         return "triton is not installed"
     if all(tensor.is_cuda for tensor in tensors):
-        if torch.cuda.get_device_capability(tensors[0].device) < _OLDEST_ARCHITECTURE:
+        if architecture(tensors[0].device) < _OLDEST_ARCHITECTURE:
             return "the kernels need compute capability 8.0"
         return None
     if all(tensor.device.type == "cpu" for tensor in tensors) and _interpreted():

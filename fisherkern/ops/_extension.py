@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.ops._dispatch import PROVEN, backend
+from fisherkern.ops import proven
+from fisherkern.ops._dispatch import architecture, backend
 
 log = logging.getLogger("fisherkern")
 
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 2}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TF32 = 1
 _PRODUCTS_PER_THREAD = 2**25
 
@@ -52,27 +54,39 @@ def covers(capability: tuple[int, int], archs: Sequence[int], ptx: Sequence[int]
     return any(a // 10 == major and a <= here for a in archs) or any(p <= here for p in ptx)
 
 
-def serving(fisher: Tensor, *tensors: Tensor | None) -> ModuleType | None:
-    """The extension where an op of these tensors may run in it, else None.
+def serving(
+    op: str, fisher: Tensor, delta: Tensor, *tensors: Tensor | None, width: int = 0, size: int = 0
+) -> ModuleType | None:
+    """The extension where this call of `op` may run in it, else None.
 
     fp32 sums, fp32 or bf16 inputs, all on the CPU or on one GPU that it was compiled for.
-    On a GPU only where the backend is "cuda", or "auto" once the kernels are proven.
+    On a GPU only where the backend is "cuda", or "auto" and proven.json has a row of the op for
+    delta's dtype, `width` and `size`.
     """
     extension = compiled()
     if extension is None or fisher.dtype != torch.float32:
         return None
-    if backend() != "cuda" and not (backend() == "auto" and (PROVEN or not fisher.is_cuda)):
+    name = backend()
+    if name not in ("auto", "cuda"):
         return None
-    given = [tensor for tensor in (fisher, *tensors) if tensor is not None]
+    given = [tensor for tensor in (fisher, delta, *tensors) if tensor is not None]
     same = all(tensor.device == fisher.device for tensor in given)
     known = all(tensor.dtype in _PRECISIONS for tensor in given)
     if not (same and known and fisher.is_contiguous()):
         return None
-    if fisher.is_cuda:
-        capability = torch.cuda.get_device_capability(fisher.device)
-        covered = covers(capability, extension.cuda_archs, extension.cuda_ptx)
-        return extension if covered else None
-    return extension if fisher.device.type == "cpu" else None
+    if not fisher.is_cuda:
+        return extension if fisher.device.type == "cpu" else None
+    arch = architecture(fisher.device)
+    if name == "auto":
+        dtype = "tf32" if op == proven.SEGMENTS and takes_tf32(delta) else _NAMES[delta.dtype]
+        if not proven.beats_torch(op, "cuda", arch, dtype, width, size):
+            return None
+    return extension if covers(divmod(arch, 10), extension.cuda_archs, extension.cuda_ptx) else None
+
+
+def takes_tf32(delta: Tensor) -> bool:
+    """Whether PyTorch allows tf32 in products of such matrices on a GPU."""
+    return delta.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def segment_outer_square_(

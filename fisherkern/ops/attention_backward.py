@@ -15,7 +15,7 @@ def _attention_backward(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:
     p = p.contiguous()
-    extension = _extension.serving(p, delta, q, k, v)
+    extension = _extension.serving("attention_backward", p, delta, q, k, v)
     if extension is not None and not p.is_cuda and q.dtype == torch.float32:
         return _extension.attention_backward(extension, p, delta, q, k, v, scale)
     delta, q, k, v = (tensor.transpose(-3, -2) for tensor in (delta, q, k, v))

@@ -22,7 +22,7 @@ def _head_sqgrad_(
     ids: Tensor | None,
     omega: Tensor | None,
 ) -> None:
-    if use_triton(h, weight, bias, lse, weight_fisher, bias_fisher, omega):
+    if use_triton("head_sqgrad_", h, weight, bias, lse, weight_fisher, bias_fisher, omega):
         from fisherkern.ops import head_sqgrad_triton
 
         head_sqgrad_triton.head_sqgrad_(

@@ -13,7 +13,7 @@ def _layer_norm_backward(
     delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> Tensor:
     normalised = normalised.contiguous()
-    extension = _extension.serving(normalised, delta, weight, rstd)
+    extension = _extension.serving("layer_norm_backward", normalised, delta, weight, rstd)
     if extension is not None and not delta.is_cuda and delta.dtype == torch.float32:
         return _extension.layer_norm_backward(extension, delta, normalised, weight, rstd)
     g = delta if weight is None else delta * weight

@@ -90,7 +90,8 @@ def _lookup_square_(
     sequence: Tensor | None,
 ) -> None:
     indices = (order, segment_start, row, row_start)
-    extension = _extension.serving(fisher, delta, beta, hidden)
+    sizes = {"width": fisher.shape[1], "size": delta.numel()}
+    extension = _extension.serving("lookup_square_", fisher, delta, beta, hidden, **sizes)
     if extension is not None:
         split = _extension.Split(lookup_splits(len(delta))) if fisher.is_cuda else None
         _extension.lookup_square_(

@@ -95,7 +95,7 @@ def _sample_distinct(
 ) -> tuple[Tensor, Tensor]:
     n, v = h.shape[0], weight.shape[0]
     logits_of = range_logits
-    if use_triton(h, weight, bias, lse):
+    if use_triton("sample_distinct", h, weight, bias, lse):
         from fisherkern.ops import sample_distinct_triton
 
         logits_of = sample_distinct_triton.range_logits

@@ -74,7 +74,7 @@ def _sample_items(
     k: int,
     seed: int,
 ) -> Tensor:
-    if use_triton(h, weight, bias, lse):
+    if use_triton("sample_items", h, weight, bias, lse):
         from fisherkern.ops import sample_items_triton
 
         return sample_items_triton.sample_items(h, weight, bias, lse, ranges, rows, k, seed)

@@ -30,7 +30,8 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
         d, a = delta[:, :, 0].to(fisher.dtype), inputs[:, 0].to(fisher.dtype)
         add_outer_(fisher, d.square().sum(dim=0), a.square())
         return
-    extension = _extension.serving(fisher, delta, inputs)
+    sizes = {"width": min(rows, columns), "size": delta.numel() * columns}
+    extension = _extension.serving("segment_outer_square_", fisher, delta, inputs, **sizes)
     if extension is not None and delta.dtype == inputs.dtype:
         d = delta.reshape(probes, n * positions, rows)
         a = inputs.reshape(n * positions, columns)
@@ -39,10 +40,10 @@ def _segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> Non
             return
         pairs = probes * n
         split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, pairs))
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        tf32 = _extension.takes_tf32(delta)
         _extension.segment_outer_square_(extension, fisher, d, a, positions, tf32=tf32, split=split)
         return
-    if use_triton(fisher, delta, inputs):
+    if use_triton("segment_outer_square_", delta, inputs, fisher, **sizes):
         from fisherkern.ops import segment_outer_square_triton
 
         segment_outer_square_triton.segment_outer_square_(fisher, delta, inputs)

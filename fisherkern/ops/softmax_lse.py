@@ -89,7 +89,7 @@ def exp_minus_(z: Tensor, shift: Tensor, power: float = 1.0) -> Tensor:
 
 
 def _softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if use_triton(h, weight, bias):
+    if use_triton("softmax_lse", h, weight, bias):
         from fisherkern.ops import softmax_lse_triton
 
         return softmax_lse_triton.softmax_lse(h, weight, bias)

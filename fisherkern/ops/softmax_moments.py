@@ -55,7 +55,7 @@ class OnlineMean:
 
 
 def _softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    if use_triton(h, weight, bias):
+    if use_triton("softmax_mean", h, weight, bias):
         from fisherkern.ops import softmax_moments_triton
 
         return softmax_moments_triton.softmax_mean(h, weight, bias)
@@ -88,7 +88,7 @@ def _products(w: Tensor) -> Tensor:
 def _softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
-    if use_triton(h, weight, bias, lse, mean):
+    if use_triton("softmax_covariance", h, weight, bias, lse, mean):
         from fisherkern.ops import softmax_moments_triton
 
         return softmax_moments_triton.softmax_covariance(h, weight, bias, lse, mean)

@@ -31,7 +31,7 @@ def _softmax_sketch(
     probes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    if use_triton(h, weight, bias, lse, mean):
+    if use_triton("softmax_sketch", h, weight, bias, lse, mean):
         from fisherkern.ops import softmax_sketch_triton
 
         return softmax_sketch_triton.softmax_sketch(h, weight, bias, lse, mean, rows, probes, seed)

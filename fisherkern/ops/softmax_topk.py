@@ -143,7 +143,7 @@ class _OnlineTopk:
 def _softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if k <= MAX_TRITON_K and use_triton(h, weight, bias):
+    if k <= MAX_TRITON_K and use_triton("softmax_topk", h, weight, bias):
         from fisherkern.ops import softmax_topk_triton
 
         candidates, places, lse, mean = softmax_topk_triton.softmax_topk(h, weight, bias, k)
