@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fisherkern.ops.device import on_gpu
+
 Columns = Callable[[Tensor, slice], Tensor]
 
 
@@ -47,13 +49,17 @@ def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """
     matrix = matrix.double()
     diagonal = matrix.diagonal(dim1=1, dim2=2)
-    largest = diagonal.amax(dim=1).clamp(min=torch.finfo(dtype).tiny)[:, None]
+    rounding = torch.finfo(dtype).eps * diagonal.amax(dim=1).clamp(min=torch.finfo(dtype).tiny)
     found = torch.full_like(matrix, torch.nan)
-    for floor in reversed(_FLOORS):
-        raised = diagonal + floor * torch.finfo(dtype).eps * largest
-        lower, failed = torch.linalg.cholesky_ex(torch.diagonal_scatter(matrix, raised, 0, 1, 2))
-        found = torch.where((failed > 0)[:, None, None], found, lower)
-    return found
+    missing = torch.ones_like(rounding, dtype=torch.bool)
+    for floor in _FLOORS:
+        raised = torch.diagonal_scatter(matrix, diagonal + floor * rounding[:, None], 0, 1, 2)
+        lower, failed = torch.linalg.cholesky_ex(raised)
+        found = torch.where(missing[:, None, None], lower, found)
+        missing &= failed > 0
+        if not on_gpu(matrix) and not missing.any():
+            return found
+    return found.masked_fill_(missing[:, None, None], torch.nan)
 
 
 def solve_lower(lower: Tensor, moments: Tensor) -> Tensor:
