@@ -19,6 +19,14 @@ import torch
 from fisherkern.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child process that imports `benchmarks`, whatever its Python."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 # What `append` adds to every row.
 MACHINE = ("device", "threads", "torch", "python", "commit", "date")
 

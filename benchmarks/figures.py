@@ -1,4 +1,4 @@
-"""Figures from the benchmarks' CSV files: python benchmarks/figures.py ml-1m 50 256"""
+"""Figures from the benchmarks' CSV files: python -m benchmarks.figures ml-1m 50 256"""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, results_path
 
+from benchmarks.common import RESULTS, results_path
 from fisherkern.plots import _figure, _save, _styles
 
 

@@ -1,4 +1,4 @@
-"""Fill the README's tables from the results that scripts wrote: python benchmarks/readme_tables.py
+"""Fill the README's tables from the results that scripts wrote: python -m benchmarks.readme_tables
 
 A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where FOLDER is in
 benchmarks/results and WHAT is `result.json` (the story's rows, or a table's, their mean where
@@ -17,8 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from figures import latest_fisher_rows, read_rows
-
+from benchmarks.figures import latest_fisher_rows, read_rows
 from fisherkern.experiments.branches import ALIGNED
 from fisherkern.experiments.contrastive import CONTROL as PASSES
 from fisherkern.experiments.contrastive import EXTRA

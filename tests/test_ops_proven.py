@@ -24,11 +24,11 @@ from fisherkern.ops.launch_table import rows_of_table
 from fisherkern.ops.proven import KERNELS, SEGMENTS, Row
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 
 import prove  # noqa: E402
-import readme_tables  # noqa: E402
+
+from benchmarks import readme_tables  # noqa: E402
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -278,7 +278,7 @@ def test_committed_rows_are_about_todays_kernels() -> None:
         "\n".join(found) + "\nfisherkern/ops/proven.json holds rows that prove nothing any more:"
         " run the kernels on a GPU again (python benchmarks/gpu_day.py, then"
         " benchmarks/gpu/prove.py FOLDER), or take the rows out (python benchmarks/gpu/prove.py);"
-        " then python benchmarks/readme_tables.py"
+        " then python -m benchmarks.readme_tables"
     )
 
 
@@ -296,7 +296,7 @@ def test_a_stale_committed_row_is_named() -> None:
 def test_the_readmes_tables_are_current() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     current = readme_tables.BLOCK.sub(readme_tables.table, text)
-    assert text == current, "run python benchmarks/readme_tables.py"
+    assert text == current, "run python -m benchmarks.readme_tables"
     assert "<!-- table: kernels -->" in text
 
 

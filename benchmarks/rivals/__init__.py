@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 import fisherkern as fk
-from rivals import autograd, hooks, operators
-from rivals.port import Run
+from benchmarks.rivals import autograd, hooks, operators
+from benchmarks.rivals.port import Run
 
 
 @dataclasses.dataclass(frozen=True)

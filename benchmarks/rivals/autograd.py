@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import fisherkern as fk
-from rivals.port import Estimate, Port, Run, top
+from benchmarks.rivals.port import Estimate, Port, Run, top
 
 CHUNK = 32
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fisherkern as fk
-from rivals.port import Estimate, Port, Run, top
+from benchmarks.rivals.port import Estimate, Port, Run, top
 
 # Sequences at once. BackPACK holds a one-hot table of rows × sequences × positions.
 CHUNK, BACKPACK_CHUNK = 32, 8

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fisherkern as fk
-from rivals.port import Estimate, Port, Run
+from benchmarks.rivals.port import Estimate, Port, Run
 
 # Sequences at once: all k vectors go through the network together.
 CHUNK = 4

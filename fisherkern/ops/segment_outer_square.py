@@ -109,7 +109,7 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
     Holds a tile of N of the O×I products or of G, never all; in the extension partial sums
     of F, and in the Gram form 8 MB, for each thread; on a GPU its fp32 products are exact
     unless PyTorch is told to use tf32. On one thread of an AVX-512 machine the extension
-    takes half the time of PyTorch's products (benchmarks/bench_segment.py).
+    takes half the time of PyTorch's products (benchmarks/speed/bench_segment.py).
     Raises InputError for tensors that do not fit. Design section 1, token-wise layers.
     """
     sizes = (*delta.shape[1:3], *fisher.shape)

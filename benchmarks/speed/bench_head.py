@@ -1,4 +1,4 @@
-"""The output-layer ops against the best plain PyTorch expression: python benchmarks/bench_head.py
+"""Output-layer ops against the best plain PyTorch: python -m benchmarks.speed.bench_head
 
 The expression holds all N×V logits, which ours never do. Each row has the bytes that must
 move and the FLOP that must be done, and their rate as a share of what this machine reaches
@@ -12,7 +12,9 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import (
+from torch import Tensor
+
+from benchmarks.common import (
     alternate,
     append,
     check_columns,
@@ -21,8 +23,6 @@ from common import (
     matmul_rate,
     peak_megabytes,
 )
-from torch import Tensor
-
 from fisherkern import InputError, ops
 
 Results = tuple[Tensor, ...]

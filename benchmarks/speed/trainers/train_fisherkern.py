@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from protocol import Trainer, serve
 from torch import Tensor
 
 import fisherkern as fk
+from benchmarks.speed.trainers.protocol import Trainer, serve
 from fisherkern.training.loop import Run, Saving, checked_settings
 from fisherkern.training.scalars import Scalars
 

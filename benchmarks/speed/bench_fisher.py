@@ -1,8 +1,8 @@
 """Time, error and memory of Fisher estimates, ours and others', on one model: the paper's Fig. 2.
 
-    python benchmarks/bench_fisher.py --data ml-1m                          # trains one first
-    python benchmarks/bench_fisher.py --data ml-1m --model base.safetensors
-    python benchmarks/bench_fisher.py --data ml-1m --max-len 200 --sequences 64 --only topk
+    python -m benchmarks.speed.bench_fisher --data ml-1m                          # trains one first
+    python -m benchmarks.speed.bench_fisher --data ml-1m --model base.safetensors
+    python -m benchmarks.speed.bench_fisher --data ml-1m --max-len 200 --sequences 64 --only topk
 
 Every estimate runs in this process, in turn with batch-wise K = 10, the unit of the column
 `ratio`: absolute times of a shared machine mean nothing. Times are per sequence. What takes
@@ -24,15 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, check_columns, device, matmul_rate, percentiles, seconds, with_peak
-from figures import draw_figure
-from flops import count
-from rivals import RIVALS, Rival
-from rivals.autograd import naive
 from torch import Tensor
-from trained import trained_model
 
 import fisherkern as fk
+from benchmarks.common import (
+    append,
+    check_columns,
+    device,
+    matmul_rate,
+    percentiles,
+    seconds,
+    with_peak,
+)
+from benchmarks.figures import draw_figure
+from benchmarks.rivals import RIVALS, Rival
+from benchmarks.rivals.autograd import naive
+from benchmarks.speed.flops import count
+from benchmarks.speed.trained import trained_model
 from fisherkern.experiments.fisher_cost import best_scaled_error, relative_error
 
 BATCHWISE = "batchwise (paper)"

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from protocol import Trainer, serve
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import BERT4RecModel, SASRecModel
+
+from benchmarks.speed.trainers.protocol import Trainer, serve
 
 
 def prepare(options: dict[str, Any]) -> Trainer:

@@ -1,9 +1,10 @@
 """Training throughput, ours beside RecBole's and RecTools': training.csv.
 
-    python benchmarks/bench_training.py --recbole-python A/bin/python --rectools-python B/bin/python
+    python -m benchmarks.speed.bench_training \\
+        --recbole-python A/bin/python --rectools-python B/bin/python
 
 Each library trains in a process of its own, with the Python given for it, as their pins differ;
-`benchmarks/trainers/train_*.py` say what to install. One left out is skipped and said so. The
+`benchmarks/speed/trainers/train_*.py` say what to install. One left out is skipped and said so. The
 processes take turns, a step each, so that what else the machine does falls on all of them.
 
 An epoch means another thing in each: RecBole has a sample for every prefix of a user's items,
@@ -25,16 +26,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import append, check_columns, matmul_rate, percentiles
 
 import fisherkern as fk
+from benchmarks.common import append, check_columns, child_environment, matmul_rate, percentiles
+from benchmarks.speed.trainers.protocol import CLOCKS
+from benchmarks.speed.trainers.train_fisherkern import model_and_objective, training_run
 from fisherkern.files import atomic_path
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "trainers"))
-
-from protocol import CLOCKS  # noqa: E402
-from train_fisherkern import model_and_objective, training_run  # noqa: E402
 
 OURS = "fisherkern"
 MODELS = ("BERT4Rec", "SASRec")
@@ -108,9 +105,10 @@ class Worker:
 
     def __init__(self, provider: str, python: str, options: dict[str, Any]) -> None:
         self.provider, self.python = provider, python
-        script = HERE / "trainers" / f"train_{provider.lower()}.py"
+        module = f"benchmarks.speed.trainers.train_{provider.lower()}"
         self.process = subprocess.Popen(
-            [python, "-W", "ignore", str(script), json.dumps(options)],
+            [python, "-W", "ignore", "-m", module, json.dumps(options)],
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,21 +16,14 @@ from brute import all_gradients, counts, fisher
 from torch import nn
 
 import fisherkern as fk
+from benchmarks import common, figures, readme_tables
+from benchmarks.rivals import RIVALS, Rival, autograd, hooks, operators
+from benchmarks.rivals.port import Port
+from benchmarks.speed import bench_fisher, bench_segment, flops
+from benchmarks.speed.trained import trained_model
 from fisherkern import ops
 from fisherkern.experiments.fisher_cost import best_scaled_error
 from fisherkern.ops._products import product
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import bench_fisher  # noqa: E402
-import bench_segment  # noqa: E402
-import common  # noqa: E402
-import figures  # noqa: E402
-import flops  # noqa: E402
-import readme_tables  # noqa: E402
-from rivals import RIVALS, Rival, autograd, hooks, operators  # noqa: E402
-from rivals.port import Port  # noqa: E402
-from trained import trained_model  # noqa: E402
 
 V, K = 11, 4
 # Padding, a row with an item twice, a full row.

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import csv
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fisherkern as fk
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import bench_training  # noqa: E402
-import common  # noqa: E402
-import figures  # noqa: E402
-import readme_tables  # noqa: E402
-import train_fisherkern  # noqa: E402
+from benchmarks import common, figures, readme_tables
+from benchmarks.speed import bench_training
+from benchmarks.speed.trainers import train_fisherkern
 
 SIZES = ["--data", "synthetic", "--max-len", "5", "--dim", "4", "--batch", "64", "--steps", "2"]
 

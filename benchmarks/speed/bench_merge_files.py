@@ -1,4 +1,4 @@
-"""Merging item tables too large to hold: python benchmarks/bench_merge_files.py --folder F
+"""Merging item tables too large to hold: python -m benchmarks.speed.bench_merge_files --folder F
 
 Writes member files (SASRec, tied, one block) into a folder, merges them with `merge_files` in a
 process of its own and appends what that took: time, and the most memory it ever held. The
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import append, check_columns
 from torch import Tensor
 
+from benchmarks.common import append, check_columns, child_environment
 from fisherkern import DiagFisher, InputError, SASRec, load_model, merge, merge_files
 from fisherkern.merging.tensor_files import TYPES, raw, rows_per_block, spans, write_header
 
@@ -132,7 +132,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         out = Path(place) / "merged.safetensors"
         arguments = json.dumps([*map(lambda p: list(map(str, p)), (members, fishers)), str(out)])
         done = subprocess.run(
-            [sys.executable, __file__, "--child", arguments], stdout=subprocess.PIPE, check=True
+            [sys.executable, "-m", "benchmarks.speed.bench_merge_files", "--child", arguments],
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            check=True,
         )
         return {
             "method": options.method,

@@ -1,4 +1,4 @@
-"""Σ_r Σ_n (Σ_t δ aᵀ)² against PyTorch expressions: python benchmarks/bench_segment.py
+"""Σ_r Σ_n (Σ_t δ aᵀ)² against PyTorch expressions: python -m benchmarks.speed.bench_segment
 
 The rivals are the R N per-sequence products stored, then squared and summed (as bmm, einsum and
 vmap of one sequence's product), and the same in tiles that stay in cache. `bmm alone` is the
@@ -15,9 +15,17 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import alternate, append, check_columns, copy_bandwidth, device, matmul_rate, with_peak
 from torch import Tensor
 
+from benchmarks.common import (
+    alternate,
+    append,
+    check_columns,
+    copy_bandwidth,
+    device,
+    matmul_rate,
+    with_peak,
+)
 from fisherkern import InputError, ops
 from fisherkern.ops._dispatch import backend
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference

@@ -13,10 +13,11 @@ import importlib.metadata
 import os
 from typing import Any
 
-from protocol import Trainer, serve
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
+
+from benchmarks.speed.trainers.protocol import Trainer, serve
 
 
 def prepare(options: dict[str, Any]) -> Trainer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ import pytest
 import torch
 
 import fisherkern as fk
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import bench_merge_files  # noqa: E402
-import common  # noqa: E402
+from benchmarks import common
+from benchmarks.speed import bench_merge_files
 
 SMALL = ["--items", "3000", "--dim", "4", "--members", "3"]
 

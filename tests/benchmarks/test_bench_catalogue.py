@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import common
+from benchmarks.speed import bench_catalogue, bench_head
 from fisherkern import ops
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import bench_catalogue  # noqa: E402
-import bench_head  # noqa: E402
-import common  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

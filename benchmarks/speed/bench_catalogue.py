@@ -1,6 +1,6 @@
 """Time and memory of the Fisher's output-layer work as the catalogue grows.
 
-    python benchmarks/bench_catalogue.py --items 1000 10000 100000 1000000
+    python -m benchmarks.speed.bench_catalogue --items 1000 10000 100000 1000000
 
 For V = 10³ … 10⁷ and every sampler: the pass for the statistics, the factor and the closed
 form of the output layer for N sequences (everything but the encoder's backward passes, which do
@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import append, check_columns, device, seconds, with_peak
 from torch import Tensor
 
+from benchmarks.common import append, check_columns, device, seconds, with_peak
 from fisherkern import InputError, ops
 from fisherkern.fisher.factor import Factor
 from fisherkern.fisher.samplers import Rows, Settings, factorise

@@ -1,0 +1,1 @@
+"""Speed against the alternatives, the paper's experiments, and their results; never installed."""

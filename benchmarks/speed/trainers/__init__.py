@@ -1,0 +1,1 @@
+"""One file a library: a process of its own trains and is timed by bench_training."""
