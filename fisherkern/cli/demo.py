@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
-from fisherkern.cli.common import command, out_folder
-from fisherkern.experiments import DEMO, MEMBERS, run
+from fisherkern import demo
+from fisherkern.cli.common import command, finish, load_data, out_folder
+from fisherkern.errors import InputError
+from fisherkern.files import atomic_path, read_json, write_json
 
 
 def add_demo(commands: Any) -> None:
-    parser = command(commands, "demo", _demo, "the whole story on made-up data, in minutes")
-    parser.add_argument("--members", choices=MEMBERS, default=DEMO.members)
+    parser = command(commands, "demo", _demo, "merge three models of made-up data, in minutes")
     # Its tensors are small: a second thread mostly waits for the first.
     parser.set_defaults(data="synthetic", threads=1)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    story = dataclasses.replace(DEMO, data=options.data, members=options.members, seed=options.seed)
-    run(story, out_folder(options, f"demo-{story.members}"), progress=not options.quiet)
+    data, out = load_data(options.data), out_folder(options, "demo")
+    settings = {"data_fingerprint": data.fingerprint(), "seed": options.seed}
+    path = out / "config.json"
+    if path.exists() and read_json(path) != settings:
+        raise InputError(
+            f"{path}: holds a run with other data or another seed; choose another --out"
+        )
+    write_json(path, settings)
+    result = demo.run(data, out, seed=options.seed, progress=not options.quiet)
+    with atomic_path(out / "table.md") as temporary:
+        temporary.write_text(f"{result['table']}\n", encoding="utf-8")
+    print(result.pop("table"))
+    finish(out, options, result)
+    print(f"\nwritten to {out}: merged.safetensors ({result['merged']}), result.json, table.md")
