@@ -1,8 +1,8 @@
 """Fill the README's tables from the results that scripts wrote: python -m benchmarks.readme_tables
 
 A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where FOLDER is in
-benchmarks/results and WHAT is `result.json` (the story's rows, or a table's, their mean where
-there are several seeds) or `fisher_cost` (time, error);
+benchmarks/results and WHAT is `result.json` (an experiment's rows, their mean where
+there are several seeds);
 or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each estimate, shape
 or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
 `fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiments.branches import ALIGNED
+from benchmarks.experiments.contrastive import CONTROL as PASSES
+from benchmarks.experiments.contrastive import EXTRA
+from benchmarks.experiments.contrastive import FISHER as EXACT_FISHER
+from benchmarks.experiments.member_set import BY_LOSS
+from benchmarks.experiments.splits import CONTROL as ALL_DATA
+from benchmarks.experiments.splits import WEIGHTED
+from benchmarks.experiments.tables import INTERVAL, comparison_table, difference
 from benchmarks.figures import latest_fisher_rows, read_rows
-from fisherkern.experiments.branches import ALIGNED
-from fisherkern.experiments.contrastive import CONTROL as PASSES
-from fisherkern.experiments.contrastive import EXTRA
-from fisherkern.experiments.contrastive import FISHER as EXACT_FISHER
-from fisherkern.experiments.family import TURNED
-from fisherkern.experiments.fisher_cost import cost_table
-from fisherkern.experiments.splits import CONTROL as ALL_DATA
-from fisherkern.experiments.splits import WEIGHTED
-from fisherkern.experiments.tables import INTERVAL, comparison_table, difference, story_table
 from fisherkern.files import atomic_path, read_json
 from fisherkern.ops import proven
 
@@ -161,7 +160,7 @@ SUMMARY: list[Line] = [
     (
         "... and aligned by the loss, without that epoch",
         "table2_ml-1m_constant",
-        f"{UNIFORM}{TURNED}",
+        f"{UNIFORM}{BY_LOSS}",
         "",
         ENSEMBLE,
         PASSES,
@@ -193,7 +192,7 @@ SUMMARY: list[Line] = [
     (
         "... and aligned by the loss, without that epoch",
         "table2_beauty_constant",
-        f"{UNIFORM}{TURNED}",
+        f"{UNIFORM}{BY_LOSS}",
         "",
         ENSEMBLE,
         PASSES,
@@ -229,7 +228,7 @@ OF_STARTS = {
     "Fisher": FISHER,
     "uniform, aligned by weights": f"{UNIFORM}{ALIGNED}",
     "Fisher, aligned by weights": f"{FISHER}{ALIGNED}",
-    "uniform, aligned by the loss": f"{UNIFORM}{TURNED}",
+    "uniform, aligned by the loss": f"{UNIFORM}{BY_LOSS}",
     "ensemble": ENSEMBLE,
 }
 
@@ -291,7 +290,7 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
 def kernel_rows(rows: Sequence[proven.Row] | None = None, results: Path = HERE / "results") -> str:
     """What ran on a GPU, and which calls take it there by default: the rows of proven.json.
 
-    Rows of kernels that have changed do not pass the tests, so what stands there is today's.
+    RowBuilders of kernels that have changed do not pass the tests, so what stands there is today's.
     """
     rows = proven.rows() if rows is None else rows
     runs = [f"`{path.name}`" for path in sorted(results.glob("gpu_*")) if path.is_dir()]
@@ -327,14 +326,9 @@ def table(match: re.Match[str]) -> str:
     if match[3] in WHOLE:
         return f"{match[1]}{WHOLE[match[3]]()}\n{match[4]}"
     result = read_json(HERE / "results" / match[2] / "result.json")
-    if match[3] == "fisher_cost":
-        text = cost_table(result["fisher_cost"])
-    elif "tables" in result:
-        rows = result["tables"][-1]["rows"]
-        text = comparison_table(rows, list(rows[0]["over"]), result["paper"])
-        text = f"{result['protocol']}; {INTERVAL}\n\n{text}"
-    else:
-        text = story_table(result["rows"], result["protocol"])
+    rows = result["tables"][-1]["rows"]
+    text = comparison_table(rows, list(rows[0]["over"]), result["paper"])
+    text = f"{result['protocol']}; {INTERVAL}\n\n{text}"
     return f"{match[1]}{text}\n{match[4]}"
 
 

@@ -260,9 +260,7 @@ def test_full_disk(folder: Path, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "train", "fisher", "merge", "evaluate", "reproduce", "data"]
-)
+@pytest.mark.parametrize("command", ["demo", "train", "fisher", "merge", "evaluate", "data"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])

@@ -36,12 +36,12 @@ from benchmarks.common import (
     seconds,
     with_peak,
 )
+from benchmarks.experiments.fisher_cost import best_scaled_error, relative_error
 from benchmarks.figures import draw_figure
 from benchmarks.rivals import RIVALS, Rival
 from benchmarks.rivals.autograd import naive
 from benchmarks.speed.flops import count
 from benchmarks.speed.trained import trained_model
-from fisherkern.experiments.fisher_cost import best_scaled_error, relative_error
 
 BATCHWISE = "batchwise (paper)"
 OURS: list[tuple[str, dict[str, Any]]] = [

@@ -21,13 +21,11 @@ from fisherkern.cli.merge import add_merge
 from fisherkern.cli.options import flags_from
 from fisherkern.cli.preflight import add_preflight
 from fisherkern.cli.recalibrate import add_recalibrate
-from fisherkern.cli.reproduce import add_reproduce
 from fisherkern.cli.train import add_train
 from fisherkern.errors import InputError
 
 COMMANDS = (
     add_demo,
-    add_reproduce,
     add_train,
     add_preflight,
     add_align,

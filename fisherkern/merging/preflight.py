@@ -20,7 +20,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 # Shares of the best member's score: a dip below the line that counts as none, and a rise above
 # the better end that counts, as validation scores are uncertain by about as much.
 FLAT, RISE = 0.02, 0.005
-# Cosines of whole models, from experiments on ML-1M (`reproduce branches`): branches of one run,
+# Cosines of whole models, from experiments on ML-1M (experiment `branches`): branches of one run,
 # .94 to .99, gained by averaging or lost nothing; members of one untrained start, .77 to .82, lost
 # 3 to 9 % of the best one's NDCG@10, and less once aligned; of different starts, 0, at least half.
 NEAR, FAR = 0.9, 0.5

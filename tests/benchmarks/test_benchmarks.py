@@ -17,12 +17,12 @@ from torch import nn
 
 import fisherkern as fk
 from benchmarks import common, figures, readme_tables
+from benchmarks.experiments.fisher_cost import best_scaled_error
 from benchmarks.rivals import RIVALS, Rival, autograd, hooks, operators
 from benchmarks.rivals.port import Port
 from benchmarks.speed import bench_fisher, bench_segment, flops
 from benchmarks.speed.trained import trained_model
 from fisherkern import ops
-from fisherkern.experiments.fisher_cost import best_scaled_error
 from fisherkern.ops._products import product
 
 V, K = 11, 4

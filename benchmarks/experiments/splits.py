@@ -1,0 +1,165 @@
+"""Members that fine-tune a base on different users, times or items."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.experiments.artifacts import ArtifactCache
+from benchmarks.experiments.data_parts import (
+    action_positions,
+    item_count_weights,
+    training_subset,
+    with_catalogue,
+)
+from benchmarks.experiments.experiment import BEAUTY, Experiment, RowBuilders
+from benchmarks.experiments.member_set import MemberSet
+from fisherkern.data import SequenceDataset
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.objectives import MaskedItems
+
+BY = ("users", "time", "regions")
+CONTROL = "all data, as many windows as all members"
+WEIGHTED = "weighted by users"
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits(Experiment):
+    """A common base, members that each know a part of the data, and the merges.
+
+    by: "users", disjoint users at random; "time", consecutive slices of every user's training
+    items; "regions", disjoint users, each region with a catalogue of its own: a share `shared` of
+    the items is sold in all regions, every other one in a single region, and what its users did
+    with other items is unknown there. A region's model has rows for its own items alone; where it
+    is ranked over all, the base's rows stand in. parts: the number of members. size_ratio: how many
+    users each part has for one of the part before; below 1, a large market and smaller ones, there
+    are rows weighted by users as well.
+    """
+
+    by: str = "users"
+    parts: int = 2
+    size_ratio: float = 1.0
+    shared: float = 0.5
+    mask_ratio: float = 0.2
+    base_epochs: int = 60
+    member_epochs: int = 30
+    fisher_sequences: int = 2000
+
+    PRESETS: ClassVar = {"beauty": {**BEAUTY, "base_epochs": 40, "member_epochs": 15}}
+    ENSEMBLE: ClassVar = "score ensemble"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.by not in BY:
+            raise InputError(f"by: {self.by!r} is not one of {', '.join(BY)}")
+        if self.parts < 2:
+            raise InputError(f"parts: must be at least 2, got {self.parts}")
+        if not 0 < self.shared <= 1:
+            raise InputError(f"shared: must be in (0, 1], got {self.shared}")
+        if not 0 < self.size_ratio <= 1:
+            raise InputError(f"size_ratio: must be in (0, 1], got {self.size_ratio}")
+        if self.by == "time" and self.size_ratio != 1:
+            raise InputError("size_ratio: parts by time have the same users")
+
+    def names(self) -> list[str]:
+        return [f"member {number + 1}" for number in range(self.parts)]
+
+    def references(self) -> dict[str, Sequence[str]]:
+        weighted = {WEIGHTED: [WEIGHTED]} if self.size_ratio < 1 else {}
+        return {
+            "best member": self.names(),
+            "uniform merge": ["uniform merge"],
+            **weighted,
+            "all data": [CONTROL],
+        }
+
+    def member_data(self, data: SequenceDataset, seed: int) -> dict[str, SequenceDataset]:
+        """Each member's data."""
+        random = np.random.default_rng(seed)
+        lengths = np.diff(data.offsets)
+        if self.by == "time":
+            share = action_positions(data) / np.repeat(np.maximum(lengths - 2, 1), lengths)
+            slices = np.minimum((share * self.parts).astype(int), self.parts)
+            masks = [slices == number for number in range(self.parts)]
+            return {
+                n: training_subset(data, mask) for n, mask in zip(self.names(), masks, strict=True)
+            }
+        region = np.repeat(self.part_of(random.permutation(data.num_users)), lengths)
+        sold = random.permutation(data.num_items) % self.parts
+        if self.by == "users":
+            sold[:] = -1
+        else:
+            sold[random.random(data.num_items) < self.shared] = -1
+        parts = {}
+        for number, name in enumerate(self.names()):
+            here = (sold == -1) | (sold == number)
+            ids = [item for item, kept in zip(data.item_ids, here, strict=True) if kept]
+            parts[name] = training_subset(data, (region == number) & here[data.items - 1], ids)
+        return parts
+
+    def part_of(self, users: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The part of each user, of whom 0..num_users-1 say a random order."""
+        if self.size_ratio == 1:
+            return users % self.parts
+        ends = np.cumsum(self.size_ratio ** np.arange(self.parts))
+        return np.searchsorted(ends, (users + 0.5) * ends[-1] / len(users))
+
+    def rows(self, cache: ArtifactCache) -> RowBuilders:
+        objective, data = MaskedItems(self.mask_ratio), self.member_data(cache.data, cache.seed)
+        base = partial(self.common_base, cache, objective, self.base_epochs)
+        settings: dict[str, Any] = {"schedule": "linear", **self.training()}
+
+        def member(number: int, name: str) -> SequenceEncoder:
+            def start() -> SequenceEncoder:
+                return with_catalogue(base(), data[name].item_ids)
+
+            epochs, seed = self.member_epochs, cache.seed + 1000 * number
+            return cache.train(
+                name, start, objective, data=data[name], epochs=epochs, seed=seed, **settings
+            )
+
+        def to_catalogue(model: SequenceEncoder) -> SequenceEncoder:
+            return with_catalogue(model, cache.data.item_ids, base())
+
+        def over_catalogue(build: Callable[[], SequenceEncoder]) -> SequenceEncoder:
+            return to_catalogue(build())
+
+        def control() -> SequenceEncoder:
+            share = sum(part.num_users for part in data.values()) / cache.data.num_users
+            epochs, seed = round(self.member_epochs * share), cache.seed + 1000 * (self.parts + 1)
+            return cache.train(CONTROL, base, objective, epochs=epochs, seed=seed, **settings)
+
+        def counts() -> list[Any]:
+            pairs = zip(member_set.models(), data.values(), strict=True)
+            return [item_count_weights(model, part, cache.data.num_items) for model, part in pairs]
+
+        members = {name: partial(member, n, name) for n, name in enumerate(self.names(), start=1)}
+        member_set = MemberSet(
+            cache, members, self.fisher_sequences, data=data, to_catalogue=to_catalogue
+        )
+        weighted: dict[str, Callable[[], SequenceEncoder]] = {}
+        if self.size_ratio < 1:
+            users = [part.num_users for part in data.values()]
+            weighted = {
+                **member_set.merge(WEIGHTED, method="weighted", weights=users),
+                **member_set.fisher_merges(title=f"Fisher merge {WEIGHTED}", weights=users),
+            }
+        return {
+            "base": base,
+            **{name: partial(over_catalogue, build) for name, build in members.items()},
+            **member_set.merge("uniform merge", method="uniform"),
+            **member_set.fisher_merges(),
+            **weighted,
+            **member_set.merge(
+                "rows weighted by item counts", fishers=counts, normalize=None, floor=0.1
+            ),
+            **member_set.merge("task arithmetic", method="task_arithmetic", base=base),
+            **member_set.ensemble(),
+            CONTROL: control,
+        }
