@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,12 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks.experiments import EXPERIMENTS, Paper, run_paper, run_table
+from benchmarks.experiments import EXPERIMENTS, Experiment, Paper, run_paper, run_table
 from fisherkern.errors import InputError
+
+NOTE = "some defaults are others on beauty"
+# A setting in the "Args:" of a docstring, with the lines that go on from it.
+SETTING = re.compile(r"^        (\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,40 +50,51 @@ def parser() -> argparse.ArgumentParser:
     result = _Parser(prog="python -m benchmarks.experiments", description=description)
     names = result.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
     for name, kind in EXPERIMENTS.items():
-        summary = str(kind.__doc__)
-        own = names.add_parser(
+        summary = str(kind.__doc__).partition("\n\n    Args:")[0]
+        command = names.add_parser(
             name,
             help=summary.partition("\n")[0],
             description=summary,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        own.add_argument("--data", required=True, help="a data set (ml-1m, beauty) or a file")
-        own.add_argument("--out", type=Path, help="folder of the results (default: runs/...)")
-        own.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
-        own.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
-        own.add_argument(
+        command.add_argument("--data", required=True, help="a data set (ml-1m, beauty) or a file")
+        command.add_argument("--out", type=Path, help="folder of the results (default: runs/...)")
+        command.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
+        command.add_argument("--seeds", type=int, default=1, help="number of seeds (default: 1)")
+        command.add_argument(
             "--time-limit", type=float, metavar="MIN", help="stop after this; rerun to go on"
         )
-        own.add_argument("--threads", type=int, help="CPU threads")
-        own.add_argument("--quiet", action="store_true", help="no progress bars")
-        settings = own.add_argument_group("settings", "some defaults are others on beauty")
+        command.add_argument("--threads", type=int, help="CPU threads")
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+        settings, texts = command.add_argument_group("settings", NOTE), setting_texts(kind)
         for field in dataclasses.fields(kind):
             if field.name != "data":
-                add_setting(settings, field)
+                add_setting(settings, field, texts[field.name])
     return result
 
 
-def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field[object]) -> None:
+def setting_texts(kind: type[Experiment]) -> dict[str, str]:
+    """What the docstrings of an experiment and its bases say of each setting."""
+    texts: dict[str, str] = {}
+    for base in kind.__mro__:
+        for name, text in SETTING.findall(str(base.__doc__)):
+            texts.setdefault(name, " ".join(text.split()))
+    return texts
+
+
+def add_setting(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[object], text: str
+) -> None:
     """The flag of a setting; it is None where the flag is not given."""
     flag = "--" + field.name.replace("_", "-")
     annotation = str(field.type).removesuffix(" | None")
-    shown = "" if field.default is None else f"default: {field.default}"
+    default = "" if field.default is None else f" (default: {field.default})"
+    text = text.removesuffix(".").replace("%", "%%") + default
     if annotation == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=shown)
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     else:
         kind = {"int": int, "float": float, "str": str}[annotation]
-        group.add_argument(flag, type=kind, metavar=annotation, help=shown)
+        group.add_argument(flag, type=kind, metavar=annotation, help=text)
 
 
 def run(options: argparse.Namespace) -> None:

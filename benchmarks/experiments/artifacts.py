@@ -52,10 +52,9 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
 class ArtifactCache:
     """Make the models, Fishers and reports of one seed, each once, and keep them in a folder.
 
-    An artifact whose file exists is read instead of made. The name of a row is the name of its
-    model too, by which its training log and its merge report are found. Whatever takes long
-    raises OutOfTime instead of starting once the clock passes `end` (of time.monotonic, None:
-    never).
+    An artifact whose file exists is read instead of made. A row and its model have one name, so
+    that the training log and the merge report of a row are found. Once the clock passes `end`
+    (of time.monotonic; None: never), long work raises OutOfTime instead of starting.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Members far apart, from scratch or by long branches: what alignment gives back to the rules."""
+"""Members far apart, from scratch or by long branches, merged with and without alignment."""
 
 from __future__ import annotations
 
@@ -25,15 +25,22 @@ ALIGNED, PERMUTED = ", aligned", ", aligned by permutations"
 
 @dataclasses.dataclass(frozen=True)
 class Branches(Experiment):
-    """Members that differ in their seeds, and every rule on them as they are and aligned.
+    """Train members that differ in their seeds, and merge them as they are and aligned.
 
-    base_epochs: passes of the base they branch from; 0 gives every member an initialisation of its
-    own, or all one with shared_start. member_epochs: of each member after that; meanwhile
-    its learning rate decays to zero, or stays (schedule "constant"). encoder: "BERT4Rec" with
-    masked items, whose symmetries outside the heads are permutations, or "SASRec" with the next
-    item, pre-norm and an output layer of its own, whose residual stream `align` may rotate: then
-    both alignments are in the table. turn_steps: batches of training windows that `align` by the
-    loss learns from.
+    A BERT4Rec's symmetries outside the heads are permutations. The SASRec here is pre-norm with
+    an output layer that is not tied, so that `align` may rotate its residual stream; then both
+    alignments are in the table.
+
+    Args:
+        encoder: "BERT4Rec" with masked items, or "SASRec" with the next item.
+        count: number of members.
+        mask_ratio: share of masked items.
+        base_epochs: passes of a common base; 0 trains every member from scratch.
+        shared_start: one initialisation for members from scratch.
+        member_epochs: passes of each member after the base.
+        schedule: "linear", a member's learning rate decays to zero, or "constant".
+        fisher_sequences: training pairs of every Fisher.
+        turn_steps: batches of training windows that the alignment by the loss learns from.
     """
 
     encoder: str = "BERT4Rec"

@@ -29,17 +29,23 @@ STRIDE, CONTROL_NUMBER, EXTRA_NUMBER = 1000, 8, 9
 
 @dataclasses.dataclass(frozen=True)
 class Contrastive(Experiment):
-    """Four members by four objectives, their merges, and equal training after it.
+    """Train four members by four objectives, merge them, and train every row equally after it.
 
-    Every member sees the training users `member_epochs` times. schedule: "linear", the learning
-    rate decays to zero meanwhile, or "constant", it stays, as in the released codes. The control
-    has masked items alone for as many passes as all members together; a contrastive pass costs
-    more than one of those. Then every row, base, members, merges and control alike, gets
-    `extra_epochs` more of masked items at a tenth of the rate, decayed, with the same windows and
-    masks, and rows with that training are compared with one another; the ensemble is then that
-    of the members that have it. contrastive_weight, temperature and similarity are those of the
-    contrastive parts. fisher_sequences: training pairs that every Fisher is of. top_k: K of the
-    sampler "topk".
+    The control has masked items alone, for as many passes as all members together; a contrastive
+    pass costs more than one of those. Then every row gets `extra_epochs` more of masked items at
+    a tenth of the rate, decayed, with the same windows and masks. Rows with that training are
+    compared with one another; the ensemble is then that of the members that have it.
+
+    Args:
+        mask_ratio: share of masked items.
+        member_epochs: passes of every member over the training users.
+        extra_epochs: passes of every row after the merges; 0 for none.
+        schedule: "linear", a member's learning rate decays to zero, or "constant".
+        contrastive_weight: weight of a contrastive loss.
+        temperature: of the contrastive losses.
+        similarity: "dot" or "cosine".
+        fisher_sequences: training pairs of every Fisher.
+        top_k: items of the sampler "topk".
     """
 
     mask_ratio: float = 0.2

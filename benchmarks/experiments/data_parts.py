@@ -22,7 +22,7 @@ def training_subset(
 
     Users with fewer than two of them are left out. The two held-out positions that follow hold
     item 1, which neither windows nor training pairs read, so nothing that is held out in
-    `data` gets in. `item_ids` is the part's catalogue, in which all that is kept must be.
+    `data` gets in. `item_ids` is the catalogue of the part; every kept item must be in it.
     """
     lengths = np.diff(data.offsets)
     user = np.repeat(np.arange(data.num_users), lengths)
@@ -60,16 +60,15 @@ def with_catalogue(
     # An item's source, (0, its row) in the model or (1, its row) in the filler.
     sources = [model] if filler is None else [model, filler]
     index = [{item: v for v, item in enumerate(m.item_ids or ())} for m in sources]
-    rows_of = [
-        next((s, known[item]) for s, known in enumerate(index) if item in known)
-        for item in item_ids
+    row_sources = [
+        next((s, rows[item]) for s, rows in enumerate(index) if item in rows) for item in item_ids
     ]
     states = [source.state_dict() for source in sources]
     values: dict[str, Tensor] = {}
     for name, tensor in states[0].items():
         if name in first:
             start = first[name]
-            rows = [states[s][name][start + v] for s, v in rows_of]
+            rows = [states[s][name][start + v] for s, v in row_sources]
             values[name] = torch.cat(
                 [tensor[:start], torch.stack(rows), tensor[start + model.num_items :]]
             )
@@ -85,8 +84,8 @@ def item_count_weights(
 ) -> dict[str, Tensor]:
     """The weight of each entry by counting actions; for `merge(fishers=...)`.
 
-    An item's row gets the number of its training actions, everything else the number of all of
-    them member_data by `items`, that of the merged catalogue: what a row gets on average.
+    An item's row gets the number of its training actions. Every other entry gets the mean over
+    rows: the number of all actions divided by `items`, the size of the merged catalogue.
     """
     counts = torch.from_numpy(part.popularity()).to(torch.float32)
     first = model.item_parameters()

@@ -24,13 +24,24 @@ PUBLISHED = {"ml-1m": (".1915", 39), "beauty": (".0594", 14)}
 
 @dataclasses.dataclass(frozen=True)
 class Emkd(Experiment):
-    """BERT4Rec networks trained by EMKD (SIGIR 2023), as an ensemble and merged into one.
+    """Train BERT4Rec networks by EMKD (SIGIR 2023), as an ensemble and merged into one.
 
-    start: "base", the networks are branches of one base, moved apart by `noise` (of each tensor's
-    root mean square), so that they can be merged; "seeds", each is drawn from a seed of its own, as
-    in the paper, and the merges say what that costs. Each epoch shows `views` maskings of every
-    window to every network; the control sees as many. attribute_weight: 0 leaves the attributes
-    out, and the control has none. fisher_sequences: training pairs that every Fisher is of.
+    Each epoch shows `views` maskings of every window to every network; the control sees as many.
+
+    Args:
+        start: "base", the networks are branches of one base, so that they can be merged, or
+            "seeds", each is drawn from a seed of its own, as in the paper.
+        networks: number of networks.
+        views: maskings of a window in an epoch.
+        noise: distance of a branch from the base, a share of each tensor's root mean square.
+        mask_ratio: share of masked items.
+        temperature: of the contrastive and distillation losses.
+        contrast_weight: weight of the contrastive loss.
+        distill_weight: weight of the distillation loss.
+        attribute_weight: weight of the attribute loss, which the control lacks; 0 for none.
+        base_epochs: passes of the base.
+        member_epochs: passes of the networks together.
+        fisher_sequences: training pairs of every Fisher.
     """
 
     start: str = "base"

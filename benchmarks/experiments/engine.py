@@ -79,7 +79,7 @@ def config_of(
 ) -> dict[str, Any]:
     """All that the results depend on."""
     settings: dict[str, Any] = dataclasses.asdict(experiment)
-    if base is not None:  # the file may be moved, and has sizes of its own
+    if base is not None:  # its content counts, not its path; its sizes replace the settings
         settings |= sizes_of(base, experiment)
         settings["base"] = f"{type(base).__name__} {fingerprint(base)}"
     return {"experiment": experiment.name(), **settings, "data_fingerprint": data.fingerprint()}
@@ -224,10 +224,10 @@ class ResultTable:
 
     def seed_rows(self, seed: int) -> list[dict[str, Any]]:
         """The JSON rows of one seed."""
-        known = {name: result for name, result in self.rows[seed].items() if result is not None}
-        rows = self.compare_rows({name: reports for name, (reports, _) in known.items()})
+        results = {name: row for name, row in self.rows[seed].items() if row is not None}
+        rows = self.compare_rows({name: reports for name, (reports, _) in results.items()})
         for row in rows:
-            row |= known[row["model"]][1] if row["model"] in known else {}
+            row |= results[row["model"]][1] if row["model"] in results else {}
         return rows
 
     def means(self) -> list[dict[str, Any]]:

@@ -41,10 +41,21 @@ RowBuilders = dict[str, Callable[[], nn.Module]]
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The settings of a table; a subclass has its rows and what they are compared with.
+    """The settings of a table. A subclass names its rows and the rows they are compared with.
 
-    data: what `load` takes. base: a model file to start from where the rows do. validation_users:
-    users of the validation score that a choice is made by, evenly spread.
+    Args:
+        data: a data set or a file, as `load` takes it.
+        base: a model file that the members start from, instead of a base trained here.
+        max_len: length of a history.
+        dim: width of the hidden state.
+        layers: number of Transformer blocks.
+        heads: number of attention heads.
+        dropout: share of activations set to zero in training.
+        batch_size: windows of a training step.
+        lr: learning rate.
+        warmup_steps: steps in which the learning rate rises to `lr`.
+        crop: the window of a long history, as `train` takes it.
+        validation_users: users of the validation score that choices are made by, evenly spread.
     """
 
     data: str
@@ -66,8 +77,8 @@ class Experiment:
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise InputError(f"{field.name}: must be at least {least}, got {value}")
             if field.name in CHOICES and value not in CHOICES[field.name]:
-                known = " or ".join(map(repr, CHOICES[field.name]))
-                raise InputError(f"{field.name}: must be {known}, got {value!r}")
+                choices = " or ".join(map(repr, CHOICES[field.name]))
+                raise InputError(f"{field.name}: must be {choices}, got {value!r}")
 
     #: The name of the command and in config.json; by default the class's.
     NAME: ClassVar[str] = ""
@@ -85,9 +96,9 @@ class Experiment:
 
         Raises InputError for a setting that the experiment does not have.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
+        settings = {field.name for field in dataclasses.fields(cls)}
         for name in given:
-            if name not in known:
+            if name not in settings:
                 raise InputError(f"{name}: {cls.name()} has no such setting")
         return cls(**{**cls.PRESETS.get(Path(data).stem, {}), **given, "data": data})
 

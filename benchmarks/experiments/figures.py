@@ -22,7 +22,7 @@ TOP = 50  # of the sorted probabilities
 BATCH = 256  # test histories that the probabilities are the mean over
 COST, CURVES, PLANE = "fisher_cost", "sorted-probabilities", "plane"
 
-# A figure's name, which is its file's -> what draws it to a path.
+# The name of a figure, and of its file -> the function that draws it to a path.
 Figures = dict[str, Callable[[Path], None]]
 ModelBuilders = Callable[[], Mapping[str, nn.Module]]
 

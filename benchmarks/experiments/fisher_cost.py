@@ -31,14 +31,14 @@ def relative_error(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) 
 
 
 def best_scaled_error(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    """min over c of ‖c F − F₀‖ / ‖F₀‖: what is left when only the direction matters.
+    """min over c of ‖c F − F₀‖ / ‖F₀‖: the error of the direction alone.
 
     1 where F is zero, or everything that it has is zero in F₀.
     """
     dot = sum(float((estimate[n].double() * exact[n]).sum()) for n in exact)
-    own = sum(float(estimate[n].double().square().sum()) for n in exact)
+    square = sum(float(estimate[n].double().square().sum()) for n in exact)
     reference = sum(float(exact[n].double().square().sum()) for n in exact)
-    return max(0.0, 1 - dot * dot / (own * reference)) ** 0.5 if own > 0 else 1.0
+    return max(0.0, 1 - dot * dot / (square * reference)) ** 0.5 if square > 0 else 1.0
 
 
 def fisher_cost(

@@ -25,14 +25,28 @@ BERT, SAS, CL, DUO, GRU, CASER = (
 
 @dataclasses.dataclass(frozen=True)
 class Objectives(Experiment):
-    """Encoders trained from scratch, the weights of the epoch that is best on validation kept.
+    """Train encoders from scratch and keep the weights of the epoch that is best on validation.
 
-    The learning rate (lr for BERT4Rec, next_lr for the others, likewise dropout) rises for
-    warmup_steps and then falls to zero over all epochs. There are `validations` evenly spread;
-    `patience` of them without a new best end the training. epochs: of every row; by default each
-    has its own number. Caser sees windows of its own 5 items and the next. caser_dropout is on its
-    only hidden layer. contrastive_weight, temperature and similarity are those of the contrastive
-    parts; the released codes' 0.1, 1 and "dot" let them drown the mean over all next items.
+    The learning rate rises for warmup_steps and then falls to zero over all epochs. `lr` and
+    `dropout` are those of BERT4Rec. Caser sees windows of 5 items and the next. The released
+    codes' contrastive weight, temperature and similarity, 0.1, 1 and "dot", let the contrastive
+    loss dominate the next-item loss, which is a mean over positions.
+
+    Args:
+        epochs: of every row, instead of a number for each encoder.
+        bert4rec_epochs: of BERT4Rec.
+        next_epochs: of SASRec and GRU4Rec.
+        caser_epochs: of Caser.
+        next_lr: learning rate of all encoders but BERT4Rec.
+        next_dropout: dropout of SASRec and GRU4Rec.
+        caser_dropout: dropout of Caser's only hidden layer.
+        mask_ratio: share of masked items.
+        contrastive_weight: weight of a contrastive loss beside the next-item loss.
+        temperature: of the contrastive losses.
+        similarity: "dot" or "cosine".
+        duorec_mode: DuoRec's positives, as `DuoRec` takes it.
+        validations: validations of a training, evenly spread.
+        patience: validations without a new best that end a training.
     """
 
     epochs: int | None = None

@@ -57,7 +57,7 @@ TITLE = (
     "# Fisher-Weighted Merge of Contrastive Learning Models in Sequential Recommendation"
     " (arXiv 2307.05476): its evaluation, run again"
 )
-# A part's name, which is its folder's -> its heading in paper.md, in that order.
+# The name of a part, and of its folder -> its heading in paper.md, in that order.
 HEADINGS = {
     "table1": "Table 1: members trained from scratch",
     "table2": "Table 2: members fine-tuned from one base",
@@ -89,11 +89,16 @@ other seeds would differ. The tables of each seed are in the parts' folders."""
 
 @dataclasses.dataclass(frozen=True)
 class Paper(Contrastive):
-    """The settings of all parts; see `Table1`, `Table2` and `Samplers`.
+    """Run all tables and figures of the Fisher paper; see `Table1`, `Table2` and `Samplers`.
 
-    member_epochs: of Table 2's members; scratch_epochs: of Table 1's, by default as many as base
-    and member of Table 2 together. cost_sequences: of the comparison of time and error, on the
-    member of Table 2 without a contrastive part.
+    Args:
+        base_epochs: passes of Table 2's base.
+        scratch_epochs: passes of Table 1's members.
+        shared_start: give Table 1's members one initialisation.
+        member_epochs: passes of Table 2's members.
+        floor: weight of the plain average in Tables 3 to 5.
+        cost_sequences: sequences of the comparison of time and error, which is on the member of
+            Table 2 without a contrastive part.
     """
 
     base_epochs: int = 60
@@ -120,8 +125,8 @@ class Paper(Contrastive):
         return self._part(Samplers)
 
     def _part(self, kind: type[PartT], **other: Any) -> PartT:
-        known = {field.name for field in dataclasses.fields(kind)}
-        shared = {name: value for name, value in vars(self).items() if name in known}
+        names = {field.name for field in dataclasses.fields(kind)}
+        shared = {name: value for name, value in vars(self).items() if name in names}
         return kind(**{**shared, **other})
 
 

@@ -18,11 +18,19 @@ LONGER = "one network, twice as many epochs"
 
 @dataclasses.dataclass(frozen=True)
 class Pcrec(Experiment):
-    """BERT4Rec alone and out of two peers (PCRec, arXiv 2111.00429), from scratch.
+    """Train BERT4Rec alone and as two peers that cooperate (PCRec, arXiv 2111.00429).
 
-    Every row keeps the weights of the epoch that is best on validation; there are
-    `validations`, evenly spread. A peer has half the other's learning rate and its own data
-    order. "Twice as many epochs" is what both peers see together.
+    All start from scratch and keep the weights of the epoch that is best on validation. A peer
+    has half the other's learning rate and another data order. Both peers together see twice as
+    many epochs as one network.
+
+    Args:
+        mask_ratio: share of masked items.
+        peer_epochs: passes of each peer.
+        alpha: slope of the mixing weights, as `train_peers` takes it.
+        bins: of the entropy's histogram.
+        percent: share of parameters that a peer takes over, where that is by parameter.
+        validations: validations of a training, evenly spread.
     """
 
     mask_ratio: float = 0.2

@@ -21,12 +21,15 @@ REDUCTIONS = ("sequence", "batchwise")
 
 @dataclasses.dataclass(frozen=True)
 class Samplers(Table2):
-    """Merges of Table 2's members by every estimate of their Fishers.
+    """Merge Table 2's members by every estimate of their Fishers.
 
-    A row for each sampler of the paper's section 3.2.2, number of items n, and square per sequence
-    (eq. 5) or per batch of 256 (eq. 6); beside it the error of the estimate against the exact
-    Fisher, the mean over the members. floor: of all the merges, which are in units of each
-    Fisher's mean, so that its scale has no effect and the best-scaled error is what matters.
+    There is a row for each sampler of the paper's section 3.2.2, number of items n, and square
+    per sequence (eq. 5) or per batch of 256 (eq. 6). Beside it stands the error of the estimate
+    against the exact Fisher, the mean over the members. Merges are in units of each Fisher's
+    mean, so its scale has no effect: the best-scaled error is the one that counts.
+
+    Args:
+        floor: weight of the plain average, of all the merges.
     """
 
     floor: float = 0.1

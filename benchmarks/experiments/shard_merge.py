@@ -1,4 +1,4 @@
-"""Three teams fine-tune a common base, each its own way, and want one model."""
+"""Three branches of one base, merged: by shards of users, by seeds, by mask ratios."""
 
 from __future__ import annotations
 
@@ -36,16 +36,23 @@ UNIFORM, FISHER = "uniform merge", "fisher merge"
 
 @dataclasses.dataclass(frozen=True)
 class ShardMerge(Experiment):
-    """Three branches of one base by their shard of users, seed or mask ratio, merged.
+    """Fine-tune three branches of one base by shard of users, seed or mask ratio, and merge.
 
-    The base is trained at a constant rate; the members' rate decays to zero. Beside the merges
-    stand what they must beat, the best member and one model fine-tuned on all users with the
-    members' total compute, and what they cannot: the ensemble of the members' scores.
+    The base is trained at a constant rate; the members' rate decays to zero. The merges must
+    beat the best member, and one model fine-tuned on all users with the members' total compute.
+    The ensemble of the members' scores, which costs three times as much, is beside them.
 
-    members: what differs between the three, "shards" (a disjoint third of the users each),
-    "seeds" or "masking" (ratio 0.1, 0.2, 0.4), the last two on all users. base_epochs,
-    member_epochs: passes over the users that the base and each member see. cost_sequences:
-    sequences of the figure of time and error. plane_users: users of the plane's scores.
+    Args:
+        members: the difference between them: "shards" (a disjoint third of the users each),
+            "seeds" or "masking" (ratio 0.1, 0.2, 0.4), the last two on all users.
+        base_epochs: passes of the base over the users.
+        member_epochs: passes of each member over its users.
+        mask_ratio: share of masked items.
+        last_ratio: as `MaskedItems` takes it.
+        sampler: of the Fishers.
+        floor: weight of the plain average in the Fisher merges.
+        cost_sequences: sequences of the figure of time and error.
+        plane_users: users of the scores on the plane.
     """
 
     members: str = "shards"

@@ -31,15 +31,24 @@ WEIGHTED = "weighted by users"
 
 @dataclasses.dataclass(frozen=True)
 class Splits(Experiment):
-    """A common base, members that each know a part of the data, and the merges.
+    """Fine-tune a common base on parts of the data, a member each, and merge.
 
-    by: "users", disjoint users at random; "time", consecutive slices of every user's training
-    items; "regions", disjoint users, each region with a catalogue of its own: a share `shared` of
-    the items is sold in all regions, every other one in a single region, and what its users did
-    with other items is unknown there. A region's model has rows for its own items alone; where it
-    is ranked over all, the base's rows stand in. parts: the number of members. size_ratio: how many
-    users each part has for one of the part before; below 1, a large market and smaller ones, there
-    are rows weighted by users as well.
+    By "users", parts are disjoint random users; by "time", consecutive slices of every user's
+    training items; by "regions", disjoint users with a catalogue for each region. A region's
+    model has rows for its own items alone; ranked over all items, it takes the base's rows for
+    the others.
+
+    Args:
+        by: "users", "time" or "regions".
+        parts: number of members.
+        size_ratio: users of a part for each user of the part before. Below 1 there are rows
+            weighted by users as well.
+        shared: share of the items that all regions sell; every other item is sold in one region,
+            and actions on it elsewhere are left out.
+        mask_ratio: share of masked items.
+        base_epochs: passes of the base.
+        member_epochs: passes of each member over its part.
+        fisher_sequences: training pairs of every Fisher.
     """
 
     by: str = "users"

@@ -15,10 +15,11 @@ from fisherkern.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Table1(Contrastive):
-    """A BERT4Rec trained from scratch with each of four objectives (arXiv 2307.05476).
+    """Train a BERT4Rec from scratch with each of four objectives (arXiv 2307.05476), and merge.
 
-    shared_start: all members, and the control, have one initialisation instead of each its own;
-    then there are task vectors too.
+    Args:
+        shared_start: give all members and the control one initialisation; then there are rows of
+            task vectors too.
     """
 
     member_epochs: int = 90

@@ -15,9 +15,10 @@ from fisherkern.encoders import SequenceEncoder
 
 @dataclasses.dataclass(frozen=True)
 class Table2(Contrastive):
-    """A BERT4Rec fine-tuned with each of four objectives from one base (arXiv 2307.05476).
+    """Fine-tune one BERT4Rec with each of four objectives (arXiv 2307.05476), and merge.
 
-    base_epochs: passes of masked items that the base is trained for, at a constant rate.
+    Args:
+        base_epochs: passes of masked items that the base is trained for, at a constant rate.
     """
 
     base_epochs: int = 60
