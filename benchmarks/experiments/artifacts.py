@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks.experiments.reports import load_reports, save_reports
+from fisherkern import merge
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, evaluate
 from fisherkern.files import read_json, write_json
 from fisherkern.fisher import DiagFisher, diag_fisher
-from fisherkern.merging import merge
 from fisherkern.objectives import Objective
 from fisherkern.training import load_model, save_model, train, train_peers
 

@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks.experiments.artifacts import ArtifactCache
 from benchmarks.experiments.experiment import BEAUTY, Experiment, RowBuilders
 from benchmarks.experiments.member_set import ALIGN_STEPS, BY_LOSS, MemberSet
+from fisherkern import recalibrate
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.merging import recalibrate
 from fisherkern.objectives import MaskedItems, NextItem, Objective
 
 Members = Mapping[str, Callable[[], SequenceEncoder]]

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.experiments.artifacts import ArtifactCache
+from fisherkern import align
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.evaluation import ScoreEnsemble
 from fisherkern.fisher import DiagFisher
-from fisherkern.merging import align
 from fisherkern.objectives import Objective
 
 ModelBuilder = Callable[[], SequenceEncoder]

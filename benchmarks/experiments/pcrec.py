@@ -28,8 +28,8 @@ class Pcrec(Experiment):
         mask_ratio: share of masked items.
         peer_epochs: passes of each peer.
         alpha: slope of the mixing weights, as `train_peers` takes it.
-        bins: of the entropy's histogram.
-        percent: share of parameters that a peer takes over, where that is by parameter.
+        bins: bins of the histogram of the entropy.
+        percent: percentile of a tensor's magnitudes below which a peer takes the other's values.
         validations: validations of a training, evenly spread.
     """
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fisherkern as fk
-from benchmarks.experiments import TABLES, run_table
+from benchmarks.experiments import EXPERIMENTS, TABLES, artifacts, run_table
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.artifacts import ArtifactCache
 from fisherkern.files import read_json
@@ -143,9 +143,43 @@ def test_presets_give_way_to_what_is_given() -> None:
     assert TABLES["table2"].on("ml-1m").max_len == 50
 
 
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_help_explains_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(EXPERIMENTS[name]):
+        assert f"--{field.name.replace('_', '-')} " in printed
+    assert "--max-len int length of a history (default: 50)" in printed
+
+
+def test_ctrl_c_ends_with_130(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "train", interrupt)
+    assert main(["splits", "--data", small, "--out", str(tmp_path), "--quiet"]) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on from what is stored\n"
+
+
+def test_a_folder_that_cannot_be_written(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for out in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
+        assert main(["splits", "--data", small, "--out", str(out)]) == 2
+        message = f"experiments splits: {out}: no folder can be written there\n"
+        assert capsys.readouterr().err == message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["table2", "--threads", "0"], "--threads: must be at least 1, got 0"),
+        (["table3"], "invalid choice: 'table3'"),
         (["table2", "--by", "time"], "unrecognized arguments: --by time"),
         (["merge", "--members", "both"], "members: 'both' is not one of shards, seeds, masking"),
         (["table2", "--members", "seeds"], "unrecognized arguments: --members seeds"),
