@@ -25,9 +25,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def few_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "BASE_EPOCHS", 2)
-    monkeypatch.setattr(demo, "MEMBER_EPOCHS", 1)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few epochs of large steps, after which members and merges differ."""
+    steps = {"batch_size": 16, "lr": 1e-2, "warmup_steps": 1, "crop": "all"}
+    monkeypatch.setattr(demo, "TRAINING", steps)
+    monkeypatch.setattr(demo, "BASE_EPOCHS", 3)
+    monkeypatch.setattr(demo, "MEMBER_EPOCHS", 3)
 
 
 def run(data: str, out: Path, *more: str) -> int:
@@ -60,6 +63,7 @@ def test_the_table_is_of_evaluate_and_compare(
     reports = {name: fk.evaluate(model, data) for name, model in merged.items()}
     for name, report in reports.items():
         assert result["rows"][name] == dict(report)
+    assert reports["uniform merge"]["ndcg@10"] != reports["Fisher merge"]["ndcg@10"]
     validation = {
         name: fk.evaluate(model, data, split="validation")["ndcg@10"]
         for name, model in zip(ROWS[1:4], members, strict=True)
@@ -96,6 +100,7 @@ def test_an_interrupted_demo_goes_on_to_the_same_files(
         for name in ("base", "member-1", "member-2", "member-2", "member-3", "all-users")
     ]
     assert files(out) == files(whole)
+    assert not any("state" in name for name in files(out))
 
 
 def test_a_folder_of_another_run_is_refused(

@@ -24,7 +24,9 @@ def experiment(make_data: Callable[[int, int], str]) -> Iterator[ShardMerge]:
             data=make_data(90, 40),
             base_epochs=2,
             member_epochs=1,
-            batch_size=32,
+            batch_size=16,
+            lr=0.02,
+            warmup_steps=1,
             max_len=8,
             dim=8,
             cost_sequences=16,
@@ -49,6 +51,7 @@ def test_rows_are_of_evaluate(experiment: ShardMerge, members: str, tmp_path: Pa
     assert users == (90 if members == "shards" else 270)
     merged = fk.merge(models, method="fisher", fishers=fishers, floor=experiment.floor)
     assert rows["fisher merge"]["ndcg@10"] == fk.evaluate(merged, data)["ndcg@10"]
+    assert rows["fisher merge"]["ndcg@10"] != rows["uniform merge"]["ndcg@10"]
     assert rows["fisher merge, floor 1"]["about"]["weights"] == pytest.approx([1 / 3] * 3)
     assert rows["member 1"]["about"]["epochs"] == 1
     epochs = 1 if members == "shards" else 3
