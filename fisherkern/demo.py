@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 
 import fisherkern as fk
 
-MAX_LEN = 20
+SIZES: dict[str, Any] = {"max_len": 20, "dim": 64, "layers": 2, "heads": 2, "dropout": 0.1}
 BASE_EPOCHS, MEMBER_EPOCHS = 30, 15
 TRAINING: dict[str, Any] = {"batch_size": 64, "lr": 2e-3, "warmup_steps": 100, "crop": "all"}
 CONTROL = "all users, same compute"
@@ -31,9 +31,11 @@ def run(data: fk.SequenceDataset, out: Path, *, seed: int, progress: bool) -> di
     and an interrupted training goes on after its last whole epoch.
     """
     train = partial(trained, out, progress)
-    base = train("base", lambda: untrained(data, seed), data, epochs=BASE_EPOCHS, seed=seed)
-    start = partial(copy.deepcopy, base)
-    tune = partial(train, start=start, epochs=MEMBER_EPOCHS, schedule="linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        untrained = fk.BERT4Rec(data.num_items, **SIZES)
+    base = train("base", untrained, data, epochs=BASE_EPOCHS, seed=seed)
+    tune = partial(train, start=base, epochs=MEMBER_EPOCHS, schedule="linear")
 
     # Each team sees a third of the users. The control sees all of them, for as many windows.
     order = np.random.default_rng(seed).permutation(data.num_users)
@@ -44,7 +46,7 @@ def run(data: fk.SequenceDataset, out: Path, *, seed: int, progress: bool) -> di
 
     fishers = []
     for name, member, users in zip(names, members, teams, strict=True):
-        histories = users.loader(split="train", batch_size=256, max_len=MAX_LEN)
+        histories = users.loader(split="train", batch_size=256, max_len=SIZES["max_len"])
         fishers.append(fk.diag_fisher(member, histories, sampler="exact", progress=progress))
         fishers[-1].save(path_of(out, name, ".fisher.safetensors"))
 
@@ -71,28 +73,15 @@ def path_of(out: Path, name: str, ending: str) -> Path:
     return out / f"{name.replace(' ', '-')}{ending}"
 
 
-def untrained(data: fk.SequenceDataset, seed: int) -> fk.BERT4Rec:
-    """The base before its training, drawn from `seed`."""
-    sizes: dict[str, Any] = {"dim": 64, "layers": 2, "heads": 2, "dropout": 0.1}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return fk.BERT4Rec(data.num_items, max_len=MAX_LEN, **sizes)
-
-
 def trained(
-    out: Path,
-    progress: bool,
-    name: str,
-    start: Callable[[], Any],
-    data: fk.SequenceDataset,
-    **settings: Any,
+    out: Path, progress: bool, name: str, start: Any, data: fk.SequenceDataset, **settings: Any
 ) -> Any:
-    """The model `name` of the folder `out`, trained first if it is not there."""
+    """The model `name` of the folder `out`: a copy of `start`, trained if it is not there."""
     path, state = path_of(out, name, ".safetensors"), path_of(out, name, ".state.safetensors")
     if not path.exists():
         if progress:
             print(f"- training {name} on {data.num_users:,} users", file=sys.stderr, flush=True)
-        model = start()
+        model = copy.deepcopy(start)
         fk.train(model, data, state=state, progress=progress, **TRAINING, **settings)
         fk.save_model(model, path)
     state.unlink(missing_ok=True)

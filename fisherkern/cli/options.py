@@ -21,28 +21,23 @@ def add_flag(
     annotation: str,
     default: Any,
     choices: Sequence[str] | None = None,
-    help: str | None = None,
 ) -> None:
     """--name for an argument annotated as source text says: "int", "float | None", "bool", ..."""
     flag = "--" + name.replace("_", "-")
     kinds = annotation.split(" | ")
     if annotation == "bool":
         switch = argparse.BooleanOptionalAction
-        parser.add_argument(flag, action=switch, default=default, help=help)
+        parser.add_argument(flag, action=switch, default=default)
     elif kinds[0] == "bool":
-        parser.add_argument(flag, nargs="?", const=True, default=default, metavar="str", help=help)
+        parser.add_argument(flag, nargs="?", const=True, default=default, metavar="str")
     elif annotation.startswith("tuple"):
         size = len(default)
-        parser.add_argument(
-            flag, type=float, nargs=size, default=default, metavar="float", help=help
-        )
+        parser.add_argument(flag, type=float, nargs=size, default=default, metavar="float")
     else:
         kind = {"int": int, "float": float, "str": str}[kinds[0]]
         metavar = None if choices else kinds[0]
         kind = _or_none(kind) if "None" in kinds and default is not None else kind
-        parser.add_argument(
-            flag, type=kind, default=default, choices=choices, metavar=metavar, help=help
-        )
+        parser.add_argument(flag, type=kind, default=default, choices=choices, metavar=metavar)
 
 
 def _or_none(kind: type) -> Any:
