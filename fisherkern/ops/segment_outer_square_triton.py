@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION, TARGET_PROGRAMS
-from fisherkern.ops.tiles_triton import accumulator, dot_settings, prepared
+from fisherkern.ops.tiles_triton import SIZES, accumulator, dot_settings, padded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def segment_outer_square_kernel(
     delta_ptr, inputs_ptr, squares_ptr, pairs, n, t, o, i, length,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
@@ -46,7 +46,7 @@ def segment_outer_square_kernel(
 
 
 def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
-    delta, inputs = prepared(delta), prepared(inputs)
+    delta, inputs = padded(delta), padded(inputs)
     (probes, n, t, o), i = delta.shape, inputs.shape[2]
     pairs = probes * n
     row, constants = dot_settings("segment_outer_square_", delta[0, :, :, 0], inputs)
@@ -61,4 +61,4 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
         assert sums is not None
-        sums += squares.sum(dim=0)
+        sums += squares[:, : fisher.shape[0], : fisher.shape[1]].sum(dim=0)
