@@ -96,7 +96,7 @@ def head_sqgrad_sparse_kernel(
         place = start + tl.arange(0, ROWS)
         valid = place < last
         source = tl.load(order_ptr + place, mask=valid, other=0)
-        row = source // k
+        row = (source.to(tl.int32) // k).to(tl.int64)  # as many as programs: they fit
         z = tl.zeros((ROWS,), tl.float32)
         for chunk in range(CHUNKS):
             c = chunk * WIDTH + tl.arange(0, WIDTH)

@@ -23,7 +23,7 @@ def sample_distinct_kernel(
 ):  # fmt: skip
     """z (n · m, length): logits of the items of each range; −inf past the last item."""
     place = tl.program_id(0).to(tl.int64)
-    row = place // m
+    row = (tl.program_id(0) // m).to(tl.int64)
     inside = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     items = tl.load(part_ptr + place) * length + inside
     valid = items < v

@@ -38,7 +38,7 @@ def sample_items_kernel(
 ):  # fmt: skip
     """ids (n, k): one program per draw counts its range's cdf values <= u."""
     draw = tl.program_id(0).to(tl.int64)
-    row = draw // k
+    row = (tl.program_id(0) // k).to(tl.int64)
     lse = tl.load(lse_ptr + row) * LOG2_E
     below = tl.load(below_ptr + draw)
     u = tl.load(u_ptr + draw)

@@ -13,11 +13,11 @@ from fisherkern.ops.tiles_triton import SIZES, accumulator, dot_settings, padded
 
 @triton.jit(do_not_specialize=SIZES)
 def segment_outer_square_kernel(
-    delta_ptr, inputs_ptr, squares_ptr, pairs, n, t, o, i, length,
+    delta_ptr, inputs_ptr, squares_ptr, pairs, n, t, o, i, count,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """squares (splits, o, i): Σ (Σ_t δ_t a_tᵀ)² over each range of `length` probes and sequences.
+    """squares (splits, o, i): Σ (Σ_t δ_t a_tᵀ)² over each range of `count` probes and sequences.
 
     delta (pairs, t, o), the n sequences of each probe in turn, inputs (n, t, i); a tile is
     ROWS × ITEMS, WIDTH positions at once.
@@ -26,7 +26,7 @@ def segment_outer_square_kernel(
     column = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     split = tl.program_id(2)
     squares = tl.zeros((ROWS, ITEMS), tl.float32)
-    for pair in range(split * length, tl.minimum((split + 1) * length, pairs)):
+    for pair in range(split * count, tl.minimum((split + 1) * count, pairs)):
         first = (tl.zeros((), tl.int64) + pair) * t
         first_input = (tl.zeros((), tl.int64) + pair % n) * t
         product = tl.zeros((ROWS, ITEMS), tl.float32)
@@ -52,12 +52,12 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
     row, constants = dot_settings("segment_outer_square_", delta[0, :, :, 0], inputs)
     programs = triton.cdiv(o, row.rows), triton.cdiv(i, row.items)
     splits = min(pairs, max(1, TARGET_PROGRAMS // (programs[0] * programs[1])))
-    length = triton.cdiv(pairs, splits)
-    splits = triton.cdiv(pairs, length)
+    count = triton.cdiv(pairs, splits)
+    splits = triton.cdiv(pairs, count)
     squares = torch.empty(splits, o, i, dtype=torch.float32, device=delta.device)
     with torch.cuda.device_of(delta), accumulator(fisher) as sums:
         segment_outer_square_kernel[*programs, splits](
-            delta, inputs, squares, pairs, n, t, o, i, length,
+            delta, inputs, squares, pairs, n, t, o, i, count,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
         assert sums is not None

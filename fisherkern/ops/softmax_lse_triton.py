@@ -34,11 +34,11 @@ def softmax_lse_kernel(
     """
     row_tiles = tl.cdiv(n, ROWS)
     rows = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    split = (tl.program_id(0) // row_tiles).to(tl.int64)
+    split = tl.program_id(0) // row_tiles
     first = split * length
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for start in range(first, tl.minimum(first + length, v), ITEMS):
+    for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
         highest, total = add_to_lse(biased(z, bias_ptr, items, v), highest, total)

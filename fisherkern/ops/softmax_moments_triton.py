@@ -31,19 +31,19 @@ def softmax_mean_kernel(
     """mean (splits, n, d): Σ p_v w_v over each range of `length` items."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    split = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(2)
     first = split * length
     # Past the last row lse is +inf and p zero.
     lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf")) * LOG2_E
     mean = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(first, tl.minimum(first + length, v), ITEMS):
+    for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
         p = tl.exp2(biased(z, bias_ptr, items, v) * LOG2_E - lse[:, None])  # (ROWS, ITEMS)
         mask = (items < v)[:, None] & (column < d)[None, :]
         w = tl.load(w_ptr + items[:, None] * d + column[None, :], mask=mask, other=0.0)
         mean = tl.dot(p, w.to(tl.float32), mean, input_precision=PRECISION)
-    out = mean_ptr + (split * n + rows[:, None]) * d + column[None, :]
+    out = mean_ptr + (split.to(tl.int64) * n + rows[:, None]) * d + column[None, :]
     tl.store(out, mean, mask=(rows < n)[:, None] & (column < d)[None, :])
 
 
@@ -65,7 +65,7 @@ def softmax_covariance_kernel(
     left_mean = tl.load(mean_ptr + row * d + left, mask=left < d, other=0.0)
     right_mean = tl.load(mean_ptr + row * d + right, mask=right < d, other=0.0)
     sums = tl.zeros((WIDTH, WIDTH), tl.float32)
-    for start in range(tl.zeros((), tl.int64), v, ITEMS):
+    for start in range(0, v, ITEMS):
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         valid = items < v
         z = tl.zeros((ITEMS,), tl.float32)

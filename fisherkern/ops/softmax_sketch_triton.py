@@ -40,7 +40,7 @@ def softmax_sketch_kernel(
     first_column = tl.program_id(0) // row_tiles % CHUNKS * WIDTH
     bucket = tl.program_id(0) // (row_tiles * CHUNKS)
     column = first_column + tl.arange(0, WIDTH)
-    split = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(1)
     first = split * length
     half_lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf")) * (0.5 * LOG2_E)
     keys = tl.load(keys_ptr + rows, mask=rows < n, other=0)
@@ -48,7 +48,7 @@ def softmax_sketch_kernel(
     centre = tl.load(centre_ptr + column, mask=column < d, other=0.0)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     totals = tl.zeros((ROWS,), tl.float32)
-    for start in range(first, tl.minimum(first + length, blocks), ITEMS):
+    for start in range(first, first + tl.minimum(length, blocks - first), ITEMS):
         block = start + tl.arange(0, ITEMS).to(tl.int64)
         rotation = tl.load(rotation_ptr + block, mask=block < blocks, other=0)
         # Blocks past the last give items past the last.
@@ -63,7 +63,7 @@ def softmax_sketch_kernel(
         w = w.to(tl.float32) - centre[None, :]
         sums = tl.dot(signed, w, sums, input_precision=PRECISION)
         totals += tl.sum(signed, 1)
-    place = (split * n + rows) * probes + bucket
+    place = (split.to(tl.int64) * n + rows) * probes + bucket
     out = sums_ptr + place[:, None] * d + column[None, :]
     tl.store(out, sums, mask=(rows < n)[:, None] & (column < d)[None, :])
     if first_column == 0:

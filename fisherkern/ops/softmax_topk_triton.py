@@ -36,7 +36,6 @@ def softmax_topk_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     first = split * length
-    last = tl.minimum(first + length, v)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     place = tl.arange(0, KEPT)
@@ -44,7 +43,7 @@ def softmax_topk_kernel(
     empty = tl.where(place < k, float("-inf"), float("inf"))
     best = tl.zeros((ROWS, KEPT), tl.float32) + empty[None, :]
     ids = tl.zeros((ROWS, KEPT), tl.int32) + (v + place)[None, :]
-    for start in range(first, last, ITEMS):
+    for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS)
         wide = items.to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, wide, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)

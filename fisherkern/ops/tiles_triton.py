@@ -19,7 +19,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 # Sizes that change from batch to batch: one binary serves them all. What the binary depends on
 # is dtypes, the width of D, and whether D is a multiple of 16 where a result has D columns.
-SIZES = ["n", "v", "length", "k", "m", "t", "pairs", "blocks", "probes", "ranges"]
+SIZES = ["n", "v", "k", "m", "t", "pairs", "count", "blocks", "probes", "ranges"]
 
 # exp(x) is 2^(x log2 e), and a multiplication that joins a subtraction costs nothing. The fp32
 # number nearest to log2 e and, in fp64, its inverse: going there and back loses nothing.
