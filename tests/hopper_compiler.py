@@ -12,6 +12,7 @@ kind of dtypes, width of D) that it serves, registers, stack and shared memory a
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import re
@@ -32,6 +33,7 @@ from fisherkern.ops.softmax_lse import RANGE
 from fisherkern.ops.softmax_topk import MAX_TRITON_K
 
 ARCHITECTURE = 90
+CPU = torch.device("cpu")
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MODULES = {
     name: importlib.import_module(f"fisherkern.ops.{name}_triton")
@@ -75,16 +77,21 @@ class Binary(NamedTuple):
     stages: int
 
 
+Launched = tuple[Binary, tuple[int, ...]]
+
+
 class Noted:
     """A kernel whose launches note their arguments and do nothing."""
 
-    def __init__(self, kernel: JITFunction, launches: list[Binary]) -> None:
+    def __init__(self, kernel: JITFunction, launches: list[Launched]) -> None:
         self._kernel, self._launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self._launch
+        return functools.partial(self._launch, grid)
 
-    def _launch(self, *args: Any, num_warps: int, num_stages: int, **kwargs: Any) -> None:
+    def _launch(
+        self, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **kwargs: Any
+    ) -> None:
         signature, constants, aligned = [], [], []
         for parameter in self._kernel.params:
             name = parameter.name
@@ -99,7 +106,8 @@ class Noted:
             if size % 16 == 0 and not parameter.do_not_specialize:
                 aligned.append(name)
         found = tuple(signature), tuple(constants), tuple(aligned)
-        self._launches.append(Binary(self._kernel.__name__, *found, num_warps, num_stages))
+        binary = Binary(self._kernel.__name__, *found, num_warps, num_stages)
+        self._launches.append((binary, grid))
 
 
 def kernels() -> Iterator[tuple[Any, str, JITFunction]]:
@@ -110,14 +118,15 @@ def kernels() -> Iterator[tuple[Any, str, JITFunction]]:
                 yield module, name, value
 
 
-def run_every_launch(kind: str, width: int) -> None:
+def run_every_op(kind: str, width: int, n: int, v: int, device: torch.device) -> None:
     """Every op's launch code, with a bias and without; what comes out is noise."""
-    n, v, k, probes = 3, RANGE + 5, 2, 4
+    k, probes = 2, 4
     of_h, of_w = KINDS[kind]
-    h, weight = torch.zeros(n, width, dtype=of_h), torch.zeros(v, width, dtype=of_w)
-    lse, mean, rows = torch.zeros(n), torch.zeros(n, width), torch.arange(n)
-    ids, omega = torch.zeros(n, k, dtype=torch.int64), torch.ones(n, k)
-    for bias in (torch.zeros(v, dtype=of_w), None):
+    zeros = functools.partial(torch.zeros, device=device)
+    h, weight = zeros(n, width, dtype=of_h), zeros(v, width, dtype=of_w)
+    lse, mean, rows = zeros(n), zeros(n, width), torch.arange(n, device=device)
+    ids, omega = zeros(n, k, dtype=torch.int64), zeros(n, k)
+    for bias in (zeros(v, dtype=of_w), None):
         layer = (h, weight, bias)
         MODULES["softmax_lse"].softmax_lse(*layer)
         MODULES["softmax_topk"].softmax_topk(*layer, MAX_TRITON_K)
@@ -125,37 +134,43 @@ def run_every_launch(kind: str, width: int) -> None:
         MODULES["softmax_moments"].softmax_covariance(*layer, lse, mean)
         MODULES["softmax_sketch"].softmax_sketch(*layer, lse, mean, rows, probes, 0)
         # The second row on of larger Fishers, as of a range of a table's rows.
-        fishers = torch.zeros(v + 1, width)[1:], torch.zeros(v + 1)[1:]
+        fishers = zeros(v + 1, width)[1:], zeros(v + 1)[1:]
         MODULES["head_sqgrad"].head_sqgrad_(*fishers, *layer, lse, None, None)
         MODULES["head_sqgrad"].head_sqgrad_(*fishers, *layer, lse, ids, omega)
-        mass = torch.zeros(n, -(-v // RANGE), dtype=torch.float64)
+        mass = zeros(n, -(-v // RANGE), dtype=torch.float64)
         MODULES["sample_items"].sample_items(*layer, lse, mass, rows, k, 0)
         MODULES["sample_distinct"].range_logits(*layer, ids)
     # A Linear of D columns, over a few positions and over many.
     for positions in (20, 200):
-        delta = torch.zeros(2, n, positions, width, dtype=of_h)
-        inputs = torch.zeros(n, positions, width, dtype=of_w)
-        fisher = torch.zeros(width, width)
+        delta = zeros(2, n, positions, width, dtype=of_h)
+        inputs = zeros(n, positions, width, dtype=of_w)
+        fisher = zeros(width, width)
         MODULES["segment_outer_square"].segment_outer_square_(fisher, delta, inputs)
 
 
-def binaries(kinds: list[str], widths: list[int]) -> dict[Binary, list[tuple[str, int]]]:
-    """Every binary that launches of these kinds and widths need: (kind, width) of each."""
-    launches: list[Binary] = []
-    found: dict[Binary, list[tuple[str, int]]] = {}
+def launches_of(
+    kind: str, width: int, n: int = 3, v: int = RANGE + 5, device: torch.device = CPU
+) -> list[Launched]:
+    """Every launch, of n sequences and v items; on the meta device of any number."""
+    launches: list[Launched] = []
     originals = list(kernels())
     try:
         for module, name, kernel in originals:
             setattr(module, name, Noted(kernel, launches))
-        for kind in kinds:
-            for width in widths:
-                launches.clear()
-                run_every_launch(kind, width)
-                for binary in dict.fromkeys(launches):
-                    found.setdefault(binary, []).append((kind, width))
+        run_every_op(kind, width, n, v, device)
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
+    return launches
+
+
+def binaries(kinds: list[str], widths: list[int]) -> dict[Binary, list[tuple[str, int]]]:
+    """Every binary that launches of these kinds and widths need: (kind, width) of each."""
+    found: dict[Binary, list[tuple[str, int]]] = {}
+    for kind in kinds:
+        for width in widths:
+            for binary in dict.fromkeys(binary for binary, _ in launches_of(kind, width)):
+                found.setdefault(binary, []).append((kind, width))
     return found
 
 

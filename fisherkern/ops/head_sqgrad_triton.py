@@ -35,7 +35,8 @@ def head_sqgrad_kernel(
     """Add Σ_n c_nv h_n² to weight_fisher (v, d_out) and Σ_n c_nv to bias_fisher (v,).
 
     c = p (1 − p), or total_n p² where total is given. One program per (items, columns).
-    The columns of h (n, d) and w (v, d) from d_out on are zeros.
+    The columns of h (n, d) and w (v, d) from d_out on are zeros. The difference z − lse comes
+    before the factor log2 e: where an item has all the mass it is 0, and so is 1 − p.
     """
     items = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -49,8 +50,8 @@ def head_sqgrad_kernel(
         if bias_ptr is not None:
             z += bias[:, None]
         # Past the last row lse is +inf and p zero.
-        lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf")) * LOG2_E
-        p = tl.exp2(z * LOG2_E - lse[None, :])  # (ITEMS, ROWS)
+        lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
+        p = tl.exp2((z - lse[None, :]) * LOG2_E)  # (ITEMS, ROWS)
         if total_ptr is None:
             coefficient = p - p * p
         else:
@@ -106,8 +107,8 @@ def head_sqgrad_sparse_kernel(
             z += tl.sum(h.to(tl.float32) * w.to(tl.float32)[None, :], 1)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + item).to(tl.float32)
-        lse = tl.load(lse_ptr + row, mask=valid, other=float("inf")) * LOG2_E
-        p = tl.exp2(z * LOG2_E - lse)
+        lse = tl.load(lse_ptr + row, mask=valid, other=float("inf"))
+        p = tl.exp2((z - lse) * LOG2_E)
         omega = tl.load(omega_ptr + source, mask=valid, other=0.0)
         coefficient = omega * (1 - 2 * p)  # (ROWS,)
         mask = valid[:, None] & (column < d)[None, :]

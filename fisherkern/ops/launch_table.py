@@ -54,7 +54,7 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
     ("softmax_sketch", 90, "half"): Launch(64, 32, 64, 4, 2),
     ("sample_items_total", 90, "fp32"): Launch(0, 512, 0, 4, 1),
     ("sample_items_total", 90, "half"): Launch(0, 512, 0, 4, 1),
-    ("sample_items", 90, "fp32"): Launch(0, 128, 64, 4, 2),
+    ("sample_items", 90, "fp32"): Launch(0, 128, 32, 4, 2),
     ("sample_items", 90, "half"): Launch(0, 128, 64, 4, 2),
     ("sample_distinct", 90, "fp32"): Launch(0, 128, 64, 4, 2),
     ("sample_distinct", 90, "half"): Launch(0, 128, 64, 4, 2),

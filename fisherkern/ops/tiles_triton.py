@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisherkern.errors import InputError
 from fisherkern.ops import counter
 from fisherkern.ops.launch_table import TARGET_PROGRAMS, Launch, launch
 
@@ -41,6 +42,9 @@ _DOT_DTYPES = {
 # is one of 16 bytes; from both follows that rows can be read 16 bytes at once.
 _MULTIPLE = 16
 
+# Items and rows are counted in int32, which a tile past the last one must not leave.
+_MOST_ROWS = 2**31 - 2**16
+
 
 def prepared(tensor: Tensor | None) -> Any:
     """Contiguous and aligned, as the kernels' offsets and binaries assume."""
@@ -65,6 +69,8 @@ def padded(matrix: Tensor) -> Tensor:
     what a single one of its logit products reads twice over. Who makes many calls may pad
     once: tensors that have such a width already are taken as they are.
     """
+    if max(matrix.shape) > _MOST_ROWS:
+        raise InputError(f"the Triton kernels take {_MOST_ROWS} items at most: {matrix.shape[0]}")
     missing = -matrix.shape[-1] % _MULTIPLE
     if missing:
         matrix = torch.nn.functional.pad(matrix.detach(), (0, missing))
