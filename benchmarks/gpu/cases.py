@@ -34,6 +34,8 @@ OPS = (
     "head_sqgrad_",
 )
 K, DRAWN, PROBES, SEED = 50, 20, 4, 3
+# The interpreter goes through them one by one.
+DRY_K, DRY_DRAWN = 5, 3
 GUARD = 7.0
 Outputs = dict[str, Tensor]
 Wanted = dict[str, tuple[Tensor, float]]
@@ -86,6 +88,8 @@ class Case:
     weight: Tensor
     bias: Tensor | None
     checked: int | None = None
+    k: int = K
+    drawn: int = DRAWN
 
     @property
     def rows(self) -> Tensor:
@@ -146,7 +150,8 @@ def draw(
     # Copies around a catalogue of gigabytes are not worth their memory.
     wall = walled if v * d < 2**28 else lambda tensor, before: tensor
     h, weight, b = (wall(t.to(dtype), before) for t, dtype in ((h, own), (weight, item), (b, item)))
-    return Case(h, weight, None if bias == "none" else b, checked)
+    counts = (DRY_K, DRY_DRAWN) if device == "cpu" else (K, DRAWN)
+    return Case(h, weight, None if bias == "none" else b, checked, *counts)
 
 
 def outputs(op: str, case: Case) -> Outputs:
@@ -157,7 +162,11 @@ def outputs(op: str, case: Case) -> Outputs:
         return {"lse": ops.softmax_lse(*layer)}
     if op == "softmax_topk":
         return dict(
-            zip(("p", "ids", "lse", "mean"), ops.softmax_topk(*layer, case.most(K)), strict=True)
+            zip(
+                ("p", "ids", "lse", "mean"),
+                ops.softmax_topk(*layer, case.most(case.k)),
+                strict=True,
+            )
         )
     if op == "softmax_mean":
         return dict(zip(("lse", "mean", "ranges"), ops.softmax_mean(*layer), strict=True))
@@ -168,10 +177,10 @@ def outputs(op: str, case: Case) -> Outputs:
         return {"u": u, "totals": totals}
     if op == "sample_items":
         given = (*layer, case.lse, case.ranges, case.rows)
-        return {"items": ops.sample_items(*given, case.most(DRAWN), SEED)}
+        return {"items": ops.sample_items(*given, case.most(case.drawn), SEED)}
     if op == "sample_distinct":
         given = (*layer, case.lse, case.ranges, case.rows)
-        items, omega = ops.sample_distinct(*given, case.most(DRAWN), SEED)
+        items, omega = ops.sample_distinct(*given, case.most(case.drawn), SEED)
         return {"items": items, "omega": omega}
     assert op == "head_sqgrad_", op
     found = _head(case, None, None)
@@ -210,7 +219,7 @@ def wanted(op: str, case: Case) -> Wanted:
     if op == "softmax_lse":
         return {"lse": (exact.lse, 1e-5)}
     if op == "softmax_topk":
-        p, ids = exact.topk(case.most(K))
+        p, ids = exact.topk(case.most(case.k))
         more = {"lse": (exact.lse, 1e-5), "mean": (exact.mean(), 1e-5)}
         return {"p": (p, 1e-5), "ids": (ids, 0.002)} | more
     if op == "softmax_mean":
@@ -222,9 +231,9 @@ def wanted(op: str, case: Case) -> Wanted:
         u, totals = exact.sketch(rows, PROBES, SEED)
         return {"u": (u, 1e-4), "totals": (totals, 1e-4)}
     if op == "sample_items":
-        return {"items": (sample_items_reference(*layer, rows, case.most(DRAWN), SEED), 0.01)}
+        return {"items": (sample_items_reference(*layer, rows, case.most(case.drawn), SEED), 0.01)}
     if op == "sample_distinct":
-        items, omega = sample_distinct_reference(*layer, rows, case.most(DRAWN), SEED)
+        items, omega = sample_distinct_reference(*layer, rows, case.most(case.drawn), SEED)
         return {"items": (items, 0.01), "omega": (omega, 1e-3)}
     ids, omega = sampled(case)
     whole = case.exact if case.checked is None else Softmax(case.h, case.weight, case.bias)

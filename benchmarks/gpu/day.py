@@ -48,11 +48,23 @@ class Day:
         """No other unit is inside: what is timed here shares the GPU with nothing.
 
         The lock goes with the process that holds it, so a unit that hangs keeps it no longer
-        than its limit.
+        than its limit, in which waiting does not count: see `waits`.
         """
         with (self.work / "alone.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            mark = self._mark(os.getpid())
+            mark.touch()
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            finally:
+                mark.unlink(missing_ok=True)
             yield
+
+    def waits(self, pid: int) -> bool:
+        """Whether that unit's process is waiting to be alone."""
+        return self._mark(pid).exists()
+
+    def _mark(self, pid: int) -> Path:
+        return self.work / f"waiting.{pid}"
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

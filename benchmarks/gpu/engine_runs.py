@@ -15,7 +15,7 @@ import fisherkern as fk
 from fisherkern.fisher import engine
 from gpu.day import Day
 
-SEQUENCES, WARM, TRACED = 512, 64, 64
+SEQUENCES, WARM = 512, 64
 
 
 def set_positions(count: int) -> str:
@@ -55,11 +55,11 @@ def run(day: Day, unit: str, sampler: str, backend: str, positions: str) -> None
     if sampler != "exact":
         given["k"] = 10
     few = [{name: t[:WARM] for name, t in batches[0].items()}]
-    fk.diag_fisher(model, few, **given)
     line: dict[str, Any] = {"sampler": sampler, "backend": backend, "positions": int(positions)}
     line |= {"bound": bound, "what": what}
     line["sequences"] = sum(len(batch["history"]) for batch in batches)
     with day.alone():
+        fk.diag_fisher(model, few, **given)
         line["seconds"] = _seconds(day, lambda: fk.diag_fisher(model, batches, **given))
         if day.device == "cuda":
             line["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20

@@ -35,7 +35,7 @@ def prepare(folder: Path, model: Path | None, seconds: float) -> None:
         taken = fk.load_model(model)
         if not isinstance(taken, fk.BERT4Rec):
             raise fk.InputError(f"{model}: a {type(taken).__name__}; benchmarks take a BERT4Rec")
-        shutil.copyfile(model, target)
+        fk.save_model(taken, target)
     elif not target.exists():
         train(target, seconds)
     fill(folder / "candidates.json", seconds)

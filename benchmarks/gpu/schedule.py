@@ -41,6 +41,7 @@ class Schedule:
         self.running: dict[int, Running] = {}
         self.ended: set[str] = set()
         self.stopped = False
+        self.looked = self.started
 
     def stop(self, *_: object) -> None:
         """A signal's handler: the loop sees to it."""
@@ -98,7 +99,11 @@ class Schedule:
         self.running[pid] = Running(unit, now, min(now + unit.limit, self.end))
 
     def _collect(self) -> None:
+        now = time.monotonic()
+        since, self.looked = now - self.looked, now
         for pid, running in list(self.running.items()):
+            if self.day.waits(pid):
+                running.until = min(running.until + since, self.end)
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 self._finish(pid, _said(status))

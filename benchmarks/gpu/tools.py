@@ -82,7 +82,7 @@ def build(day: Day, unit: str) -> None:
         return
     import torch
 
-    arch = "%d%d" % torch.cuda.get_device_capability()
+    arch = "".join(map(str, torch.cuda.get_device_capability()))
     # The kernels' registers and stack are printed beside the commands.
     more = {
         "FISHERKERN_CUDA": "1",

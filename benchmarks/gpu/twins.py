@@ -66,6 +66,14 @@ class Softmax:
         values, ids = torch.sort(z, dim=1, descending=True, stable=True)
         return (values[:, :k] - self.lse[:, None]).exp(), ids[:, :k]
 
+    def top(self, k: int) -> Tensor:
+        """p of the k most likely items, (N, k), a tile at a time."""
+        best = self.h.new_empty(len(self.h), 0)
+        for _, p, _w in self.each():
+            both = torch.cat((best, p), dim=1)
+            best = both.topk(min(k, both.shape[1]), dim=1).values
+        return best
+
     def head(self, ids: Tensor | None = None, omega: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Σ_n of the squared gradients of (weight (V, D), bias (V,)): `ops.head_sqgrad_`."""
         squares = self.h.square()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import faulthandler
 import importlib
 import itertools
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from gpu.day import Day
+from gpu.day import Day, architecture, device_name
 from gpu.tools import TOOLS, failed_units
 
 # Kind -> (module, function called with the day, the unit's name and its other parts).
@@ -56,6 +58,8 @@ GROUPS = ("stream", "rows", "draws", "segments")
 CEILINGS = ("copy", "bf16", "tf32", "fp32", "fp64", "exp2", "eigh", "cholesky", "launches")
 POSITIONS = (2**17, 2**19, 2**20, 2**21)
 FAULTS = ("wrong", "crash", "hang")
+# Kinds of units that need the GPU and not all of it.
+CHECKS = ("check", "segments", "extension", "fisher")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +83,13 @@ def correct() -> Iterator[Unit]:
     """Everything is checked, then what was right is timed."""
     yield Unit("env:all", 30)
     yield Unit("build:all", 120)
-    for width, dtype, op in itertools.product(WIDTHS, DTYPES, OPS):
-        yield Unit(f"check:{op}:{dtype}:{width}", 90)
-        if (width, dtype, op) == (64, "float32", OPS[-1]):
+    for width, dtype in itertools.product(WIDTHS, DTYPES):
+        for op in OPS:
+            yield Unit(f"check:{op}:{dtype}:{width}", 90)
+        for op in SEGMENTED:
+            yield Unit(f"segments:{op}:{dtype}:{width}", 60, "build:all")
+        if (width, dtype) == (WIDTHS[0], DTYPES[0]):
             yield from after_build()
-    for width, dtype, op in itertools.product(WIDTHS, DTYPES, SEGMENTED):
-        yield Unit(f"segments:{op}:{dtype}:{width}", 60, "build:all")
     for op, width, dtype in itertools.product((*OPS, *SEGMENTED), (64,), DTYPES[:2]):
         yield Unit(f"time:{op}:{dtype}:{width}", 45, None, 1)
 
@@ -109,19 +114,30 @@ def tune(again: Path | None) -> Iterator[Unit]:
     for what in CEILINGS:
         yield Unit(f"ceiling:{what}", 30)
     for name in failed_units(again) if again is not None else ():
-        if name.split(":")[0] in ("check", "segments", "extension", "fisher"):
+        if name.split(":")[0] in CHECKS:
             yield Unit(name, 60, "build:all")
-    for width, kind, kernel in itertools.product((64, 256, 128), ("fp32", "half"), KERNELS):
-        yield Unit(f"sweep:{kernel}:{kind}:{width}", 120)
-    for sampler, positions in itertools.product(("exact", "topk"), POSITIONS):
-        yield Unit(f"engine:{sampler}:torch:{positions}", 60, "build:all")
+    yield from sweeps(64)
+    yield from engines((POSITIONS[0], POSITIONS[2]))
+    for group in GROUPS:
+        yield Unit(f"ncu:{group}", 90, f"sweep:{KERNELS[-1]}:half:64")
+        yield Unit(f"sass:{group}", 60, f"sweep:{KERNELS[-1]}:half:64")
     for sampler, backend in itertools.product(("exact", "topk"), ("triton", "cuda")):
         yield Unit(f"engine:{sampler}:{backend}:{POSITIONS[2]}", 60, "build:all")
-    yield Unit("figure:two", 90)
     yield Unit("figure:all", 60)
-    for group in GROUPS:
-        yield Unit(f"sass:{group}", 60, f"sweep:{KERNELS[-1]}:half:64")
-        yield Unit(f"ncu:{group}", 90, f"sweep:{KERNELS[-1]}:half:64")
+    yield from sweeps(256)
+    yield from engines((POSITIONS[1], POSITIONS[3]))
+    yield Unit("figure:two", 90)
+    yield from sweeps(128)
+
+
+def sweeps(width: int) -> Iterator[Unit]:
+    for kind, kernel in itertools.product(("fp32", "half"), KERNELS):
+        yield Unit(f"sweep:{kernel}:{kind}:{width}", 90)
+
+
+def engines(positions: Iterable[int]) -> Iterator[Unit]:
+    for count, sampler in itertools.product(positions, ("exact", "topk")):
+        yield Unit(f"engine:{sampler}:torch:{count}", 60, "build:all")
 
 
 def dry() -> Iterator[Unit]:
@@ -168,7 +184,12 @@ def run(day: Day, name: str) -> None:
     # A unit with one way to run it is called NAME:all.
     parts = [] if parts == ["all"] and kind in ("env", "build", "driver") else parts
     call: Callable[..., None] = getattr(importlib.import_module(module), function)
-    call(day, name, *parts)
+    if kind != "env":  # asked now: after an illegal access nothing answers
+        device_name(day.dry), architecture(day.dry)
+    # Beside timings nothing else runs, and in this part there are timings at any time.
+    quiet = day.alone() if kind in CHECKS and day.part == "tune" else contextlib.nullcontext()
+    with quiet:
+        call(day, name, *parts)
 
 
 def plant(day: Day, unit: str, fault: str) -> None:
@@ -177,6 +198,7 @@ def plant(day: Day, unit: str, fault: str) -> None:
         day.emit("check", unit=unit, op="planted", backend="torch", dtype="float32", D=1, N=1,
                  V=1, what="wrong", of_allowed=2.0, ok=False, s=0.0)  # fmt: skip
     elif fault == "crash":
+        faulthandler.disable()  # its report of a planted crash is only noise
         os.kill(os.getpid(), signal.SIGSEGV)
     else:
         time.sleep(3600)
