@@ -20,7 +20,12 @@ import argparse
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gpu.day import Day
 
 BUDGETS = {"correct": 240.0, "tune": 330.0, "dry": 900.0}
 # Kept back from the budget for the archive and the table.
@@ -38,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds in all")
     parser.add_argument("--workers", type=int, help="units at once: 16, or 2 in a dry run")
     parser.add_argument("--only", nargs="+", help="units whose name begins with one of these")
-    parser.add_argument("--again", type=Path, help="check.jsonl whose failed units run again")
+    parser.add_argument("--again", type=Path, help="--out of a part whose failed units run again")
     parser.add_argument("--model", type=Path, help="a BERT4Rec to take along, not trained here")
     parser.add_argument("--seconds", type=float, default=600, help="of --prepare, for each step")
     parser.add_argument("--unit", help="run this one in this process")
@@ -65,6 +70,8 @@ def settle(options: argparse.Namespace) -> None:
         os.environ.pop("TRITON_INTERPRET", None)
     os.environ.pop("FISHERKERN_BACKEND", None)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Without it a question for a GPU would touch CUDA, which no fork survives.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,24 +99,25 @@ def main(argv: list[str] | None = None) -> int:
     return run(day, options)
 
 
-def run(day: object, options: argparse.Namespace) -> int:
+def run(day: Day, options: argparse.Namespace) -> int:
     """All units of the part; the exit status."""
     from gpu import units
-    from gpu.schedule import Schedule, on_signals, unit_states
+    from gpu.schedule import Schedule, forks_work, on_signals, unit_states
 
     shutil.rmtree(day.work, ignore_errors=True)
     day.work.mkdir(parents=True)
     day.out.mkdir(parents=True, exist_ok=True)
     for old in (*day.out.glob("*.jsonl"), day.out / "day.tar.gz"):
         old.unlink(missing_ok=True)
-    again = options.again
+    again = options.again or kept_lines(day)
     own = {"correct": units.correct, "tune": lambda: units.tune(again), "dry": units.dry}
     waiting = list(own[day.part]())
     if options.only:
         waiting = [unit for unit in waiting if unit.name.startswith(tuple(options.only))]
     warm_up()
     workers = options.workers or (2 if day.dry else 16)
-    schedule = Schedule(day, waiting, workers, (options.budget or BUDGETS[day.part]) - LAST_ACT)
+    budget = (options.budget or BUDGETS[day.part]) - LAST_ACT
+    schedule = Schedule(day, waiting, workers, budget, fork=forks_work(day))
     on_signals(schedule.stop)
     schedule.run()
     finish(day)
@@ -124,22 +132,38 @@ def warm_up() -> None:
     import torch
     from gpu import checks, fisher_checks, segment_checks, sweep, timings  # noqa: F401
 
+    for name in sweep.SUBJECTS:
+        sweep.kernel_of(name)
+
     import fisherkern  # noqa: F401
 
     assert not torch.cuda.is_initialized()
 
 
-def finish(day: object) -> None:
-    """The archive, then the table; whatever is wrong with one of them, the other is there."""
+def finish(day: Day) -> None:
+    """The archive and the table; whatever is wrong with one of them, the other is there."""
     from gpu import report
 
-    text = report.table(day)
+    try:
+        text = report.table(day)
+    except Exception:
+        text = traceback.format_exc()
     try:
         path, left = report.archive(day, text)
         text += f"\n{path}: {path.stat().st_size} bytes, {len(left)} files left out"
-    except OSError as error:
-        text += f"\nno archive: {error}"
+        if day.part == "correct":
+            kept = kept_lines(day)
+            kept.mkdir(exist_ok=True)
+            for name in ("check.jsonl", "units.jsonl"):
+                shutil.copy(day.out / name, kept)
+    except Exception:
+        text += "\n" + traceback.format_exc()
     print(text, flush=True)
+
+
+def kept_lines(day: Day) -> Path:
+    """Where a machine that is not given back finds what was wrong in the part before."""
+    return day.work.parent / "lines"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from gpu import units
 from gpu.day import Day, append, lines
+from gpu.tools import child
 from gpu.units import Unit
 
 # Between two looks at what has ended.
@@ -33,7 +34,16 @@ class Running:
 class Schedule:
     """The units of a part until they are done, the budget is spent or a signal comes."""
 
-    def __init__(self, day: Day, waiting: Sequence[Unit], workers: int, budget: float) -> None:
+    def __init__(
+        self,
+        day: Day,
+        waiting: Sequence[Unit],
+        workers: int,
+        budget: float,
+        *,
+        fork: bool = True,
+    ) -> None:
+        self.fork = fork
         self.day, self.waiting, self.workers = day, list(waiting), workers
         self.started = time.monotonic()
         self.end = self.started + budget
@@ -93,7 +103,7 @@ class Schedule:
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _child(self.day, unit.name)
+            _child(self.day, unit.name, self.fork)
         with contextlib.suppress(PermissionError):  # it may have done so, or be gone
             os.setpgid(pid, pid)
         self.running[pid] = Running(unit, now, min(now + unit.limit, self.end))
@@ -144,7 +154,24 @@ def _said(status: int) -> str | None:
     return f"ended with status {code}"
 
 
-def _child(day: Day, name: str) -> None:
+def forks_work(day: Day) -> bool:
+    """Whether a fork can use the GPU; else units start as processes that import anew."""
+    if day.dry:
+        return True
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            import torch
+
+            torch.ones(1, device="cuda").item()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _child(day: Day, name: str, fork: bool) -> None:
     """Never returns. What it prints goes to a file of its own."""
     code = 1
     try:
@@ -158,6 +185,9 @@ def _child(day: Day, name: str) -> None:
         )
         os.dup2(log, 1)
         os.dup2(log, 2)
+        if not fork:
+            command = child(day, name)
+            os.execv(command[0], command)
         units.run(day, name)
         code = 0
     except BaseException:

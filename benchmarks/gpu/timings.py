@@ -71,14 +71,21 @@ def measure(day: Day, unit: str, op: str, dtype: str, width: str) -> None:
         for backend, call in calls.items():
             if (op, backend, dtype) in wrong:
                 continue
-            name = backend if backend in ("triton", "cuda", "torch") else "auto"
-            with use_backend(name):
-                if backend == "triton":
-                    small()  # compiles, while another unit has the GPU to itself
-                with day.alone():
-                    found = stopwatch(call, day.device)
             line = {"unit": unit, "op": op, "backend": backend, "dtype": dtype, **about}
-            day.emit("time", **line, **found, ok=True)
+            name = backend if backend in ("triton", "cuda", "torch") else "auto"
+            try:
+                with use_backend(name):
+                    if backend == "triton":
+                        small()  # compiles, while another unit has the GPU to itself
+                    with day.alone():
+                        found = stopwatch(call, day.device)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"[:300]
+                day.emit("other", **line, what="time", ok=False, exception=text)
+                if "CUDA error" in text:
+                    raise
+            else:
+                day.emit("time", **line, **found, ok=True)
 
 
 Subject = tuple[dict[str, int], dict[str, Callable[[], Any]], Callable[[], Any]]

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from gpu.day import Day, architecture, device_name
-from gpu.tools import TOOLS, failed_units
+from gpu.day import Day, architecture, device_name, lines
+from gpu.tools import TOOLS
 
 # Kind -> (module, function called with the day, the unit's name and its other parts).
 KINDS = {
@@ -107,13 +107,13 @@ def after_build() -> Iterator[Unit]:
         yield Unit(f"fisher:{sampler}:{backend}", 60, "build:all")
 
 
-def tune(again: Path | None) -> Iterator[Unit]:
+def tune(again: Path) -> Iterator[Unit]:
     """Ceilings, failed units again, the sweep, then what looks at its winners and the engine."""
     yield Unit("env:all", 30)
     yield Unit("build:all", 120)  # a machine that was given back starts bare
     for what in CEILINGS:
         yield Unit(f"ceiling:{what}", 30)
-    for name in failed_units(again) if again is not None else ():
+    for name in failed_units(again):
         if name.split(":")[0] in CHECKS:
             yield Unit(name, 60, "build:all")
     yield from sweeps(64)
@@ -128,6 +128,12 @@ def tune(again: Path | None) -> Iterator[Unit]:
     yield from engines((POSITIONS[1], POSITIONS[3]))
     yield Unit("figure:two", 90)
     yield from sweeps(128)
+
+
+def failed_units(folder: Path) -> list[str]:
+    """Units of which a process or a line was not right, each once, in order."""
+    both = [*lines(folder / "units.jsonl"), *lines(folder / "check.jsonl")]
+    return list(dict.fromkeys(line["unit"] for line in both if line["ok"] is False))
 
 
 def sweeps(width: int) -> Iterator[Unit]:
