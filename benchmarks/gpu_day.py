@@ -155,7 +155,8 @@ def finish(day: Day) -> None:
             kept = kept_lines(day)
             kept.mkdir(exist_ok=True)
             for name in ("check.jsonl", "units.jsonl"):
-                shutil.copy(day.out / name, kept)
+                if (day.out / name).exists():
+                    shutil.copy(day.out / name, kept)
     except Exception:
         text += "\n" + traceback.format_exc()
     print(text, flush=True)

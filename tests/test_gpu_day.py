@@ -355,7 +355,9 @@ def test_a_dry_run_ends_with_1_where_a_unit_is_wrong(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(BENCHMARKS), *dry(tmp_path, "env")[2:]]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "WRONG env:all: ended with status 1" in done.stdout
+    assert (
+        done.returncode == 1 and "WRONG env:all: ended with status 1: AttributeError" in done.stdout
+    )
 
 
 def test_a_dry_run_is_right_but_for_what_was_planted(tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ class Day:
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
 
+    def log(self, unit: str) -> Path:
+        """What that unit printed."""
+        return self.work / (unit.replace(":", ".") + ".log")
+
     def emit(self, file: str, **line: Any) -> None:
         """Append a JSON line to out/<file>.jsonl, on the disk before this returns."""
         about = {"device": device_name(self.dry), "arch": architecture(self.dry)}

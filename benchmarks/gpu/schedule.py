@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from gpu import units
 from gpu.day import Day, append, lines
@@ -116,7 +117,7 @@ class Schedule:
                 running.until = min(running.until + since, self.end)
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                self._finish(pid, _said(status))
+                self._finish(pid, _said(status, self.day.log(running.unit.name)))
             elif time.monotonic() >= running.until:
                 self._end(pid, f"ended at its limit of {running.unit.limit:g} s")
 
@@ -144,14 +145,15 @@ class Schedule:
         append(self.day.out / "units.jsonl", line)
 
 
-def _said(status: int) -> str | None:
-    """What is wrong with a process that ended so, None where nothing is."""
+def _said(status: int, log: Path) -> str | None:
+    """What is wrong with a process that ended so, with its last words, None where nothing is."""
     code = os.waitstatus_to_exitcode(status)
     if code == 0:
         return None
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
-    return f"ended with status {code}"
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
+    return ": ".join([f"ended with status {code}", *last])[:300]
 
 
 def forks_work(day: Day) -> bool:
@@ -179,7 +181,7 @@ def _child(day: Day, name: str, fork: bool) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         log = os.open(
-            day.work / (name.replace(":", ".") + ".log"),
+            day.log(name),
             os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
             0o644,
         )
