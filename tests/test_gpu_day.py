@@ -270,8 +270,8 @@ def test_candidates_are_kept_as_they_compile(tmp_path: Path) -> None:
         by_subject[key] = by_subject.get(key, 0) + 1
     assert set(by_subject.values()) == {2} and len(found) == count
     tried = len(calls)
-    candidates.fill(path, 60.0, compiled, each=2)
-    assert len(calls) == tried  # nothing is compiled twice
+    candidates.fill(path, 60.0, compiled, each=3)
+    assert len(calls) > tried and len(set(calls)) == len(calls)  # nothing is compiled twice
 
 
 def test_the_first_candidate_is_the_tables_row() -> None:
@@ -295,8 +295,7 @@ def test_prepare_takes_a_model_and_trains_one(
     folder = tmp_path / "carried"
     prepare.prepare(folder, None, 0.0)
     names = {"commit.txt", "ml-1m.txt", "bert4rec.safetensors", "bert4rec.json", "candidates.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"training.jsonl"}
-    assert len(lines(folder / "training.jsonl")) == 1  # the time was over after an epoch
+    assert {path.name for path in folder.iterdir()} == names
     assert fk.load_model(folder / "bert4rec.safetensors").max_len == 6
     other = tmp_path / "other"
     prepare.prepare(other, folder / "bert4rec.safetensors", 0.0)
