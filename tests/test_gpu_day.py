@@ -109,6 +109,16 @@ def test_an_error_in_units_of_what_is_allowed() -> None:
     assert cases.of_allowed(torch.tensor([1.0, 9.0]), exact, 1e-2, kept) == 0
 
 
+def test_a_draw_is_judged_by_the_mass_between() -> None:
+    cdf = torch.tensor([[0.25, 0.5, 0.5, 1.0]], dtype=torch.float64)
+    wanted = cases.Drawn(cdf, torch.tensor([[0.25 - 1e-9, 0.3, 0.75]], dtype=torch.float64))
+    assert cases.of_allowed(torch.tensor([[0, 1, 3]]), wanted, 1e-6) == 0
+    assert cases.of_allowed(torch.tensor([[1, 1, 3]]), wanted, 1e-6) == pytest.approx(1e-3)
+    assert cases.of_allowed(torch.tensor([[0, 2, 3]]), wanted, 1e-6) == pytest.approx(2e5)
+    assert cases.of_allowed(torch.tensor([[0, 1, 4]]), wanted, 1e-6) == float("inf")
+    assert cases.of_allowed(torch.tensor([[0, 1]]), wanted, 1e-6) == float("inf")
+
+
 def test_memory_that_nobody_wrote_is_poison() -> None:
     with cases.poisoned_memory():
         found = (torch.empty(3), torch.ones(2).new_empty(3), torch.empty_like(torch.ones(2)))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
+from fisherkern.ops import counter
 from fisherkern.ops.sample_distinct import sample_distinct_reference
-from fisherkern.ops.sample_items import sample_items_reference
+from fisherkern.ops.softmax_lse import reference_logits
 from gpu.twins import Softmax
 
 # Types of (h, weight and bias).
@@ -38,7 +39,29 @@ K, DRAWN, PROBES, SEED = 50, 20, 4, 3
 DRY_K, DRY_DRAWN = 5, 3
 GUARD = 7.0
 Outputs = dict[str, Tensor]
-Wanted = dict[str, tuple[Tensor, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Where draws by inversion should lie: cdf (N, V) and the uniform numbers u (N, K), fp64.
+
+    The log-sum-exp that the ops are given is fp32, and so is off by the mass of a fair part of an
+    item of 100,000: a draw may be its neighbour's, and is judged by how far u is beyond the item.
+    """
+
+    cdf: Tensor
+    u: Tensor
+
+    def beyond(self, ids: Tensor) -> float:
+        """The largest mass between u and the item taken; impossible ids are infinitely far."""
+        if ids.shape != self.u.shape or bool((ids < 0).any() or (ids >= self.cdf.shape[1]).any()):
+            return float("inf")
+        above = self.cdf.gather(1, ids)
+        below = torch.where(ids > 0, self.cdf.gather(1, (ids - 1).clamp(min=0)), 0.0)
+        return float(torch.maximum(below - self.u, self.u - above).clamp(min=0).max())
+
+
+Wanted = dict[str, tuple["Tensor | Drawn", float]]
 
 
 def walled(tensor: Tensor, before: int) -> Tensor:
@@ -212,7 +235,7 @@ def wanted(op: str, case: Case) -> Wanted:
     """By name: the float64 numbers, and the error allowed.
 
     Of floats it is a share of the largest number, of ids the share that may differ: next to a
-    step of a cumulative sum, or to a tie, rounding decides.
+    tie rounding decides. Of independent draws it is mass: see `Drawn`.
     """
     exact, h, rows = case.exact, case.h[: case.checked], case.rows[: case.checked]
     layer = (h, case.weight, case.bias)
@@ -231,7 +254,9 @@ def wanted(op: str, case: Case) -> Wanted:
         u, totals = exact.sketch(rows, PROBES, SEED)
         return {"u": (u, 1e-4), "totals": (totals, 1e-4)}
     if op == "sample_items":
-        return {"items": (sample_items_reference(*layer, rows, case.most(case.drawn), SEED), 0.01)}
+        cdf = reference_logits(*layer).softmax(dim=1).cumsum(dim=1)
+        u = counter.uniform(SEED, rows, torch.arange(case.most(case.drawn), device=h.device))
+        return {"items": (Drawn(cdf, u), 4e-6)}
     if op == "sample_distinct":
         items, omega = sample_distinct_reference(*layer, rows, case.most(case.drawn), SEED)
         return {"items": (items, 0.01), "omega": (omega, 1e-3)}
@@ -245,11 +270,15 @@ def wanted(op: str, case: Case) -> Wanted:
     return found | {"guard rows": (guard, 0.0), "guard rows, sampled": (guard, 0.0)}
 
 
-def of_allowed(found: Tensor, exact: Tensor, allowed: float, same: Tensor | None = None) -> float:
+def of_allowed(
+    found: Tensor, exact: Tensor | Drawn, allowed: float, same: Tensor | None = None
+) -> float:
     """The error in units of what is allowed: at most 1 is right. NaN is infinitely wrong.
 
     `same`, boolean of the results' shape, leaves out what need not be compared.
     """
+    if isinstance(exact, Drawn):
+        return exact.beyond(found[: len(exact.u)]) / allowed
     found = found[: len(exact)]
     if found.shape != exact.shape:
         return float("inf")
