@@ -115,6 +115,7 @@ def test_a_draw_is_judged_by_the_mass_between() -> None:
     assert cases.of_allowed(torch.tensor([[0, 1, 3]]), wanted, 1e-6) == 0
     assert cases.of_allowed(torch.tensor([[1, 1, 3]]), wanted, 1e-6) == pytest.approx(1e-3)
     assert cases.of_allowed(torch.tensor([[0, 2, 3]]), wanted, 1e-6) == pytest.approx(2e5)
+    assert cases.of_allowed(torch.tensor([[0, 1, 1]]), wanted, 1e-6) == pytest.approx(2.5e5)
     assert cases.of_allowed(torch.tensor([[0, 1, 4]]), wanted, 1e-6) == float("inf")
     assert cases.of_allowed(torch.tensor([[0, 1]]), wanted, 1e-6) == float("inf")
 
