@@ -6,6 +6,7 @@ is kept at once, so that the work can stop at any time and go on later.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fisherkern.ops import launch_table
 from fisherkern.ops.launch_table import Launch
@@ -20,7 +22,7 @@ from gpu.day import ROOT
 
 WIDTHS = (64, 128, 256)
 KINDS = ("fp32", "half")
-SHARED = 227 * 1024
+ARCHITECTURE, SHARED = 90, 227 * 1024
 EACH = 12
 Compile = Callable[[str, str, Launch, int], dict[str, Any]]
 
@@ -60,7 +62,19 @@ def compiler() -> Compile:
     sys.path.insert(0, str(ROOT / "tests"))
     import hopper_compiler
 
-    return hopper_compiler.compiled
+    def compiled(kernel: str, kind: str, row: Launch, width: int) -> dict[str, Any]:
+        """The most that any binary with a bias takes, of those that this setting launches."""
+        with mock.patch.dict(launch_table._TABLE, {(kernel, ARCHITECTURE, kind): row}):
+            found = hopper_compiler.binaries(["fp32" if kind == "fp32" else "bf16"], [width])
+        name = f"{kernel.rstrip('_')}_kernel"
+        used = [
+            hopper_compiler.resources(hopper_compiler.compiled(binary))
+            for binary in found
+            if binary.kernel == name and ("bias_ptr", None) not in binary.constants
+        ]
+        return {key: max(one[key] for one in used) for key in ("registers", "shared", "stack")}
+
+    return compiled
 
 
 def fill(path: Path, seconds: float, compiled: Compile | None = None, each: int = EACH) -> int:
@@ -69,7 +83,8 @@ def fill(path: Path, seconds: float, compiled: Compile | None = None, each: int 
     Returns how many it holds. A setting that does not fit is kept with "fits": false, so that
     it is not compiled again; those that fit are what a sweep takes.
     """
-    tried_path = path.with_name("candidates.tried.jsonl")
+    # A changed kernel is compiled anew: what was tried of the old one has another name.
+    tried_path = path.with_name(f"candidates.{_sources()}.jsonl")
     tried = [json.loads(line) for line in _text(tried_path).splitlines()]
     known = {_key(line): line for line in tried}
     compiled, end = compiled or compiler(), time.monotonic() + seconds
@@ -102,6 +117,12 @@ def _fits(compiled: Compile, kernel: str, kind: str, row: Launch, width: int) ->
         return {"fits": False, "why": f"{type(error).__name__}: {error}"[:200]}
     fits = found["stack"] == 0 and found["shared"] <= SHARED
     return {"fits": fits, **{key: found[key] for key in ("registers", "shared", "stack")}}
+
+
+def _sources() -> str:
+    """A hash of every Triton kernel's file."""
+    files = sorted(Path(launch_table.__file__).parent.glob("*_triton.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def _key(line: dict[str, Any]) -> tuple:

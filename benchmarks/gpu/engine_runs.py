@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import re
 import time
 import warnings
 from pathlib import Path
@@ -12,19 +12,20 @@ from typing import Any
 import torch
 
 import fisherkern as fk
-from fisherkern.fisher import engine
+from fisherkern.fisher.schedule import Schedule
 from gpu.day import Day
 
 SEQUENCES, WARM = 512, 64
 
 
-def set_positions(count: int) -> str:
-    """Set the engine's bound on the positions of a pass on a GPU; returns its name."""
-    names = [name for name in vars(engine) if re.fullmatch(r"_GPU\w*POSITIONS", name)]
-    if len(names) != 1:
-        raise AttributeError(f"fisher/engine.py has {names or 'no bound'} on a GPU's positions")
-    setattr(engine, names[0], count)
-    return names[0]
+def set_positions(count: int) -> None:
+    """Set the positions of a backward pass; what else bounds one stays as it is."""
+    own = Schedule.of
+
+    def of(device: torch.device) -> Schedule:
+        return dataclasses.replace(own(device), positions=count)
+
+    Schedule.of = of  # type: ignore[method-assign,assignment]
 
 
 def subject(day: Day, sequences: int) -> tuple[Any, list[Any], str]:
@@ -49,14 +50,14 @@ def subject(day: Day, sequences: int) -> tuple[Any, list[Any], str]:
 
 def run(day: Day, unit: str, sampler: str, backend: str, positions: str) -> None:
     """Seconds, synchronisations and the share of the time in which no kernel ran."""
-    bound = set_positions(int(positions))
+    set_positions(int(positions))
     model, batches, what = subject(day, SEQUENCES)
     given = {"sampler": sampler, "backend": backend, "progress": False}
     if sampler != "exact":
         given["k"] = 10
     few = [{name: t[:WARM] for name, t in batches[0].items()}]
     line: dict[str, Any] = {"sampler": sampler, "backend": backend, "positions": int(positions)}
-    line |= {"bound": bound, "what": what}
+    line["what"] = what
     line["sequences"] = sum(len(batch["history"]) for batch in batches)
     with day.alone():
         fk.diag_fisher(model, few, **given)

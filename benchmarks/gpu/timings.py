@@ -136,7 +136,7 @@ def _segment(day: Day, dtype: str) -> Subject:
         return torch.matmul(delta.transpose(2, 3), inputs)
 
     calls = {"cuda": call, "triton": call, "torch": call, "product": bmm}
-    return {"D": i, "N": r * n, "V": o}, calls, call
+    return {"D": i, "N": r * n, "V": o, "size": r * n * t * o * i}, calls, call
 
 
 def _lookup(day: Day, dtype: str) -> Subject:
@@ -147,7 +147,8 @@ def _lookup(day: Day, dtype: str) -> Subject:
     def call() -> None:
         ops.lookup_square_(fisher, delta, given, beta, hidden)
 
-    about = {"D": sizes[4], "N": sizes[0] * sizes[1], "V": sizes[3]}
+    r, n, t, v, d = sizes
+    about = {"D": d, "N": r * n, "V": v, "size": r * n * t * d}
     return about, {"cuda": call, "torch": call}, call
 
 

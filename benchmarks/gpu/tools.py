@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fisherkern.ops.proven import kernel_hashes
 from gpu.day import ROOT, Day
 
 SCRIPT = ROOT / "benchmarks" / "gpu_day.py"
@@ -66,6 +67,7 @@ def environment(day: Day, unit: str) -> None:
         (day.work / f"env.{name}.log").write_text(done.stdout + done.stderr)
         about[name] = done.stdout.strip().splitlines()[-1:] if name != "nvidia-smi" else path
     commit = day.carried / "commit.txt"
+    about["hashes"] = kernel_hashes()
     about["commit"] = commit.read_text().strip() if commit.exists() else "unknown"
     (day.work / "env.json").write_text(json.dumps(about, indent=1))
     day.emit("other", unit=unit, ok=True, **about)
@@ -94,7 +96,9 @@ def build(day: Day, unit: str) -> None:
         used = subprocess.run(read, capture_output=True, text=True).stdout
     (day.work / "build.log").write_text(done.stdout + done.stderr + used)
     tail = done.stderr.strip().splitlines()[-3:] if done.returncode else []
-    day.emit("other", unit=unit, ok=done.returncode == 0, what=f"sm_{arch}", said=tail)
+    built = done.returncode == 0
+    hashes = kernel_hashes(extension(day)) if built else {}
+    day.emit("other", unit=unit, ok=built, what=f"sm_{arch}", said=tail, hashes=hashes)
 
 
 def _emulated() -> Any:

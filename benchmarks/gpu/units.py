@@ -75,6 +75,9 @@ class Unit:
     phase: int = 0
 
 
+# Widths and dtypes that `auto` needs times of as well: the engine's own for a bf16 model first.
+MORE_TIMED = ((64, "mixed"), (128, "float32"), (128, "mixed"), (256, "float32"))
+
 # The share of the budget at which phase 0 ends: what is timed then shares the GPU with nothing.
 UNTIL = {"correct": 0.72, "tune": 1.0}
 
@@ -124,6 +127,8 @@ def tune(again: Path) -> Iterator[Unit]:
     for sampler, backend in itertools.product(("exact", "topk"), ("triton", "cuda")):
         yield Unit(f"engine:{sampler}:{backend}:{POSITIONS[2]}", 60, "build:all")
     yield Unit("figure:all", 60)
+    for op, (width, dtype) in itertools.product((*OPS, *SEGMENTED), MORE_TIMED):
+        yield Unit(f"time:{op}:{dtype}:{width}", 45, "build:all")
     yield from sweeps(256)
     yield from engines((POSITIONS[1], POSITIONS[3]))
     yield Unit("figure:two", 90)
