@@ -147,7 +147,7 @@ def test_linear_layers(
 
 
 def test_packed_logits_keep_the_order_of_floats_and_the_lower_item_of_equal_ones() -> None:
-    z = torch.tensor([[0.0, -0.0, 1.5, -1.5, torch.inf, -torch.inf, 1e-40, -1e-40, 1.5]])
+    z = torch.tensor([[-0.0, 0.0, 1.5, -1.5, torch.inf, -torch.inf, 1e-40, -1e-40, 1.5]])
     keys = _packed(z, 2**31 + 5)
     values, items = _unpacked(keys.sort(descending=True).values)
     assert values[0].tolist() == sorted(z[0].tolist(), reverse=True)
