@@ -18,7 +18,8 @@ import torch
 
 from fisherkern.errors import InputError
 
-RESULTS = Path(__file__).parent / "results"
+# A machine that is given back takes its checkout along: rows may go elsewhere.
+RESULTS = Path(os.environ.get("FISHERKERN_RESULTS") or Path(__file__).parent / "results")
 
 
 def child_environment() -> dict[str, str]:
@@ -141,6 +142,9 @@ def _status_megabytes(field: str) -> float:
 
 
 def commit() -> str:
+    """Of the checkout, or FISHERKERN_COMMIT where a copy of it has no history."""
+    if given := os.environ.get("FISHERKERN_COMMIT"):
+        return given
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -183,7 +187,7 @@ def append(what: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     }
     full = [{**row, **about} for row in rows]
     path = results_path(what)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     check_columns(what, list(rows[0]))
     fresh = not path.exists()
     with path.open("a", newline="") as stream:

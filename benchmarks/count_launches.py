@@ -46,6 +46,8 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.launches: collections.Counter[str] = collections.Counter()
         self.places: collections.Counter[str] = collections.Counter()
+        self.outside = 0  # launches outside of our own ops
+        self._inside = 0
 
     def reading(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """`method`, which reads a tensor by no operator, counted as a wait."""
@@ -67,13 +69,26 @@ class Counter(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if func.namespace == "fisherkern":
             # The implementation itself, so that this mode sees what it calls and not it again.
+            self._inside += 1
             with self:
-                return IMPLEMENTATIONS[name](*args, **kwargs)
+                found = IMPLEMENTATIONS[name](*args, **kwargs)
+            self._inside -= 1
+            return found
         if name in WAITS or _waits(name, args, kwargs):
             self.places[f"{name} at {_place()}"] += 1
-        elif name not in VIEWS:
+            return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if name not in VIEWS and not _is_view(name, found, args):
             self.launches[name] += 1
-        return func(*args, **kwargs)
+            self.outside += not self._inside
+        return found
+
+
+def _is_view(name: str, found: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a conversion had nothing to convert, inside an op where none is taken apart."""
+    if name.endswith("_") or not isinstance(found, Tensor) or not isinstance(args[0], Tensor):
+        return name == "promote_types"
+    return found.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
 
 
 def _waits(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -128,6 +143,7 @@ def count(options: argparse.Namespace) -> dict[str, Any]:
         "sequences": options.sequences,
         "positions_of_a_pass": schedule.positions * options.shrink,
         "launches": sum(counter.launches.values()),
+        "launches_outside_our_ops": counter.outside,
         "waits": sum(counter.places.values()),
         "waits_at": dict(counter.places.most_common()),
         "most_launched": dict(counter.launches.most_common(12)),

@@ -28,8 +28,9 @@ from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import MAX_TRITON_K, softmax_topk_reference
 
 # (N, V, D): one of everything, primes, and the tiles' 64 rows, 64 or 128 items and 16,
-# 32 or 64 columns with one beside them.
+# 32 or 64 columns with one beside them; then widths that are padded to 64, 112 and 208.
 SHAPES = [(1, 1, 1), (3, 7, 5), (63, 129, 16), (64, 128, 64), (65, 127, 65), (5, 1031, 33)]
+SHAPES += [(3, 65, 50), (2, 129, 100), (2, 63, 200)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -175,7 +176,10 @@ def test_softmax_mean(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         assert_close(ranges.float(), exact)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 5), (3, 65, 16), (2, 64, 64), (2, 131, 65)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1), (2, 7, 5), (3, 65, 16), (2, 64, 64), (2, 131, 65), (2, 63, 50), (1, 65, 200)],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_covariance(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     h, weight, bias = layer(*shape, dtype)
@@ -190,7 +194,8 @@ def test_softmax_covariance(shape: tuple[int, int, int], dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize(
     "shape, probes",
-    [((1, 1, 1), 1), ((3, 7, 5), 3), ((15, 33, 16), 8), ((17, 31, 65), 9), ((3, 90, 4), 64)],
+    [((1, 1, 1), 1), ((3, 7, 5), 3), ((15, 33, 16), 8), ((17, 31, 65), 9), ((3, 90, 4), 64)]
+    + [((2, 65, 50), 2), ((2, 33, 100), 3)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_sketch(shape: tuple[int, int, int], probes: int, dtype: torch.dtype) -> None:
@@ -208,7 +213,15 @@ def test_softmax_sketch(shape: tuple[int, int, int], probes: int, dtype: torch.d
         assert error <= 1e-5 * float(weight.double().abs().max()) * 5
 
 
-SAMPLED = [(1, 1, 1), (3, 7, 5), (65, 127, 16), (2, 257, 65), (2, 600, 4)]
+SAMPLED = [
+    (1, 1, 1),
+    (3, 7, 5),
+    (65, 127, 16),
+    (2, 257, 65),
+    (2, 600, 4),
+    (2, 255, 50),
+    (2, 513, 200),
+]
 
 
 def drawn_from(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -258,7 +271,7 @@ def test_sample_items_adds_up_more_ranges_than_a_tile() -> None:
 @pytest.mark.parametrize(
     "r, n, t, o, i",
     [(1, 1, 2, 1, 1), (2, 3, 1, 7, 5), (3, 3, 4, 7, 5), (1, 7, 31, 64, 65), (2, 3, 65, 63, 64)]
-    + [(1, 2, 64, 65, 17)],
+    + [(1, 2, 64, 65, 17), (2, 2, 50, 50, 100)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segment_outer_square(

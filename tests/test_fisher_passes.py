@@ -172,3 +172,28 @@ def test_pieces_of_other_models_keep_the_order_and_of_other_batches_the_whole() 
     rows = HISTORIES.numpy()
     ((part, which),) = pieces(foreign, rows, 5, lambda positions: 5 if positions is None else 2)
     assert part is rows and which.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_blocks_that_do_not_fit_into_memory_are_halved(
+    monkeypatch: pytest.MonkeyPatch, blocks: list[int]
+) -> None:
+    gradients = passes.Passes._gradients
+
+    def limited(self: Any, result: Tensor, outputs: Any, given: Tensor, retain: bool) -> Any:
+        if len(given) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gradients(self, result, outputs, given, retain)
+
+    monkeypatch.setattr(passes.Passes, "_gradients", limited)
+    model = bert(True)
+    assert_equal(fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False), exact(model))
+    assert max(blocks) == 2 and sum(blocks) == 6
+
+
+def test_memory_that_is_too_little_for_one_probe_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(passes.Passes, "_gradients", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        fk.diag_fisher(bert(True), [HISTORIES], sampler="exact", progress=False)

@@ -32,14 +32,14 @@ OPS = [
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Outcome of every check in interpreted_ops.py: "" where it passed, else what went wrong."""
+    """Outcome of every check in interpreted_*.py: "" where it passed, else what went wrong."""
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop(_dispatch.VARIABLE, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
-        [*command, f"--junitxml={report}", str(HERE / "interpreted_ops.py")],
+        [*command, f"--junitxml={report}", *map(str, sorted(HERE.glob("interpreted_*.py")))],
         env=environment,
         cwd=HERE.parent,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The model that an estimate is made of: a file, or one trained here and kept."""
+"""The model that an estimate is made of: a file, or one trained here and kept, on the device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import fisherkern as fk
+from benchmarks.common import device
 
 
 def trained_model(
@@ -33,10 +34,11 @@ def trained_model(
                 torch.manual_seed(0)
                 model = fk.BERT4Rec(data.num_items, max_len=max_len, dim=dim)
             state = folder / f"{name}.state.safetensors"
+            model.to(device())
             fk.train(model, data, epochs=epochs, batch_size=batch_size, state=state)
             fk.save_model(model, checkpoint)
             state.unlink(missing_ok=True)
-    model = fk.load_model(checkpoint)
+    model = fk.load_model(checkpoint).to(device())
     if not isinstance(model, fk.BERT4Rec):
         raise fk.InputError(f"{checkpoint}: a {type(model).__name__}; the rivals take a BERT4Rec")
     if model.num_items != data.num_items:

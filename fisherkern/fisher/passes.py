@@ -99,7 +99,15 @@ class Passes:
         while indices and first < probes:
             which = slice(first, min(first + (block if self.in_blocks else 1), probes))
             given = columns(forward.which, which).to(forward.result.dtype)
-            found = self._gradients(forward.result, outputs, given, which.stop < probes)
+            try:
+                found = self._gradients(forward.result, outputs, given, which.stop < probes)
+            except torch.OutOfMemoryError:
+                if len(given) == 1:
+                    raise
+                block = -(-len(given) // 2)
+                log.debug("out of memory with %d probes; blocks of %d", len(given), block)
+                torch.cuda.empty_cache()
+                continue
             if found is None:
                 continue
             deltas: list[Tensor | None] = [None] * len(forward.sites)
@@ -133,6 +141,8 @@ class Passes:
                 warnings.filterwarnings("error", message=".*batching rule")
                 present = iter(torch.vmap(gradients)(given))
             return [None if i in absent else next(present) for i in range(len(outputs))]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as reason:  # whatever a model's own backward pass may raise
             log.debug("probes one at a time: %s", reason)
             self.in_blocks = False

@@ -7,13 +7,13 @@ import dataclasses
 import torch
 
 # A CPU core's caches hold 25,600 positions; a GPU is filled by 2²⁰ and more. Each GiB of a GPU's
-# free memory takes 2¹⁵ positions: about a sixth of it for the gradients of two layers of
-# D = 64 and their attention scores over 200 positions, the rest for what they are made of.
+# free memory takes 40,000: in two layers of D = 64 a quarter of it for the gradients that are
+# kept, as much for attention over 200 positions, the rest for what both are made of.
 _CPU_POSITIONS, _CPU_GRADIENTS = 25_600, 2**25
-_GPU_POSITIONS_PER_GIB = 2**15
+_GPU_POSITIONS_PER_GIB = 40_000
 # Bytes of a GPU's free memory for each element of the gradients that a probe block keeps: the
-# element, as much again on its way through a layer, and twice as much while it is squared.
-_GPU_BYTES_PER_GRADIENT = 24
+# element, and three times as much on its way through a layer and while it is squared.
+_GPU_BYTES_PER_GRADIENT = 16
 # Sequences that a pass should have where probe blocks could be larger with fewer.
 _FEWEST_SEQUENCES = 4
 
@@ -40,9 +40,9 @@ class Schedule:
 
     @classmethod
     def of_memory(cls, free: int) -> Schedule:
-        """The schedule for a GPU with `free` bytes: the largest power of two of positions."""
+        """The schedule for a GPU with `free` bytes."""
         positions = max(1, free * _GPU_POSITIONS_PER_GIB >> 30)
-        return cls(2 ** (positions.bit_length() - 1), free // _GPU_BYTES_PER_GRADIENT, 2**26)
+        return cls(positions, free // _GPU_BYTES_PER_GRADIENT, 2**26)
 
     def sequences(self, length: int, probes: int) -> int:
         """Sequences of `length` positions in a bucket, with blocks of at most `probes` probes."""

@@ -14,37 +14,44 @@ from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION, launch
 from fisherkern.ops.tiles_triton import (
+    LOG2_E,
+    SIZES,
     accumulator,
     dot_settings,
     logit_tile,
+    padded,
     prepared,
     width_tile,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def head_sqgrad_kernel(
-    weight_fisher_ptr, bias_fisher_ptr, h_ptr, w_ptr, bias_ptr, lse_ptr, total_ptr, n, v, d,
+    weight_fisher_ptr, bias_fisher_ptr, h_ptr, w_ptr, bias_ptr, lse_ptr, total_ptr,
+    n, v, d, d_out,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add Σ_n c_nv h_n² to weight_fisher (v, d) and Σ_n c_nv to bias_fisher (v,).
+    """Add Σ_n c_nv h_n² to weight_fisher (v, d_out) and Σ_n c_nv to bias_fisher (v,).
 
     c = p (1 − p), or total_n p² where total is given. One program per (items, columns).
+    The columns of h (n, d) and w (v, d) from d_out on are zeros. The difference z − lse comes
+    before the factor log2 e: where an item has all the mass it is 0, and so is 1 − p.
     """
     items = tl.program_id(0).to(tl.int64) * ITEMS + tl.arange(0, ITEMS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    bias = tl.zeros((ITEMS,), tl.float32)
     if bias_ptr is not None:
-        bias += tl.load(bias_ptr + items, mask=items < v, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + items, mask=items < v, other=0.0).to(tl.float32)
     squares = tl.zeros((ITEMS, WIDTH), tl.float32)
     sums = tl.zeros((ITEMS,), tl.float32)
     for start in range(0, n, ROWS):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         z = logit_tile(w_ptr, h_ptr, items, rows, v, n, d, WIDTH, CHUNKS, DOT, PRECISION)
+        if bias_ptr is not None:
+            z += bias[:, None]
         # Past the last row lse is +inf and p zero.
         lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
-        p = tl.exp(z + bias[:, None] - lse[None, :])  # (ITEMS, ROWS)
+        p = tl.exp2((z - lse[None, :]) * LOG2_E)  # (ITEMS, ROWS)
         if total_ptr is None:
             coefficient = p - p * p
         else:
@@ -57,8 +64,8 @@ def head_sqgrad_kernel(
             squares = tl.dot(coefficient, h * h, squares, input_precision=PRECISION)
         sums += tl.sum(coefficient, 1)
     if weight_fisher_ptr is not None:
-        out = weight_fisher_ptr + items[:, None] * d + column[None, :]
-        mask = (items < v)[:, None] & (column < d)[None, :]
+        out = weight_fisher_ptr + items[:, None] * d_out + column[None, :]
+        mask = (items < v)[:, None] & (column < d_out)[None, :]
         tl.store(out, tl.load(out, mask=mask, other=0.0) + squares, mask=mask)
     if bias_fisher_ptr is not None:
         if tl.program_id(1) == 0:
@@ -66,10 +73,10 @@ def head_sqgrad_kernel(
             tl.store(bias_fisher_ptr + items, sums, mask=items < v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def head_sqgrad_sparse_kernel(
     weight_fisher_ptr, bias_fisher_ptr, h_ptr, w_ptr, bias_ptr, lse_ptr,
-    ids_ptr, order_ptr, stop_ptr, omega_ptr, d, k,
+    ids_ptr, order_ptr, stop_ptr, omega_ptr, d, d_out, k,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Add Σ_j ω_j (1 − 2 p_v) h² over the occurrences j of item v = y_j.
@@ -90,7 +97,7 @@ def head_sqgrad_sparse_kernel(
         place = start + tl.arange(0, ROWS)
         valid = place < last
         source = tl.load(order_ptr + place, mask=valid, other=0)
-        row = source // k
+        row = (source.to(tl.int32) // k).to(tl.int64)  # as many as programs: they fit
         z = tl.zeros((ROWS,), tl.float32)
         for chunk in range(CHUNKS):
             c = chunk * WIDTH + tl.arange(0, WIDTH)
@@ -100,7 +107,8 @@ def head_sqgrad_sparse_kernel(
             z += tl.sum(h.to(tl.float32) * w.to(tl.float32)[None, :], 1)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + item).to(tl.float32)
-        p = tl.exp(z - tl.load(lse_ptr + row, mask=valid, other=float("inf")))
+        lse = tl.load(lse_ptr + row, mask=valid, other=float("inf"))
+        p = tl.exp2((z - lse) * LOG2_E)
         omega = tl.load(omega_ptr + source, mask=valid, other=0.0)
         coefficient = omega * (1 - 2 * p)  # (ROWS,)
         mask = valid[:, None] & (column < d)[None, :]
@@ -109,8 +117,9 @@ def head_sqgrad_sparse_kernel(
         squares += tl.sum(coefficient[:, None] * h * h, 0)
         total += tl.sum(coefficient, 0)
     if weight_fisher_ptr is not None:
-        out = weight_fisher_ptr + item * d + column
-        tl.store(out, tl.load(out, mask=column < d, other=0.0) + squares, mask=column < d)
+        out = weight_fisher_ptr + item * d_out + column
+        mask = column < d_out
+        tl.store(out, tl.load(out, mask=mask, other=0.0) + squares, mask=mask)
     if bias_fisher_ptr is not None:
         if tl.program_id(1) == 0:
             tl.store(bias_fisher_ptr + item, tl.load(bias_fisher_ptr + item) + total)
@@ -126,15 +135,15 @@ def head_sqgrad_(
     ids: Tensor | None,
     omega: Tensor | None,
 ) -> None:
-    h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
-    n, d = h.shape
-    v = weight.shape[0]
+    n, d_out = h.shape
+    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
+    v, d = weight.shape
     row, constants = dot_settings("head_sqgrad_", h, weight)
     with accumulator(weight_fisher) as squares, accumulator(bias_fisher) as sums:
         total = None if omega is None else omega.float().sum(dim=1)
         with torch.cuda.device_of(h):
             head_sqgrad_kernel[triton.cdiv(v, row.items), constants["CHUNKS"]](
-                squares, sums, h, weight, bias, lse, total, n, v, d,
+                squares, sums, h, weight, bias, lse, total, n, v, d, d_out,
                 ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
             )  # fmt: skip
         if ids is None or omega is None:
@@ -147,7 +156,7 @@ def head_sqgrad_(
         with torch.cuda.device_of(h):
             head_sqgrad_sparse_kernel[len(order), chunks](
                 squares, sums, h, weight, bias, lse,
-                sorted_ids, order, stop, prepared(omega.float()), d, ids.shape[1],
+                sorted_ids, order, stop, prepared(omega.float()), d, d_out, ids.shape[1],
                 ROWS=row.rows, WIDTH=width, CHUNKS=chunks,
                 num_warps=row.warps, num_stages=row.stages,
             )  # fmt: skip

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from fisherkern.ops.launch_table import launch
 from fisherkern.ops.softmax_lse import RANGE
-from fisherkern.ops.tiles_triton import prepared, width_tile
+from fisherkern.ops.tiles_triton import SIZES, padded, prepared, width_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sample_distinct_kernel(
     h_ptr, w_ptr, bias_ptr, part_ptr, z_ptr, v, d, m, length,
     ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """z (n · m, length): logits of the items of each range; −inf past the last item."""
     place = tl.program_id(0).to(tl.int64)
-    row = place // m
+    row = (tl.program_id(0) // m).to(tl.int64)
     inside = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     items = tl.load(part_ptr + place) * length + inside
     valid = items < v
@@ -40,7 +40,7 @@ def sample_distinct_kernel(
 
 
 def range_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) -> Tensor:
-    h, weight, bias, parts = prepared(h), prepared(weight), prepared(bias), prepared(parts)
+    h, weight, bias, parts = padded(h), padded(weight), prepared(bias), prepared(parts)
     row = launch("sample_distinct", h.device, h.dtype)
     d = h.shape[1]
     width = width_tile(d, row.width)

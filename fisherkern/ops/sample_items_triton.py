@@ -15,10 +15,10 @@ from fisherkern.ops import counter
 from fisherkern.ops.launch_table import launch
 from fisherkern.ops.sample_items import chosen_range
 from fisherkern.ops.softmax_lse import RANGE
-from fisherkern.ops.tiles_triton import prepared, width_tile
+from fisherkern.ops.tiles_triton import LOG2_E, SIZES, padded, prepared, width_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sample_items_total_kernel(mass_ptr, ranges, ITEMS: tl.constexpr):
     """mass (n, ranges) becomes its running sum, one program per row, always in this order."""
     row = mass_ptr + tl.program_id(0).to(tl.int64) * ranges
@@ -31,15 +31,15 @@ def sample_items_total_kernel(mass_ptr, ranges, ITEMS: tl.constexpr):
         below = tl.max(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sample_items_kernel(
     h_ptr, w_ptr, bias_ptr, lse_ptr, part_ptr, below_ptr, u_ptr, ids_ptr, v, d, k, length,
     ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """ids (n, k): one program per draw counts its range's cdf values <= u."""
     draw = tl.program_id(0).to(tl.int64)
-    row = draw // k
-    lse = tl.load(lse_ptr + row)
+    row = (tl.program_id(0) // k).to(tl.int64)
+    lse = tl.load(lse_ptr + row) * LOG2_E
     below = tl.load(below_ptr + draw)
     u = tl.load(u_ptr + draw)
     first = tl.load(part_ptr + draw) * length
@@ -57,7 +57,7 @@ def sample_items_kernel(
             z += tl.sum(w.to(tl.float32) * h[None, :], 1)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + items, mask=valid, other=0.0).to(tl.float32)
-        p = tl.where(valid, tl.exp(z - lse), 0.0).to(tl.float64)
+        p = tl.where(valid, tl.exp2(z * LOG2_E - lse), 0.0).to(tl.float64)
         cdf = below + tl.cumsum(p, 0)
         found += tl.sum((valid & (cdf <= u)).to(tl.int64), 0)
         below = tl.max(cdf, 0)
@@ -74,7 +74,7 @@ def sample_items(
     k: int,
     seed: int,
 ) -> Tensor:
-    h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
+    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]
     mass = (ranges - lse[:, None].double()).exp_()
     row = launch("sample_items_total", h.device, h.dtype)

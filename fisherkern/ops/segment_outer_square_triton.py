@@ -8,16 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION, TARGET_PROGRAMS
-from fisherkern.ops.tiles_triton import accumulator, dot_settings, prepared
+from fisherkern.ops.tiles_triton import SIZES, accumulator, dot_settings, padded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def segment_outer_square_kernel(
-    delta_ptr, inputs_ptr, squares_ptr, pairs, n, t, o, i, length,
+    delta_ptr, inputs_ptr, squares_ptr, pairs, n, t, o, i, count,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """squares (splits, o, i): Σ (Σ_t δ_t a_tᵀ)² over each range of `length` probes and sequences.
+    """squares (splits, o, i): Σ (Σ_t δ_t a_tᵀ)² over each range of `count` probes and sequences.
 
     delta (pairs, t, o), the n sequences of each probe in turn, inputs (n, t, i); a tile is
     ROWS × ITEMS, WIDTH positions at once.
@@ -26,7 +26,7 @@ def segment_outer_square_kernel(
     column = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     split = tl.program_id(2)
     squares = tl.zeros((ROWS, ITEMS), tl.float32)
-    for pair in range(split * length, tl.minimum((split + 1) * length, pairs)):
+    for pair in range(split * count, tl.minimum((split + 1) * count, pairs)):
         first = (tl.zeros((), tl.int64) + pair) * t
         first_input = (tl.zeros((), tl.int64) + pair % n) * t
         product = tl.zeros((ROWS, ITEMS), tl.float32)
@@ -46,19 +46,19 @@ def segment_outer_square_kernel(
 
 
 def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
-    delta, inputs = prepared(delta), prepared(inputs)
+    delta, inputs = padded(delta), padded(inputs)
     (probes, n, t, o), i = delta.shape, inputs.shape[2]
     pairs = probes * n
     row, constants = dot_settings("segment_outer_square_", delta[0, :, :, 0], inputs)
     programs = triton.cdiv(o, row.rows), triton.cdiv(i, row.items)
     splits = min(pairs, max(1, TARGET_PROGRAMS // (programs[0] * programs[1])))
-    length = triton.cdiv(pairs, splits)
-    splits = triton.cdiv(pairs, length)
+    count = triton.cdiv(pairs, splits)
+    splits = triton.cdiv(pairs, count)
     squares = torch.empty(splits, o, i, dtype=torch.float32, device=delta.device)
     with torch.cuda.device_of(delta), accumulator(fisher) as sums:
         segment_outer_square_kernel[*programs, splits](
-            delta, inputs, squares, pairs, n, t, o, i, length,
+            delta, inputs, squares, pairs, n, t, o, i, count,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
         assert sums is not None
-        sums += squares.sum(dim=0)
+        sums += squares[:, : fisher.shape[0], : fisher.shape[1]].sum(dim=0)

@@ -11,15 +11,18 @@ from fisherkern.ops.launch_table import PRECISION
 from fisherkern.ops.softmax_lse import RANGE
 from fisherkern.ops.softmax_lse_triton import range_lse
 from fisherkern.ops.tiles_triton import (
+    LOG2_E,
+    SIZES,
     biased,
     dot_settings,
     item_splits,
     logit_tile,
+    padded,
     prepared,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_mean_kernel(
     h_ptr, w_ptr, bias_ptr, lse_ptr, mean_ptr, n, v, d, length,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
@@ -31,12 +34,12 @@ def softmax_mean_kernel(
     split = tl.program_id(2)
     first = split * length
     # Past the last row lse is +inf and p zero.
-    lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
+    lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf")) * LOG2_E
     mean = tl.zeros((ROWS, WIDTH), tl.float32)
-    for start in range(first, tl.minimum(first + length, v), ITEMS):
+    for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        p = tl.exp(biased(z, bias_ptr, items, v) - lse[:, None])  # (ROWS, ITEMS)
+        p = tl.exp2(biased(z, bias_ptr, items, v) * LOG2_E - lse[:, None])  # (ROWS, ITEMS)
         mask = (items < v)[:, None] & (column < d)[None, :]
         w = tl.load(w_ptr + items[:, None] * d + column[None, :], mask=mask, other=0.0)
         mean = tl.dot(p, w.to(tl.float32), mean, input_precision=PRECISION)
@@ -44,7 +47,7 @@ def softmax_mean_kernel(
     tl.store(out, mean, mask=(rows < n)[:, None] & (column < d)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_covariance_kernel(
     h_ptr, w_ptr, bias_ptr, lse_ptr, mean_ptr, covariance_ptr, v, d,
     ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
@@ -58,7 +61,7 @@ def softmax_covariance_kernel(
         return
     left = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     right = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
-    lse = tl.load(lse_ptr + row)
+    half_lse = tl.load(lse_ptr + row) * (0.5 * LOG2_E)
     left_mean = tl.load(mean_ptr + row * d + left, mask=left < d, other=0.0)
     right_mean = tl.load(mean_ptr + row * d + right, mask=right < d, other=0.0)
     sums = tl.zeros((WIDTH, WIDTH), tl.float32)
@@ -74,7 +77,8 @@ def softmax_covariance_kernel(
             z += tl.sum(w.to(tl.float32) * h[None, :], 1)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + items, mask=valid, other=0.0).to(tl.float32)
-        root = tl.exp(0.5 * (tl.where(valid, z, float("-inf")) - lse))[:, None]
+        z = tl.where(valid, z, float("-inf"))
+        root = tl.exp2(z * (0.5 * LOG2_E) - half_lse)[:, None]  # of p
         mask = valid[:, None] & (left < d)[None, :]
         a = tl.load(w_ptr + items[:, None] * d + left[None, :], mask=mask, other=0.0)
         a = root * (a.to(tl.float32) - left_mean[None, :])  # (ITEMS, WIDTH)
@@ -93,13 +97,16 @@ def softmax_covariance_kernel(
 
 
 def softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    d = h.shape[1]
+    h, weight = padded(h), padded(weight)
     ranges = range_lse(h, weight, bias, RANGE)
     lse = torch.logsumexp(ranges, dim=1).float()
-    return lse, mean_given_lse(h, weight, bias, lse), ranges
+    return lse, mean_given_lse(h, weight, bias, lse)[:, :d].contiguous(), ranges
 
 
 def mean_given_lse(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
-    h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
+    """w̄ (N, D) of h and weight that are `padded`."""
+    bias, lse = prepared(bias), prepared(lse.float())
     row, constants = dot_settings("softmax_mean", h, weight)
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]
     programs = triton.cdiv(n, row.rows), constants["CHUNKS"]
@@ -116,14 +123,15 @@ def mean_given_lse(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) 
 def softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
-    h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
+    n, d = h.shape
+    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
     row, constants = dot_settings("softmax_covariance", h, weight)
     del constants["DOT"]  # the logits of one row are no matrix product
-    n, d, tiles = h.shape[0], h.shape[1], constants["CHUNKS"]
-    covariance = torch.empty(n, d, d, dtype=torch.float32, device=h.device)
+    width, tiles = h.shape[1], constants["CHUNKS"]
+    covariance = torch.empty(n, width, width, dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
         softmax_covariance_kernel[n, tiles, tiles](
-            h, weight, bias, lse, prepared(mean.float()), covariance, weight.shape[0], d,
+            h, weight, bias, lse, padded(mean.float()), covariance, weight.shape[0], width,
             ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
-    return covariance
+    return covariance[:, :d, :d].contiguous()

@@ -11,16 +11,19 @@ from fisherkern.ops import counter
 from fisherkern.ops.launch_table import PRECISION
 from fisherkern.ops.softmax_sketch import bucket_rotations
 from fisherkern.ops.tiles_triton import (
+    LOG2_E,
+    SIZES,
     biased,
     dot_settings,
     item_splits,
     logit_tile,
+    padded,
     prepared,
     random_words,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_sketch_kernel(
     h_ptr, w_ptr, bias_ptr, lse_ptr, centre_ptr, rotation_ptr, keys_ptr, bit_ptr,
     sums_ptr, totals_ptr, n, v, d, length, blocks, probes,
@@ -29,27 +32,30 @@ def softmax_sketch_kernel(
 ):  # fmt: skip
     """sums (splits, n, probes, d): Σ_v sqrt(p_v) ε_v (w_v − centre) over the items v that a
     range of blocks has in a bucket, totals (splits, n, probes): Σ_v sqrt(p_v) ε_v.
-    Grid: rows × (columns, buckets) × splits.
+    Grid: (rows, columns, buckets) × splits, as there may be more of each of the three than
+    the 65,535 that a grid's other dimensions hold.
     """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    first_column = tl.program_id(1) % CHUNKS * WIDTH
-    bucket = tl.program_id(1) // CHUNKS
+    row_tiles = tl.cdiv(n, ROWS)
+    rows = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first_column = tl.program_id(0) // row_tiles % CHUNKS * WIDTH
+    bucket = tl.program_id(0) // (row_tiles * CHUNKS)
     column = first_column + tl.arange(0, WIDTH)
-    split = tl.program_id(2)
+    split = tl.program_id(1)
     first = split * length
-    lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf"))
+    half_lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("inf")) * (0.5 * LOG2_E)
     keys = tl.load(keys_ptr + rows, mask=rows < n, other=0)
     bit = tl.load(bit_ptr + rows, mask=rows < n, other=0)
     centre = tl.load(centre_ptr + column, mask=column < d, other=0.0)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     totals = tl.zeros((ROWS,), tl.float32)
-    for start in range(first, tl.minimum(first + length, blocks), ITEMS):
+    for start in range(first, first + tl.minimum(length, blocks - first), ITEMS):
         block = start + tl.arange(0, ITEMS).to(tl.int64)
         rotation = tl.load(rotation_ptr + block, mask=block < blocks, other=0)
         # Blocks past the last give items past the last.
         items = block * probes + (bucket + probes - rotation) % probes
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        root = tl.exp(0.5 * (biased(z, bias_ptr, items, v) - lse[:, None]))  # (ROWS, ITEMS)
+        z = biased(z, bias_ptr, items, v)
+        root = tl.exp2(z * (0.5 * LOG2_E) - half_lse[:, None])  # of p, (ROWS, ITEMS)
         words = random_words(keys[:, None], items[None, :]) >> bit[:, None]
         signed = tl.where((words & 1) == 0, root, -root)
         mask = (items < v)[:, None] & (column < d)[None, :]
@@ -74,22 +80,23 @@ def softmax_sketch(
     probes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    h, weight, bias, lse = prepared(h), prepared(weight), prepared(bias), prepared(lse.float())
+    n, d = h.shape
+    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
     row, constants = dot_settings("softmax_sketch", h, weight)
-    n, v, d = h.shape[0], weight.shape[0], h.shape[1]
+    v, width = weight.shape
     rotations = bucket_rotations(seed, weight, probes).int()
-    programs = triton.cdiv(n, row.rows), constants["CHUNKS"] * probes
-    splits, length = item_splits(len(rotations), row.items, programs[0] * programs[1])
+    programs = triton.cdiv(n, row.rows) * constants["CHUNKS"] * probes
+    splits, length = item_splits(len(rotations), row.items, programs)
     # Centred by the rows' common mean: what is left to subtract cancels little.
     centre = mean.float().mean(dim=0)
-    sums = torch.empty(splits, n, probes, d, dtype=torch.float32, device=h.device)
+    sums = torch.empty(splits, n, probes, width, dtype=torch.float32, device=h.device)
     totals = torch.empty(splits, n, probes, dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
-        softmax_sketch_kernel[*programs, splits](
-            h, weight, bias, lse, centre, rotations, *counter.sign_keys(seed, rows),
-            sums, totals, n, v, d, length, len(rotations), probes,
+        softmax_sketch_kernel[programs, splits](
+            h, weight, bias, lse, padded(centre), rotations, *counter.sign_keys(seed, rows),
+            sums, totals, n, v, width, length, len(rotations), probes,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip
-    joined, total = sums.sum(dim=0), totals.sum(dim=0)
+    joined, total = sums[..., :d].sum(dim=0), totals.sum(dim=0)
     joined -= total[:, :, None] * (mean - centre)[:, None]
     return joined, total

@@ -10,16 +10,19 @@ from torch import Tensor
 from fisherkern.ops.launch_table import PRECISION
 from fisherkern.ops.softmax_moments_triton import mean_given_lse
 from fisherkern.ops.tiles_triton import (
+    SIZES,
     add_to_lse,
     biased,
     dot_settings,
     item_splits,
     logit_tile,
+    lse_of,
+    padded,
     prepared,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def softmax_topk_kernel(
     h_ptr, w_ptr, bias_ptr, best_ptr, ids_ptr, lse_ptr, n, v, d, length, k,
     ROWS: tl.constexpr, ITEMS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
@@ -33,7 +36,6 @@ def softmax_topk_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     first = split * length
-    last = tl.minimum(first + length, v)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     place = tl.arange(0, KEPT)
@@ -41,7 +43,7 @@ def softmax_topk_kernel(
     empty = tl.where(place < k, float("-inf"), float("inf"))
     best = tl.zeros((ROWS, KEPT), tl.float32) + empty[None, :]
     ids = tl.zeros((ROWS, KEPT), tl.int32) + (v + place)[None, :]
-    for start in range(first, last, ITEMS):
+    for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS)
         wide = items.to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, wide, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
@@ -62,7 +64,7 @@ def softmax_topk_kernel(
             ids = tl.where(swap, item[:, None], ids)
             z = tl.where(items[None, :] == item[:, None], float("-inf"), z)
     split_row = rows * tl.num_programs(1) + split
-    tl.store(lse_ptr + split_row, highest + tl.log(total), mask=rows < n)
+    tl.store(lse_ptr + split_row, lse_of(highest, total), mask=rows < n)
     out = split_row[:, None] * KEPT + place[None, :]
     best = tl.where((place < k)[None, :], best, float("-inf"))
     tl.store(best_ptr + out, best, mask=(rows < n)[:, None])
@@ -73,9 +75,10 @@ def softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Candidates (N, C), ids (N, C) int64 (none from V on), C >= k, lse (N,), w̄ (N, D)."""
-    h, weight, bias = prepared(h), prepared(weight), prepared(bias)
+    n, d = h.shape
+    v = weight.shape[0]
+    h, weight, bias = padded(h), padded(weight), prepared(bias)
     row, constants = dot_settings("softmax_topk", h, weight)
-    n, v = h.shape[0], weight.shape[0]
     programs, kept = triton.cdiv(n, row.rows), max(16, triton.next_power_of_2(k))
     splits, length = item_splits(v, row.items, programs)
     lse = torch.empty(n, splits, dtype=torch.float32, device=h.device)
@@ -88,4 +91,4 @@ def softmax_topk(
         )  # fmt: skip
     joined = torch.logsumexp(lse, dim=1)
     mean = mean_given_lse(h, weight, bias, joined)
-    return best.flatten(1), ids.flatten(1).long(), joined, mean
+    return best.flatten(1), ids.flatten(1).long(), joined, mean[:, :d].contiguous()

@@ -11,11 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisherkern.errors import InputError
 from fisherkern.ops import counter
 from fisherkern.ops.launch_table import TARGET_PROGRAMS, Launch, launch
 
 # Fixed when kernels are decorated: TRITON_INTERPRET is read at import and never after.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+# Sizes that change from batch to batch: one binary serves them all. What the binary depends on
+# is dtypes, the width of D, and whether D is a multiple of 16 where a result has D columns.
+SIZES = ["n", "v", "k", "m", "t", "pairs", "count", "blocks", "probes", "ranges"]
+
+# exp(x) is 2^(x log2 e), and a multiplication that joins a subtraction costs nothing. The fp32
+# number nearest to log2 e and, in fp64, its inverse: going there and back loses nothing.
+LOG2_E = tl.constexpr(1.4426950216293335)
+PER_LOG2_E = tl.constexpr(1 / 1.4426950216293335)
 
 GOLDEN = tl.constexpr(counter.GOLDEN)
 MIX_1 = tl.constexpr(counter.MIX_1)
@@ -28,14 +38,45 @@ _DOT_DTYPES = {
 }
 
 
+# All that a binary knows of a size is whether it is a multiple of 16, and of an address whether it
+# is one of 16 bytes; from both follows that rows can be read 16 bytes at once.
+_MULTIPLE = 16
+
+# Items and rows are counted in int32, which a tile past the last one must not leave.
+_MOST_ROWS = 2**31 - 2**16
+
+
 def prepared(tensor: Tensor | None) -> Any:
-    """Contiguous, as the kernels' offsets assume."""
+    """Contiguous and aligned, as the kernels' offsets and binaries assume."""
     if tensor is None:
         return None
     if INTERPRETED and tensor.dtype == torch.bfloat16:
         # The interpreter computes wrong numbers from bf16; in fp32 the values are the same.
         tensor = tensor.float()
-    return tensor.detach().contiguous()
+    tensor = tensor.detach().contiguous()
+    # A view into the middle of other memory, such as one file's tensors, may begin anywhere.
+    return tensor.clone() if tensor.data_ptr() % _MULTIPLE else tensor
+
+
+def padded(matrix: Tensor) -> Tensor:
+    """`prepared`, with columns of zeros added up to a multiple of 16.
+
+    Rows of 50 numbers begin at any address: a kernel would read 2 to 8 bytes at once, could
+    copy nothing asynchronously, and would spill. Columns of zeros change no logit, and results
+    are cut to D columns, in the kernel where they are added to a Fisher. A multiple of 16 and
+    not of the width tile: the products are the same, the tile's masks are 1 to 3 % of its
+    instructions, and D = 48, 80, 112 or 208 needs no copy.
+
+    The copy lasts for one call of an op: 256 MB in fp32 for a million items at D = 50, written
+    once where the kernel reads as much for every tile of rows. A caller of many ops can pad
+    once: a matrix of such a width is taken as it is.
+    """
+    if max(matrix.shape) > _MOST_ROWS:
+        raise InputError(f"the Triton kernels take {_MOST_ROWS} items at most: {matrix.shape[0]}")
+    missing = -matrix.shape[-1] % _MULTIPLE
+    if missing:
+        matrix = torch.nn.functional.pad(matrix.detach(), (0, missing))
+    return prepared(matrix)
 
 
 @contextlib.contextmanager
@@ -125,9 +166,15 @@ def biased(z, bias_ptr, items, v):
 
 @triton.jit
 def add_to_lse(z, highest, total):
-    """(highest, total) of a running Σ exp = total · exp(highest), with a tile z added."""
-    new = tl.maximum(highest, tl.max(z, 1))
+    """(highest, total) of a running Σ exp = total · 2^highest, with a tile z added."""
+    new = tl.maximum(highest, tl.max(z, 1) * LOG2_E)
     # A row that is all −inf so far has no finite maximum to subtract.
     shift = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp(highest - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+    total = total * tl.exp2(highest - shift) + tl.sum(tl.exp2(z * LOG2_E - shift[:, None]), 1)
     return new, total
+
+
+@triton.jit
+def lse_of(highest, total):
+    """log(total · 2^highest) in fp64, of what `add_to_lse` gave."""
+    return highest.to(tl.float64) * PER_LOG2_E + tl.log(total.to(tl.float64))
