@@ -1,7 +1,7 @@
 import copy
 
 import torch
-from merging_models import Open
+from helpers.merging import Open
 from torch import nn
 
 from fisherkern.fingerprint import fingerprint

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fisherkern.alignment import align
+from fisherkern.alignment.align import BY
 from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.merging import align
-from fisherkern.merging.alignment import BY
 from fisherkern.objectives import MaskedItems, NextItem, Objective
 from fisherkern.training import load_model, save_model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class SequenceEncoder(nn.Module):
 
     first_item = 1  # the item id that column 0 of the logits stands for
     causal: ClassVar[bool] = False
+    one_network: ClassVar[bool] = True  # whether it is no wrapper of other encoders
     config: dict[str, Any]
     transform: nn.Module
     item_embedding: nn.Embedding
@@ -195,6 +196,14 @@ def trim_padding(tokens: Tensor) -> Tensor:
     used = (tokens != 0).any(dim=0)
     used[-1] = True
     return tokens[:, int(used.int().argmax()) :]
+
+
+def prediction_tokens(model: SequenceEncoder, batch: Batch) -> Tensor:
+    """Return (N, T) int64 tokens: `states` of these predicts in the last column."""
+    history = model.read_history(batch)
+    if hasattr(model, "mask_token"):
+        history = cast(Any, model).append_mask(history)
+    return trim_padding(history)
 
 
 def take(x: Tensor, positions: Tensor | None) -> Tensor:

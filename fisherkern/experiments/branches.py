@@ -14,8 +14,8 @@ from fisherkern.errors import InputError
 from fisherkern.experiments.experiment import BEAUTY, Experiment, Rows
 from fisherkern.experiments.family import TURN_STEPS, TURNED, Family
 from fisherkern.experiments.lab import Lab
-from fisherkern.merging import recalibrate
 from fisherkern.objectives import MaskedItems, NextItem, Objective
+from fisherkern.postmerge import repair
 
 Members = Mapping[str, Callable[[], SequenceEncoder]]
 
@@ -109,7 +109,7 @@ class Branches(Experiment):
                 split="train", max_len=merged().max_len, limit=min(1000, lab.data.num_users)
             )
             return lab.model(
-                f"{name}, recalibrated", lambda: recalibrate(merged(), family.models(), loader)
+                f"{name}, recalibrated", lambda: repair(merged(), family.models(), loader)
             )
 
         rows: dict[str, Callable[[], nn.Module]] = {"base": base} if branching else {}

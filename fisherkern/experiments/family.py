@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.evaluation import ScoreEnsemble
 from fisherkern.experiments.lab import Lab
 from fisherkern.fisher import DiagFisher
-from fisherkern.merging import align
 from fisherkern.objectives import Objective
 
 Make = Callable[[], SequenceEncoder]

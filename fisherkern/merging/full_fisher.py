@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.merging.blocks import TensorBlocks, as_table
-from fisherkern.merging.members import Members
+from fisherkern.merging.blocks import BlockIterator, as_table
+from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.rules import average
 
 Vector = dict[str, Tensor]
@@ -17,7 +17,7 @@ Product = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def solve_full_fisher(
-    members: Members,
+    members: MemberSet,
     products: Sequence[Product],
     weights: Sequence[float],
     floor: float,
@@ -82,7 +82,7 @@ def _dot(a: Vector, b: Vector) -> float:
 class _Space:
     """The united parameters the Fishers decide or depend on, and each member's part of them."""
 
-    def __init__(self, members: Members, weights: Sequence[float], floor: float) -> None:
+    def __init__(self, members: MemberSet, weights: Sequence[float], floor: float) -> None:
         assert members.fishers is not None
         self.members = members
         self.rows = {tie.name: members.rows(tie) for tie in members.merged}
@@ -103,7 +103,7 @@ class _Space:
                         "which method 'full_fisher' does not handle; make them one"
                     )
             self.names.append(tie.name)
-            blocks = members.blocks(tie, floor, {}, 0)
+            blocks = members.blocks(tie, floor, 0)
             self.start[tie.name], diagonal = _start_and_diagonal(blocks, weights)
             if blocks.fishers is not None:
                 self.decided.add(tie.name)
@@ -142,11 +142,11 @@ class _Space:
             total[have] += value[rows[member][have]]
 
 
-def _start_and_diagonal(blocks: TensorBlocks, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _start_and_diagonal(blocks: BlockIterator, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """theta_0 and sum_m lambda_m diag(F~_m) of one tensor, float64; zeros without a Fisher."""
     start = torch.zeros(blocks.shape, dtype=torch.float64, device=blocks.tensors[0].device)
     diagonal = torch.zeros_like(start)
-    for place, x in blocks.operands(weights, None):
+    for place, x in blocks.weighted(weights, None):
         as_table(start)[place] = average(x)
         if x.fisher is not None:
             lam = x.lam[:, None, None] * x.owns

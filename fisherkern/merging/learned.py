@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fisherkern.errors import InputError
-from fisherkern.merging.merger import Merger, Weights
-from fisherkern.merging.ties import named_tensors
+from fisherkern.members.ties import named_tensors
+from fisherkern.merging.plan import MergePlan, Weights
 
 
 def learn_weights(
-    merger: Merger, batches: Iterable[Any], *, steps: int
+    plan: MergePlan, batches: Iterable[Any], *, steps: int
 ) -> tuple[Weights, list[dict[str, Any]]]:
     """Lambda = softmax(a) minimising the mean next-item cross-entropy, and the candidates.
 
         min over a, b of mean_n CE(exp(b) z_n(theta(softmax(a))), y_n)
 
     `steps` steps of Adam (option "lr") from a = 0, one batch each, around and around; a is one
-    vector of M, or one per layer (all tensors of one module). theta(lambda) is the rule's
+    vector of M, or one per layer (all tensors of one module). theta(lambda) is the method's
     average, with the Fishers where they are given, and is differentiated. The temperature
     exp(b) (option: "learned" or "fixed" at 1) is left out of the result: rankings do not
     depend on it.
@@ -37,26 +37,26 @@ def learn_weights(
     dtype. Source: Wortsman et al., arXiv 2203.05482, appendix on learned soups; layers as in
     AdaMerging, arXiv 2310.02575, with labels in place of entropy.
     """
-    batches = [_history_and_target(batch, merger.target) for batch in batches]
+    batches = [_history_and_target(batch, plan.target) for batch in batches]
     if not batches:
         raise InputError("validation: it gave no batches")
-    by_layer = merger.rule.choose == "learned by layer"
-    layers = list(dict.fromkeys(_layer(name, by_layer) for name in merger.blocks))
-    number = len(merger.members)
+    by_layer = plan.method.choose == "learned by layer"
+    layers = list(dict.fromkeys(_layer(name, by_layer) for name in plan.blocks))
+    number = len(plan.members)
     a = torch.zeros(len(layers), number, dtype=torch.float64, requires_grad=True)
     b = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    mixture = _Mixture(merger)
-    fitted = [a, b] if merger.options["temperature"] == "learned" else [a]
-    optimizer = torch.optim.Adam(fitted, lr=merger.options["lr"])
-    training = [(module, module.training) for module in merger.target.modules()]
-    merger.write([1 / number] * number)
-    merger.target.eval()
+    mixture = _Mixture(plan)
+    fitted = [a, b] if plan.options["temperature"] == "learned" else [a]
+    optimizer = torch.optim.Adam(fitted, lr=plan.options["lr"])
+    training = [(module, module.training) for module in plan.target.modules()]
+    plan.write([1 / number] * number)
+    plan.target.eval()
     try:
         for _, (history, target) in zip(range(steps), itertools.cycle(batches), strict=False):
             lam = dict(zip(layers, a.softmax(1), strict=True))
             with torch.enable_grad():
-                tensors = mixture.tensors({n: lam[_layer(n, by_layer)] for n in merger.blocks})
-                logits = functional_call(merger.target, tensors, (history,))
+                tensors = mixture.tensors({n: lam[_layer(n, by_layer)] for n in plan.blocks})
+                logits = functional_call(plan.target, tensors, (history,))
                 loss = F.cross_entropy(_known(logits, target).double() * b.exp(), target)
             if not torch.isfinite(loss):
                 raise InputError("validation: the cross-entropy of a batch is not finite")
@@ -64,14 +64,14 @@ def learn_weights(
             loss.backward(inputs=fitted)
             optimizer.step()
         rows = dict(zip(layers, a.detach().softmax(1).tolist(), strict=True))
-        learned: Weights = {name: rows[_layer(name, by_layer)] for name in merger.blocks}
+        learned: Weights = {name: rows[_layer(name, by_layer)] for name in plan.blocks}
         if not by_layer:
             learned = rows[""]
         eye = torch.eye(number).tolist()
         points: list[Weights] = [[1 / number] * number, *eye, learned]
-        free = merger.options["temperature"] == "learned"
+        free = plan.options["temperature"] == "learned"
         candidates: list[dict[str, Any]] = [
-            {"weights": point, "score": -_cross_entropy(merger, point, batches, free)}
+            {"weights": point, "score": -_cross_entropy(plan, point, batches, free)}
             for point in points
         ]
     finally:
@@ -79,7 +79,7 @@ def learn_weights(
             module.training = mode
     weights: Weights = max(candidates, key=lambda candidate: candidate["score"])["weights"]
     if by_layer and isinstance(weights, list):
-        weights = dict.fromkeys(merger.blocks, weights)
+        weights = dict.fromkeys(plan.blocks, weights)
     return weights, candidates
 
 
@@ -111,11 +111,11 @@ def _known(logits: Tensor, target: Tensor) -> Tensor:
 class _Mixture:
     """theta(lambda) of every parameter as a differentiable function."""
 
-    def __init__(self, merger: Merger) -> None:
+    def __init__(self, plan: MergePlan) -> None:
         self._parts: dict[str, tuple[Tensor, Tensor]] = {}
-        self._merger = merger
-        for tie in merger.members.merged:
-            blocks = merger.blocks[tie.name]
+        self._plan = plan
+        for tie in plan.members.merged:
+            blocks = plan.blocks[tie.name]
             theta, share = [], []
             for x in blocks:
                 own = x.owns.expand_as(x.theta).double()
@@ -133,15 +133,15 @@ class _Mixture:
     def tensors(self, lam: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> tensor of the target, tied names included."""
         found = {}
-        old = named_tensors(self._merger.layout)
-        new = named_tensors(self._merger.target)
-        for tie in self._merger.members.merged:
+        old = named_tensors(self._plan.layout)
+        new = named_tensors(self._plan.target)
+        for tie in self._plan.members.merged:
             if tie.name not in self._parts:
                 continue
             theta, share = self._parts[tie.name]
             weighted = share * lam[tie.name].to(share)[:, None, None]
             value = (weighted * theta).sum(0) / weighted.sum(0)
-            value = value.reshape(self._merger.blocks[tie.name].shape).to(old[tie.name].dtype)
+            value = value.reshape(self._plan.blocks[tie.name].shape).to(old[tie.name].dtype)
             found[tie.name] = value
             for alias in tie.aliases:
                 # One parameter under two names is set under the first.
@@ -162,14 +162,14 @@ def _view(value: Tensor, owner: Tensor, alias: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _cross_entropy(
-    merger: Merger, weights: Weights, batches: Sequence[tuple[Any, Tensor]], free: bool
+    plan: MergePlan, weights: Weights, batches: Sequence[tuple[Any, Tensor]], free: bool
 ) -> float:
     """Mean cross-entropy over all batches of the model that `weights` give.
 
     `free`: at the temperature that makes it lowest, found by golden section on b in [-3, 3].
     """
-    merger.write(weights)
-    logits = [_known(merger.target(history), target).double() for history, target in batches]
+    plan.write(weights)
+    logits = [_known(plan.target(history), target).double() for history, target in batches]
     count = sum(len(target) for _, target in batches)
 
     def mean(b: float) -> float:

@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
 from fisherkern.merging.full_fisher import Product, solve_full_fisher
 from fisherkern.merging.learned import learn_weights
-from fisherkern.merging.members import Members
-from fisherkern.merging.merger import Merger, Weights
+from fisherkern.merging.member_set import MemberSet
+from fisherkern.merging.plan import MergePlan, Weights
 from fisherkern.merging.search import greedy_weights, search_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -42,7 +43,7 @@ def merge(
         theta* = sum_m lambda_m f_m theta_m / sum_m lambda_m f_m,   f_m = F_m/mean(F_m) + floor
 
     models: M modules of one class with the same tensors. They are left as they are.
-    method: a name in `RULES`, whose functions' docstrings have the formulas; without one,
+    method: a name in `METHODS`, whose functions' docstrings have the formulas; without one,
         "fisher" where fishers are given, else "weighted" or "uniform".
 
         uniform, weighted   lambda-averages
@@ -58,7 +59,7 @@ def merge(
         auto                every member alone and every rule whose inputs are given: the one with
             the highest `score`, see `merge_auto`
     weights: lambda, M numbers >= 0 of which the sum does not matter; "search" looks for those
-        with the highest `score` (see `search_weights`); None means equal. Members that saw
+        with the highest `score` (see `search_weights`); None means equal. MemberSet that saw
         different amounts of data want their numbers of training sequences: lambda_m F_m is then
         the Fisher of all that a member saw, up to the unit.
     fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
@@ -87,7 +88,7 @@ def merge(
     are merged once, with the Fisher of the one that holds the others, and share memory in the
     result. Computed in float64 and cast back.
 
-    Members with different `item_ids` are aligned by id: the result, built as
+    MemberSet with different `item_ids` are aligned by id: the result, built as
     `type(m)(**{**m.config, "num_items": V})`, has the union of the catalogues. An item's rows
     are merged among its owners (even if all of those have lambda 0), padding and mask rows among
     all members.
@@ -119,15 +120,15 @@ def merge(
         settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
         settings |= {"steps": steps, "seed": seed}
         return merge_auto(merge, models, inputs, settings)
-    name, rule, options = checks.choose_rule(method, inputs, options, floor, normalize, steps)
-    members = Members(models, item_ids)
+    chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
+    members = MemberSet(models, item_ids)
     members.use(inputs, normalize, check_fingerprint)
-    merger = Merger(members, rule, options, floor, seed)
-    chosen, candidates = _choose(merger, weights, score, validation, steps)
+    plan = MergePlan(members, chosen, options, floor, seed)
+    lam, candidates = _choose(plan, weights, score, validation, steps)
     report: dict[str, Any] = {
-        "method": name,
+        "method": chosen.name,
         "members": len(models),
-        "weights": chosen,
+        "weights": lam,
         "options": options,
         "floor": floor,
         "normalize": normalize,
@@ -136,15 +137,15 @@ def merge(
         "coverage": members.coverage(floor),
         "averaged_buffers": members.averaged_buffers,
     }
-    found: Mapping[str, Tensor] | None = None
+    solved: Mapping[str, Tensor] | None = None
     if products is not None:
-        assert isinstance(chosen, list)
-        found, report["residuals"] = solve_full_fisher(
-            members, products, chosen, floor, steps=_or(steps, 20), tol=options["tol"]
+        assert isinstance(lam, list)
+        solved, report["residuals"] = solve_full_fisher(
+            members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
         )
-    merger.write(chosen, found)
-    merger.target.merge_report = report
-    return merger.target
+    plan.write(lam, solved)
+    plan.target.merge_report = report
+    return plan.target
 
 
 def _or(steps: int | None, default: int) -> int:
@@ -152,20 +153,20 @@ def _or(steps: int | None, default: int) -> int:
 
 
 def _choose(
-    merger: Merger, weights: Any, score: Any, validation: Any, steps: int | None
+    plan: MergePlan, weights: Any, score: Any, validation: Any, steps: int | None
 ) -> tuple[Weights, list[dict[str, Any]]]:
     """(lambda, the candidates tried): given, searched, greedy or learned."""
-    number = len(merger.members)
+    number = len(plan.members)
 
     def score_of(point: list[float]) -> float:
-        merger.write(point)
-        return score(merger.target)
+        plan.write(point)
+        return score(plan.target)
 
-    if merger.rule.choose == "greedy":
+    if plan.method.choose == "greedy":
         return greedy_weights(score_of, number)
-    if merger.rule.choose in ("learned", "learned by layer"):
-        batches = validation(merger.target) if callable(validation) else validation
-        return learn_weights(merger, batches, steps=_or(steps, 60))
+    if plan.method.choose in ("learned", "learned by layer"):
+        batches = validation(plan.target) if callable(validation) else validation
+        return learn_weights(plan, batches, steps=_or(steps, 60))
     if isinstance(weights, str):
-        return search_weights(score_of, number, steps=_or(steps, 20), seed=merger.seed)
-    return checks.check_weights(weights, number), []
+        return search_weights(score_of, number, steps=_or(steps, 20), seed=plan.seed)
+    return check_weights(weights, number), []

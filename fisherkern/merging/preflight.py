@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.errors import InputError
-from fisherkern.merging.members import Members
+from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.merge import merge
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -86,7 +86,7 @@ def preflight(
     models = list(models)
     if points < 1:
         raise InputError(f"points is {points} where at least 1 was expected")
-    members = Members(models, item_ids)
+    members = MemberSet(models, item_ids)
     if base is not None:
         members.use_base(base)
     cosine, task_cosine = _cosines(members, base is not None)
@@ -108,13 +108,13 @@ def preflight(
 
 
 def _cosines(
-    members: Members, with_base: bool
+    members: MemberSet, with_base: bool
 ) -> tuple[list[list[float]], list[list[float]] | None]:
     number = len(members)
     found = []
     sums = torch.zeros(4, number, number, dtype=torch.float64)
     for tie in members.merged:
-        for block in members.blocks(tie, 0.0, {}, 0):
+        for block in members.blocks(tie, 0.0, 0):
             parts = [(block.theta, block.owns.double())]
             if with_base and block.base is not None:
                 owns = block.owns & block.base_owns

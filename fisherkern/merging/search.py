@@ -44,7 +44,7 @@ def greedy_weights(
 ) -> tuple[list[float], list[dict[str, Any]]]:
     """The greedy soup: equal weights of the members kept, and every candidate tried.
 
-    Members are taken in the order of their own scores, the highest first and the earlier of
+    MemberSet are taken in the order of their own scores, the highest first and the earlier of
     equals; one is kept if the equal mix of those kept and it scores no lower than the mix
     without it. The result scores at least as well as the best member. 2 M - 1 scores.
     Source: Wortsman et al., Model soups, arXiv 2203.05482, recipe 1.
