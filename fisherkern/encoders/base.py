@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -176,13 +176,6 @@ def check_size(owner: type, name: str, value: int) -> None:
     """Raise InputError unless `value` is at least 1."""
     if value < 1:
         raise InputError(f"{owner.__name__}: {name} must be at least 1, got {value}")
-
-
-def check_choice(owner: type, name: str, value: str, known: Sequence[str]) -> None:
-    """Raise InputError unless `value` is one of `known`."""
-    if value not in known:
-        choices = " or ".join(repr(choice) for choice in known)
-        raise InputError(f"{owner.__name__}: {name} must be {choices}, got {value!r}")
 
 
 def check_dropout(owner: type, name: str, value: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_choice
+from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.symmetry import Symmetries
 from fisherkern.encoders.transformer import (
     ACTIVATIONS,
@@ -17,6 +17,7 @@ from fisherkern.encoders.transformer import (
     places,
     transformer_symmetries,
 )
+from fisherkern.errors import check_choice
 
 
 class SASRec(SequenceEncoder):
@@ -83,7 +84,7 @@ class SASRec(SequenceEncoder):
             "init_std": init_std,
         }
         check_blocks(type(self), self.config)
-        check_choice(type(self), "activation", activation, list(ACTIVATIONS))
+        check_choice(f"{type(self).__name__}: activation", activation, list(ACTIVATIONS))
         pre = norm == "pre"
         self.scale = dim**0.5 if scaled else 1.0
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import check_choice, check_dropout, check_size, take
+from fisherkern.encoders.base import check_dropout, check_size, take
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup, whole
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, check_choice
 
 #: Feed-forward activations by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -142,7 +142,7 @@ def check_blocks(owner: type, config: Mapping[str, Any]) -> None:
         raise InputError(
             f"{owner.__name__}: heads = {config['heads']} does not divide dim = {config['dim']}"
         )
-    check_choice(owner, "norm", config["norm"], ("post", "pre"))
+    check_choice(f"{owner.__name__}: norm", config["norm"], ("post", "pre"))
     for name in ("dropout", "attention_dropout"):
         check_dropout(owner, name, config[name])
 

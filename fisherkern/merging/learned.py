@@ -14,6 +14,8 @@ from torch.func import functional_call
 from fisherkern.errors import InputError
 from fisherkern.members.ties import named_tensors
 from fisherkern.merging.plan import MergePlan, Weights
+from fisherkern.modes import eval_mode
+from fisherkern.objectives.targets import check_columns, input_and_target
 
 
 def learn_weights(
@@ -37,7 +39,7 @@ def learn_weights(
     dtype. Source: Wortsman et al., arXiv 2203.05482, appendix on learned soups; layers as in
     AdaMerging, arXiv 2310.02575, with labels in place of entropy.
     """
-    batches = [_history_and_target(batch, plan.target) for batch in batches]
+    batches = [input_and_target(batch, plan.target, "validation") for batch in batches]
     if not batches:
         raise InputError("validation: it gave no batches")
     by_layer = plan.method.choose == "learned by layer"
@@ -48,16 +50,14 @@ def learn_weights(
     mixture = _Mixture(plan)
     fitted = [a, b] if plan.options["temperature"] == "learned" else [a]
     optimizer = torch.optim.Adam(fitted, lr=plan.options["lr"])
-    training = [(module, module.training) for module in plan.target.modules()]
     plan.write([1 / number] * number)
-    plan.target.eval()
-    try:
-        for _, (history, target) in zip(range(steps), itertools.cycle(batches), strict=False):
+    with eval_mode(plan.target, gradients=True):
+        for _, (inputs, column) in zip(range(steps), itertools.cycle(batches), strict=False):
             lam = dict(zip(layers, a.softmax(1), strict=True))
             with torch.enable_grad():
                 tensors = mixture.tensors({n: lam[_layer(n, by_layer)] for n in plan.blocks})
-                logits = functional_call(plan.target, tensors, (history,))
-                loss = F.cross_entropy(_known(logits, target).double() * b.exp(), target)
+                logits = functional_call(plan.target, tensors, (inputs,))
+                loss = _cross_entropy(logits, column, b)
             if not torch.isfinite(loss):
                 raise InputError("validation: the cross-entropy of a batch is not finite")
             optimizer.zero_grad()
@@ -71,12 +71,9 @@ def learn_weights(
         points: list[Weights] = [[1 / number] * number, *eye, learned]
         free = plan.options["temperature"] == "learned"
         candidates: list[dict[str, Any]] = [
-            {"weights": point, "score": -_cross_entropy(plan, point, batches, free)}
+            {"weights": point, "score": -_lowest_cross_entropy(plan, point, batches, free)}
             for point in points
         ]
-    finally:
-        for module, mode in training:
-            module.training = mode
     weights: Weights = max(candidates, key=lambda candidate: candidate["score"])["weights"]
     if by_layer and isinstance(weights, list):
         weights = dict.fromkeys(plan.blocks, weights)
@@ -85,27 +82,6 @@ def learn_weights(
 
 def _layer(name: str, by_layer: bool) -> str:
     return name.rpartition(".")[0] or name if by_layer else ""
-
-
-def _history_and_target(batch: Any, model: Any) -> tuple[Any, Tensor]:
-    """The model's input and the columns (N,) of the next items among its logits."""
-    if isinstance(batch, Mapping) and "target" in batch:
-        history, target = batch, batch["target"]
-    elif isinstance(batch, tuple | list) and len(batch) == 2:
-        history, target = batch
-    else:
-        raise InputError(
-            "validation: a batch holds no next items; give mappings with 'history' and 'target', "
-            "or (history, target) pairs"
-        )
-    return history, torch.as_tensor(target).long() - int(getattr(model, "first_item", 0))
-
-
-def _known(logits: Tensor, target: Tensor) -> Tensor:
-    """`logits` (N, V), after checking that the targets are among its columns."""
-    if len(target) and (int(target.min()) < 0 or int(target.max()) >= logits.shape[1]):
-        raise InputError("validation: a batch's next items are outside the catalogue")
-    return logits
 
 
 class _Mixture:
@@ -160,41 +136,38 @@ def _view(value: Tensor, owner: Tensor, alias: Tensor) -> Tensor:
     return value.flatten()[home.as_strided(alias.size(), alias.stride(), start)]
 
 
+def _cross_entropy(logits: Tensor, column: Tensor, b: Tensor) -> Tensor:
+    """Return the mean cross-entropy of exp(b) * logits in float64."""
+    return F.cross_entropy(check_columns(logits, column, "validation").double() * b.exp(), column)
+
+
 @torch.no_grad()
-def _cross_entropy(
+def _lowest_cross_entropy(
     plan: MergePlan, weights: Weights, batches: Sequence[tuple[Any, Tensor]], free: bool
 ) -> float:
-    """Mean cross-entropy over all batches of the model that `weights` give.
+    """Return the mean cross-entropy over all batches of the model that `weights` give.
 
-    `free`: at the temperature that makes it lowest, found by golden section on b in [-3, 3].
+    `free`: at the temperature exp(b), b in [-3, 3], that makes it lowest. It is convex in exp(b).
     """
+    from scipy.optimize import minimize_scalar
+
     plan.write(weights)
-    logits = [_known(plan.target(history), target).double() for history, target in batches]
-    count = sum(len(target) for _, target in batches)
+    logits = [
+        check_columns(plan.target(inputs), column, "validation").double()
+        for inputs, column in batches
+    ]
+    count = sum(len(column) for _, column in batches)
 
     def mean(b: float) -> float:
         scale = torch.tensor(b).double().exp()
         total = sum(
-            float(F.cross_entropy(z * scale, target, reduction="sum"))
-            for z, (_, target) in zip(logits, batches, strict=True)
+            float(F.cross_entropy(z * scale, column, reduction="sum"))
+            for z, (_, column) in zip(logits, batches, strict=True)
         )
         return total / count
 
-    return _golden_section(mean, -3.0, 3.0) if free else mean(0.0)
-
-
-def _golden_section(function: Any, low: float, high: float) -> float:
-    """The least value of a unimodal function (the cross-entropy is convex in exp(b))."""
-    ratio = (5**0.5 - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    at_left, at_right = function(left), function(right)
-    for _ in range(20):
-        if at_left < at_right:
-            high, right, at_right = right, left, at_left
-            left = high - ratio * (high - low)
-            at_left = function(left)
-        else:
-            low, left, at_left = left, right, at_right
-            right = low + ratio * (high - low)
-            at_right = function(right)
-    return min(at_left, at_right)
+    return (
+        float(minimize_scalar(mean, bounds=(-3.0, 3.0), method="bounded").fun)
+        if free
+        else mean(0.0)
+    )

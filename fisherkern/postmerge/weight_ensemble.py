@@ -18,6 +18,7 @@ from fisherkern.members.checks import check_encoders
 from fisherkern.members.fitting import collect_batches, minimize
 from fisherkern.members.options import Choice, Integer, Number, check_option, options_of
 from fisherkern.merging.merge import merge
+from fisherkern.objectives.targets import next_item_cross_entropy
 from fisherkern.postmerge.wrapper import (
     FrozenEncoderWrapper,
     mean_over,
@@ -285,8 +286,13 @@ def weight_ensemble(
     if loader is not None:
         batches = collect_batches(loader, ensemble)
         routers = [value for router in ensemble.routers() for value in router.parameters()]
-        loss = _cross_entropy if objective == "cross_entropy" else _entropy
-        losses = minimize(routers, batches, lambda b: loss(ensemble, b), steps=steps, lr=lr)
+
+        def loss(batch: Any) -> Tensor:
+            if objective == "cross_entropy":
+                return next_item_cross_entropy(ensemble, batch, "loader")
+            return _entropy(ensemble, batch)
+
+        losses = minimize(routers, batches, loss, steps=steps, lr=lr)
     method = "e_wemoe" if efficient else "wemoe"
     ensemble.merge_report = report | {"method": method} | settings | {"losses": losses}
     return ensemble
@@ -302,18 +308,6 @@ def feed_forwards(network: nn.Module) -> list[str]:
     if not names:
         raise InputError(f"{type(network).__name__} has no feed-forward layer to ensemble")
     return names
-
-
-def _cross_entropy(model: WeightEnsemble, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping) or "target" not in batch:
-        raise InputError(
-            "loader: a batch holds no 'target'; give next items, or objective='entropy'"
-        )
-    column = torch.as_tensor(batch["target"]).to(next(model.parameters()).device)
-    column = column.long() - model.first_item
-    if len(column) and not 0 <= int(column.min()) <= int(column.max()) < model.num_items:
-        raise InputError("loader: a batch's next items are outside the catalogue")
-    return F.cross_entropy(model(batch), column)
 
 
 def _entropy(model: WeightEnsemble, batch: Any) -> Tensor:

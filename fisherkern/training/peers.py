@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, check_choice
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
@@ -64,10 +64,7 @@ class Cooperation:
 
     def __post_init__(self) -> None:
         for name, known in (("kind", ("layer", "parameter")), ("criterion", ("entropy", "l1"))):
-            if getattr(self, name) not in known:
-                choices = " or ".join(map(repr, known))
-                shown = "cooperation" if name == "kind" else name
-                raise InputError(f"{shown} must be {choices}, got {getattr(self, name)!r}")
+            check_choice("cooperation" if name == "kind" else name, getattr(self, name), known)
         if not 0 <= self.alpha < math.inf:
             raise InputError(f"alpha must be 0 or more and finite, got {self.alpha}")
         if self.bins < 1:

@@ -10,7 +10,6 @@ from torch import nn
 
 from fisherkern.errors import InputError
 from fisherkern.merging import merge
-from fisherkern.merging.learned import _golden_section
 
 T = torch.tensor
 
@@ -235,11 +234,6 @@ def test_the_temperature_takes_confidence_out_of_the_choice():
         grid = torch.linspace(-3, 3, 2001).double().exp()
         best = min(float(F.cross_entropy(z * scale, batches[0][1])) for scale in grid)
         assert scores["learned"][member] == pytest.approx(-best, abs=1e-5)
-
-
-def test_golden_section():
-    assert _golden_section(lambda b: (b - 1.23) ** 2, -3, 3) == pytest.approx(0, abs=1e-6)
-    assert _golden_section(lambda b: b, -3, 3) == pytest.approx(-3, abs=1e-3)
 
 
 def test_bad_validation_data():

@@ -273,7 +273,7 @@ def test_bad_input():
         ({"loader": []}, "loader gives no batch"),
         ({"loader": 3}, "loader is a int, not an iterable of batches"),
         ({"loader": batch}, "loader is a dict, not an iterable of batches"),
-        ({"loader": [HISTORIES]}, "loader: a batch holds no 'target'"),
+        ({"loader": [HISTORIES]}, "loader: a batch holds no next items"),
         ({"loader": [{**batch, "target": TARGETS + 7}]}, "next items are outside the catalogue"),
         ({"loader": [{**batch, "target": TARGETS - 1}]}, "next items are outside the catalogue"),
         ({"base": torch.nn.Linear(1, 1)}, "model 2 is a Linear, not an encoder of one network"),

@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fisherkern.merging.rules import METHODS
+
 
 def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    """Markdown made of the provenance that is in the file too.
+    """Return a model card in Markdown, made of the provenance that is in the file too.
 
-    name: of the model file. about: its fisherkern metadata (class, config), {} for tensors of
-    an unknown class. provenance: see `merge_files`.
+    Where huggingface_hub is installed, the card begins with the metadata that its hub reads.
+
+    Args:
+        name: Name of the model file.
+        about: The file's fisherkern metadata (class, config); {} for tensors of an unknown class.
+        provenance: See `merge_files`.
     """
     members, weights = provenance["members"], provenance["weights"]
     kind = about.get("class", "tensors")
+    method = METHODS[provenance["method"]]
+    title = f"[{method.title}]({method.source})" if method.source else method.title
     lines = [
+        *_metadata(name, provenance),
         f"# {name}",
         "",
         f"{kind}, merged from {len(members)} members by fisherkern "
-        f"{provenance['versions']['fisherkern']} (method `{provenance['method']}`).",
+        f"{provenance['versions']['fisherkern']} (method `{method.name}`: {title}).",
         "",
         "| member | weight | sha256 |",
         "|---|---|---|",
@@ -66,3 +75,21 @@ def _cell(value: Any) -> str:
     """`value` as one table cell."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _metadata(name: str, provenance: Mapping[str, Any]) -> list[str]:
+    """Return the lines of YAML before the text; none without huggingface_hub."""
+    try:
+        from huggingface_hub import EvalResult, ModelCardData
+    except ImportError:
+        return []
+    results = [
+        # Which data the metric was measured on is not recorded.
+        EvalResult("sequential-recommendation", "unknown", "unknown", metric, value)
+        for metric, value in provenance["metrics"].items()
+    ]
+    tags = ["merge", "sequential-recommendation", provenance["method"]]
+    data = ModelCardData(
+        library_name="fisherkern", tags=tags, model_name=name, eval_results=results or None
+    )
+    return ["---", data.to_yaml(), "---", ""]

@@ -120,6 +120,7 @@ def test_provenance_is_in_the_file_beside_it_and_on_the_card(tmp_path):
         }
         assert digest in card
         assert hashlib.sha256(fishers[number].read_bytes()).hexdigest() in card
+    assert "[Fisher-weighted average](https://arxiv.org/abs/2111.09832)" in card
     assert "| m0.safetensors | 0.75 |" in card and "sampler=topk, k=30" in card
     assert "| this model | 0.25 |" in card and "| m1.safetensors | 1.1 |" in card
     assert "| floor | 0.1 |" in card and "| layers | 2 |" in card
