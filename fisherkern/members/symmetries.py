@@ -28,9 +28,23 @@ def symmetries_of(model: Any) -> Symmetries:
             f"no symmetries are known for {type(model).__name__}; give it a method symmetries() "
             "to align it"
         )
+    _check_inherited(type(model))
     symmetries = model.symmetries()
     symmetries.check(model)
     return symmetries
+
+
+def _check_inherited(kind: type) -> None:
+    """Raise InputError for a class that computes in its own way and inherits `symmetries`."""
+    for parent in kind.__mro__:
+        if "symmetries" in vars(parent):
+            return
+        own = {"states", "encode", "forward"} & vars(parent).keys()
+        if own and hasattr(parent, "symmetries"):
+            raise InputError(
+                f"{parent.__name__} defines {min(own)}() but no symmetries(); define it too, as "
+                "those of its parent class may not hold"
+            )
 
 
 def apply_transforms(part: Tensor, labels: AxisLabels, transforms: Transforms) -> Tensor:

@@ -60,6 +60,19 @@ def test_what_is_saved_comes_back(name, kind, dtype, tmp_path):
     assert again.read_bytes() == path.read_bytes()
 
 
+def test_a_file_of_version_0_1_0_has_the_class_by_its_former_name(tmp_path):
+    model = MADE["surgery"]()
+    path = tmp_path / "model.safetensors"
+    fk.save_model(model, path)
+    tensors, header = load_tensors(path)
+    assert header["class"] == "SurgeryEncoder"
+    header["class"] = "Calibrated"
+    safetensors.torch.save_file(tensors, path, metadata={"fisherkern": json.dumps(header)})
+    found = fk.load_model(path)
+    assert type(found) is fk.SurgeryEncoder
+    assert torch.equal(found(HISTORIES), model(HISTORIES))
+
+
 def test_it_can_be_trained_on_and_the_router_stays_shared(tmp_path):
     path = tmp_path / "model.safetensors"
     fk.save_model(MADE["e-wemoe"](), path)

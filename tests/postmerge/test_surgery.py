@@ -44,7 +44,7 @@ def surgeries(corrected):
     return {n: value for n, value in corrected.named_parameters() if value.requires_grad}
 
 
-def corrected(h, down, up):
+def corrected_by_hand(h, down, up):
     """h - U relu(D h) of one vector, number by number."""
     lower = [max(0.0, sum(d * x for d, x in zip(row, h, strict=True))) for row in down.tolist()]
     return [
@@ -64,7 +64,7 @@ def run(model, row, parts=None):
     def hook(number):
         def change(module, inputs, output):
             if parts is not None:
-                rows = [corrected(h, *parts[number]) for h in output[0].tolist()]
+                rows = [corrected_by_hand(h, *parts[number]) for h in output[0].tolist()]
                 output = torch.tensor([rows], dtype=torch.float64)
             means.append(output[0].mean(0))
             return output
@@ -105,7 +105,7 @@ def loss_by_hand(corrected, merged, members, lam, version):
     total = 0.0
     for row in HISTORIES:
         means, h = run(merged, row, parts)
-        mine = [*means, torch.tensor(corrected(h.tolist(), *last), dtype=torch.float64)]
+        mine = [*means, torch.tensor(corrected_by_hand(h.tolist(), *last), dtype=torch.float64)]
         theirs = [run(member, row) for member in members]
         wanted = [
             sum(share * own[0][i] for share, own in zip(lam, theirs, strict=True))
@@ -148,7 +148,7 @@ def test_the_correction_is_subtracted_from_every_state(kind, version):
     with torch.no_grad():
         found = corrected.encode(HISTORIES)
         for row, h in zip(HISTORIES, found, strict=True):
-            expected = corrected(run(merged, row, parts)[1].tolist(), *last)
+            expected = corrected_by_hand(run(merged, row, parts)[1].tolist(), *last)
             assert h.tolist() == pytest.approx(expected, rel=1e-10)
         weight, bias = merged.head()
         logits = found @ weight.T + (0 if bias is None else bias)
