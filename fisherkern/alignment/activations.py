@@ -30,7 +30,7 @@ TIE_BREAK = 1e-6
 
 @torch.no_grad()
 def record_activations(model: Any, symmetries: Symmetries, tokens: Tensor) -> Observations:
-    """The activations with labelled axes at the positions of `tokens` (N, T) that are no padding.
+    """Record activations with labelled axes at the positions of `tokens` (N, T) with an item.
 
     Those are what linear layers read and write, what layer norms read, embedded items, the states
     of recurrent layers, and h; as far as there is one for each column of `tokens`.
@@ -227,7 +227,7 @@ def match_activations(
     of_weights: OfWeights,
     sweeps: int,
 ) -> tuple[dict[str, Tensor], int, dict[str, list[float]]]:
-    """(The transforms, passes over the batches, group -> agreement before and after).
+    """Return the transforms, passes over the batches, and agreement before and after by group.
 
     observations: gives the reference's and the member's, batch by batch, anew at every call.
     """
@@ -291,7 +291,7 @@ def _agreement(
 def paired(
     models: tuple[Any, Any], symmetries: Symmetries, batches: Sequence[Any], places: Tensor | None
 ) -> Callable[[], Iterator[tuple[Observations, Observations]]]:
-    """The observations of a reference and a member on the same histories.
+    """Pair the observations of a reference and a member on the same histories.
 
     places: the member's item of each of the reference's, (V + 1,) with padding first, 0 where it
     has none: such items are taken out of the histories of both. None where all are the same.

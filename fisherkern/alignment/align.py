@@ -46,72 +46,82 @@ def align(
     lr: float = 0.005,
     seed: int = 0,
 ) -> list[ModelT]:
-    """New models with the members' functions, their weights moved towards the reference's:
+    """Align models to a reference without changing their functions.
 
         minimise  sum_k || theta_ref,k - (T theta_m)_k ||^2  over the admissible T of each member
 
-    T is a product of one element per group of the encoder's `Symmetries`: the order of
-    feed-forward units (linear assignment); the order of attention heads (linear assignment) with
-    an orthogonal map within each head for queries and keys and another for values and outputs
-    (Procrustes: the largest sum of singular values); the channels of the residual stream and of
-    h, permuted (linear assignment), or rotated (Procrustes among Q with Q 1 = 1) where no layer
-    norm's gain stands in the way; GRU4Rec's and Caser's, see `SYMMETRIES`. Groups are solved in
-    turn, each exactly with the others held, until a round lowers the sum by less than 1e-8 of
-    the reference's own: once from the members as they are, once from the match of their item
-    tables, whose rows mean the same item in every member. The lower end wins, so the distance
-    never grows. It is a local minimum.
+    T is a product of one element per group of the encoder's `symmetries()`: the order of
+    feed-forward units (linear assignment); the order of attention heads (linear assignment) with an
+    orthogonal map within each head for queries and keys and another for values and outputs
+    (Procrustes: the largest sum of singular values); the channels of the residual stream and of h,
+    permuted (linear assignment), or rotated (Procrustes among Q with Q 1 = 1) where no layer norm's
+    gain stands in the way; GRU4Rec's and Caser's: see there. Groups are solved in turn, each
+    exactly with the others held, until a round lowers the sum by less than 1e-8 of the reference's
+    own: once from the members as they are, once from the match of their item tables, whose rows
+    mean the same item in every member. The lower end wins, so the distance never grows. It is a
+    local minimum.
 
-    models: M >= 1 modules of one class and configuration with known symmetries (`SYMMETRIES`, a
-        method `symmetries()`, or the argument `symmetries`, model -> Symmetries).
-    item_ids: as for `merge`. Where catalogues differ, the items common to the member and the
-        reference count.
-    rotate: False keeps to permutations outside the heads. Where all members admit a rotation of
-        the residual stream, the gains and biases of layer norms are first folded into the layers
-        that read them, in every member and in the reference too.
-    sweeps: the most rounds over the groups.
-    by: "weights" as above, "activations" or "loss". By "activations" channels are brought together
-        that do the same on the histories of `loader`. For each group
+    by="activations" brings channels together that do the same on the histories of `loader`:
 
-            maximise  sum_labels <T, C>,   C = corr(reference's channels, member's channels)
+        maximise  sum_labels <T, C>,   C = corr(reference's channels, member's channels)
 
-        over the activations with an axis of the group (what linear layers read and write, what
-        layer norms read, embedded items, recurrent states, h) and all positions that are no
-        padding, solved as above; C is of channels where they may be permuted, and a covariance in
-        units of each head, or of the whole, where they may be turned (see `Correlations`). Where
-        channels stand only beside those of another group (Caser's vertical filters, for each of
-        which there is a channel for each of the items') the loader is gone through until nothing
-        moves, else once. What the histories do not show, such as units that never
-        fire, is decided by the weights. The distance may grow.
+    for each group, over the activations with an axis of the group (what linear layers read and
+    write, what layer norms read, embedded items, recurrent states, h) and all positions without
+    padding, solved as above. C is of channels where they may be permuted, and a covariance in units
+    of each head, or of the whole, where they may be turned (see `Correlations`). Where channels
+    stand only beside those of another group (Caser's vertical filters, for each of which there is a
+    channel for each of the items') the loader is gone through until nothing moves, else once. What
+    the histories do not show, such as units that never fire, is decided by the weights. The
+    distance may grow.
 
-        By the "loss" they are first matched by weights; then every orthogonal map (of the residual
-        stream, within heads) is turned further, T <- exp(S - Sᵀ) T, to
+    by="loss" matches by weights first. Then it optimises the remaining rotations (of the residual
+    stream, within heads), T <- exp(S - Sᵀ) T, to
 
-            minimise over all S   mean over batches of objective( (1/M) sum_m T_m theta_m )
+        minimise over all S   mean over batches of objective( (1/M) sum_m T_m theta_m )
 
-        by `steps` steps of Adam at rate `lr` from S = 0, one batch each, around and around,
-        without dropout; S = 0 stays if the mean over the first 32 batches is no lower after it.
-        It is for a plain average of all members, who need one catalogue; permutations stay as
-        they are, and Fishers have little to add.
-    loader: batches of histories, of the reference's items, or a function of the reference that
-        gives them; kept. Items that a member lacks are taken out of the histories for its match.
-        By the loss: of training windows (N, T + objective.lookahead) int64, better of many
-        epochs than the same again, such as `data.first_windows` gives.
-    objective, steps, lr, seed: of by="loss" alone; `seed` is of the objective's draws.
+    by `steps` steps of Adam from S = 0, one batch each, around and around, without dropout; S = 0
+    stays if the mean over the first 32 batches is no lower after it. It is for a plain average of
+    all members, who need one catalogue; permutations stay, and Fishers have little to add.
 
-    Each result carries `align_report`, JSON-ready: reference, by, groups (name -> kind), distance
-    before (after folding, if any) and after (the square root of the sum above, over parameters
-    that the function depends on), sweeps, and, by activations, agreement (group -> mean
-    correlation of what is matched, before and after; 1 where channels do the same), by the loss,
-    loss (of the average, before and after turning) and steps. Permutations move values without
-    rounding; for the rest logits agree to rounding of the dtype. A Fisher belongs to the weights
-    it was computed at: compute it after aligning.
+    Permutations move values without rounding; for the rest logits agree to rounding of the dtype. A
+    Fisher belongs to the weights it was computed at: compute it after aligning.
 
-    Allocates the new models and, a tensor at a time, float64 copies of it and of the
-    reference's; products with the reference's item table, D x D, are made once. Raises
-    InputError as `merge` does, and for a class without known symmetries.
-    Source: Ainsworth et al., arXiv 2209.04836 (weight and activation matching, coordinate
-    descent); rotations within heads and of the residual stream as in arXiv 2502.00264 and
-    2506.22712, the latter for learning them from the loss too.
+    Allocates the new models and, a tensor at a time, float64 copies of it and of the reference's;
+    products with the reference's item table, D x D, are made once.
+
+    Args:
+        models: M >= 1 modules of one class and configuration with a method `symmetries()`.
+        reference: Number of the model that the others are aligned to.
+        item_ids: As for `merge`. Where catalogues differ, the items common to the member and the
+            reference count.
+        symmetries: Maps a model to its `Symmetries`, in place of the method.
+        rotate: False keeps to permutations outside the heads. Where all members admit a rotation of
+            the residual stream, the gains and biases of layer norms are first folded into the
+            layers that read them, in every member and in the reference too.
+        sweeps: The most rounds over the groups.
+        by: "weights", "activations" or "loss".
+        loader: Batches of histories, of the reference's items, or a function of the reference that
+            returns them; kept. Items that a member lacks are taken out of the histories for its
+            match. By the loss: of training windows (N, T + objective.lookahead) int64; many epochs,
+            such as `data.first_windows` returns, are better than one epoch repeated.
+        objective: The loss, by the loss alone.
+        steps: Steps of Adam, by the loss alone.
+        lr: Learning rate, by the loss alone.
+        seed: Seed of the objective's draws, by the loss alone.
+
+    Returns:
+        New models. Each carries `align_report`, JSON-ready: reference, by, groups (name -> kind),
+        distance before (after folding, if any) and after (the square root of the sum above, over
+        parameters that the function depends on), sweeps; by activations, agreement (group -> mean
+        correlation of what is matched, before and after; 1 where channels do the same); by the
+        loss, loss (of the average, before and after the rotations) and steps.
+
+    Raises:
+        InputError: As `merge`; or the class has no symmetries.
+
+    Source: Ainsworth et al., arXiv 2209.04836 (weight and activation matching, coordinate descent);
+    rotations within heads and of the residual stream as in arXiv 2502.00264 and 2506.22712, the
+    latter for learning them from the loss too.
     """
     models = list(models)
     ties = checks.check_members(models)

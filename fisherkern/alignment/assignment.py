@@ -13,7 +13,7 @@ from fisherkern.encoders.symmetry import SymmetryGroup
 def best_transform(
     group: SymmetryGroup, correlations: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor]:
-    """Per label the admissible T with the largest sum of <T, C> over the group's labels.
+    """Return the admissible T of every label with the largest sum of <T, C> over the labels.
 
     `correlations` (n, n) of every label, in the group's order; None where nothing is known of one.
     """
@@ -75,12 +75,12 @@ def _rotation(correlation: Tensor) -> Tensor:
 
 
 def complement_of_ones(size: int) -> Tensor:
-    """(size, size - 1) float64, orthonormal columns that are orthogonal to 1."""
+    """Return (size, size - 1) float64, orthonormal columns that are orthogonal to 1."""
     basis = torch.eye(size, dtype=torch.float64)
     basis[:, 0] = 1
     return torch.linalg.qr(basis)[0][:, 1:]
 
 
 def fixing_ones(inner: Tensor, complement: Tensor) -> Tensor:
-    """Q (n, n) with Q 1 = 1 that turns the complement of 1 by `inner` (n - 1, n - 1)."""
+    """Return Q (n, n) with Q 1 = 1 that turns the complement of 1 by `inner` (n - 1, n - 1)."""
     return 1 / len(complement) + complement @ inner @ complement.t()

@@ -132,7 +132,7 @@ def learn_rotations(
     lr: float,
     seed: int,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """`matches`, each followed by turns after which the average's loss is low; and a report.
+    """Follow each of `matches` by rotations that make the average's loss low; and report.
 
     See `align`, by="loss". The reference, whose match is the identity, is not turned.
     """

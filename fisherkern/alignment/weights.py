@@ -54,7 +54,7 @@ class WeightPair:
     def correlation(
         self, label: str, transforms: Transforms, items_only: bool = False
     ) -> Tensor | None:
-        """(n, n) C with C_ij = <channel i of the reference, channel j of the member>, or None.
+        """Return (n, n) C, C_ij = <channel i of the reference, channel j of the member>; or None.
 
         The sum over all tensors with an axis of this label, whose other axes are transformed;
         or over those with a row per item.
@@ -70,7 +70,10 @@ class WeightPair:
         return total
 
     def overlap(self, transforms: Transforms) -> float:
-        """sum_k <theta_ref,k, (T theta_m)_k>; the squared distance falls by twice what it gains."""
+        """Return sum_k <theta_ref,k, (T theta_m)_k>.
+
+        The squared distance falls by twice its gain.
+        """
         total = 0.0
         for number, (_, spec, own, other) in enumerate(self._parts):
             labelled = [dim for dim, label in enumerate(spec.labels) if label]
@@ -85,7 +88,7 @@ class WeightPair:
         return total
 
     def distance(self, transforms: Transforms) -> float:
-        """sqrt of the sum of squares of theta_ref - T theta_m, tensors without effect left out."""
+        """Return ||theta_ref - T theta_m||, tensors without effect left out."""
         total = 0.0
         for _, spec, own, other in self._parts:
             moved = apply_transforms(other.double(), spec.labels, transforms)
@@ -107,7 +110,7 @@ class WeightPair:
 
 
 def match_weights(pair: WeightPair, sweeps: int) -> tuple[dict[str, Tensor], int]:
-    """The transforms with the larger overlap of two descents, and that one's rounds."""
+    """Return the transforms with the larger overlap of two descents, and its number of rounds."""
     anchored: dict[str, Tensor] = {}
     for name, group in pair.symmetries.groups.items():
         found = [pair.correlation(x, {}, items_only=True) for x in pair.symmetries.labels(name)]

@@ -1,4 +1,4 @@
-"""Item tables of members with different catalogues, aligned by external item id."""
+"""Item tables of members with different catalogues, matched by external item id."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CatalogueUnion:
     parameters: dict[str, int]
 
     def rows(self, name: str, lengths: Sequence[int]) -> list[Tensor] | None:
-        """Row of each member's tensor that each merged row comes from, -1 for none.
+        """Return the row of each member's tensor that each merged row comes from, -1 for none.
 
         `lengths` are the members' row counts. Rows before the first item (padding) and after
         the last (mask) pair up by their place there, whatever the catalogue's size. None
@@ -53,7 +53,7 @@ class CatalogueUnion:
         return found
 
     def owners(self) -> dict[str, int]:
-        """Number of members owning an item -> number of such items, for the report."""
+        """Return number of members owning an item -> number of such items, for the report."""
         if self.positions is None:
             return {str(len(self.sizes)): self.sizes[0]} if self.sizes else {}
         counts = torch.bincount(torch.stack([p >= 0 for p in self.positions]).sum(0))
@@ -91,7 +91,7 @@ def check_ids(owner: str, ids: Sequence[str], size: int | None) -> None:
 def union_item_ids(
     catalogues: Iterable[tuple[str, Sequence[str]]],
 ) -> tuple[list[str], list[Tensor]]:
-    """(The union, the first's ids first, then the new ones in order; `CatalogueUnion.positions`).
+    """Return the union, the first's ids first, then new ones; and `CatalogueUnion.positions`.
 
     catalogues: owner and ids of each; asked for one after another and not kept. Raises
     InputError, naming the owner, for an id listed twice.
@@ -112,7 +112,7 @@ def union_item_ids(
 
 
 def positions_of(ids: Sequence[str], own: Sequence[str], owner: str) -> Tensor:
-    """(V,) int64, where each of `ids` stands in `own`, the ids of `owner`; -1 where it does not."""
+    """Return (V,) int64, where each of `ids` stands in `own`, the ids of `owner`; -1 for none."""
     place = {item: position for position, item in enumerate(own)}
     if len(place) < len(own):
         check_ids(owner, own, None)
@@ -148,7 +148,7 @@ def _item_parameters(models: Sequence[nn.Module]) -> dict[str, int]:
 def align_item_rows(
     models: Sequence[nn.Module], item_ids: Sequence[Sequence[str] | None] | None
 ) -> CatalogueUnion:
-    """The union of the members' catalogues, member 0's items first, then the new ones in order.
+    """Unite the members' catalogues: member 0's items first, then the new ones in order.
 
     MemberSet without ids must all be without, and have the same number of items: their rows are
     taken to mean the same item. Raises InputError otherwise, for an id listed twice, and for

@@ -16,7 +16,7 @@ from fisherkern.members.ties import Tie, find_ties, named_tensors
 
 
 def check_members(models: Sequence[nn.Module]) -> list[Tie]:
-    """The ties of the members, which must be of one class with the same tensors and ties."""
+    """Return the ties of the members, which must be of one class with the same tensors and ties."""
     if not models:
         raise InputError("there is no model to merge")
     for number, model in enumerate(models):
@@ -49,7 +49,7 @@ def check_members(models: Sequence[nn.Module]) -> list[Tie]:
 def check_tensors(
     tensors: Sequence[Mapping[str, Tensor]], ties: Sequence[Tie], catalogue: CatalogueUnion
 ) -> None:
-    """Shapes and dtypes agree, item rows apart, and no floating tensor holds a NaN."""
+    """Check that shapes and dtypes agree, item rows apart, and that no tensor holds a NaN."""
     for tie in ties:
         movable = catalogue.positions is not None and tie.name in catalogue.parameters
         first = tensors[0][tie.name]
@@ -106,7 +106,7 @@ def check_config(models: Sequence[nn.Module]) -> None:
 
 
 def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> list[float]:
-    """Lambda as a list that sums to 1; None means equal weights."""
+    """Return lambda as a list that sums to 1; None means equal weights."""
     if weights is None:
         return [1 / members] * members
     try:

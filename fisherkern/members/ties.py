@@ -20,7 +20,7 @@ class Tie:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every name of every parameter, then of every buffer, duplicates included."""
+    """Return every name of every parameter, then of every buffer, duplicates included."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -39,7 +39,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def find_ties(model: nn.Module, owner: str) -> list[Tie]:
-    """The model's tensors as ties, in order of registration; an untied tensor is a tie alone.
+    """Return the tensors as ties, in order of registration; an untied tensor is a tie alone.
 
     Tied means overlapping memory, not the same storage: a GRU's weights on a GPU are disjoint
     slices of one storage and are not tied. Raises InputError, naming `owner`, for tensors that

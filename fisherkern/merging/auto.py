@@ -22,17 +22,25 @@ def merge_auto(
     inputs: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> ModelT:
-    """The candidate with the highest `score`: never worse there than the best member alone.
+    """Return the candidate with the highest `score`: never worse there than the best member alone.
 
     Tried are each member (in the united catalogue, where catalogues differ), and each method in
     `METHODS` whose inputs are given: with equal lambda where it knows none, else with those that
-    weights="search" finds. The first of equals wins, members before methods.
+    weights="search" finds. The first of equals wins, members before methods. The search scores some
+    40 models per method and more with many members. Keeps two models at a time.
 
-    merge: the function of that name. inputs: its arguments that methods use, by name. settings:
-    its other arguments. The result's `merge_report` is the winner's ("single" for a member),
-    with `auto`: score, and per candidate its method, weights and score. The search
-    scores some 40 models per method and more with many members. Keeps two models at a time.
-    Raises InputError without `score`, for `weights`, and for a score that is not finite.
+    Args:
+        merge: The function of that name.
+        models: Its members.
+        inputs: Its arguments that methods use, by name.
+        settings: Its other arguments.
+
+    Returns:
+        The winner. Its `merge_report` ("single" for a member) also has `auto`: score, and per
+        candidate its method, weights and score.
+
+    Raises:
+        InputError: `score` is missing or not finite, or there are `weights` or `options`.
     """
     score = inputs["score"]
     if score is None:

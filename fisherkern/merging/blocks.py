@@ -40,6 +40,7 @@ class BlockIterator:
 
     @property
     def members(self) -> int:
+        """M."""
         return len(self.tensors)
 
     @property

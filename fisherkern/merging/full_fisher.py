@@ -166,7 +166,7 @@ class _Space:
         return taken
 
     def add_(self, total: Tensor, member: int, name: str, value: Tensor) -> None:
-        """total += the member's part put into the united rows."""
+        """Add the member's part, put into the united rows, to `total`."""
         rows = self.rows[name]
         if rows is None:
             total += value

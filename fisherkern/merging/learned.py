@@ -21,23 +21,33 @@ from fisherkern.objectives.targets import check_columns, input_and_target
 def learn_weights(
     plan: MergePlan, batches: Iterable[Any], *, steps: int
 ) -> tuple[Weights, list[dict[str, Any]]]:
-    """Lambda = softmax(a) minimising the mean next-item cross-entropy, and the candidates.
+    """Find lambda = softmax(a) with the lowest mean next-item cross-entropy.
 
         min over a, b of mean_n CE(exp(b) z_n(theta(softmax(a))), y_n)
 
-    `steps` steps of Adam (option "lr") from a = 0, one batch each, around and around; a is one
-    vector of M, or one per layer (all tensors of one module). theta(lambda) is the method's
-    average, with the Fishers where they are given, and is differentiated. The temperature
-    exp(b) (option: "learned" or "fixed" at 1) is left out of the result: rankings do not
-    depend on it.
-
-    Then the equal mix, every member alone and what was learned are written as they would be
-    returned and compared on all batches; the one of lowest cross-entropy is returned (with b as
-    fitted to that candidate), so the result is not worse there than the best member.
+    theta(lambda) is the method's average, with the Fishers where they are given, and is
+    differentiated. The temperature exp(b) (option: "learned" or "fixed" at 1) is left out of the
+    result: rankings do not depend on it. After the descent the equal mix, every member alone and
+    what was learned are written as they would be returned and compared on all batches (with b as
+    fitted to each). So the result is not worse there than the best member.
 
     Holds the members' aligned parameters once more (and their Fishers), in the parameters' own
-    dtype. Source: Wortsman et al., arXiv 2203.05482, appendix on learned soups; layers as in
-    AdaMerging, arXiv 2310.02575, with labels in place of entropy.
+    dtype.
+
+    Args:
+        plan: The merge.
+        batches: Batches with next items, see `input_and_target`.
+        steps: Steps of Adam (option "lr") from a = 0, one batch each, around and around. a is one
+            vector of M, or one per layer (all tensors of one module).
+
+    Returns:
+        lambda, and the candidates with their scores, minus the cross-entropy.
+
+    Raises:
+        InputError: There are no batches, or next items are missing or outside the catalogue.
+
+    Source: Wortsman et al., arXiv 2203.05482, appendix on learned soups; layers as in AdaMerging,
+    arXiv 2310.02575, with labels in place of entropy.
     """
     batches = [input_and_target(batch, plan.target, "validation") for batch in batches]
     if not batches:

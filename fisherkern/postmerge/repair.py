@@ -24,27 +24,37 @@ def repair(
     weights: Sequence[float] | None = None,
     modules: Sequence[str] | None = None,
 ) -> ModelT:
-    """A copy of `model` whose modules' outputs have, channel by channel, the members' statistics
+    """Rescale a merged model's activations to its members' means and deviations (REPAIR).
+
+    For every channel of a module's output
 
         y' = (y - mean(y)) std* / std(y) + mean*,
         mean* = sum_m lambda_m mean(y_m),  std* = sum_m lambda_m std(y_m)
 
-    by a change of gain and bias alone. Averaged weights shrink the spread of activations (REPAIR's
-    "variance collapse"); this gives it back at no cost in inference.
+    by a change of gain and bias alone. Averaged weights shrink the spread of activations ("variance
+    collapse"); this gives it back, and inference costs the same. A channel without spread in
+    `model` keeps its gain and gets the mean. Runs each member once and the copy once per module
+    over the loader, in eval mode.
 
-    members: the models it was merged from, in the order of `weights` (lambda; default equal).
-        Only aligned members have channels that mean the same: see `align`.
-    loader: unlabelled batches, (N, T) item ids padded with 0 on the left or mappings with these
-        under "history"; gone through once and kept. Means and deviations (divided by the number)
-        are over all positions that a module is computed at, and never over padding: histories
-        are run grouped by length.
-    modules: names of layer norms with gain and bias, or of linear layers with a bias, whose
-        weight no other module shares; by default all layer norms. They are done one after
-        another in the order they run, each on what the ones before it now give.
+    Args:
+        model: The merged model; left as it is.
+        members: The models it was merged from. Only aligned members have channels that mean the
+            same: see `align`.
+        loader: Unlabelled batches, (N, T) item ids padded with 0 on the left or mappings with these
+            under "history"; gone through once and kept. Means and deviations (divided by the
+            number) are over all positions that a module is computed at, and never over padding:
+            histories are run grouped by length.
+        weights: lambda, in the order of `members`. Default: equal.
+        modules: Names of layer norms with gain and bias, or of linear layers with a bias, whose
+            weight no other module shares. They are done one after another in the order they run,
+            each on what the ones before it now give. Default: all layer norms.
 
-    A channel that `model` gives no spread keeps its gain and gets the mean. Runs each member once
-    and the copy once per module over the loader, in eval mode. Raises InputError for a module
-    that is not such a layer, a loader without items, or arguments that do not fit.
+    Returns:
+        A copy of `model` with other gains and biases.
+
+    Raises:
+        InputError: A module is not such a layer, the loader has no items, or arguments do not fit.
+
     Source: Jordan et al., REPAIR, arXiv 2211.08403, equations 1 to 3.
     """
     members = list(members)

@@ -107,14 +107,15 @@ class SurgeryEncoder(FrozenEncoderWrapper):
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
+        """See `SequenceEncoder`."""
         return self.network.causal
 
     def transform(self, states: Tensor) -> Tensor:  # type: ignore[override]
-        """h (.., D) of states (.., D)."""
+        """Return h (.., D) of states (.., D)."""
         return self.surgery(self.network.transform(states))
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D), computed at the prediction position alone where the network does so."""
+        """Return h (N, D), computed at the prediction position alone where the network does so."""
         return self.surgery(self.network.encode(batch))
 
 
@@ -131,7 +132,7 @@ def representation_surgery(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> SurgeryEncoder:
-    """`merged` with a low-rank correction that brings its representation h back to the members'
+    """Train low-rank corrections that move a merged model's representation h to its members'.
 
         h' = h - U relu(D h),    U (D, rank) = 0 at the start,  D (rank, D)
         loss = (1/ND) sum_n |h'_n - h*_n|_1,    h*_n = sum_m lambda_m t_m(h_m,n)     version 1
@@ -148,25 +149,34 @@ def representation_surgery(
 
     t_m(h) = h + C⁺((W_m - W) h + b_m - b), C the table W and all columns centred over the items.
     Where the output layers agree that is h itself and version 1 is the paper's; members whose space
-    is `merged`'s turned come back turned. The target then is what averages the members' logits,
-    as nearly as `merged`'s output layer can say it. For several domains call it once for each, with
+    is `merged`'s turned come back turned. The target then is what averages the members' logits, as
+    nearly as `merged`'s output layer can say it. For several domains call it once for each, with
     that domain's member in `targets` and its histories. Block outputs cannot be translated: version
     2 is sound only for members of one hidden space, branched from one model or aligned (`align`).
 
-    merged, members: encoders of one class and catalogue; left as they are. Version 2 needs
-        Transformer blocks (BERT4Rec, SASRec).
-    loader: unlabelled batches of histories, or a function of the new encoder that gives them; gone
-        through once and kept.
-    targets: numbers of the members to move towards, default all. weights: lambda over the
-        members, default equal; rescaled to the sum 1 over the targets.
-    steps, lr: of Adam, one batch each, around and around, without dropout. seed: of D.
+    The result costs 2 rank D multiplications more per h (version 2: also per position and block).
+    Holds the targets of the batches used, and C in float64 while it makes them.
 
-    The result works with `evaluate`, objectives, `save_model` and `load_model`, is in eval mode,
-    and costs 2 rank D multiplications more per h (version 2: also per position and block). Its
-    `losses` are those before each step. Holds the targets of the batches used, and C in float64
-    while it makes them.
+    Args:
+        merged: An encoder; left as it is. Version 2 needs Transformer blocks (BERT4Rec, SASRec).
+        members: Encoders of its class and catalogue; left as they are.
+        loader: Unlabelled batches of histories, or a function of the new encoder that returns them;
+            gone through once and kept.
+        version: 1 or 2.
+        targets: Numbers of the members to move towards. Default: all.
+        weights: lambda over the members, rescaled to the sum 1 over the targets. Default: equal.
+        rank: Rank of a correction.
+        steps: Steps of Adam, one batch each, around and around, without dropout.
+        lr: Learning rate.
+        seed: Seed of D.
 
-    Raises InputError for models of other classes or catalogues, and arguments that do not fit.
+    Returns:
+        A `SurgeryEncoder` in eval mode, for `evaluate`, objectives, `save_model` and `load_model`.
+        Its `losses` are those before each step.
+
+    Raises:
+        InputError: Models are of other classes or catalogues, or arguments do not fit.
+
     Source: Yang et al., arXiv 2402.02705 (version 1) and arXiv 2410.14389 (version 2), numerics
     from their released code; the translation t_m is ours.
     """

@@ -99,7 +99,7 @@ class TaskVectors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def forward(self, r: Tensor) -> Tensor:
-        """base + sum_m r_nm tau_m for each row of r (N, M): (N, *shape of base)."""
+        """Return base + sum_m r_nm tau_m for each row of r (N, M): (N, *shape of base)."""
         flat = self.base.flatten()
         if self.places is None:
             found = torch.addmm(flat, r, self.values)
@@ -157,16 +157,20 @@ class WeightEnsemblingFeedForward(nn.Module):
 
 @register_checkpoint_class
 class WeightEnsemble(FrozenEncoderWrapper):
-    """What `weight_ensemble` makes: a `SequenceEncoder` of which the routers alone are trainable.
+    """An encoder of which the routers alone are trainable; `weight_ensemble` makes it.
 
-    network: an encoder with `FeedForward` layers, which are replaced, or a mapping of its "class"
-    and arguments; members: how many task vectors a layer has; router_layers, density: as for
-    `weight_ensemble`, one router and pruned task vectors with a density, else a router for each
-    layer and whole ones. The layers' values are what a file or `weight_ensemble` puts there.
+    Not `causal`: a router reads the whole sequence, so the state at a position depends on the items
+    after it. `encode` equals `transform(states(tokens)[:, -1])`; as the last block's router reads
+    all positions too, all of them are computed there. The layers' values are those that a file or
+    `weight_ensemble` puts there.
 
-    Not `causal`: a router reads the whole sequence, so the state at a position depends on the
-    items after it. `encode` equals `transform(states(tokens)[:, -1])`; as the last block's router
-    reads all positions too, all of them are computed there.
+    Args:
+        network: An encoder with `FeedForward` layers, which are replaced, or a mapping of its
+            "class" and arguments.
+        members: Number of task vectors of a layer.
+        router_layers: See `weight_ensemble`.
+        density: One router and pruned task vectors of this density. None: a router for each layer
+            and whole task vectors.
     """
 
     def __init__(
@@ -229,7 +233,7 @@ def weight_ensemble(
     lr: Annotated[float, Number(0.0, above=True)] = 1e-4,
     seed: int = 0,
 ) -> WeightEnsemble:
-    """One encoder whose feed-forward layers mix the members' anew for every sequence (WEMoE)
+    """Merge encoders into one with feed-forward layers mixed anew for every sequence (WEMoE).
 
         everything else   theta* = theta_0 + scale sum_m tau_m,    tau_m = theta_m - theta_0
         feed-forward      theta_n = theta_0 + sum_m r_nm tau_m,    r_n = mean_t router(x_nt)
@@ -237,32 +241,45 @@ def weight_ensemble(
     x_nt: the layer's input at position t of sequence n, padding left out of the mean; theta: its
     two weights and two biases; router: B relu(A x + a) + b (`router_layers` 2) or B x + b (1),
     width D, with weights from N(0, 0.01²) and b = scale, so that training starts within noise of
-    task arithmetic. r is not normalised and may be negative. Only the routers are trained, in
-    eval mode (no dropout), r_n being the sequence's own then as later: the released code
-    averages it over the batch while it trains.
+    task arithmetic. r is not normalised and may be negative. Only the routers are trained, in eval
+    mode (no dropout), r_n being the sequence's own then as later: the released code averages it
+    over the batch while it trains.
 
-    models, base: encoders with `FeedForward` layers (BERT4Rec, SASRec), and the one they were
-        trained from; left as they are. MemberSet with other item_ids are united as in `merge`.
-    loader: batches of histories, or a function of the new encoder that gives them; gone through
-        once and kept. None leaves the routers as they were drawn.
-    objective: "cross_entropy", the mean over sequences of -log p(next item), for batches with a
-        "target" (validation data: our choice for recommenders); or "entropy", the mean of
-        -sum_v p(v) log p(v) over items, for unlabelled batches (test-time adaptation, the
-        papers' choice; it rewards confidence, right or wrong).
-    efficient: E-WEMoE: one router for all layers, applied to each layer's own input, and of every
-        tau_m the largest entries of each tensor alone, a share of `density` (at least one). They
-        are kept as places and values: 12 bytes each in float32 where a whole tau has 4.
-    steps, lr: of Adam, one batch each, around and around. seed: of the routers' first values.
+    It costs more than a merged model at inference: an N x inner_dim x D tensor of weights per layer
+    and batch, M multiplications for each of its entries, and the last block at all positions; a
+    file holds M + 1 times the feed-forward layers.
 
-    The result works with `evaluate`, `save_model` and `load_model`, and is in eval mode. It costs
-    more than a merged model at inference: an N x inner_dim x D tensor of weights per layer and
-    batch, M multiplications for each of its entries, and the last block at all positions; a file
-    holds M + 1 times the feed-forward layers. `merge_report` is that of the static merge with
-    method "wemoe" or "e_wemoe", the arguments, and the loss before each step.
+    Args:
+        models: Encoders with `FeedForward` layers (BERT4Rec, SASRec); left as they are. Members
+            with other item_ids are united as in `merge`.
+        base: The encoder that they were trained from; left as it is.
+        loader: Batches of histories, or a function of the new encoder that returns them; gone
+            through once and kept. None leaves the routers as they were drawn.
+        objective: "cross_entropy", the mean over sequences of -log p(next item), for batches with a
+            "target" (validation data: our choice for recommenders); or "entropy", the mean of
+            -sum_v p(v) log p(v) over items, for unlabelled batches (test-time adaptation, the
+            papers' choice; it rewards confidence, right or wrong).
+        efficient: E-WEMoE: one router for all layers, applied to each layer's own input, and of
+            every tau_m the largest entries of each tensor alone, kept as indices and values: 12
+            bytes each in float32 where a whole tau has 4.
+        density: Share of the entries that E-WEMoE keeps of each tensor, at least one.
+        scale: See above.
+        router_layers: See above.
+        steps: Steps of Adam, one batch each, around and around.
+        lr: Learning rate.
+        seed: Seed of the routers' first values.
 
-    Raises InputError for encoders without feed-forward layers, what `merge` refuses, and
-    arguments that do not fit. Source: Tang et al., arXiv 2402.00433 (WEMoE); Shen et al., arXiv
-    2410.21804 (E-WEMoE); numerics from their released code.
+    Returns:
+        A `WeightEnsemble` in eval mode, for `evaluate`, `save_model` and `load_model`. Its
+        `merge_report` is that of the static merge with method "wemoe" or "e_wemoe", the arguments,
+        and the loss before each step.
+
+    Raises:
+        InputError: Encoders have no feed-forward layers, `merge` refuses them, or arguments do not
+        fit.
+
+    Source: Tang et al., arXiv 2402.00433 (WEMoE); Shen et al., arXiv 2410.21804 (E-WEMoE); numerics
+    from their released code.
     """
     models = list(models)
     check_encoders([*models, base], "model")

@@ -40,7 +40,7 @@ class FrozenEncoderWrapper(SequenceEncoder):
         return {"network": {"class": name, **self.network.config}, **self.arguments}
 
     def transform(self, states: Tensor) -> Tensor:  # type: ignore[override]
-        """h (.., D) of states (.., D)."""
+        """Return h (.., D) of states (.., D)."""
         return self.network.transform(states)
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -48,16 +48,19 @@ class FrozenEncoderWrapper(SequenceEncoder):
         return self.network.states(tokens, positions)
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) at the prediction position, as `SequenceEncoder.encode`."""
+        """Return h (N, D) at the prediction position, as `SequenceEncoder.encode`."""
         return self.transform(self.states(prediction_tokens(self, batch))[:, -1])
 
     def head(self) -> tuple[Tensor, Tensor | None]:
+        """See `SequenceEncoder`."""
         return self.network.head()
 
     def item_parameters(self) -> dict[str, int]:
+        """See `SequenceEncoder`."""
         return {f"network.{name}": row for name, row in self.network.item_parameters().items()}
 
     def mask_items(self, tokens: Tensor, positions: Tensor, chosen: Tensor) -> Tensor:
+        """See `SequenceEncoder`."""
         return self.network.mask_items(tokens, positions, chosen)
 
     @property

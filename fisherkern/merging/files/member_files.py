@@ -55,6 +55,7 @@ class MemberFiles:
 
     @property
     def item_ids(self) -> list[str] | None:
+        """The merged model's item ids; None where there are none."""
         return self.catalogue.item_ids
 
     def rows(self, name: str) -> list[torch.Tensor] | None:

@@ -56,34 +56,44 @@ def merge_files(
     seed: int = 0,
     metrics: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """`merge` from files into a file: the same result to the last bit, in little memory.
+    """Merge model files into a file: the result of `merge` to the last bit, in little memory.
 
-    paths: M model files of `save_model` of one class, or M safetensors files of anyone's with
-        the same names, shapes and types. Their floating tensors are merged; others must agree.
-        In anyone's files a floating tensor that holds infinities and is the same in all members
-        is kept. Models with other item ids, in the JSON beside each, are united as in `merge`.
-    out: x.safetensors; beside it x.md, a model card, and for models x.json, so that `load_model`
-        reads the result. Each takes its name when all three are whole, the model last; a
-        failure leaves what was there before.
-    method, weights, options, floor, normalize, seed: as for `merge`; "uniform", "weighted",
-        "fisher" (groups "entry" and "row"), "task_arithmetic" and "dare", the methods that
-        need only the rows they merge, and numbers as weights.
-    fishers: M files of `DiagFisher.save`. base: a file like the members'.
-    metrics: of the merged model, for its card.
-
-    Returns the provenance, which also stands in the file's metadata, under "merge": method,
-    weights, options, floor, normalize, seed; members, fishers and base (name and sha256 of the
-    files; a member's metrics, and how a Fisher was made; number and hash of the items of each
-    model); the catalogue that came out, with number of owners -> number of items; metrics and
-    versions. No time or place is in it: the same inputs give the same bytes.
-
-    Reads members and base twice, with Fishers everything three times. Holds a million entries
-    of each member and Fisher (4 MB in float32), and the item ids as a list of strings; where
+    Reads members and base twice, with Fishers everything three times. Holds a million entries of
+    each member and Fisher (4 MB in float32), and the item ids as a list of strings; where
     catalogues differ, also each member's row of every merged item (16 bytes an item and member)
     and, while they are matched, a dictionary of the ids and one member's list. Rows that stand in
-    other orders are read as they lie in the file, a block of the result at a time: of a random
+    other orders are read as they lie in the file, a block of the result at a time: in a random
     order that is a row or a few at a time, from pages read up to eight times.
-    Raises InputError, naming file and tensor, for anything that does not fit, a NaN included.
+
+    Args:
+        paths: M model files of `save_model` of one class, or M safetensors files of anyone's with
+            the same names, shapes and types. Their floating tensors are merged; others must agree.
+            In anyone's files a floating tensor that holds infinities and is the same in all members
+            is kept. Models with other item ids, in the JSON beside each, are united as in `merge`.
+        out: x.safetensors. Beside it are written x.md, a model card, and for models x.json, so that
+            `load_model` reads the result. Each takes its name when all three are whole, the model
+            last; a failure leaves what was there before.
+        method: "uniform", "weighted", "fisher" (groups "entry" and "row"), "task_arithmetic" or
+            "dare": the methods that need only the rows they merge.
+        weights: lambda, M numbers. Default: equal.
+        fishers: M files of `DiagFisher.save`.
+        base: A file like the members', of the model that they were trained from.
+        options: See `merge`.
+        floor: See `merge`.
+        normalize: See `merge`.
+        check_fingerprint: See `merge`.
+        seed: See `merge`.
+        metrics: Of the merged model, for its card.
+
+    Returns:
+        The provenance, which also stands in the file's metadata, under "merge": method, weights,
+        options, floor, normalize, seed; members, fishers and base (name and sha256 of the files; a
+        member's metrics, and how a Fisher was made; number and hash of the items of each model);
+        the catalogue that came out, with number of owners -> number of items; metrics and versions.
+        No time or place is in it: the same inputs give the same model file.
+
+    Raises:
+        InputError: Something does not fit, a NaN included; the message names file and tensor.
     """
     out = Path(out)
     if out.suffix != ".safetensors":

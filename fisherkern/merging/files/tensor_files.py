@@ -76,13 +76,15 @@ class TensorFile:
             raise InputError(f"{self.path}: its fisherkern metadata is not a JSON object")
 
     def close(self) -> None:
+        """Close the file."""
         self._stream.close()
 
     def floating(self, name: str) -> bool:
+        """Whether the tensor holds floating-point numbers."""
         return TYPES[self.layout[name][0]].is_floating_point
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a tensor; a number is one row of shape ()."""
+        """Return rows start..stop of a tensor; a number is one row of shape ()."""
         kind, shape = self.layout[name]
         shape = (stop - start, *shape[1:]) if shape else ()
         row = math.prod(shape[1:]) * TYPES[kind].itemsize
@@ -93,7 +95,7 @@ class TensorFile:
         return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape)
 
     def take(self, name: str, index: Tensor) -> Tensor:
-        """The rows `index` (n,) int64 of a tensor, zeros where it is -1.
+        """Return the rows `index` (n,) int64 of a tensor, zeros where it is -1.
 
         Read in the order of the file: rows that follow one another in one piece, with those
         between that are fewer than a page. Holds `SPAN` bytes beside the result.
@@ -160,7 +162,7 @@ class TensorFile:
             raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
 
     def blocks(self, name: str, step: int) -> Iterator[Tensor]:
-        """The tensor, `step` rows at a time."""
+        """Yield the tensor, `step` rows at a time."""
         for start, stop in spans(self.layout[name][1], step):
             yield self.rows(name, start, stop)
 
@@ -185,7 +187,7 @@ class TensorFile:
 
 @contextlib.contextmanager
 def opened(*groups: Sequence[str | os.PathLike[str]]) -> Iterator[list[list[TensorFile]]]:
-    """The files of each group of paths, closed at the end."""
+    """Open the files of each group of paths, and close them at the end."""
     with contextlib.ExitStack() as stack:
         yield [
             [stack.enter_context(contextlib.closing(TensorFile(path))) for path in group]
@@ -200,26 +202,26 @@ def read_rows(
     stop: int,
     wanted: Sequence[Tensor] | None,
 ) -> list[Tensor]:
-    """Rows start..stop of every file's tensor, or those `wanted` of each as `take` has them."""
+    """Return rows start..stop of every file's tensor, or those `wanted` of each, see `take`."""
     if wanted is None:
         return [file.rows(name, start, stop) for file in files]
     return [file.take(name, index) for file, index in zip(files, wanted, strict=True)]
 
 
 def spans(shape: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of blocks of `step` rows; one block for a number."""
+    """Yield (start, stop) of blocks of `step` rows; one block for a number."""
     length = shape[0] if shape else 1
     for start in range(0, length, step):
         yield start, min(start + step, length)
 
 
 def rows_per_block(shape: Sequence[int], entries: int) -> int:
-    """Rows of this shape that hold about `entries` numbers; at least one."""
+    """Return the number of rows of this shape that hold about `entries` numbers; at least one."""
     return max(1, entries // max(1, math.prod(shape[1:])))
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order."""
+    """Return the tensor's bytes in row-major order."""
     # Through bytes, as numpy has no bfloat16.
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 

@@ -57,20 +57,27 @@ class MergeBlock:
 
 
 class TensorBlocks(Protocol):
-    """The blocks of one tensor, in order; may be gone through several times.
-
-    shape: of the merged tensor. grams: every member's Gram matrix of the layer's inputs, if there
-    is one. heads: (attention, number of heads, dimension in which they lie one after another).
-    """
+    """The blocks of one tensor, in order; may be gone through several times."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the merged tensor."""
+        ...
+
     @property
-    def members(self) -> int: ...
+    def members(self) -> int:
+        """M."""
+        ...
+
     @property
-    def grams(self) -> list[Tensor] | None: ...
+    def grams(self) -> list[Tensor] | None:
+        """Every member's Gram matrix of the layer's inputs, if there is one."""
+        ...
+
     @property
-    def heads(self) -> tuple[str, int, int] | None: ...
+    def heads(self) -> tuple[str, int, int] | None:
+        """(Attention, number of heads, dimension in which they lie one after another)."""
+        ...
 
     def __iter__(self) -> Iterator[MergeBlock]: ...
 

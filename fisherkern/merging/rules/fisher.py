@@ -16,7 +16,7 @@ from fisherkern.merging.rules.base import MergeBlock, TensorBlocks, convex, merg
 def group_means(
     tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """(M, rows or 1, columns or 1) per tensor: the mean of each entry's group.
+    """Return (M, rows or 1, columns or 1) per tensor: the mean of each entry's group.
 
     Nothing for "entry" and "row", which need no whole tensors, and where there is no Fisher.
     """
@@ -37,8 +37,10 @@ Sums = dict[str, tuple[Tensor, float]]
 
 
 def _sums(tensors: Mapping[str, TensorBlocks], dim: int | None) -> Sums:
-    """Per tensor with a Fisher: (M, n) sums over all but dimension `dim` of its table (None: over
-    everything, n = 1), and how many entries each is the sum of."""
+    """Return (M, n) sums of every Fisher, and the number of entries of each sum.
+
+    Over all but dimension `dim` of a tensor's table; None: over everything, n = 1.
+    """
     found: Sums = {}
     for name, blocks in tensors.items():
         parts, count = [], 0

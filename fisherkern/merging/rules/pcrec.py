@@ -16,7 +16,7 @@ from fisherkern.merging.rules.base import MergeBlock, TensorBlocks, convex, merg
 def layer_criteria(
     tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """(M,) per tensor: H_m of the layer it belongs to."""
+    """Return (M,) per tensor: H_m of the layer that it belongs to."""
     measure = _entropies if options["criterion"] == "entropy" else _l1_shares
     own = {n: measure(b, options["bins"]) for n, b in tensors.items() if len(b.shape) >= 2}
     members = next((blocks.members for blocks in tensors.values()), 0)
@@ -58,13 +58,13 @@ def pcrec(
     alpha: Annotated[float, Number(0.0)] = 30.0,
     bins: Annotated[int, Integer(1)] = 10,
 ) -> Tensor:
-    """theta* = sum_m mu_m theta_m, mu_m = lambda_m exp(alpha H_m) / sum_l lambda_l exp(alpha H_l)
+    """Return the members mixed layer by layer; a layer with more information counts more.
 
-    per layer, which for two equal lambdas is mu_0 = sigmoid(alpha (H_0 - H_1)). H_m (option
-    "criterion") is "entropy": -sum_b p_b log p_b over `bins` bins of equal width between the
-    layer's smallest and largest weight; or "l1": |W_m|_1 / sum_l |W_l|_1. A layer is a tensor of
-    two dimensions or more and the vectors (biases, norms) after it, up to the next; vectors
-    before the first matrix go with it.
+        theta* = sum_m mu_m theta_m,  mu_m = lambda_m exp(alpha H_m) / sum_l lambda_l exp(alpha H_l)
+
+    For two equal lambdas that is mu_0 = sigmoid(alpha (H_0 - H_1)). H_m (option "criterion") is
+    "entropy": -sum_b p_b log p_b over `bins` bins of equal width between the layer's smallest and
+    largest weight; or "l1": |W_m|_1 / sum_l |W_l|_1. `over_layers` says what a layer is.
     Source: Sun et al., PCRec, arXiv 2111.00429, where it runs after every epoch of training.
     Its authors' histogram loses the largest weight; here it is in the last bin.
     """

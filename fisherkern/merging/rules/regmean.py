@@ -50,7 +50,7 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def input_grams(tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`InputGrams` of the tensors that have Gram matrices."""
+    """Return `InputGrams` of the tensors that have Gram matrices."""
     return {
         name: InputGrams(blocks.grams, options["alpha"], options["ridge"])
         for name, blocks in tensors.items()
@@ -72,7 +72,9 @@ def regmean(
     alpha: Annotated[float, Number(0.0, 1.0)] = 0.9,
     ridge: Annotated[float, Number(0.0)] = 1e-6,
 ) -> Tensor:
-    """W* minimises sum_m lambda_m tr (W - W_m) G~_m (W - W_m)^T over the owners of each row:
+    """Return W* that minimises sum_m lambda_m tr (W - W_m) G~_m (W - W_m)^T.
+
+    The sum is over the owners of each row:
 
         W* = W_ + sum_m lambda_m (W_m - W_) G~_m (sum_m lambda_m G~_m)^+,
         W_ = sum_m lambda_m W_m,  G~_m = a G_m + (1 - a) diag G_m + ridge g I

@@ -19,7 +19,7 @@ PARALLEL = 1e-6
 def gram_of_members(
     tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """(M, M) per tensor: <theta_m, theta_l> over the rows that all members own."""
+    """Return (M, M) per tensor: <theta_m, theta_l> over the rows that all members own."""
     found = {}
     for name, blocks in tensors.items():
         total = torch.zeros(blocks.members, blocks.members, dtype=torch.float64)
@@ -38,7 +38,7 @@ def gram_of_members(
     prepare=gram_of_members,
 )
 def slerp(block: MergeBlock) -> Tensor:
-    """Each tensor's direction by spherical interpolation, its length by the lambda-average:
+    """Interpolate each tensor's direction on the sphere; average its length by lambda.
 
         theta* = (sum_m lambda_m |theta_m|) exp_mu(sum_m lambda_m log_mu(u_m)),
         u_m = theta_m/|theta_m|, mu = sum_m lambda_m u_m normalised
@@ -58,7 +58,7 @@ def slerp(block: MergeBlock) -> Tensor:
 
 
 def _coefficients(gram: Tensor, lam: Tensor) -> Tensor | None:
-    """c with theta* = sum_m c_m theta_m; None where the lambda-average takes its place."""
+    """Return c with theta* = sum_m c_m theta_m; None where the lambda-average takes its place."""
     length = gram.diagonal().sqrt()
     if not (length > 0).all() or int((lam > 0).sum()) < 2:
         return None

@@ -19,7 +19,7 @@ DIGIT = 16
 def trim_thresholds(
     tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """(M,) per tensor: the magnitude of the last entry of each member that `ties` keeps."""
+    """Return (M,) per tensor: the magnitude of the last entry of each member that `ties` keeps."""
     density = options["density"]
     if options["per"] == "tensor":
         return {name: _thresholds([blocks], density) for name, blocks in tensors.items()}
@@ -42,7 +42,7 @@ def ties(
     scale: Annotated[float, Number(0.0)] = 1.0,
     per: Literal["model", "tensor"] = "model",
 ) -> Tensor:
-    """Trim, elect the sign, and average the members that agree:
+    """Trim, elect the sign, and average the members that agree.
 
         tau^_m = tau_m where |tau_m| is among the member's largest `density`, else 0
         g = sign(sum_m lambda_m tau^_m)
