@@ -288,12 +288,12 @@ def _agreement(
     return sum(values) / max(1, len(values))
 
 
-def paired(
-    models: tuple[Any, Any], symmetries: Symmetries, batches: Sequence[Any], places: Tensor | None
+def paired_activations(
+    models: tuple[Any, Any], symmetries: Symmetries, batches: Sequence[Any], items: Tensor | None
 ) -> Callable[[], Iterator[tuple[Observations, Observations]]]:
     """Pair the observations of a reference and a member on the same histories.
 
-    places: the member's item of each of the reference's, (V + 1,) with padding first, 0 where it
+    items: the member's item of each of the reference's, (V + 1,) with padding first, 0 where it
     has none: such items are taken out of the histories of both. None where all are the same.
     """
     reference, member = models
@@ -301,11 +301,11 @@ def paired(
     def run() -> Iterator[tuple[Observations, Observations]]:
         for batch in batches:
             own = other = reference.read_history(batch)
-            if places is not None:
-                own = own.masked_fill(places.to(own.device)[own] == 0, 0)
+            if items is not None:
+                own = own.masked_fill(items.to(own.device)[own] == 0, 0)
                 order = (own != 0).int().argsort(dim=1, stable=True)
                 own = own.gather(1, order)
-                other = places.to(own.device)[own]
+                other = items.to(own.device)[own]
             yield tuple(  # type: ignore[misc]
                 record_activations(model, symmetries, prediction_tokens(model, history))
                 for model, history in ((reference, own), (member, other))
@@ -314,12 +314,12 @@ def paired(
     return run
 
 
-def places_of(catalogue: CatalogueUnion, reference: int, member: int) -> Tensor | None:
-    """See `paired`."""
+def item_map(catalogue: CatalogueUnion, reference: int, member: int) -> Tensor | None:
+    """Return `items` as `paired_activations` takes it."""
     if catalogue.positions is None:
         return None
     own, other = catalogue.positions[reference], catalogue.positions[member]
-    places = torch.zeros(catalogue.sizes[reference] + 1, dtype=torch.int64)
+    items = torch.zeros(catalogue.sizes[reference] + 1, dtype=torch.int64)
     has = own >= 0
-    places[own[has] + 1] = other[has] + 1
-    return places
+    items[own[has] + 1] = other[has] + 1
+    return items

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fisherkern.alignment.activations import match_activations, paired, places_of
+from fisherkern.alignment.activations import item_map, match_activations, paired_activations
 from fisherkern.alignment.loss import learn_rotations
 from fisherkern.alignment.weights import WeightPair, match_weights
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup
@@ -139,8 +139,8 @@ def align(
         if number == reference:
             return {}, {"sweeps": 0}
         if by == "activations":
-            places = places_of(catalogue, reference, number)
-            run = paired((members[reference], members[number]), common, batches, places)
+            items = item_map(catalogue, reference, number)
+            run = paired_activations((members[reference], members[number]), common, batches, items)
             transforms, rounds, agreement = match_activations(
                 common, run, pair(number).correlation, sweeps
             )

@@ -47,7 +47,11 @@ def add_merge(commands: Any) -> None:
         "--option", action="append", metavar="NAME=VALUE", help="of the method; may be repeated"
     )
     parser.add_argument("--floor", type=float, help="relative to the mean Fisher (default: 0.1)")
-    parser.add_argument("--steps", type=int, help="of searching, learning or solving")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="search draws, gradient steps or CG iterations, depending on --method",
+    )
     parser.add_argument(
         "--limit", type=int, help="sequences that regmean and full_fisher look at (default: 512)"
     )
