@@ -66,18 +66,18 @@ class BlockIterator:
         lam = torch.tensor(weights, dtype=torch.float64)
         step = max(1, BLOCK // columns)
         for start in range(0, length, step):
-            place = slice(start, min(start + step, length))
-            size = place.stop - start
-            part: list[Part] = [place] * self.members
+            rows = slice(start, min(start + step, length))
+            size = rows.stop - start
+            part: list[Part] = [rows] * self.members
             if self.rows is not None:
-                part = [row[place] for row in self.rows]
+                part = [row[rows] for row in self.rows]
             owns = torch.stack([_present(index, size) for index in part])
             base, base_owns = None, torch.zeros(size, dtype=torch.bool)
             if self.base is not None:
-                where: Part = place if self.base_rows is None else self.base_rows[place]
+                where: Part = rows if self.base_rows is None else self.base_rows[rows]
                 base, base_owns = _rows_of(self.base, where, device), _present(where, size)
             yield (
-                place,
+                rows,
                 MergeBlock(
                     theta=_gather(self.tensors, part, device),
                     weights=_owner_weights(lam, owns)[:, :, None].to(device),

@@ -179,11 +179,11 @@ def _start_and_diagonal(blocks: BlockIterator, weights: Sequence[float]) -> tupl
     """theta_0 and sum_m lambda_m diag(F~_m) of one tensor, float64; zeros without a Fisher."""
     start = torch.zeros(blocks.shape, dtype=torch.float64, device=blocks.tensors[0].device)
     diagonal = torch.zeros_like(start)
-    for place, x in blocks.weighted(weights, None):
-        as_table(start)[place] = average(x)
-        if x.fisher is not None:
-            lam = x.lam[:, None, None] * x.owns
-            as_table(diagonal)[place] = (lam * (x.fisher + x.floor)).sum(0)
+    for rows, block in blocks.weighted(weights, None):
+        as_table(start)[rows] = average(block)
+        if block.fisher is not None:
+            lam = block.lam[:, None, None] * block.owns
+            as_table(diagonal)[rows] = (lam * (block.fisher + block.floor)).sum(0)
     return start, diagonal
 
 

@@ -120,15 +120,16 @@ class MemberSet:
                 f"{lacking} has no item_ids, so its item rows cannot be matched with the {having}'s"
             )
         with checks.renamed("member 1", "the base"):
-            place = (
-                align_item_rows(pair, None) if own is None else _place(ids or [], list(own), self)
-            )
+            if own is None:
+                base_catalogue = align_item_rows(pair, None)
+            else:
+                base_catalogue = _catalogue_of_base(ids or [], list(own), self)
             tensors = named_tensors(base)
-            checks.check_tensors([self.tensors[0], tensors], self.ties, place)
+            checks.check_tensors([self.tensors[0], tensors], self.ties, base_catalogue)
             checks.check_config(pair)
             for tie in self.merged:
                 checks.check_finite([self.tensors[0][tie.name], tensors[tie.name]], tie.name)
-        self._base = tensors, place
+        self._base = tensors, base_catalogue
 
     def blocks(self, tie: Tie, floor: float, seed: int) -> BlockIterator:
         """The blocks of a parameter; of a buffer, without what methods know of parameters."""
@@ -137,9 +138,9 @@ class MemberSet:
             return BlockIterator(tie.name, own, rows)
         base = base_rows = None
         if self._base is not None:
-            tensors, place = self._base
+            tensors, base_catalogue = self._base
             base = tensors[tie.name].detach()
-            found = place.rows(tie.name, [len(base) if base.dim() else 1])
+            found = base_catalogue.rows(tie.name, [len(base) if base.dim() else 1])
             base_rows = None if found is None else found[0]
         return BlockIterator(
             tie.name,
@@ -232,7 +233,9 @@ def attention_heads(model: nn.Module) -> dict[str, tuple[str, int, int]]:
     return found
 
 
-def _place(ids: Sequence[str], own: Sequence[str], members: MemberSet) -> CatalogueUnion:
+def _catalogue_of_base(
+    ids: Sequence[str], own: Sequence[str], members: MemberSet
+) -> CatalogueUnion:
     """Where the base, with items `own`, keeps the items `ids` of the merged model."""
     return CatalogueUnion(
         list(ids), [positions_of(ids, own, "the base")], [len(own)], members.catalogue.parameters

@@ -136,11 +136,11 @@ def _cosines(
             if with_base and block.base is not None:
                 owns = block.owns & block.base_owns
                 parts.append(((block.theta - block.base) * owns, owns.double()))
-            for place, (theta, owns) in enumerate(parts):
+            for index, (theta, owns) in enumerate(parts):
                 # Rows that a member lacks hold zeros; the other's must not count in its norm.
-                sums[2 * place] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
+                sums[2 * index] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
                 square = theta.square().sum(2)
-                sums[2 * place + 1] += (square @ owns.squeeze(2).t()).cpu()
+                sums[2 * index + 1] += (square @ owns.squeeze(2).t()).cpu()
     for inner, square in (sums[:2], sums[2:]):
         norms = (square * square.t()).sqrt()
         found.append(torch.where(norms > 0, inner / norms, 0.0).clamp(-1, 1).tolist())

@@ -64,9 +64,9 @@ class MemberFiles:
 
     def base_rows(self, name: str) -> torch.Tensor | None:
         """The same of the base."""
-        if self._place is None or self.base is None:
+        if self._base_catalogue is None or self.base is None:
             return None
-        found = self._place.rows(name, [_length(self.base, name)])
+        found = self._base_catalogue.rows(name, [_length(self.base, name)])
         return None if found is None else found[0]
 
     def identities(self) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ class MemberFiles:
         """The united catalogue, and where the base keeps its items; reads each JSON once."""
         hashes = [file.about.get("item_ids_sha256") for file in self.everything]
         members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
-        self._place: CatalogueUnion | None = None
+        self._base_catalogue: CatalogueUnion | None = None
         ids: list[str] | None = None
         positions = None
         if None in hashes and len(set(hashes)) > 1:
@@ -131,8 +131,8 @@ class MemberFiles:
                     f"ids that match the rows of {self.base.path}"
                 )
             _, own = _read_about(self.base, self.sizes[-1])
-            place = positions_of(ids, own or [], str(self.base.path.with_suffix(".json")))
-            self._place = CatalogueUnion(ids, [place], [self.sizes[-1]], rows)
+            in_base = positions_of(ids, own or [], str(self.base.path.with_suffix(".json")))
+            self._base_catalogue = CatalogueUnion(ids, [in_base], [self.sizes[-1]], rows)
 
     def _all_ids(self) -> Iterator[tuple[str, list[str]]]:
         """(File, item ids) of every member, one list at a time: they may be many."""
