@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
@@ -14,18 +15,7 @@ from fisherkern.fisher import (
     fisher_product,
     linear_grams,
 )
-from fisherkern.merging import (
-    Calibrated,
-    Preflight,
-    WeightEnsemble,
-    align,
-    calibrate,
-    merge,
-    merge_files,
-    preflight,
-    recalibrate,
-    weight_ensemble,
-)
+from fisherkern.merging import Preflight, merge, merge_files, preflight
 from fisherkern.objectives import (
     EMKD,
     Attributes,
@@ -36,6 +26,13 @@ from fisherkern.objectives import (
     NTXent,
     RepPad,
     SymmetricNoiseTolerant,
+)
+from fisherkern.postmerge import (
+    SurgeryEncoder,
+    WeightEnsemble,
+    repair,
+    representation_surgery,
+    weight_ensemble,
 )
 from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
 
@@ -48,7 +45,6 @@ __all__ = [
     "Attributes",
     "BERT4Rec",
     "CL4SRec",
-    "Calibrated",
     "Caser",
     "DiagFisher",
     "DuoRec",
@@ -66,12 +62,12 @@ __all__ = [
     "SASRec",
     "ScoreEnsemble",
     "SequenceDataset",
+    "SurgeryEncoder",
     "SymmetricNoiseTolerant",
     "TrainingSettings",
     "WeightEnsemble",
     "adapt",
     "align",
-    "calibrate",
     "compare",
     "diag_fisher",
     "evaluate",
@@ -82,7 +78,8 @@ __all__ = [
     "merge",
     "merge_files",
     "preflight",
-    "recalibrate",
+    "repair",
+    "representation_surgery",
     "save_model",
     "synthetic",
     "train",

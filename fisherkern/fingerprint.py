@@ -1,9 +1,10 @@
-"""What tells one trained model from another: a hash of its parameters."""
+"""Hashes that identify a trained model by its parameters, and a catalogue by its item ids."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,4 +25,25 @@ def fingerprint(model: nn.Module) -> str:
         # Bytes rather than numbers: numpy has no bfloat16.
         raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+# Item ids made into JSON at once.
+_IDS_AT_ONCE = 1 << 16
+
+
+def item_ids_sha256(item_ids: Any) -> str | None:
+    """Return the sha256 (64 hex digits) of the item ids as JSON; None where there are none.
+
+    The JSON is made a piece at a time, because item ids may be many.
+    """
+    if item_ids is None:
+        return None
+    if not isinstance(item_ids, list):
+        return hashlib.sha256(json.dumps(item_ids).encode()).hexdigest()
+    digest = hashlib.sha256(b"[")
+    for start in range(0, len(item_ids), _IDS_AT_ONCE):
+        part = json.dumps(item_ids[start : start + _IDS_AT_ONCE])[1:-1]
+        digest.update(f"{', ' if start else ''}{part}".encode())
+    digest.update(b"]")
     return digest.hexdigest()

@@ -11,7 +11,7 @@ import fisherkern as fk
 from fisherkern.cli import main
 from fisherkern.data import write_seqrec
 from fisherkern.files import read_json
-from fisherkern.merging import RULES
+from fisherkern.merging import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def files(folder: Path, pattern: str) -> list[str]:
     return [str(folder / pattern.format(number)) for number in (1, 2)]
 
 
-@pytest.mark.parametrize("method", [*RULES, "auto"])
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
 def test_every_method(method: str, folder: Path, tmp_path: Path) -> None:
-    rule = RULES.get(method, RULES["uniform"])
+    rule = METHODS.get(method, METHODS["uniform"])
     flags = ["--method", method, "--quiet", "--data", str(folder / "data.txt"), "--steps", "2"]
     entry = {"model": "{}/m{}.safetensors"}
     lines = [f"method: {method}", "steps: 2", "data: data.txt"]

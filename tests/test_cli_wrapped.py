@@ -1,4 +1,4 @@
-"""`fisherkern merge --method weight_ensemble`, `calibrate`, `recalibrate`: as in Python."""
+"""`fisherkern merge --method weight_ensemble`, `representation-surgery`, `repair`: as in Python."""
 
 from __future__ import annotations
 
@@ -83,46 +83,46 @@ def test_a_weight_ensemble_is_that_of_python(
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_calibrated_model_is_that_of_python(version: int, folder: Path, tmp_path: Path) -> None:
+def test_a_corrected_model_is_that_of_python(version: int, folder: Path, tmp_path: Path) -> None:
     data = fk.load(folder / "data.txt")
     loader = data.loader(split="train", batch_size=128, max_len=6)
     base, m1, m2 = models(folder, "base", "m1", "m2")
     given = {"version": version, "rank": 3, "steps": 4, "lr": 0.01, "seed": 2}
-    expected = fk.calibrate(base, [m1, m2], loader, weights=[3, 1], **given)
+    expected = fk.representation_surgery(base, [m1, m2], loader, weights=[3, 1], **given)
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     flags += ["--members", *of(folder, "m1", "m2"), "--weights", "3,1"]
     flags += ["--data", str(folder / "data.txt"), "--out", str(tmp_path)]
-    assert main(["calibrate", *of(folder, "base"), *flags]) == 0
-    found = fk.load_model(tmp_path / "calibrated.safetensors")
-    assert type(found) is fk.Calibrated
+    assert main(["representation-surgery", *of(folder, "base"), *flags]) == 0
+    found = fk.load_model(tmp_path / "corrected.safetensors")
+    assert type(found) is fk.SurgeryEncoder
     for key, value in expected.state_dict().items():
         assert torch.equal(found.state_dict()[key], value), key
     assert read_json(tmp_path / "result.json")["losses"] == expected.losses
-    assert_evaluates(tmp_path / "calibrated.safetensors", folder, tmp_path / "e")
+    assert_evaluates(tmp_path / "corrected.safetensors", folder, tmp_path / "e")
 
 
-def test_a_recalibrated_model_is_that_of_python(folder: Path, tmp_path: Path) -> None:
+def test_a_repaired_model_is_that_of_python(folder: Path, tmp_path: Path) -> None:
     data = fk.load(folder / "data.txt")
     base, m1, m2 = models(folder, "base", "m1", "m2")
     flags = [*of(folder, "base"), "--members", *of(folder, "m1", "m2")]
     flags += ["--data", str(folder / "data.txt"), "--out", str(tmp_path)]
     for more, limit, weights in ((["--limit", "9", "--weights", "3,1"], 9, [3, 1]), ([], 40, None)):
         loader = data.loader(max_len=6, limit=limit)
-        expected = fk.recalibrate(base, [m1, m2], loader, weights=weights)
-        assert main(["recalibrate", *flags, *more]) == 0
-        found = fk.load_model(tmp_path / "recalibrated.safetensors")
+        expected = fk.repair(base, [m1, m2], loader, weights=weights)
+        assert main(["repair", *flags, *more]) == 0
+        found = fk.load_model(tmp_path / "repaired.safetensors")
         assert type(found) is type(base)
         for key, value in expected.state_dict().items():
             assert torch.equal(found.state_dict()[key], value), key
         assert not torch.equal(found.final_norm.weight, base.final_norm.weight)
-    about = read_json(tmp_path / "recalibrated.json")["extra"]["recalibrated"]
+    about = read_json(tmp_path / "repaired.json")["extra"]["repaired"]
     assert about == {"merged": flags[0], "members": flags[2:4]}
-    assert_evaluates(tmp_path / "recalibrated.safetensors", folder, tmp_path / "e")
+    assert_evaluates(tmp_path / "repaired.safetensors", folder, tmp_path / "e")
 
 
 ENSEMBLE = ["merge", "m1", "m2", "--method", "weight_ensemble", "--base", "base"]
-CALIBRATE = ["calibrate", "base", "--members", "m1", "m2"]
-RECALIBRATE = ["re" + CALIBRATE[0], *CALIBRATE[1:]]
+SURGERY = ["representation-surgery", "base", "--members", "m1", "m2"]
+REPAIR = ["repair", *SURGERY[1:]]
 
 
 @pytest.mark.parametrize(
@@ -137,19 +137,25 @@ RECALIBRATE = ["re" + CALIBRATE[0], *CALIBRATE[1:]]
         (ENSEMBLE + ["--data", "D", "--steps", "-1"], "steps is -1"),
         (ENSEMBLE + ["--stream"], "method 'weight_ensemble' is not one that files merge by"),
         (["merge", "gru", "gru", *ENSEMBLE[3:5], "--base", "gru", "--data", "D"], "GRU4Rec has no"),
-        (CALIBRATE, "--data: name a data set"),
-        (CALIBRATE + ["--data", "D", "--rank", "0"], "rank is 0"),
-        (CALIBRATE + ["--data", "D", "--version", "3"], "version is 3"),
-        (CALIBRATE + ["--data", "D", "--weights", "1"], "weights has 1 numbers for 2 members"),
-        (CALIBRATE + ["--data", "D", "--weights", "search"], "weights is 'search' where 2"),
-        (["calibrate", "base", "--members", "gru", "--data", "D"], "member 0 is a GRU4Rec"),
-        (["calibrate", "base", "--members", "gone.safetensors", "--data", "D"], "no such file"),
-        (RECALIBRATE, "--data: name a data set"),
-        (RECALIBRATE + ["--data", "D", "--limit", "0"], "limit"),
-        (RECALIBRATE + ["--data", "D", "--weights", "search"], "weights is 'search' where 2"),
-        (["recalibrate", "base", "--members", "gru", "--data", "D"], "GRU4Rec"),
-        (["recalibrate", "base", "--members", "gone.safetensors", "--data", "D"], "no such file"),
-        (["recalibrate", "gru", "--members", "gru", "--data", "D"], "norm"),
+        (SURGERY, "--data: name a data set"),
+        (SURGERY + ["--data", "D", "--rank", "0"], "rank is 0"),
+        (SURGERY + ["--data", "D", "--version", "3"], "version is 3"),
+        (SURGERY + ["--data", "D", "--weights", "1"], "weights has 1 numbers for 2 members"),
+        (SURGERY + ["--data", "D", "--weights", "search"], "weights is 'search' where 2"),
+        (
+            ["representation-surgery", "base", "--members", "gru", "--data", "D"],
+            "member 0 is a GRU4Rec",
+        ),
+        (
+            ["representation-surgery", "base", "--members", "gone.safetensors", "--data", "D"],
+            "no such file",
+        ),
+        (REPAIR, "--data: name a data set"),
+        (REPAIR + ["--data", "D", "--limit", "0"], "limit"),
+        (REPAIR + ["--data", "D", "--weights", "search"], "weights is 'search' where 2"),
+        (["repair", "base", "--members", "gru", "--data", "D"], "GRU4Rec"),
+        (["repair", "base", "--members", "gone.safetensors", "--data", "D"], "no such file"),
+        (["repair", "gru", "--members", "gru", "--data", "D"], "norm"),
     ],
 )
 def test_what_is_wrong_is_one_line(

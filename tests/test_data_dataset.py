@@ -236,7 +236,7 @@ def test_arrays_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda d: d.loader(split="dev"), "split must be one of train, validation, test"),
+        (lambda d: d.loader(split="dev"), "split must be 'train' or 'validation' or 'test'"),
         (lambda d: d.loader(batch_size=0), "batch_size must be an integer of at least 1, not 0"),
         (lambda d: d.loader(max_len=2.0), "max_len must be an integer"),
         (lambda d: d.loader(split="test", limit=0), "limit must be"),

@@ -1,10 +1,13 @@
 import copy
+import hashlib
+import json
 
+import pytest
 import torch
-from merging_models import Open
+from helpers.merging import Open
 from torch import nn
 
-from fisherkern.fingerprint import fingerprint
+from fisherkern.fingerprint import fingerprint, item_ids_sha256
 
 
 def test_a_copy_has_the_same_fingerprint_and_one_changed_bit_another():
@@ -51,3 +54,14 @@ def test_memory_layout_does_not_enter_and_odd_shapes_work():
     assert fingerprint(rows) == fingerprint(columns)
     columns.scalar.data.fill_(3.0)
     assert fingerprint(rows) != fingerprint(columns)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, (1 << 16) - 1, 1 << 16, (1 << 16) + 1])
+def test_item_ids_are_hashed_as_their_json(count):
+    ids = [f"item {v} é" for v in range(count)]
+    assert item_ids_sha256(ids) == hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def test_no_item_ids_have_no_hash():
+    assert item_ids_sha256(None) is None
+    assert item_ids_sha256("x") == hashlib.sha256(b'"x"').hexdigest()

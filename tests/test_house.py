@@ -16,16 +16,20 @@ MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 100
 # Arrows point from a higher level to a lower one. A module of one level imports nothing
 # of its own level but its own package; the exceptions are listed.
 LEVELS = {
-    "benchmarks": 9,  # no part of the package, which may not import it
-    "cli": 8,
-    "demo": 7,
-    "__init__": 6,
-    "training": 4,
-    "merging": 4,
-    "evaluation": 4,
+    "benchmarks": 11,  # no part of the package, which may not import it
+    "cli": 10,
+    "demo": 9,
+    "__init__": 8,
+    # A weight ensemble starts from a merge.
+    "postmerge": 6,
+    "alignment": 5,
+    "merging": 5,
+    "training": 5,
+    "evaluation": 5,
+    "plots": 5,
+    "members": 4,
     "fisher": 4,
     "adapters": 4,
-    "plots": 4,
     "objectives": 3,
     "encoders": 3,
     "data": 3,
@@ -34,6 +38,7 @@ LEVELS = {
     "files": 0,
     "errors": 0,
     "fingerprint": 0,
+    "modes": 0,
 }
 SIDEWAYS = {
     ("objectives", "encoders"),
@@ -189,7 +194,12 @@ def test_files_and_functions_are_short(path):
         (("data", "a"), "from ..encoders.base import x"),
         (("data", "a"), "from .. import training"),
         (("encoders", "a"), "from fisherkern.objectives import x"),
-        (("merging", "a"), "from fisherkern.fisher import x"),
+        (("members", "a"), "from fisherkern.fisher import x"),
+        (("members", "a"), "from fisherkern.merging import x"),
+        (("merging", "a"), "from fisherkern.alignment import x"),
+        (("merging", "files", "a"), "from fisherkern.postmerge import x"),
+        (("alignment", "a"), "from fisherkern.merging import x"),
+        (("encoders", "a"), "from fisherkern.members.symmetries import x"),
         (("merging", "a"), "from fisherkern import load"),
         (("files",), "from fisherkern.data import x"),
         (("errors",), "from fisherkern.files import x"),

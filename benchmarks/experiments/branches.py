@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks.experiments.artifacts import ArtifactCache
 from benchmarks.experiments.experiment import BEAUTY, Experiment, RowBuilders
 from benchmarks.experiments.member_set import ALIGN_STEPS, BY_LOSS, MemberSet
-from fisherkern import recalibrate
+from fisherkern import repair
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, NextItem, Objective
@@ -116,7 +116,7 @@ class Branches(Experiment):
                 split="train", max_len=merged().max_len, limit=min(1000, cache.data.num_users)
             )
             return cache.model(
-                f"{name}, recalibrated", lambda: recalibrate(merged(), member_set.models(), loader)
+                f"{name}, recalibrated", lambda: repair(merged(), member_set.models(), loader)
             )
 
         rows: dict[str, Callable[[], nn.Module]] = {"base": base} if branching else {}

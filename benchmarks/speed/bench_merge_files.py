@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import append, check_columns, child_environment
 from fisherkern import DiagFisher, InputError, SASRec, load_model, merge, merge_files
-from fisherkern.merging.tensor_files import TYPES, raw, rows_per_block, spans, write_header
+from fisherkern.merging.files.tensor_files import TYPES, raw, rows_per_block, spans, write_header
 
 COLUMNS = """method catalogue members items dim dtype merged_items files_gb out_gb seconds
     cpu_seconds peak_mb""".split()

@@ -12,7 +12,6 @@ from typing import NoReturn
 import torch
 
 from fisherkern.cli.align import add_align
-from fisherkern.cli.calibrate import add_calibrate
 from fisherkern.cli.data import add_data
 from fisherkern.cli.demo import add_demo
 from fisherkern.cli.evaluate import add_evaluate
@@ -20,7 +19,8 @@ from fisherkern.cli.fisher import add_fisher
 from fisherkern.cli.merge import add_merge
 from fisherkern.cli.options import flags_from
 from fisherkern.cli.preflight import add_preflight
-from fisherkern.cli.recalibrate import add_recalibrate
+from fisherkern.cli.repair import add_repair
+from fisherkern.cli.representation_surgery import add_representation_surgery
 from fisherkern.cli.train import add_train
 from fisherkern.errors import InputError
 
@@ -31,8 +31,8 @@ COMMANDS = (
     add_align,
     add_fisher,
     add_merge,
-    add_recalibrate,
-    add_calibrate,
+    add_repair,
+    add_representation_surgery,
     add_evaluate,
     add_data,
 )

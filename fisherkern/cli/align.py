@@ -6,16 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from fisherkern.alignment import align
+from fisherkern.alignment.align import BY
 from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.merging import align
-from fisherkern.merging.alignment import BY
 from fisherkern.objectives import MaskedItems, NextItem, Objective
 from fisherkern.training import load_model, save_model
 
 
 def add_align(commands: Any) -> None:
-    parser = command(commands, "align", _align, "members moved towards the first, functions kept")
+    parser = command(
+        commands,
+        "align",
+        _align,
+        "align checkpoints to the first one without changing their predictions",
+    )
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument(
         "--no-rotate", action="store_true", help="outside attention heads, permute only"
@@ -25,8 +30,8 @@ def add_align(commands: Any) -> None:
         "--by",
         choices=list(BY),
         default="weights",
-        help="activations: bring together what does the same on histories of --data; loss: turn"
-        " until the members' average has a low training loss there",
+        help="weights; activations: match channels that do the same on histories of --data; loss:"
+        " rotate until the average of the members has a low training loss there",
     )
     parser.add_argument(
         "--limit", type=int, default=512, help="histories, by activations (default: 512)"

@@ -20,12 +20,13 @@ from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.fisher import DiagFisher, fisher_product, linear_grams
-from fisherkern.merging import RULES, Rule, merge, merge_files, weight_ensemble
-from fisherkern.merging.rules import average, check_options
-from fisherkern.merging.weight_ensemble import OPTIONS
+from fisherkern.members.options import check_options
+from fisherkern.merging import METHODS, merge, merge_files
+from fisherkern.postmerge import weight_ensemble
+from fisherkern.postmerge.weight_ensemble import OPTIONS
 from fisherkern.training import load_model, save_model
 
-# What gives more than one network's weights, and is no rule of `merge`.
+# What gives more than one network's weights, and is no method of `merge`.
 ENSEMBLE = "weight_ensemble"
 
 # Flags that a recipe has keys for; --data and --out may still be given beside it.
@@ -39,14 +40,18 @@ def add_merge(commands: Any) -> None:
     parser.add_argument("--fisher", type=Path, nargs="+", help="one per checkpoint")
     parser.add_argument("--base", type=Path, help="the checkpoint that the members started from")
     parser.add_argument(
-        "--method", choices=[*RULES, "auto", ENSEMBLE], help="default: what the files imply"
+        "--method", choices=[*METHODS, "auto", ENSEMBLE], help="default: what the files imply"
     )
     parser.add_argument("--weights", help="comma-separated, or 'search' (needs --data)")
     parser.add_argument(
         "--option", action="append", metavar="NAME=VALUE", help="of the method; may be repeated"
     )
     parser.add_argument("--floor", type=float, help="relative to the mean Fisher (default: 0.1)")
-    parser.add_argument("--steps", type=int, help="of searching, learning or solving")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="search draws, gradient steps or CG iterations, depending on --method",
+    )
     parser.add_argument(
         "--limit", type=int, help="sequences that regmean and full_fisher look at (default: 512)"
     )
@@ -115,7 +120,7 @@ def _weight_ensemble(recipe: Recipe, path: Path) -> dict[str, Any]:
             raise InputError(f"method {ENSEMBLE!r} takes no {name}")
     if recipe.base is None:
         raise InputError(f"method {ENSEMBLE!r} needs base: the model that the members started from")
-    settings = check_options(ENSEMBLE, Rule(average, options=OPTIONS), recipe.options)
+    settings = check_options(ENSEMBLE, OPTIONS, recipe.options)
     data = load_data(recipe.data)
     ensemble = weight_ensemble(
         [load_model(path) for path in recipe.members],
@@ -150,7 +155,7 @@ def _from_data(
     recipe: Recipe, models: Sequence[SequenceEncoder], *, progress: bool
 ) -> dict[str, Any]:
     """The arguments of `merge` that the method takes from data: validation split or training."""
-    inputs = RULES[recipe.method].inputs if recipe.method in RULES else {}
+    inputs = METHODS[recipe.method].inputs if recipe.method in METHODS else {}
     wanted = {name for name in ("score", "validation", "grams", "products") if name in inputs}
     if recipe.method == "auto":
         wanted = {"score", "validation"}

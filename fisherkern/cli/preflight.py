@@ -48,7 +48,10 @@ def _preflight(options: argparse.Namespace) -> None:
         print(f"member {number}: {path}{score}")
     _print_matrix("cosine of weights", found.cosine)
     _print_matrix("cosine of changes from the base", found.task_cosine)
-    _print_matrix("users that one has among its first 10 and one has not", found.inconsistency)
+    _print_matrix(
+        "share of users that exactly one of the two models gets right in its top 10",
+        found.inconsistency,
+    )
     for path in found.paths or []:
         a, b = path["members"]
         scores = " ".join(f"{score:.4f}" for score in path["scores"])

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, check_choice
 
 Split = Literal["train", "validation", "test"]
 Crop = Literal["random", "last", "all"]
@@ -25,12 +25,6 @@ def check_count(name: str, value: int, least: int = 1) -> None:
     """Raise InputError unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise InputError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def target_positions(offsets: NDArray[np.int64], split: str) -> NDArray[np.int64]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from fisherkern.data.actions import assemble
-from fisherkern.data.batching import check_choice, check_count
+from fisherkern.data.batching import check_count
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.integers import read_movielens, read_seqrec
 from fisherkern.data.tables import Columns, read_csv, read_parquet, read_recbole
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, check_choice
 from fisherkern.files import atomic_path, write_json
 
 FORMATS = ("seqrec", "movielens", "csv", "recbole", "parquet")

@@ -7,18 +7,27 @@ from fisherkern.encoders.gru4rec import GRU4Rec
 from fisherkern.encoders.parallel import ParallelEncoders
 from fisherkern.encoders.registry import ENCODERS
 from fisherkern.encoders.sasrec import SASRec
+from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
-#: What a model file may hold, by class name.
+#: What a model file may hold, by class name; `postmerge` adds its own.
 MODELS: dict[str, type[SequenceEncoder]] = {**ENCODERS, "ParallelEncoders": ParallelEncoders}
+
+#: Class names in files of earlier versions, and what they are called now.
+FORMER_NAMES = {"Calibrated": "SurgeryEncoder"}
 
 __all__ = [
     "BERT4Rec",
     "Batch",
     "Caser",
+    "AxisSpec",
     "ENCODERS",
+    "FORMER_NAMES",
     "GRU4Rec",
     "MODELS",
     "ParallelEncoders",
     "SASRec",
     "SequenceEncoder",
+    "Symmetries",
+    "SymmetryGroup",
+    "whole",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class SequenceEncoder(nn.Module):
 
     first_item = 1  # the item id that column 0 of the logits stands for
     causal: ClassVar[bool] = False
+    one_network: ClassVar[bool] = True  # whether it is no wrapper of other encoders
     config: dict[str, Any]
     transform: nn.Module
     item_embedding: nn.Embedding
@@ -177,13 +178,6 @@ def check_size(owner: type, name: str, value: int) -> None:
         raise InputError(f"{owner.__name__}: {name} must be at least 1, got {value}")
 
 
-def check_choice(owner: type, name: str, value: str, known: Sequence[str]) -> None:
-    """Raise InputError unless `value` is one of `known`."""
-    if value not in known:
-        choices = " or ".join(repr(choice) for choice in known)
-        raise InputError(f"{owner.__name__}: {name} must be {choices}, got {value!r}")
-
-
 def check_dropout(owner: type, name: str, value: float) -> None:
     """Raise InputError unless `value` is in [0, 1)."""
     if not 0 <= value < 1:
@@ -195,6 +189,14 @@ def trim_padding(tokens: Tensor) -> Tensor:
     used = (tokens != 0).any(dim=0)
     used[-1] = True
     return tokens[:, int(used.int().argmax()) :]
+
+
+def prediction_tokens(model: SequenceEncoder, batch: Batch) -> Tensor:
+    """Return (N, T) int64 tokens: `states` of these predicts in the last column."""
+    history = model.read_history(batch)
+    if hasattr(model, "mask_token"):
+        history = cast(Any, model).append_mask(history)
+    return trim_padding(history)
 
 
 def take(x: Tensor, positions: Tensor | None) -> Tensor:

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.encoders.base import Batch, SequenceEncoder
-from fisherkern.encoders.transformer import Block, check_blocks, places
+from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup
+from fisherkern.encoders.transformer import (
+    Block,
+    check_blocks,
+    has_constant_gain,
+    places,
+    transformer_symmetries,
+)
 
 
 class BERT4Rec(SequenceEncoder):
@@ -106,3 +113,27 @@ class BERT4Rec(SequenceEncoder):
         """`tokens` (N, T) with the mask token at `positions` (N, Q) where `chosen` (N, Q)."""
         kept = tokens.gather(1, positions)
         return tokens.scatter(1, positions, kept.masked_fill(chosen, self.mask_token))
+
+    def symmetries(self) -> Symmetries:
+        """Return what each space of the network admits, for `align`.
+
+        The residual stream starts as g * LN(e + p) + b and goes on beside the layers that read
+        it. So g cannot be folded away, and a rotation Q would have to commute with diag(g):
+        permutations only, unless g is constant. With norm="post" every later norm says the same.
+        The space of h follows a GELU: permutations only. Tied, it is the item table's space and
+        thus the residual stream's.
+        """
+        pre, tied = self.config["norm"] == "pre", self.config["tied"]
+        rotates = pre and not tied and has_constant_gain(self.embedding_norm)
+        symmetries = transformer_symmetries(self, "rotation" if rotates else "permutation")
+        hidden = "residual" if tied else "hidden"
+        if not tied:
+            symmetries.groups[hidden] = SymmetryGroup(self.dim)
+        symmetries.add_norm("embedding_norm", "residual")
+        if pre:
+            symmetries.add_norm("final_norm", "residual")
+            symmetries.fold("final_norm", ["transform.0"])
+        symmetries.add_linear("transform.0", hidden, "residual")
+        symmetries.add_norm("transform.2", hidden)
+        symmetries.add_output(self, hidden)
+        return symmetries

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
 
 class Caser(SequenceEncoder):
@@ -105,3 +106,35 @@ class Caser(SequenceEncoder):
             best = F.max_pool1d(results, self.window - height + 1, stride=1)
             found.append(best.transpose(1, 2))
         return torch.cat(found, dim=2)
+
+    def symmetries(self) -> Symmetries:
+        """Return what each space of the network admits, for `align`.
+
+        Filters of one height may change places; vertical ones, read linearly, may be turned. So
+        may the item table's space, unless it is tied to that of h, which follows a ReLU and
+        admits permutations.
+        """
+        tied, dim = self.config["tied"], self.dim
+        vertical, count = self.config["vertical"], self.config["horizontal"]
+        hidden, kind = ("items", "permutation") if tied else ("hidden", "orthogonal")
+        symmetries = Symmetries({"items": SymmetryGroup(dim, kind)}, {})
+        if not tied:
+            symmetries.groups[hidden] = SymmetryGroup(dim)
+        symmetries.groups["vertical"] = SymmetryGroup(vertical, "orthogonal")
+        symmetries.axes["item_embedding.weight"] = whole(None, "items")
+        symmetries.axes["vertical.weight"] = whole("vertical", None)
+        start = vertical * dim
+        dense = [AxisSpec((hidden, "vertical", "items"), (dim, vertical, dim), 1, 0, start)]
+        for index in range(self.window):
+            name = f"horizontal.{index}"
+            symmetries.groups[name] = SymmetryGroup(count)
+            symmetries.axes[f"{name}.weight"] = (
+                AxisSpec((name, None, "items"), (count, index + 1, dim)),
+            )
+            symmetries.axes[f"{name}.bias"] = whole(name)
+            dense.append(AxisSpec((hidden, name), None, 1, start, count))
+            start += count
+        symmetries.axes["dense.weight"] = tuple(dense)
+        symmetries.axes["dense.bias"] = whole(hidden)
+        symmetries.add_output(self, hidden)
+        return symmetries

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
 
 class GRU4Rec(SequenceEncoder):
@@ -91,6 +92,33 @@ class GRU4Rec(SequenceEncoder):
         tokens = self.read_history(batch)
         last = tokens.new_full((tokens.shape[0], 1), tokens.shape[1] - 1)
         return self.transform(self.states(tokens, last).squeeze(1))
+
+    def symmetries(self) -> Symmetries:
+        """Return what each space of the network admits, for `align`.
+
+        The item table's space, and that of h, lie between linear maps: any orthogonal map. A
+        hidden unit may change places with another and, as tanh is odd and the state is linear in
+        the candidates, its sign; the gates' own rows have no sign to change.
+        """
+        tied, hidden_dim = self.config["tied"], self.config["hidden_dim"]
+        hidden = "items" if tied else "hidden"
+        symmetries = Symmetries({"items": SymmetryGroup(self.dim, "orthogonal")}, {})
+        if not tied:
+            symmetries.groups[hidden] = SymmetryGroup(self.dim, "orthogonal")
+        symmetries.axes["item_embedding.weight"] = whole(None, "items")
+        below, below_dim = "items", self.dim
+        for layer in range(self.config["layers"]):
+            state, gates = f"gru.{layer}", f"gru.{layer}.gates"
+            symmetries.groups[state] = SymmetryGroup(hidden_dim, "signed", (state, gates))
+            for name, label, size in (("ih", below, below_dim), ("hh", state, hidden_dim)):
+                symmetries.axes[f"gru.weight_{name}_l{layer}"] = (
+                    AxisSpec((None, gates, label), (2, hidden_dim, size), 0, 0, 2 * hidden_dim),
+                    AxisSpec((state, label), None, 0, 2 * hidden_dim, hidden_dim),
+                )
+            below, below_dim = state, hidden_dim
+        symmetries.add_linear("dense", hidden, below)
+        symmetries.add_output(self, hidden)
+        return symmetries
 
 
 def _without_padding(tokens: Tensor, number: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class ParallelEncoders(SequenceEncoder):
     Source: Du et al., EMKD, SIGIR 2023, arXiv 2304.14668, whose code adds the logits up.
     """
 
+    one_network = False
+
     def __init__(self, members: Sequence[SequenceEncoder | Mapping[str, Any]]) -> None:
         networks = [_member(index, member) for index, member in enumerate(members)]
         if not networks:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_choice
-from fisherkern.encoders.transformer import ACTIVATIONS, Block, check_blocks, places
+from fisherkern.encoders.base import Batch, SequenceEncoder
+from fisherkern.encoders.symmetry import Symmetries
+from fisherkern.encoders.transformer import (
+    ACTIVATIONS,
+    Block,
+    check_blocks,
+    has_constant_gain,
+    places,
+    transformer_symmetries,
+)
+from fisherkern.errors import check_choice
 
 
 class SASRec(SequenceEncoder):
@@ -73,7 +84,7 @@ class SASRec(SequenceEncoder):
             "init_std": init_std,
         }
         check_blocks(type(self), self.config)
-        check_choice(type(self), "activation", activation, list(ACTIVATIONS))
+        check_choice(f"{type(self).__name__}: activation", activation, list(ACTIVATIONS))
         pre = norm == "pre"
         self.scale = dim**0.5 if scaled else 1.0
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
@@ -117,6 +128,27 @@ class SASRec(SequenceEncoder):
         tokens = self.read_history(batch, least=1)
         last = tokens.new_full((tokens.shape[0], 1), tokens.shape[1] - 1)
         return self.transform(self.states(tokens, last).squeeze(1))
+
+    def symmetries(self) -> Symmetries:
+        """Return what the residual stream, the space of items and of h, admits, for `align`.
+
+        With norm="pre" only layer norms read it. All but the last fold into linear layers. The
+        last folds into an output matrix of its own (untied), and the stream may be rotated; tied,
+        it may where the last gain is constant. With norm="post" it may be permuted.
+        """
+        pre, tied = self.config["norm"] == "pre", self.config["tied"]
+        norm: Any = self.final_norm
+        rotates = pre and tied and has_constant_gain(norm)
+        if pre and not tied:
+            zero_gain = (norm.weight == 0) & (norm.bias != 0)
+            rotates = self.config["bias"] or not bool(zero_gain.any())
+        symmetries = transformer_symmetries(self, "rotation" if rotates else "permutation")
+        symmetries.add_norm("final_norm" if pre else "embedding_norm", "residual")
+        if pre and not tied:
+            bias = "output_bias" if self.config["bias"] else None
+            symmetries.folds["final_norm"] = (("output_embedding", bias),)
+        symmetries.add_output(self, "residual")
+        return symmetries
 
 
 def _hidden(tokens: Tensor, queries: Tensor) -> Tensor:

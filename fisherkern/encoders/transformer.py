@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import check_choice, check_dropout, check_size, take
-from fisherkern.errors import InputError
+from fisherkern.encoders.base import check_dropout, check_size, take
+from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup, whole
+from fisherkern.errors import InputError, check_choice
 
 #: Feed-forward activations by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -141,6 +142,46 @@ def check_blocks(owner: type, config: Mapping[str, Any]) -> None:
         raise InputError(
             f"{owner.__name__}: heads = {config['heads']} does not divide dim = {config['dim']}"
         )
-    check_choice(owner, "norm", config["norm"], ("post", "pre"))
+    check_choice(f"{owner.__name__}: norm", config["norm"], ("post", "pre"))
     for name in ("dropout", "attention_dropout"):
         check_dropout(owner, name, config[name])
+
+
+def transformer_symmetries(model: Any, kind: str) -> Symmetries:
+    """Symmetries of embedding tables and `model.blocks`; the residual stream has group `kind`."""
+    tables = ("item_embedding.weight", "position_embedding.weight")
+    # A key's bias adds the same number to all scores of a query, which the softmax ignores.
+    idle = frozenset(f"blocks.{i}.attention.key.bias" for i in range(len(model.blocks)))
+    groups = {"residual": SymmetryGroup(model.dim, kind)}
+    symmetries = Symmetries(groups, {name: whole(None, "residual") for name in tables}, idle)
+    for index, block in enumerate(model.blocks):
+        _add_block(symmetries, block, f"blocks.{index}", "residual")
+    return symmetries
+
+
+def _add_block(symmetries: Symmetries, block: Any, name: str, residual: str) -> None:
+    attention, inner = f"{name}.attention", f"{name}.feed_forward"
+    qk, vo = f"{attention}.qk", f"{attention}.vo"
+    inner_dim, dim = block.feed_forward.inner.weight.shape
+    # q·k stays when both turn alike; so does the output when the values turn one way and the
+    # output weights the other. Heads are summed, so their order is free.
+    symmetries.groups[attention] = SymmetryGroup(dim, "heads", (qk, vo), block.attention.heads)
+    symmetries.groups[inner] = SymmetryGroup(inner_dim)
+    for projection, label in (("query", qk), ("key", qk), ("value", vo)):
+        symmetries.add_linear(f"{attention}.{projection}", label, residual)
+    symmetries.add_linear(f"{attention}.output", residual, vo)
+    symmetries.add_linear(f"{inner}.inner", inner, residual)
+    symmetries.add_linear(f"{inner}.outer", residual, inner)
+    symmetries.add_norm(f"{name}.attention_norm", residual)
+    symmetries.add_norm(f"{name}.feed_forward_norm", residual)
+    if block.pre:
+        projections = [f"{attention}.{projection}" for projection in ("query", "key", "value")]
+        symmetries.fold(f"{name}.attention_norm", projections)
+        symmetries.fold(f"{name}.feed_forward_norm", [f"{inner}.inner"])
+
+
+def has_constant_gain(norm: Any) -> bool:
+    """Whether all channels have the same gain, up to the rounding of an earlier rotation."""
+    gain = norm.weight.detach().double()
+    spread = float((gain - gain.mean()).abs().max())
+    return spread <= 8 * torch.finfo(norm.weight.dtype).eps * float(gain.abs().max())

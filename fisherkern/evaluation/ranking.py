@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
+from fisherkern.modes import eval_mode
 
 
 def evaluate(
@@ -63,7 +63,7 @@ def evaluate(
     loader = view.loader(split=split, batch_size=batch_size, max_len=getattr(model, "max_len", 50))
     popularity = data.popularity()
     kept_users, ranks = [], []
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
             batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
             scores = item_scores(model, batch, data.num_items)
@@ -198,17 +198,3 @@ def _check_catalogue(model: Any, data: SequenceDataset) -> None:
             f"model: trained on another catalogue than {data.name} "
             f"({len(own)} and {data.num_items} items, or another order)"
         )
-
-
-@contextlib.contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    """Eval mode inside; after, every submodule is back in the mode it was in."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    if modules:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode

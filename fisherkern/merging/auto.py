@@ -1,4 +1,4 @@
-"""merge(method="auto"): every rule that the arguments allow, and every member alone, by score."""
+"""merge(method="auto"): every method that the arguments allow, and every member alone, by score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fisherkern.errors import InputError
-from fisherkern.merging.rules import RULES
+from fisherkern.merging.rules import METHODS
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -22,17 +22,25 @@ def merge_auto(
     inputs: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> ModelT:
-    """The candidate with the highest `score`: never worse there than the best member alone.
+    """Return the candidate with the highest `score`: never worse there than the best member alone.
 
-    Tried are each member (in the united catalogue, where catalogues differ), and each rule in
-    `RULES` whose inputs are given: with equal lambda where it knows none, else with those that
-    weights="search" finds. The first of equals wins, members before rules.
+    Tried are each member (in the united catalogue, where catalogues differ), and each method in
+    `METHODS` whose inputs are given: with equal lambda where it knows none, else with those that
+    weights="search" finds. The first of equals wins, members before methods. The search scores some
+    40 models per method and more with many members. Keeps two models at a time.
 
-    merge: the function of that name. inputs: its arguments that rules use, by name. settings:
-    its other arguments. The result's `merge_report` is the winner's ("single" for a member),
-    with `auto`: score, and per candidate its method, weights and score. The search
-    scores some 40 models per rule and more with many members. Keeps two models at a time.
-    Raises InputError without `score`, for `weights`, and for a score that is not finite.
+    Args:
+        merge: The function of that name.
+        models: Its members.
+        inputs: Its arguments that methods use, by name.
+        settings: Its other arguments.
+
+    Returns:
+        The winner. Its `merge_report` ("single" for a member) also has `auto`: score, and per
+        candidate its method, weights and score.
+
+    Raises:
+        InputError: `score` is missing or not finite, or there are `weights` or `options`.
     """
     score = inputs["score"]
     if score is None:
@@ -40,7 +48,7 @@ def merge_auto(
     if inputs["weights"] is not None:
         raise InputError("method 'auto' takes no weights: it looks for them")
     if settings.get("options") is not None:
-        raise InputError("method 'auto' takes no options: they are of one rule each")
+        raise InputError("method 'auto' takes no options: they are of one method each")
     if isinstance(inputs["validation"], Iterator):
         inputs = {**inputs, "validation": list(inputs["validation"])}
     best: ModelT | None = None
@@ -67,13 +75,13 @@ def _candidates(members: int, inputs: Mapping[str, Any]) -> Iterator[tuple[str, 
         vertex = [float(number == member) for number in range(members)]
         yield "single", {"method": "weighted", "weights": vertex}
     given = {name for name in _DATA if inputs[name] is not None}
-    for name, rule in RULES.items():
-        needed = {kind for kind, use in rule.inputs.items() if use == "must" and kind in _DATA}
+    for name, method in METHODS.items():
+        needed = {kind for kind, use in method.inputs.items() if use == "must" and kind in _DATA}
         if not needed <= given:
             continue
-        used = {kind: inputs[kind] for kind in given if kind in rule.inputs}
-        if rule.takes_weights and "products" not in rule.inputs:
+        used = {kind: inputs[kind] for kind in given if kind in method.inputs}
+        if method.takes_weights and "products" not in method.inputs:
             used |= {"weights": "search", "score": inputs["score"]}
-        elif rule.inputs.get("score") == "must":
+        elif method.inputs.get("score") == "must":
             used["score"] = inputs["score"]
         yield name, {"method": name, **used}

@@ -1,15 +1,15 @@
-"""One tensor of all members: rows gathered, a rule applied, a block of rows at a time."""
+"""One tensor of all members, merged a block of rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherkern.merging.rules import Operands
+from fisherkern.merging.rules.base import MergeBlock
 
 # Entries of a tensor merged at once. The float64 copies of the members' values, Fishers and
 # shares stay in the processor's cache: four times as fast as blocks of 4 million.
@@ -19,12 +19,12 @@ Part = Tensor | slice
 
 
 @dataclass(frozen=True)
-class TensorBlocks:
-    """One tensor of every member and all that a rule may know of it, except lambda.
+class BlockIterator:
+    """One tensor of every member and all that a merge method may know of it, except lambda.
 
     tensors: M of them. rows: per member, the row that each merged row comes from, -1 for none
-    (`Catalogue.rows`); None where nothing moves. fishers: each member's Fisher and the unit to
-    divide it by. base, base_rows: the same for the base. grams, heads: see `rules.Blocks`.
+    (`CatalogueUnion.rows`); None where nothing moves. fishers: each member's Fisher and the unit to
+    divide it by. base, base_rows: the same for the base. grams, heads: see `rules.TensorBlocks`.
     """
 
     name: str
@@ -36,11 +36,11 @@ class TensorBlocks:
     grams: list[Tensor] | None = None
     heads: tuple[str, int, int] | None = None
     floor: float = 0.0
-    options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
     @property
     def members(self) -> int:
+        """M."""
         return len(self.tensors)
 
     @property
@@ -51,13 +51,13 @@ class TensorBlocks:
             return tuple(first.shape)
         return len(self.rows[0]), *first.shape[1:]
 
-    def __iter__(self) -> Iterator[Operands]:
-        """The operands of each block with equal weights, as `Rule.prepare` sees them."""
-        for _, operands in self.operands([1 / self.members] * self.members, None):
-            yield operands
+    def __iter__(self) -> Iterator[MergeBlock]:
+        """Yield the blocks with equal weights, as `MergeMethod.prepare` sees them."""
+        for _, block in self.weighted([1 / self.members] * self.members, None):
+            yield block
 
-    def operands(self, weights: Sequence[float], stats: Any) -> Iterator[tuple[slice, Operands]]:
-        """(Rows of the merged table, operands) of each block; none for an empty tensor."""
+    def weighted(self, weights: Sequence[float], stats: Any) -> Iterator[tuple[slice, MergeBlock]]:
+        """Yield (rows of the merged table, block); nothing for an empty tensor."""
         device = self.tensors[0].device
         length = self.shape[0] if self.shape else 1
         columns = as_table(self.tensors[0]).shape[1]
@@ -66,19 +66,19 @@ class TensorBlocks:
         lam = torch.tensor(weights, dtype=torch.float64)
         step = max(1, BLOCK // columns)
         for start in range(0, length, step):
-            place = slice(start, min(start + step, length))
-            size = place.stop - start
-            part: list[Part] = [place] * self.members
+            rows = slice(start, min(start + step, length))
+            size = rows.stop - start
+            part: list[Part] = [rows] * self.members
             if self.rows is not None:
-                part = [row[place] for row in self.rows]
+                part = [row[rows] for row in self.rows]
             owns = torch.stack([_present(index, size) for index in part])
             base, base_owns = None, torch.zeros(size, dtype=torch.bool)
             if self.base is not None:
-                where: Part = place if self.base_rows is None else self.base_rows[place]
+                where: Part = rows if self.base_rows is None else self.base_rows[rows]
                 base, base_owns = _rows_of(self.base, where, device), _present(where, size)
             yield (
-                place,
-                Operands(
+                rows,
+                MergeBlock(
                     theta=_gather(self.tensors, part, device),
                     weights=_owner_weights(lam, owns)[:, :, None].to(device),
                     fisher=self._fisher(part, device),
@@ -89,7 +89,6 @@ class TensorBlocks:
                     base_owns=base_owns[:, None].to(device),
                     name=self.name,
                     start=start,
-                    options=self.options,
                     stats=stats,
                     seed=self.seed,
                 ),
@@ -104,19 +103,19 @@ class TensorBlocks:
 
 
 def merge_tensor(
-    function: Callable[[Operands], Tensor],
-    blocks: TensorBlocks,
+    function: Callable[[MergeBlock], Tensor],
+    blocks: BlockIterator,
     weights: Sequence[float],
     stats: Any = None,
 ) -> Tensor:
-    """`function` (a rule) applied block by block; the dtype of member 0's tensor.
+    """Apply `function`, a merge method with its options set, block by block; dtype of member 0's.
 
-    weights: lambda, M numbers. stats: what the rule's `prepare` found for this tensor.
+    weights: lambda, M numbers. stats: what the method's `prepare` found for this tensor.
     """
     first = blocks.tensors[0]
     merged = torch.empty(blocks.shape, dtype=first.dtype, device=first.device)
-    for place, operands in blocks.operands(weights, stats):
-        as_table(merged)[place] = function(operands).to(first.dtype)
+    for rows, block in blocks.weighted(weights, stats):
+        as_table(merged)[rows] = function(block).to(first.dtype)
     return merged
 
 

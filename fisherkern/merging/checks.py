@@ -1,10 +1,9 @@
-"""What can be wrong with the members, their Fishers and the options, each in one sentence."""
+"""Checks of what `merge` is given beside the members: method, Fishers, Gram matrices, products."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,35 +11,35 @@ from torch import Tensor, nn
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.merging.rows import Catalogue
-from fisherkern.merging.rules import RULES, Rule, check_options
-from fisherkern.merging.ties import Tie, find_ties, named_tensors
+from fisherkern.members.options import check_options
+from fisherkern.members.ties import Tie
+from fisherkern.merging.rules import METHODS, MergeMethod
 
 
-def choose_rule(
-    method: str | None,
+def choose_method(
+    name: str | None,
     inputs: Mapping[str, Any],
     options: Mapping[str, Any] | None,
     floor: float,
     normalize: str | None,
     steps: int | None,
-) -> tuple[str, Rule, dict[str, Any]]:
-    """The rule's name, the rule and its options, after checking that the arguments fit it."""
+) -> tuple[MergeMethod, dict[str, Any]]:
+    """Return the method and its options, after checking that the arguments fit it."""
     weights = inputs["weights"]
-    if method is None:
-        method = "uniform" if weights is None else "weighted"
-        method = method if inputs["fishers"] is None else "fisher"
-    if method not in RULES:
-        raise InputError(f"method {method!r} is not one of {', '.join(RULES)}")
-    rule = RULES[method]
+    if name is None:
+        name = "uniform" if weights is None else "weighted"
+        name = name if inputs["fishers"] is None else "fisher"
+    if name not in METHODS:
+        raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+    method = METHODS[name]
     if isinstance(weights, str) and weights != "search":
         raise InputError(f"weights is {weights!r} where numbers or 'search' were expected")
     searching = isinstance(weights, str)
-    if searching and "products" in rule.inputs:
-        raise InputError(f"method {method!r} takes numbers as weights, not 'search'")
-    for name, value in inputs.items():
-        use = rule.inputs.get(name, "no")
-        if name == "score" and use == "no":
+    if searching and "products" in method.inputs:
+        raise InputError(f"method {name!r} takes numbers as weights, not 'search'")
+    for argument, value in inputs.items():
+        use = method.inputs.get(argument, "no")
+        if argument == "score" and use == "no":
             if searching != (value is not None):
                 raise InputError(
                     "weights='search' needs score=, a function of a model whose value is to be high"
@@ -49,19 +48,23 @@ def choose_rule(
                 )
             continue
         if value is not None and use == "no":
-            raise InputError(f"method {method!r} takes no {name}{HINTS.get((method, name), '')}")
+            raise InputError(
+                f"method {name!r} takes no {argument}{HINTS.get((name, argument), '')}"
+            )
         if value is None and use == "must":
-            raise InputError(f"method {method!r} needs {name}{NEEDED[name]}")
+            raise InputError(f"method {name!r} needs {argument}{NEEDED[argument]}")
     if not (math.isfinite(floor) and floor >= 0):
         raise InputError(f"floor is {floor} where a number of at least 0 was expected")
     if normalize not in ("mean", None):
         raise InputError(f"normalize is {normalize!r} where 'mean' or None was expected")
     if steps is not None and steps < 0:
         raise InputError(f"steps is {steps} where a number of at least 0 was expected")
-    return method, rule, check_options(method, rule, options)
+    return method, check_options(name, method.options, options)
 
 
 HINTS = {("uniform", "weights"): "; did you mean 'weighted'?"}
+
+
 NEEDED = {
     "weights": ": one number per member, or 'search'",
     "fishers": ": one mapping per member, as diag_fisher makes",
@@ -71,115 +74,6 @@ NEEDED = {
     "score": ": a function of a model whose value is to be high",
     "validation": ": batches of histories and next items",
 }
-
-
-def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> list[float]:
-    """Lambda as a list that sums to 1; None means equal weights."""
-    if weights is None:
-        return [1 / members] * members
-    try:
-        values = [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise InputError(f"weights is {weights!r} where {members} numbers were expected") from None
-    if len(values) != members:
-        raise InputError(f"weights has {len(values)} numbers for {members} members")
-    for number, weight in enumerate(values):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise InputError(f"weight {number} is {weight} where at least 0 was expected")
-    total = math.fsum(values)
-    if total <= 0:
-        raise InputError("the weights sum to 0, so no member would count")
-    return [weight / total for weight in values]
-
-
-def check_members(models: Sequence[nn.Module]) -> list[Tie]:
-    """The ties of the members, which must be of one class with the same tensors and ties."""
-    if not models:
-        raise InputError("there is no model to merge")
-    for number, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise InputError(f"member {number} is a {type(model).__name__}, not an nn.Module")
-        if type(model) is not type(models[0]):
-            raise InputError(
-                f"member {number} is a {type(model).__name__} and member 0 "
-                f"a {type(models[0]).__name__}; only models of one class merge"
-            )
-    names = [set(named_tensors(model)) for model in models]
-    for number, own in enumerate(names):
-        for lacking, having, odd in ((number, 0, names[0] - own), (0, number, own - names[0])):
-            if odd:
-                raise InputError(
-                    f"member {lacking} has no tensor {min(odd)!r}, which member {having} has"
-                )
-    ties = [find_ties(model, f"member {number}") for number, model in enumerate(models)]
-    for number, own_ties in enumerate(ties):
-        odd_ties = set(own_ties) ^ set(ties[0])
-        if odd_ties:
-            name = max(odd_ties, key=lambda tie: len(tie.aliases)).name
-            raise InputError(
-                f"tensor {name!r} is tied to others in one of members 0 and {number} and not, or "
-                "to different ones, in the other"
-            )
-    return ties[0]
-
-
-def check_tensors(
-    tensors: Sequence[Mapping[str, Tensor]], ties: Sequence[Tie], catalogue: Catalogue
-) -> None:
-    """Shapes and dtypes agree, item rows apart, and no floating tensor holds a NaN."""
-    for tie in ties:
-        movable = catalogue.positions is not None and tie.name in catalogue.parameters
-        first = tensors[0][tie.name]
-        for number, own in enumerate(tensors):
-            tensor = own[tie.name]
-            if tensor.shape[movable:] != first.shape[movable:]:
-                raise InputError(
-                    f"tensor {tie.name!r} has shape {tuple(tensor.shape)} in member {number} and "
-                    f"{tuple(first.shape)} in member 0"
-                )
-            if tensor.dtype != first.dtype:
-                raise InputError(
-                    f"tensor {tie.name!r} is {tensor.dtype} in member {number} and {first.dtype} "
-                    "in member 0"
-                )
-            if tensor.is_complex():
-                raise InputError(f"tensor {tie.name!r} is complex, which no merge rule handles")
-            if tensor.isnan().any():
-                raise InputError(f"tensor {tie.name!r} of member {number} holds a NaN")
-
-
-@contextlib.contextmanager
-def renamed(old: str, new: str) -> Iterator[None]:
-    """Checks of members inside the block, said of something else: `new` where they name `old`."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(str(error).replace(old, new)) from None
-
-
-def check_finite(tensors: Sequence[Tensor], name: str) -> None:
-    """No member's tensor `name` holds an infinity (NaN was refused before)."""
-    for number, tensor in enumerate(tensors):
-        if not tensor.isfinite().all():
-            raise InputError(f"tensor {name!r} of member {number} holds an infinity")
-
-
-def check_config(models: Sequence[nn.Module]) -> None:
-    """Settings that shape no tensor but change the function, such as the number of heads, agree."""
-    configs = [getattr(model, "config", None) for model in models]
-    first = configs[0]
-    for number, own in enumerate(configs):
-        if not isinstance(first, dict) or not isinstance(own, dict):
-            return
-        for key in sorted(set(first) | set(own)):
-            # These act in training only, or are what alignment is for.
-            if key in ("num_items", "init_std") or "dropout" in key:
-                continue
-            if first.get(key) != own.get(key):
-                raise InputError(
-                    f"member {number} was built with {key}={own.get(key)!r} and member 0 with "
-                    f"{key}={first.get(key)!r}"
-                )
 
 
 def check_mappings(

@@ -4,136 +4,169 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.merging.blocks import TensorBlocks, as_table
-from fisherkern.merging.members import Members
+from fisherkern.members.ties import Tie
+from fisherkern.merging.blocks import BlockIterator, as_table
+from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.rules import average
 
-Vector = dict[str, Tensor]
 Product = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Vector = NDArray[np.float64]
+
+
+class _Done(Exception):
+    """Ends conjugate gradients."""
 
 
 def solve_full_fisher(
-    members: Members,
+    members: MemberSet,
     products: Sequence[Product],
     weights: Sequence[float],
     floor: float,
     *,
     steps: int,
     tol: float,
-) -> tuple[Vector, list[float]]:
-    """theta minimising sum_m lambda_m (theta - theta_m)^T F~_m (theta - theta_m), per name,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Minimise sum_m lambda_m (theta - theta_m)^T F~_m (theta - theta_m) over theta.
 
-    F~_m = F_m/u_m + floor I, u_m the mean diagonal entry as in `merge`; and the relative
-    residual |r|/|r_0| before each step and after the last.
+    F~_m = F_m/u_m + floor I, with u_m the mean diagonal entry as in `merge`. Preconditioned
+    conjugate gradients solve
 
-    Preconditioned conjugate gradients on sum_m lambda_m F~_m d = sum_m lambda_m F~_m (theta_m -
-    theta_0) from theta_0, the lambda-average, with sum_m lambda_m diag(F~_m), from the members'
-    diagonal Fishers, as the preconditioner; at most `steps` steps, fewer where the residual
-    falls below `tol`. Directions in which every F~_m is 0 (floor 0) keep theta_0, and so do
-    tensors the diagonal Fishers do not decide. An item's rows enter the products of its owners.
-    Each step takes one product of every member. Five copies of the parameters in float64.
+        sum_m lambda_m F~_m d = sum_m lambda_m F~_m (theta_m - theta_0)
+
+    for d = theta - theta_0, from theta_0, the lambda-average. The preconditioner is
+    sum_m lambda_m diag(F~_m), from the members' diagonal Fishers. Directions in which every F~_m
+    is 0 (floor 0) keep theta_0, and so do tensors the diagonal Fishers do not decide. An item's
+    rows enter the products of its owners. A step takes one product of every member. Holds nine
+    vectors of all parameters in float64.
+
+    Args:
+        members: The members, with their diagonal Fishers.
+        products: M functions v -> F_m v, of tensors by name.
+        weights: lambda, M numbers.
+        floor: See above.
+        steps: The most steps.
+        tol: Relative residual |r|/|r_0| at which to stop.
+
+    Returns:
+        The tensors that changed, by name; and the relative residual before each step and after
+        the last.
+
+    Raises:
+        InputError: A product lacks a tensor, or gives one that is not finite or of another shape.
+
     Source: Tam et al., MaTS, arXiv 2312.04339 (with block-diagonal K-FAC there).
     """
+    from scipy.sparse.linalg import LinearOperator, cg
+
     space = _Space(members, weights, floor)
     operator = _Operator(space, products, weights, floor)
-    start = space.start
-    residual = operator.pull(start)
-    change = {name: torch.zeros_like(value) for name, value in start.items()}
-    first = _dot(residual, residual) ** 0.5
-    history = [1.0 if first > 0 else 0.0]
-    direction: Vector | None = None
-    previous = 0.0
-    for _ in range(steps):
-        if history[-1] <= tol:
-            break
-        scaled = space.precondition(residual)
-        energy = _dot(residual, scaled)
-        if direction is None:
-            direction = scaled
-        else:
-            direction = {n: scaled[n] + energy / previous * direction[n] for n in scaled}
+    right = operator.pull(space.start)
+    first = float(np.linalg.norm(right))
+    if first == 0:
+        return {}, [0.0]
+    history: list[float] = []
+    change = np.zeros_like(right)
+
+    def precondition(residual: Vector) -> Vector:
+        # Every step begins here, so the residuals of all steps are seen.
+        history.append(float(np.linalg.norm(residual)) / first)
+        if len(history) > steps or history[-1] <= tol:
+            raise _Done
+        zeros = np.zeros_like(residual)
+        scaled = np.divide(residual, space.diagonal, out=zeros, where=space.diagonal > 0)
+        # The square of a residual that is all but 0 underflows.
+        if residual @ scaled <= 0:
+            raise _Done
+        return scaled
+
+    def multiply(direction: Vector) -> Vector:
         image = operator(direction)
-        curvature = _dot(direction, image)
         # Rounding alone is left once the curvature is not positive.
-        if curvature <= 0:
-            break
-        for name in change:
-            change[name] += energy / curvature * direction[name]
-            residual[name] -= energy / curvature * image[name]
-        previous = energy
-        history.append(_dot(residual, residual) ** 0.5 / first)
-    own = members.tensors[0]
-    found = {
-        tie.name: (start[tie.name] + change[tie.name]).to(own[tie.name].dtype)
-        for tie in members.merged
-        if tie.name in space.decided and first > 0
-    }
-    return found, history
+        if direction @ image <= 0:
+            raise _Done
+        return image
 
+    def keep(solution: Vector) -> None:
+        change[:] = solution
 
-def _dot(a: Vector, b: Vector) -> float:
-    return sum(float((a[name] * b[name]).sum()) for name in a)
+    shape = (len(right), len(right))
+    matrix = LinearOperator(shape, matvec=multiply, dtype=right.dtype)
+    inverse = LinearOperator(shape, matvec=precondition, dtype=right.dtype)
+    try:
+        cg(matrix, right, rtol=0.0, atol=0.0, maxiter=steps + 1, M=inverse, callback=keep)
+    except _Done:
+        pass
+    solved = space.tensors(space.start + change)
+    first_member = members.tensors[0]
+    return {name: solved[name].to(first_member[name].dtype) for name in space.decided}, history
 
 
 class _Space:
-    """The united parameters the Fishers decide or depend on, and each member's part of them."""
+    """The united parameters the Fishers decide or depend on, as one vector, by member and name.
 
-    def __init__(self, members: Members, weights: Sequence[float], floor: float) -> None:
+    start, diagonal: theta_0 and sum_m lambda_m diag(F~_m), 0 where the Fishers do not decide.
+    """
+
+    def __init__(self, members: MemberSet, weights: Sequence[float], floor: float) -> None:
         assert members.fishers is not None
         self.members = members
         self.rows = {tie.name: members.rows(tie) for tie in members.merged}
-        self.decided: set[str] = set()
-        self.names: list[str] = []
-        # The lambda-average; a row whose owners all have lambda 0 is theirs, and nothing moves it.
-        self.start: Vector = {}
-        self._diagonal: Vector = {}
+        self.decided: list[str] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.device = next(iter(members.tensors[0].values())).device
+        starts, diagonals = [], []
         for tie in members.merged:
-            own = members.of(tie)
-            if not own[0].requires_grad:
+            if not members.of(tie)[0].requires_grad:
                 continue
-            for alias in tie.aliases:
-                first = members.tensors[0]
-                if first[alias].requires_grad and first[alias] is not first[tie.name]:
-                    raise InputError(
-                        f"tensors {tie.name!r} and {alias!r} are two parameters that share memory, "
-                        "which method 'full_fisher' does not handle; make them one"
-                    )
-            self.names.append(tie.name)
-            blocks = members.blocks(tie, floor, {}, 0)
-            self.start[tie.name], diagonal = _start_and_diagonal(blocks, weights)
+            self._check_alias(tie)
+            blocks = members.blocks(tie, floor, 0)
+            start, diagonal = _start_and_diagonal(blocks, weights)
+            self.shapes[tie.name] = blocks.shape
+            starts.append(start.flatten())
+            diagonals.append(diagonal.flatten())
             if blocks.fishers is not None:
-                self.decided.add(tie.name)
-                self._diagonal[tie.name] = diagonal
+                self.decided.append(tie.name)
+        empty = [torch.zeros(0, dtype=torch.float64)]
+        self.start: Vector = torch.cat(starts or empty).cpu().numpy()
+        self.diagonal: Vector = torch.cat(diagonals or empty).cpu().numpy()
 
-    def precondition(self, vector: Vector) -> Vector:
-        """vector / diagonal, 0 where the diagonal is."""
-        return {
-            name: torch.where(self._diagonal[name] > 0, value / self._diagonal[name], 0.0)
-            if name in self.decided
-            else torch.zeros_like(value)
-            for name, value in vector.items()
-        }
+    def _check_alias(self, tie: Tie) -> None:
+        first = self.members.tensors[0]
+        for alias in tie.aliases:
+            if first[alias].requires_grad and first[alias] is not first[tie.name]:
+                raise InputError(
+                    f"tensors {tie.name!r} and {alias!r} are two parameters that share memory, "
+                    "which method 'full_fisher' does not handle; make them one"
+                )
 
-    def take(self, vector: Vector, member: int) -> Vector:
-        """The member's part of a vector, by its own rows."""
-        found = {}
-        for name in self.names:
+    def tensors(self, vector: Vector) -> dict[str, Tensor]:
+        """Return the vector's tensors by name."""
+        flat = torch.from_numpy(vector).to(self.device)
+        sizes = [int(np.prod(shape)) for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), flat.split(sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+    def take(self, vector: Vector, member: int) -> dict[str, Tensor]:
+        """Return the member's part of a vector, by its own rows."""
+        taken = {}
+        for name, value in self.tensors(vector).items():
             rows = self.rows[name]
-            value = vector[name]
             if rows is not None:
                 have = rows[member] >= 0
                 own = torch.zeros_like(self.members.tensors[member][name], dtype=torch.float64)
                 own[rows[member][have]] = value[have]
                 value = own
-            found[name] = value
-        return found
+            taken[name] = value
+        return taken
 
     def add_(self, total: Tensor, member: int, name: str, value: Tensor) -> None:
-        """total += the member's part put into the united rows."""
+        """Add the member's part, put into the united rows, to `total`."""
         rows = self.rows[name]
         if rows is None:
             total += value
@@ -142,15 +175,15 @@ class _Space:
             total[have] += value[rows[member][have]]
 
 
-def _start_and_diagonal(blocks: TensorBlocks, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _start_and_diagonal(blocks: BlockIterator, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """theta_0 and sum_m lambda_m diag(F~_m) of one tensor, float64; zeros without a Fisher."""
     start = torch.zeros(blocks.shape, dtype=torch.float64, device=blocks.tensors[0].device)
     diagonal = torch.zeros_like(start)
-    for place, x in blocks.operands(weights, None):
-        as_table(start)[place] = average(x)
-        if x.fisher is not None:
-            lam = x.lam[:, None, None] * x.owns
-            as_table(diagonal)[place] = (lam * (x.fisher + x.floor)).sum(0)
+    for rows, block in blocks.weighted(weights, None):
+        as_table(start)[rows] = average(block)
+        if block.fisher is not None:
+            lam = block.lam[:, None, None] * block.owns
+            as_table(diagonal)[rows] = (lam * (block.fisher + block.floor)).sum(0)
     return start, diagonal
 
 
@@ -164,20 +197,19 @@ class _Operator:
         self.weights, self.floor = weights, floor
 
     def __call__(self, vector: Vector) -> Vector:
-        parts = [self.space.take(vector, m) for m in range(len(self.products))]
-        return self._sum(parts)
+        return self._sum([self.space.take(vector, m) for m in range(len(self.products))])
 
     def pull(self, start: Vector) -> Vector:
-        """sum_m lambda_m P_m^T F~_m (theta_m - P_m start)."""
+        """Return sum_m lambda_m P_m^T F~_m (theta_m - P_m start)."""
         parts = []
         for member, tensors in enumerate(self.space.members.tensors):
             here = self.space.take(start, member)
             parts.append({n: tensors[n].detach().double() - here[n] for n in here})
         return self._sum(parts)
 
-    def _sum(self, parts: Sequence[Vector]) -> Vector:
+    def _sum(self, parts: Sequence[dict[str, Tensor]]) -> Vector:
         space = self.space
-        total = {name: torch.zeros_like(value) for name, value in space.start.items()}
+        total = space.tensors(np.zeros_like(space.start))
         assert space.members.fishers is not None
         units = space.members.fishers.units
         for m, part in enumerate(parts):
@@ -195,4 +227,4 @@ class _Operator:
                     )
                 scaled = value / units[m] + self.floor * part[name]
                 space.add_(total[name], m, name, self.weights[m] * scaled)
-        return total
+        return np.concatenate([part.flatten().cpu().numpy() for part in total.values()])

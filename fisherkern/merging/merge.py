@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
 from fisherkern.merging.full_fisher import Product, solve_full_fisher
 from fisherkern.merging.learned import learn_weights
-from fisherkern.merging.members import Members
-from fisherkern.merging.merger import Merger, Weights
+from fisherkern.merging.member_set import MemberSet
+from fisherkern.merging.plan import MergePlan, Weights
 from fisherkern.merging.search import greedy_weights, search_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -37,70 +38,79 @@ def merge(
     steps: int | None = None,
     seed: int = 0,
 ) -> ModelT:
-    """A new model of the members' class; by default, for every entry of every parameter
+    """Merge models of one class into a new one.
+
+    By default, where Fishers are given, for every entry of every parameter
 
         theta* = sum_m lambda_m f_m theta_m / sum_m lambda_m f_m,   f_m = F_m/mean(F_m) + floor
 
-    models: M modules of one class with the same tensors. They are left as they are.
-    method: a name in `RULES`, whose functions' docstrings have the formulas; without one,
-        "fisher" where fishers are given, else "weighted" or "uniform".
+    Parameters without Fisher information are averaged with weights lambda: entries where every
+    member's Fisher is zero, tensors whose Fisher is rounding noise (largest entry below 1e-10 of
+    the model's mean, as in attention's key biases), tensors that a member's Fisher lacks because
+    they are frozen, and floating buffers that differ. Integer and boolean tensors must agree.
+    Tensors that share memory are merged once, with the Fisher of the one that holds the others, and
+    share memory in the result. All is computed in float64 and cast back.
 
-        uniform, weighted   lambda-averages
-        fisher              above; option group: "entry", "row", "neuron" or "tensor"
-        slerp               `slerp`; lambda are the places on the great circle
-        task_arithmetic, ties, dare    task vectors from `base`; options scale, density, per
-        pcrec               `layer_mix`; options criterion, alpha, bins
-        regmean             `regmean`, with `grams`; options alpha, ridge
-        full_fisher         `solve_full_fisher`, with `products` and `fishers`; option tol
-        greedy_soup         members added while `score` does not fall, see `greedy_weights`
-        learned_soup, layer_wise    lambda, one or one per layer, by gradient descent on the
-            cross-entropy of `validation`, see `learn_weights`; options lr, temperature
-        auto                every member alone and every rule whose inputs are given: the one with
-            the highest `score`, see `merge_auto`
-    weights: lambda, M numbers >= 0 of which the sum does not matter; "search" looks for those
-        with the highest `score` (see `search_weights`); None means equal. Members that saw
-        different amounts of data want their numbers of training sequences: lambda_m F_m is then
-        the Fisher of all that a member saw, up to the unit.
-    fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
-        parameters' shapes. mean(F_m) is over all entries of the member's Fisher, so a Fisher
-        scaled by a constant changes nothing. A `.meta["fingerprint"]` must fit the member,
-        unless check_fingerprint=False.
-    base: the model the members were trained from, of their class; its items may differ.
-    grams: M mappings from names of linear weights to (I, I) tensors, as `linear_grams` makes.
-    products: M functions v -> F_m v, as `fisher_product` makes.
-    options: the rule's own options by name.
-    floor: the weight of the plain lambda-average, relative to the mean Fisher entry.
-    normalize: "mean" as above; None divides every F_m by the mean over all members instead, so
-        that a member with a larger Fisher counts more.
-    score: model -> float, higher is better, to be measured on validation data. It is handed one
-        and the same model with other values each time.
-    validation: batches with next items (mappings with "history" and "target", or pairs), or a
-        function of the model that gives them.
-    item_ids: external ids of each member's items, for models without an `item_ids` attribute.
-    steps: random draws of the search (20), gradient steps of the learned lambdas (60), or
-        iterations of "full_fisher" (20). seed: of draws and of "dare".
+    Members with different item ids are aligned by id. The result, built as
+    `type(m)(**{**m.config, "num_items": V})`, has the union of the catalogues. An item's rows are
+    merged among its owners (even if all of those have lambda 0), padding and mask rows among all
+    members.
 
-    What Fisher cannot decide is averaged by lambda: entries where every member's Fisher is zero,
-    tensors for which it is rounding noise (largest entry below 1e-10 of the model's mean, as in
-    attention's key biases), tensors that a member's Fisher lacks because they are frozen, and
-    floating buffers that differ. Integer and boolean tensors must agree. Tensors sharing memory
-    are merged once, with the Fisher of the one that holds the others, and share memory in the
-    result. Computed in float64 and cast back.
+    Allocates the new model and one merged copy of its tensors; the float64 work is done in blocks
+    of some 65,000 entries.
 
-    Members with different `item_ids` are aligned by id: the result, built as
-    `type(m)(**{**m.config, "num_items": V})`, has the union of the catalogues. An item's rows
-    are merged among its owners (even if all of those have lambda 0), padding and mask rows among
-    all members.
+    Args:
+        models: M modules of one class with the same tensors. They are left as they are.
+        method: A name in `METHODS`; its function's docstring has the formula. Default: "fisher"
+            where fishers are given, else "weighted" or "uniform".
 
-    The result carries `merge_report`, a JSON-ready dict: method, members, weights (a list, or
-    tensor -> list where learned by layer), options, floor, normalize, candidates (weights and
-    score of each tried), items (number of owners -> number of items), coverage (tensor -> per
-    member, share of entries whose Fisher exceeds the floor), averaged_buffers, and residuals of
-    "full_fisher".
+            - "uniform", "weighted": lambda-averages.
+            - "fisher": the formula above; option group: "entry", "row", "neuron", "head", "tensor".
+            - "slerp": spherical interpolation; lambda are places on the great circle.
+            - "task_arithmetic", "ties", "dare": task vectors from `base`; options scale, density,
+              per.
+            - "pcrec": layers mixed by their entropy; options criterion, alpha, bins.
+            - "regmean": with `grams`; options alpha, ridge.
+            - "full_fisher": with `products` and `fishers` (`solve_full_fisher`); option tol.
+            - "greedy_soup": members are added while `score` does not fall (`greedy_weights`).
+            - "learned_soup", "layer_wise": lambda, one or one per layer, by gradient descent on
+              the cross-entropy of `validation` (`learn_weights`); options lr, temperature.
+            - "auto": every member alone and every method whose inputs are given; the one with the
+              highest `score` wins (`merge_auto`).
+        weights: lambda, M numbers of at least 0, of any positive sum. Default: equal. If members
+            saw different numbers of sequences, pass these numbers: lambda_m F_m is then the Fisher
+            of all that a member saw, up to the unit. "search" finds those with the highest `score`
+            (`search_weights`).
+        fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
+            parameters' shapes. mean(F_m) is over all entries of the member's Fisher, so a Fisher
+            scaled by a constant changes nothing.
+        base: The model that the members were trained from, of their class; its items may differ.
+        grams: M mappings from names of linear weights to (I, I) tensors, as `linear_grams` makes.
+        products: M functions v -> F_m v, as `fisher_product` makes.
+        options: The method's own options by name.
+        floor: Weight of the plain lambda-average, relative to the mean Fisher entry. Default: 0.1.
+        normalize: "mean" as above. None divides every F_m by the mean over all members instead, so
+            that a member with a larger Fisher counts more.
+        score: Maps a model to a number, higher is better, to be measured on validation data. It
+            gets one and the same model with other values each time.
+        validation: Batches with next items (mappings with "history" and "target", or pairs), or a
+            function of the model that returns them.
+        item_ids: External ids of each member's items, for models without an `item_ids` attribute.
+        check_fingerprint: Whether a `.meta["fingerprint"]` of a Fisher must fit its member.
+        steps: Random draws of the search (default 20), gradient steps of learned lambdas (default
+            60), or iterations of "full_fisher" (default 20).
+        seed: Seed of the draws, and of "dare".
 
-    Allocates the new model and one merged copy of its tensors; the float64 work is done in
-    blocks of some 65,000 entries. Raises InputError, naming the member, tensor or argument, for
-    anything that does not fit.
+    Returns:
+        A model of the members' class. Its `merge_report` is a JSON-ready dict: method, members,
+        weights (a list, or tensor -> list where learned by layer), options, floor, normalize,
+        candidates (weights and score of each tried), items (number of owners -> number of items),
+        coverage (tensor -> per member, share of entries whose Fisher exceeds the floor),
+        averaged_buffers, and residuals of "full_fisher".
+
+    Raises:
+        InputError: Something does not fit; the message names the member, tensor or argument.
+
     Source: Matena and Raffel, arXiv 2111.09832, for lambda and F; arXiv 2307.05476 for
     recommenders; the relative floor and the units are ours.
     """
@@ -119,15 +129,15 @@ def merge(
         settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
         settings |= {"steps": steps, "seed": seed}
         return merge_auto(merge, models, inputs, settings)
-    name, rule, options = checks.choose_rule(method, inputs, options, floor, normalize, steps)
-    members = Members(models, item_ids)
+    chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
+    members = MemberSet(models, item_ids)
     members.use(inputs, normalize, check_fingerprint)
-    merger = Merger(members, rule, options, floor, seed)
-    chosen, candidates = _choose(merger, weights, score, validation, steps)
+    plan = MergePlan(members, chosen, options, floor, seed)
+    lam, candidates = _choose(plan, weights, score, validation, steps)
     report: dict[str, Any] = {
-        "method": name,
+        "method": chosen.name,
         "members": len(models),
-        "weights": chosen,
+        "weights": lam,
         "options": options,
         "floor": floor,
         "normalize": normalize,
@@ -136,15 +146,15 @@ def merge(
         "coverage": members.coverage(floor),
         "averaged_buffers": members.averaged_buffers,
     }
-    found: Mapping[str, Tensor] | None = None
+    solved: Mapping[str, Tensor] | None = None
     if products is not None:
-        assert isinstance(chosen, list)
-        found, report["residuals"] = solve_full_fisher(
-            members, products, chosen, floor, steps=_or(steps, 20), tol=options["tol"]
+        assert isinstance(lam, list)
+        solved, report["residuals"] = solve_full_fisher(
+            members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
         )
-    merger.write(chosen, found)
-    merger.target.merge_report = report
-    return merger.target
+    plan.write(lam, solved)
+    plan.target.merge_report = report
+    return plan.target
 
 
 def _or(steps: int | None, default: int) -> int:
@@ -152,20 +162,20 @@ def _or(steps: int | None, default: int) -> int:
 
 
 def _choose(
-    merger: Merger, weights: Any, score: Any, validation: Any, steps: int | None
+    plan: MergePlan, weights: Any, score: Any, validation: Any, steps: int | None
 ) -> tuple[Weights, list[dict[str, Any]]]:
     """(lambda, the candidates tried): given, searched, greedy or learned."""
-    number = len(merger.members)
+    number = len(plan.members)
 
     def score_of(point: list[float]) -> float:
-        merger.write(point)
-        return score(merger.target)
+        plan.write(point)
+        return score(plan.target)
 
-    if merger.rule.choose == "greedy":
+    if plan.method.choose == "greedy":
         return greedy_weights(score_of, number)
-    if merger.rule.choose in ("learned", "learned by layer"):
-        batches = validation(merger.target) if callable(validation) else validation
-        return learn_weights(merger, batches, steps=_or(steps, 60))
+    if plan.method.choose in ("learned", "learned by layer"):
+        batches = validation(plan.target) if callable(validation) else validation
+        return learn_weights(plan, batches, steps=_or(steps, 60))
     if isinstance(weights, str):
-        return search_weights(score_of, number, steps=_or(steps, 20), seed=merger.seed)
-    return checks.check_weights(weights, number), []
+        return search_weights(score_of, number, steps=_or(steps, 20), seed=plan.seed)
+    return check_weights(weights, number), []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.errors import InputError
-from fisherkern.merging.members import Members
+from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.merge import merge
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -30,11 +30,16 @@ NEAR, FAR = 0.9, 0.5
 class Preflight:
     """What `preflight` found; matrices are M lists of M numbers.
 
-    cosine, task_cosine (None without a base); scores: each member's, None without `score`;
-    paths: per pair "members", "t", "scores", "barrier" and "gain"; inconsistency (None without
-    `hits`); items: number of owners -> number of items; verdict: one sentence; recipe:
-    "align" (whether to align first), "fine_tune" (whether to train on afterwards) and "merge"
-    (arguments for `merge`).
+    Args:
+        cosine: Cosines of the members' weights.
+        task_cosine: Cosines of their task vectors; None without a base.
+        scores: Each member's score; None without `score`.
+        paths: Per pair: "members", "t", "scores", "barrier" and "gain".
+        inconsistency: Shares of users; None without `hits`.
+        items: Number of owners -> number of items.
+        verdict: One sentence.
+        recipe: "align" (whether to align first), "fine_tune" (whether to train on afterwards) and
+            "merge" (arguments for `merge`).
     """
 
     cosine: list[list[float]]
@@ -60,33 +65,45 @@ def preflight(
     points: int = 3,
     item_ids: Sequence[Sequence[str] | None] | None = None,
 ) -> Preflight:
-    """How near the members are, in weights and in what they do, and a recipe.
+    """Estimate how near models are, in weights and in what they do, and recommend a recipe.
 
-    cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters,
-        item rows that both own; with a `base`, also of theta - theta_base (task vectors).
+    cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters, item
+        rows that both own; with a `base`, also of theta - theta_base (task vectors).
     Along the line between two members, s(t) the score of (1-t) theta_a + t theta_b:
         barrier = max_t [(1-t) s(0) + t s(1) - s(t)],   gain = max_{0<t<1} s(t) - max(s(0), s(1)).
     error inconsistency: the share of users on which exactly one of the two is right.
 
-    models, base, item_ids: as for `merge`. score: model -> float, higher is better, on
-    validation data. hits: model -> (U,) bool, whether the model is right for each user (the
-    item within its first k), the same users for all. points: models scored between two ends.
+    The best single member is a candidate of the recipe, merge(method="auto"), which is thus never
+    worse than it on the data of `score`. The verdict rests on the paths where there is a score,
+    else on cosines, whose bounds (0.9, 0.5) come from a few small experiments. Inconsistency is
+    reported and not used: it did not tell good merges from bad ones there.
 
-    The best single member is a candidate of the recipe, merge(method="auto"), which is thus
-    never worse than it on the data of `score`. The verdict rests on the paths where there is a
-    score, else on cosines, whose bounds (0.9, 0.5) come from a few small experiments.
-    Inconsistency is reported and not used: it did not tell good merges from bad ones there.
+    Scores M + points M (M-1)/2 models (with different catalogues, the ends of each path too), and
+    holds one merged model at a time.
 
-    Scores M + points M (M-1)/2 models (with different catalogues, the ends of each path too),
-    holds one merged model at a time. Raises InputError as `merge` does, for a score that is not
-    finite, and for hits of different lengths or with other values than 0 and 1.
-    Source: Frankle et al., arXiv 1912.05671 (barrier); arXiv 2307.05476, A.1 and Gontijo-Lopes
-    et al., arXiv 2110.12899 (error inconsistency).
+    Args:
+        models: As for `merge`.
+        base: As for `merge`.
+        score: Maps a model to a number, higher is better, on validation data.
+        hits: Maps a model to (U,) bool, whether it is right for each user (the item within its
+            first k), the same users for all models.
+        points: Models scored between two ends. Default: 3.
+        item_ids: As for `merge`.
+
+    Returns:
+        A `Preflight`.
+
+    Raises:
+        InputError: As `merge`; or a score is not finite; or hits differ in length, or hold other
+            values than 0 and 1.
+
+    Source: Frankle et al., arXiv 1912.05671 (barrier); arXiv 2307.05476, A.1 and Gontijo-Lopes et
+    al., arXiv 2110.12899 (error inconsistency).
     """
     models = list(models)
     if points < 1:
         raise InputError(f"points is {points} where at least 1 was expected")
-    members = Members(models, item_ids)
+    members = MemberSet(models, item_ids)
     if base is not None:
         members.use_base(base)
     cosine, task_cosine = _cosines(members, base is not None)
@@ -108,22 +125,22 @@ def preflight(
 
 
 def _cosines(
-    members: Members, with_base: bool
+    members: MemberSet, with_base: bool
 ) -> tuple[list[list[float]], list[list[float]] | None]:
     number = len(members)
     found = []
     sums = torch.zeros(4, number, number, dtype=torch.float64)
     for tie in members.merged:
-        for block in members.blocks(tie, 0.0, {}, 0):
+        for block in members.blocks(tie, 0.0, 0):
             parts = [(block.theta, block.owns.double())]
             if with_base and block.base is not None:
                 owns = block.owns & block.base_owns
                 parts.append(((block.theta - block.base) * owns, owns.double()))
-            for place, (theta, owns) in enumerate(parts):
+            for index, (theta, owns) in enumerate(parts):
                 # Rows that a member lacks hold zeros; the other's must not count in its norm.
-                sums[2 * place] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
+                sums[2 * index] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
                 square = theta.square().sum(2)
-                sums[2 * place + 1] += (square @ owns.squeeze(2).t()).cpu()
+                sums[2 * index + 1] += (square @ owns.squeeze(2).t()).cpu()
     for inner, square in (sums[:2], sums[2:]):
         norms = (square * square.t()).sqrt()
         found.append(torch.where(norms > 0, inner / norms, 0.0).clamp(-1, 1).tolist())

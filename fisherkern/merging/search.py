@@ -42,11 +42,16 @@ def _scored(score: Callable[[list[float]], float], weights: list[float]) -> floa
 def greedy_weights(
     score: Callable[[list[float]], float], members: int
 ) -> tuple[list[float], list[dict[str, Any]]]:
-    """The greedy soup: equal weights of the members kept, and every candidate tried.
+    """Return the greedy soup, equal weights of the members kept, and every candidate tried.
 
-    Members are taken in the order of their own scores, the highest first and the earlier of
-    equals; one is kept if the equal mix of those kept and it scores no lower than the mix
-    without it. The result scores at least as well as the best member. 2 M - 1 scores.
+    Members are taken in the order of their own scores, the highest first and the earlier of equals;
+    one is kept if the equal mix of those kept and it scores no lower than the mix without it. The
+    result scores at least as well as the best member.
+
+    Args:
+        score: Maps lambda to a number, higher is better. Called 2 M - 1 times.
+        members: M.
+
     Source: Wortsman et al., Model soups, arXiv 2203.05482, recipe 1.
     """
     candidates: list[dict[str, Any]] = []
@@ -70,12 +75,18 @@ def greedy_weights(
 def search_weights(
     score: Callable[[list[float]], float], members: int, *, steps: int, seed: int
 ) -> tuple[list[float], list[dict[str, Any]]]:
-    """The weights with the highest score, and every candidate tried.
+    """Return the weights with the highest score, and every candidate tried.
 
-    M = 2: the grid 0, 0.05, ..., 1. M > 2: the uniform point, every vertex, every edge's
-    middle, `steps` draws from Dirichlet(1), then moves from the best point so far towards each
-    vertex by 0.2, 0.1 and 0.05. Every vertex is tried, so the best member alone is never beaten
-    by what is returned unless the score says so. The first of equal scores wins.
+    M = 2: the grid 0, 0.05, ..., 1. M > 2: the uniform point, every vertex, every edge's middle,
+    `steps` draws from Dirichlet(1), then moves from the best point so far towards each vertex by
+    0.2, 0.1 and 0.05. Every vertex is tried, so the best member alone is never beaten by what is
+    returned unless the score says so. The first of equal scores wins.
+
+    Args:
+        score: Maps lambda to a number, higher is better.
+        members: M.
+        steps: Number of random draws.
+        seed: Seed of the draws.
     """
     candidates: list[dict[str, Any]] = []
     best = np.zeros(members)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.encoders import MODELS, SequenceEncoder
+from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import (
     atomic_path,
@@ -21,6 +19,7 @@ from fisherkern.files import (
     write_json,
     write_tensors,
 )
+from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.training.provenance import versions
 
 PathLike = str | os.PathLike[str]
@@ -56,7 +55,7 @@ def save_model(
         "kind": "model",
         "class": name,
         "config": model.config,
-        "item_ids_sha256": _sha256(model.item_ids),
+        "item_ids_sha256": item_ids_sha256(model.item_ids),
     }
     with atomic_path(path) as temporary:
         write_tensors(temporary, model.state_dict(), header)
@@ -75,6 +74,7 @@ def load_model(path: PathLike) -> SequenceEncoder:
     if header.get("kind") != "model":
         raise InputError(f"{path}: not a model file of fisherkern")
     name = header.get("class")
+    name = FORMER_NAMES.get(str(name), name)
     if name not in MODELS:
         raise InputError(f"{path}: unknown encoder {name!r}; known: {', '.join(MODELS)}")
     try:
@@ -89,7 +89,7 @@ def load_model(path: PathLike) -> SequenceEncoder:
     if about.is_file():
         content = read_json(about)
         item_ids = content.get("item_ids") if isinstance(content, dict) else None
-        if _sha256(item_ids) != header.get("item_ids_sha256"):
+        if item_ids_sha256(item_ids) != header.get("item_ids_sha256"):
             raise InputError(f"{about}: its item_ids are not those of {path.name}")
         model.item_ids = item_ids
     return model.eval()
@@ -119,9 +119,3 @@ def _model_path(path: PathLike) -> Path:
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: a model file's name must end in .safetensors")
     return path
-
-
-def _sha256(item_ids: list[str] | None) -> str | None:
-    if item_ids is None:
-        return None
-    return hashlib.sha256(json.dumps(item_ids).encode()).hexdigest()

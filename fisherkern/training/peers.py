@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, check_choice
 from fisherkern.files import load_tensors, save_tensors
+from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.training import processes
 from fisherkern.training.loop import (
@@ -63,10 +64,7 @@ class Cooperation:
 
     def __post_init__(self) -> None:
         for name, known in (("kind", ("layer", "parameter")), ("criterion", ("entropy", "l1"))):
-            if getattr(self, name) not in known:
-                choices = " or ".join(map(repr, known))
-                shown = "cooperation" if name == "kind" else name
-                raise InputError(f"{shown} must be {choices}, got {getattr(self, name)!r}")
+            check_choice("cooperation" if name == "kind" else name, getattr(self, name), known)
         if not 0 <= self.alpha < math.inf:
             raise InputError(f"alpha must be 0 or more and finite, got {self.alpha}")
         if self.bins < 1:
@@ -101,30 +99,21 @@ class Cooperation:
     def _shares(self, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
         """μ of every parameter."""
         matrices = {name: self._share(x, theirs[name]) for name, x in own.items() if x.ndim >= 2}
-        current = next(iter(matrices.values()), 0.5)
-        found = {}
-        for name in own:
-            current = matrices.get(name, current)
-            found[name] = current
-        return found
+        return over_layers(own, matrices, 0.5)
 
     def _share(self, x: Tensor, y: Tensor) -> float:
         if self.criterion == "entropy":
-            difference = entropy(x, self.bins) - entropy(y, self.bins)
+            difference = weight_entropy(x, self.bins) - weight_entropy(y, self.bins)
         else:
             sums = x.double().abs().sum().item(), y.double().abs().sum().item()
             difference = (sums[0] - sums[1]) / (sum(sums) or 1.0)
         return torch.tensor(self.alpha * difference, dtype=torch.float64).sigmoid().item()
 
 
-def entropy(weights: Tensor, bins: int) -> float:
-    """-Σ_b p_b log p_b of the histogram of all of `weights`, in nats; see `Cooperation`."""
+def weight_entropy(weights: Tensor, bins: int) -> float:
+    """Return the entropy of the histogram of all of `weights`, in nats; see `Cooperation`."""
     flat = weights.detach().double().flatten()
-    low, high = flat.min(), flat.max()
-    width = (high - low).clamp(min=torch.finfo(torch.float64).tiny)
-    place = ((flat - low) / width * bins).long().clamp(max=bins - 1)
-    p = torch.bincount(place, minlength=bins).double() / len(flat)
-    return -torch.xlogy(p, p).sum().item()
+    return entropy(histogram(flat, flat.min(), flat.max(), bins)).item()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,37 +1,40 @@
-"""What a merge rule is: a function from operands to a merged block, and what it needs."""
+"""Merge methods: functions from a block of all members' rows to the merged block."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.members.options import Option, options_of
 
 
 @dataclass(frozen=True)
-class Operands:
-    """What a rule may use to merge a block of n rows and c columns of one tensor.
+class MergeBlock:
+    """A block of n rows and c columns of one tensor of all M members.
 
     A row is an index of the tensor's first dimension: an item, an output neuron.
 
-    theta: (M, n, c) float64, the members' values; a row a member does not own holds zeros.
-    weights: (M, n, 1) float64, lambda; 0 in the rows a member does not own, and in every row
-        at least one owner has a positive weight.
-    fisher: (M, n, c) float64, non-negative, each member's in units of its mean (see `merge`);
-        None where the Fisher says nothing about this tensor.
-    floor: the relative floor, in the same unit.
-    lam: (M,) float64, lambda as given, with sum 1.
-    owns: (M, n, 1) bool, whether the member owns the row.
-    base: (n, c) float64, the common ancestor's values, zeros in rows it lacks; None without one.
-    base_owns: (n, 1) bool.
-    name, start: the tensor, and the number of the block's first row in the merged one.
-    options: the rule's options, complete and checked. stats: what `Rule.prepare` found for this
-        tensor. seed: of the random numbers.
+    Args:
+        theta: (M, n, c) float64, the members' values; zeros in rows that a member does not own.
+        weights: (M, n, 1) float64, lambda; 0 in rows that a member does not own. At least one
+            owner of a row has a positive weight.
+        fisher: (M, n, c) float64, non-negative, in units of each member's mean (see `merge`).
+            None where the Fisher says nothing about this tensor.
+        floor: The relative floor, in the same unit.
+        lam: (M,) float64, lambda as given, with sum 1.
+        owns: (M, n, 1) bool, whether the member owns the row.
+        base: (n, c) float64, values of the model that the members were trained from; zeros in
+            rows that it lacks. None without one.
+        base_owns: (n, 1) bool, whether the base has the row.
+        name: Name of the tensor.
+        start: Number of the block's first row in the merged tensor.
+        stats: What `MergeMethod.prepare` returned for this tensor.
+        seed: Seed of random numbers.
     """
 
     theta: Tensor
@@ -44,123 +47,129 @@ class Operands:
     base_owns: Tensor
     name: str
     start: int
-    options: Mapping[str, Any]
     stats: Any
     seed: int
 
     @property
     def members(self) -> int:
+        """M."""
         return len(self.theta)
 
 
-class Blocks(Protocol):
-    """One tensor's operands, block after block; may be gone through several times.
-
-    shape: of the merged tensor. grams: the Gram matrix of its inputs for each member, if it has
-    any. heads: the attention it belongs to, the number of heads, and the dimension in which
-    they stand one after another.
-    """
+class TensorBlocks(Protocol):
+    """The blocks of one tensor, in order; may be gone through several times."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def members(self) -> int: ...
-    @property
-    def grams(self) -> list[Tensor] | None: ...
-    @property
-    def heads(self) -> tuple[str, int, int] | None: ...
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the merged tensor."""
+        ...
 
-    def __iter__(self) -> Iterator[Operands]: ...
+    @property
+    def members(self) -> int:
+        """M."""
+        ...
+
+    @property
+    def grams(self) -> list[Tensor] | None:
+        """Every member's Gram matrix of the layer's inputs, if there is one."""
+        ...
+
+    @property
+    def heads(self) -> tuple[str, int, int] | None:
+        """(Attention, number of heads, dimension in which they lie one after another)."""
+        ...
+
+    def __iter__(self) -> Iterator[MergeBlock]: ...
+
+
+Prepare = Callable[[Mapping[str, TensorBlocks], Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Option:
-    """One option of a rule: its default, what it may be, and how to say that."""
+class MergeMethod:
+    """A merge method; `merge_method` makes one of a function.
 
-    default: Any
-    allows: Callable[[Any], bool]
-    expected: str
-
-
-def number(default: float, low: float, high: float = math.inf, *, above: bool = False) -> Option:
-    """A finite number of at least `low` (`above`: more than), at most `high`."""
-
-    def allows(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        inside = low < value <= high if above else low <= value <= high
-        return inside and math.isfinite(value)
-
-    bound = f"above {low:g}" if above else f"of at least {low:g}"
-    limit = "" if high == math.inf else f" and at most {high:g}"
-    return Option(default, allows, f"a number {bound}{limit}")
-
-
-def integer(default: int, low: int) -> Option:
-    """An integer of at least `low`."""
-
-    def allows(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-    return Option(default, allows, f"an integer of at least {low}")
-
-
-def choice(default: str, *others: str) -> Option:
-    """One of a few words, the first by default."""
-    words = (default, *others)
-    return Option(default, lambda value: value in words, " or ".join(map(repr, words)))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A merge rule.
-
-    function: Operands -> the merged (n, c) float64 block.
-    inputs: which arguments of `merge` it uses, "must" or "may" each: "weights", "fishers",
-        "base", "grams", "products", "score", "validation". What is not named is refused.
-    options: name -> Option.
-    prepare: what the rule must know of whole tensors before it can do a block: a mapping from
-        tensor names to `stats`, from every tensor's blocks (name -> Blocks, in the model's
-        order) and the options. It may not depend on lambda, so that it runs once in a search.
-        In the blocks it sees, `weights` are equal.
-    choose: how lambda is found: "given" (an argument, equal by default, or searched), "greedy"
-        on the score, "learned" on validation data, or "learned by layer".
+    Args:
+        name: Name in `merge(method=...)`, recipes and on the command line.
+        title: Name for people.
+        source: URL of the paper; empty where there is none.
+        function: Maps a `MergeBlock`, and the method's options as keywords, to the merged (n, c)
+            float64 block.
+        inputs: Arguments of `merge` that the method uses, "must" or "may" each: "weights",
+            "fishers", "base", "grams", "products", "score", "validation". Others are refused.
+        options: Options by name.
+        prepare: Maps all tensors' blocks (by name, in the model's order) and the options to
+            `stats` by tensor name, where a block alone does not suffice. It may not depend on
+            lambda: it runs once in a search. The blocks' `weights` are equal.
+        choose: How lambda is found: "given" (an argument, equal by default, or searched),
+            "greedy" on the score, "learned" on validation data, or "learned by layer".
     """
 
-    function: Callable[[Operands], Tensor]
+    name: str
+    title: str
+    source: str
+    function: Callable[..., Tensor]
     inputs: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Option] = field(default_factory=dict)
-    prepare: Callable[[Mapping[str, Blocks], Mapping[str, Any]], Mapping[str, Any]] | None = None
+    prepare: Prepare | None = None
     choose: str = "given"
 
     @property
     def takes_weights(self) -> bool:
+        """Whether lambda is an argument."""
         return "weights" in self.inputs
 
+    def with_options(self, options: Mapping[str, Any]) -> Callable[[MergeBlock], Tensor]:
+        """Return the function with its options set."""
+        return partial(self.function, **options)
 
-def check_options(method: str, rule: Rule, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The rule's options, defaults filled in; InputError names one that is unknown or wrong."""
-    if given is not None and not isinstance(given, Mapping):
-        raise InputError(f"options is a {type(given).__name__}, not a mapping from names to values")
-    found = {name: option.default for name, option in rule.options.items()}
-    for name, value in (given or {}).items():
-        if name not in rule.options:
-            known = ", ".join(rule.options)
-            raise InputError(
-                f"method {method!r} has no option {name!r}; "
-                + (f"it has {known}" if known else "it has none")
-            )
-        if not rule.options[name].allows(value):
-            expected = rule.options[name].expected
-            raise InputError(f"option {name!r} is {value!r} where {expected} was expected")
-        found[name] = value
-    return found
+
+#: Merge methods by name.
+METHODS: dict[str, MergeMethod] = {}
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Tensor])
+
+
+def merge_method(
+    name: str,
+    *,
+    title: str,
+    source: str = "",
+    needs: Sequence[str] = (),
+    takes: Sequence[str] = (),
+    prepare: Prepare | None = None,
+    choose: str = "given",
+) -> Callable[[FunctionT], FunctionT]:
+    """Make a merge method of the decorated function, and list it in `METHODS`.
+
+    The function's keyword arguments are the method's options, annotated as `options_of` reads
+    them; among these are options that only `prepare` or the search for lambda uses.
+
+    Args:
+        name: See `MergeMethod`, as for the other arguments.
+        title: Name for people.
+        source: URL of the paper.
+        needs: Arguments of `merge` that must be given.
+        takes: Arguments of `merge` that may be given.
+        prepare: What sees whole tensors before the first block is merged.
+        choose: How lambda is found.
+    """
+
+    def register(function: FunctionT) -> FunctionT:
+        inputs = {**dict.fromkeys(takes, "may"), **dict.fromkeys(needs, "must")}
+        options = options_of(function)
+        METHODS[name] = MergeMethod(name, title, source, function, inputs, options, prepare, choose)
+        return function
+
+    return register
 
 
 def convex(theta: Tensor, share: Tensor) -> Tensor:
-    """sum_m share_m theta_m / sum_m share_m over dimension 0, within the members' range.
+    """Return sum_m share_m theta_m / sum_m share_m, within the members' range.
 
-    theta (M, n, c), share broadcastable to it, non-negative with a positive sum.
+    Args:
+        theta: (M, n, c).
+        share: Broadcastable to theta, non-negative, with a positive sum over dimension 0.
     """
     merged = (share * theta).sum(0) / share.sum(0)
     # A convex combination lies between its members. Holding it there takes the rounding out:
@@ -169,8 +178,3 @@ def convex(theta: Tensor, share: Tensor) -> Tensor:
     low = torch.where(counts, theta, torch.inf).amin(0)
     high = torch.where(counts, theta, -torch.inf).amax(0)
     return merged.clamp(low, high)
-
-
-def average(x: Operands) -> Tensor:
-    """theta* = sum_m lambda_m theta_m / sum_m lambda_m, over the owners of each row."""
-    return convex(x.theta, x.weights)

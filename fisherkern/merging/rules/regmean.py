@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from fisherkern.merging.rules.averages import fisher_average
-from fisherkern.merging.rules.base import Blocks, Operands, average
+from fisherkern.members.options import Number
+from fisherkern.merging.rules.average import average
+from fisherkern.merging.rules.base import MergeBlock, TensorBlocks, merge_method
+from fisherkern.merging.rules.fisher import fisher_average
 
 # Solutions kept for the next block: one per set of owners.
 KEPT = 16
@@ -47,8 +49,32 @@ def _inverse(matrix: Tensor) -> Tensor:
     return size[:, None] * ((vectors * inverse) @ vectors.T) * size
 
 
-def regmean(x: Operands) -> Tensor:
-    """W* minimises sum_m lambda_m tr (W - W_m) G~_m (W - W_m)^T over the owners of each row:
+def input_grams(tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `InputGrams` of the tensors that have Gram matrices."""
+    return {
+        name: InputGrams(blocks.grams, options["alpha"], options["ridge"])
+        for name, blocks in tensors.items()
+        if blocks.grams is not None
+    }
+
+
+@merge_method(
+    "regmean",
+    title="RegMean",
+    source="https://arxiv.org/abs/2212.09849",
+    needs=("grams",),
+    takes=("weights", "fishers"),
+    prepare=input_grams,
+)
+def regmean(
+    block: MergeBlock,
+    *,
+    alpha: Annotated[float, Number(0.0, 1.0)] = 0.9,
+    ridge: Annotated[float, Number(0.0)] = 1e-6,
+) -> Tensor:
+    """Return W* that minimises sum_m lambda_m tr (W - W_m) G~_m (W - W_m)^T.
+
+    The sum is over the owners of each row:
 
         W* = W_ + sum_m lambda_m (W_m - W_) G~_m (sum_m lambda_m G~_m)^+,
         W_ = sum_m lambda_m W_m,  G~_m = a G_m + (1 - a) diag G_m + ridge g I
@@ -59,24 +85,15 @@ def regmean(x: Operands) -> Tensor:
     agree come back bit for bit. Tensors without a Gram matrix: `fisher_average`.
     Source: Jin et al., arXiv 2212.09849, eq. 3 and section 3.3.
     """
-    if x.stats is None:
-        return fisher_average(x)
-    plain = average(x)
+    if block.stats is None:
+        return fisher_average(block)
+    plain = average(block)
     merged = plain.clone()
-    patterns, which = torch.unique(x.weights[:, :, 0], dim=1, return_inverse=True)
-    for number in range(patterns.shape[1]):
-        rows = which == number
-        pull = x.stats.pull(patterns[:, number]).to(plain.device)
+    owners, pattern = torch.unique(block.weights[:, :, 0], dim=1, return_inverse=True)
+    for number in range(owners.shape[1]):
+        rows = pattern == number
+        pull = block.stats.pull(owners[:, number]).to(plain.device)
         # Differences from the average, so that what agrees is not put through the inverse.
-        change = x.theta[:, rows] - plain[rows]
+        change = block.theta[:, rows] - plain[rows]
         merged[rows] += (change @ pull).sum(0)
     return merged
-
-
-def input_grams(tensors: Mapping[str, Blocks], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`InputGrams` of the tensors that have Gram matrices."""
-    return {
-        name: InputGrams(blocks.grams, options["alpha"], options["ridge"])
-        for name, blocks in tensors.items()
-        if blocks.grams is not None
-    }

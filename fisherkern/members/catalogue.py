@@ -1,0 +1,179 @@
+"""Item tables of members with different catalogues, matched by external item id."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fisherkern.errors import InputError
+
+
+@dataclass(frozen=True)
+class CatalogueUnion:
+    """The merged catalogue and where each member keeps its items.
+
+    item_ids: external ids of the merged model, V of them; None if no member has any.
+    positions: one (V,) int64 per member, the member's own item index of each merged item, -1
+        where it lacks the item; None if all members list the same items in the same order.
+    sizes: each member's number of items.
+    parameters: name -> row of the member's first item (the same for every member).
+    """
+
+    item_ids: list[str] | None
+    positions: list[Tensor] | None
+    sizes: list[int]
+    parameters: dict[str, int]
+
+    def rows(self, name: str, lengths: Sequence[int]) -> list[Tensor] | None:
+        """Return the row of each member's tensor that each merged row comes from, -1 for none.
+
+        `lengths` are the members' row counts. Rows before the first item (padding) and after
+        the last (mask) pair up by their place there, whatever the catalogue's size. None
+        where nothing moves.
+        """
+        if self.positions is None or name not in self.parameters:
+            return None
+        first = self.parameters[name]
+        after = [length - first - size for length, size in zip(lengths, self.sizes, strict=True)]
+        if len(set(after)) > 1 or after[0] < 0:
+            raise InputError(
+                f"tensor {name!r} has {after} rows after its items, member by member, where all "
+                "must have the same number"
+            )
+        found = []
+        for size, position in zip(self.sizes, self.positions, strict=True):
+            items = torch.where(position < 0, -1, position + first)
+            tail = torch.arange(first + size, first + size + after[0])
+            found.append(torch.cat([torch.arange(first), items, tail]))
+        return found
+
+    def owners(self) -> dict[str, int]:
+        """Return number of members owning an item -> number of such items, for the report."""
+        if self.positions is None:
+            return {str(len(self.sizes)): self.sizes[0]} if self.sizes else {}
+        counts = torch.bincount(torch.stack([p >= 0 for p in self.positions]).sum(0))
+        return {str(number): int(count) for number, count in enumerate(counts) if count}
+
+
+def _member_ids(
+    models: Sequence[nn.Module], item_ids: Sequence[Sequence[str] | None] | None
+) -> list[list[str] | None]:
+    """Each member's external ids: the argument's, or else the model's own, or else None."""
+    if item_ids is not None and len(item_ids) != len(models):
+        raise InputError(f"item_ids has {len(item_ids)} lists for {len(models)} members")
+    found: list[list[str] | None] = []
+    for number, model in enumerate(models):
+        given = item_ids[number] if item_ids is not None else None
+        own = given if given is not None else getattr(model, "item_ids", None)
+        if own is None:
+            found.append(None)
+            continue
+        ids = list(own)
+        check_ids(f"member {number}", ids, getattr(model, "num_items", None))
+        found.append(ids)
+    return found
+
+
+def check_ids(owner: str, ids: Sequence[str], size: int | None) -> None:
+    """Raise InputError for an id listed twice, or as many ids as there are not items."""
+    if len(set(ids)) != len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise InputError(f"{owner} has item id {twice!r} twice in its item_ids")
+    if size is not None and size != len(ids):
+        raise InputError(f"{owner} has {size} items but {len(ids)} item_ids")
+
+
+def union_item_ids(
+    catalogues: Iterable[tuple[str, Sequence[str]]],
+) -> tuple[list[str], list[Tensor]]:
+    """Return the union, the first's ids first, then new ones; and `CatalogueUnion.positions`.
+
+    catalogues: owner and ids of each; asked for one after another and not kept. Raises
+    InputError, naming the owner, for an id listed twice.
+    """
+    place: dict[str, int] = {}
+    found = []
+    for owner, own in catalogues:
+        merged = (place.setdefault(item, len(place)) for item in own)
+        numbers = torch.from_numpy(np.fromiter(merged, np.int64, len(own)))
+        _positions(numbers, len(place), owner, own)
+        found.append(numbers)
+        # Before the next is made; the generator, which has not come to its end, holds it too.
+        del merged, own
+    union = list(place)
+    del place  # the larger part of what is held by now
+    found.reverse()
+    return union, [_positions(found.pop(), len(union)) for _ in range(len(found))]
+
+
+def positions_of(ids: Sequence[str], own: Sequence[str], owner: str) -> Tensor:
+    """Return (V,) int64, where each of `ids` stands in `own`, the ids of `owner`; -1 for none."""
+    place = {item: position for position, item in enumerate(own)}
+    if len(place) < len(own):
+        check_ids(owner, own, None)
+    return torch.from_numpy(np.fromiter((place.get(item, -1) for item in ids), np.int64, len(ids)))
+
+
+def _positions(
+    numbers: Tensor, size: int, owner: str = "", own: Sequence[str] | None = None
+) -> Tensor:
+    """(size,) int64, where each merged item stands in a catalogue that lists `numbers` of them.
+
+    -1 where it does not. With `own`, the ids that the numbers stand for, each must be there once.
+    """
+    places = torch.arange(len(numbers))
+    position = torch.full((size,), -1)
+    position[numbers] = places
+    if own is not None and not torch.equal(position[numbers], places):
+        check_ids(owner, own, None)
+    return position
+
+
+def _item_parameters(models: Sequence[nn.Module]) -> dict[str, int]:
+    """The members' common `item_parameters()`; {} for models that have none."""
+    tables = [dict(getattr(model, "item_parameters", dict)()) for model in models]
+    for number, table in enumerate(tables):
+        if table != tables[0]:
+            raise InputError(
+                f"member {number} has item_parameters {table} where member 0 has {tables[0]}"
+            )
+    return tables[0]
+
+
+def align_item_rows(
+    models: Sequence[nn.Module], item_ids: Sequence[Sequence[str] | None] | None
+) -> CatalogueUnion:
+    """Unite the members' catalogues: member 0's items first, then the new ones in order.
+
+    MemberSet without ids must all be without, and have the same number of items: their rows are
+    taken to mean the same item. Raises InputError otherwise, for an id listed twice, and for
+    as many ids as there are not items.
+    """
+    ids = _member_ids(models, item_ids)
+    parameters = _item_parameters(models)
+    sizes = [
+        len(own) if own is not None else int(getattr(model, "num_items", 0))
+        for own, model in zip(ids, models, strict=True)
+    ]
+    for number, own in enumerate(ids):
+        if (own is None) != (ids[0] is None) or (own is None and sizes[number] != sizes[0]):
+            lacking = number if own is None else 0
+            raise InputError(
+                f"member {lacking} has no item_ids, so its item rows cannot be matched with those "
+                f"of member {0 if lacking else number}: set model.item_ids or pass item_ids="
+            )
+    known = [own for own in ids if own is not None]
+    if not known or all(own == known[0] for own in known):
+        return CatalogueUnion(known[0] if known else None, None, sizes, parameters)
+    if not parameters:
+        raise InputError(
+            "the members list different items, and without an item_parameters() method their "
+            "item rows cannot be told from other rows"
+        )
+    union, positions = union_item_ids((f"member {m}", own) for m, own in enumerate(known))
+    return CatalogueUnion(union, positions, sizes, parameters)

@@ -1,0 +1,241 @@
+"""The checked member files of a merge: common tensors, catalogues, and what is said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from fisherkern.encoders import ENCODERS, SequenceEncoder
+from fisherkern.errors import InputError
+from fisherkern.files import read_json
+from fisherkern.fingerprint import item_ids_sha256
+from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
+from fisherkern.members.checks import check_config
+from fisherkern.merging.files.tensor_files import TensorFile
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+
+
+class MemberFiles:
+    """The members and the base: what they have in common, and where each keeps which row.
+
+    parameters: names of what a rule merges, sorted: of a model of ours its parameters, else every
+    floating tensor. known: whether the members are models of ours. layout, config, item_ids and
+    ids_sha256 are the merged model's. abouts: the JSON beside each member, without its item ids.
+    """
+
+    def __init__(self, files: Sequence[TensorFile], base: TensorFile | None) -> None:
+        self.files, self.base = files, base
+        self.everything = [*files, *([base] if base is not None else [])]
+        models = [_model_of(file) for file in self.everything]
+        first, model = files[0], models[0]
+        self.known = model is not None
+        own = None if model is None else {name for name, _ in model.named_parameters()}
+        self.parameters = sorted(
+            name for name in first.layout if first.floating(name) and (own is None or name in own)
+        )
+        rows = {} if model is None else model.item_parameters()
+        _check_alike(self.everything, set(rows))
+        self.sizes = [getattr(own, "num_items", 0) for own in models]
+        self.abouts: list[dict[str, Any]] = []
+        self._read_catalogues(rows)
+        self.layout: Layout = dict(first.layout)
+        self.config = first.about.get("config")
+        self.ids_sha256 = first.about.get("item_ids_sha256")
+        if self.catalogue.positions is not None:
+            ids = self.catalogue.item_ids or []
+            for name in rows:
+                kind, (length, *rest) = first.layout[name]
+                self.layout[name] = kind, (length - self.sizes[0] + len(ids), *rest)
+            self.config = {**dict(self.config or {}), "num_items": len(ids)}
+            self.ids_sha256 = item_ids_sha256(ids)
+
+    @property
+    def item_ids(self) -> list[str] | None:
+        """The merged model's item ids; None where there are none."""
+        return self.catalogue.item_ids
+
+    def rows(self, name: str) -> list[torch.Tensor] | None:
+        """See `CatalogueUnion.rows`."""
+        return self.catalogue.rows(name, [_length(file, name) for file in self.files])
+
+    def base_rows(self, name: str) -> torch.Tensor | None:
+        """The same of the base."""
+        if self._base_catalogue is None or self.base is None:
+            return None
+        found = self._base_catalogue.rows(name, [_length(self.base, name)])
+        return None if found is None else found[0]
+
+    def identities(self) -> list[dict[str, Any]]:
+        """Name, hash and metrics of each member, and the catalogue of a model of ours."""
+        return [
+            {
+                **identity(file),
+                "metrics": about.get("metrics", {}),
+                **self._catalogue_of(file, size),
+            }
+            for file, about, size in zip(self.files, self.abouts, self.sizes, strict=False)
+        ]
+
+    def base_identity(self) -> dict[str, Any] | None:
+        """The same of the base, without metrics; None without one."""
+        if self.base is None:
+            return None
+        return {**identity(self.base), **self._catalogue_of(self.base, self.sizes[-1])}
+
+    def catalogue_identity(self) -> dict[str, Any] | None:
+        """The merged catalogue: items, hash of their ids, number of owners -> number of items."""
+        if not self.known:
+            return None
+        owners = self.catalogue.owners()
+        return {
+            "items": sum(owners.values()),
+            "item_ids_sha256": self.ids_sha256,
+            "owners": owners,
+        }
+
+    def _catalogue_of(self, file: TensorFile, size: int) -> dict[str, Any]:
+        if not self.known:
+            return {}
+        return {"items": size, "item_ids_sha256": file.about.get("item_ids_sha256")}
+
+    def _read_catalogues(self, rows: dict[str, int]) -> None:
+        """The united catalogue, and where the base keeps its items; reads each JSON once."""
+        hashes = [file.about.get("item_ids_sha256") for file in self.everything]
+        members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
+        self._base_catalogue: CatalogueUnion | None = None
+        ids: list[str] | None = None
+        positions = None
+        if None in hashes and len(set(hashes)) > 1:
+            lacking = self.everything[hashes.index(None)]
+            having = next(f for f, h in zip(self.everything, hashes, strict=True) if h is not None)
+            raise InputError(
+                f"{lacking.path}: has no item ids, so its item rows cannot be matched with those "
+                f"of {having.path}"
+            )
+        if len(set(members)) > 1:
+            ids, positions = union_item_ids(self._all_ids())
+        else:
+            for file in self.files:
+                about, found = _read_about(file)
+                self.abouts.append(about)
+                ids = found if ids is None else ids
+        self.catalogue = CatalogueUnion(ids, positions, sizes, rows)
+        if self.base is not None and (len(set(members)) > 1 or hashes[-1] != members[0]):
+            if ids is None:
+                raise InputError(
+                    f"{self.files[0].path.with_suffix('.json')}: no such file, which has the item "
+                    f"ids that match the rows of {self.base.path}"
+                )
+            _, own = _read_about(self.base, self.sizes[-1])
+            in_base = positions_of(ids, own or [], str(self.base.path.with_suffix(".json")))
+            self._base_catalogue = CatalogueUnion(ids, [in_base], [self.sizes[-1]], rows)
+
+    def _all_ids(self) -> Iterator[tuple[str, list[str]]]:
+        """(File, item ids) of every member, one list at a time: they may be many."""
+        for file, size in zip(self.files, self.sizes, strict=False):
+            about, ids = _read_about(file, size)
+            self.abouts.append(about)
+            yield str(file.path.with_suffix(".json")), ids or []
+            ids = None
+
+
+def identity(file: TensorFile) -> dict[str, Any]:
+    """Name and hash."""
+    return {"file": file.path.name, "sha256": file.sha256()}
+
+
+def _length(file: TensorFile, name: str) -> int:
+    shape = file.layout[name][1]
+    return shape[0] if shape else 1
+
+
+def _model_of(file: TensorFile) -> SequenceEncoder | None:
+    """An empty model of the file's class, whose tensors the file holds; None for another file."""
+    if file.about.get("kind") != "model" or file.about.get("class") not in ENCODERS:
+        return None
+    try:
+        with torch.device("meta"):
+            model = ENCODERS[file.about["class"]](**file.about["config"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file.path}: its config does not fit its class: {error}") from None
+    expected = model.state_dict()
+    for name in sorted(expected.keys() ^ file.layout.keys()):
+        fault = "is missing" if name in expected else "is not part of the model"
+        raise InputError(f"{file.path}: tensor {name!r} {fault}")
+    for name, tensor in expected.items():
+        if file.layout[name][1] != tuple(tensor.shape):
+            raise InputError(
+                f"{file.path}: tensor {name!r} has shape {file.layout[name][1]}, not "
+                f"{tuple(tensor.shape)}"
+            )
+        if file.floating(name) != tensor.is_floating_point():
+            raise InputError(f"{file.path}: tensor {name!r} is {file.layout[name][0]}")
+    return model
+
+
+def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
+    """All files hold the same tensors, of one class and configuration; item rows may differ."""
+    first = files[0]
+    for other in files[1:]:
+        for one, two in ((first, other), (other, first)):
+            lacking = sorted(two.layout.keys() - one.layout.keys())
+            if lacking:
+                raise InputError(
+                    f"{one.path}: tensor {lacking[0]!r} is missing, which {two.path} has"
+                )
+        for key, what in (("kind", "file"), ("class", "model")):
+            if first.about.get(key) != other.about.get(key):
+                raise InputError(
+                    f"{other.path}: is a {other.about.get(key)} {what}, and {first.path} a "
+                    f"{first.about.get(key)}"
+                )
+        differ = first.about.get("item_ids_sha256") != other.about.get("item_ids_sha256")
+        if differ and not item_tensors:
+            raise InputError(
+                f"{other.path}: has other item ids than {first.path}, and of a "
+                f"{first.about.get('class')} it is not known which rows are items'"
+            )
+        for name, (kind, shape) in first.layout.items():
+            own_kind, own_shape = other.layout[name]
+            moves = differ and name in item_tensors
+            if own_shape[moves:] != shape[moves:]:
+                raise InputError(
+                    f"{other.path}: tensor {name!r} has shape {own_shape} and in {first.path} "
+                    f"{shape}"
+                )
+            if own_kind != kind:
+                raise InputError(
+                    f"{other.path}: tensor {name!r} is {own_kind} and in {first.path} {kind}"
+                )
+    configs: list[Any] = [SimpleNamespace(config=file.about.get("config")) for file in files]
+    check_config(configs)
+
+
+def _read_about(
+    file: TensorFile, size: int | None = None
+) -> tuple[dict[str, Any], list[str] | None]:
+    """(The JSON beside a model file without its item ids, the item ids); ({}, None) without one.
+
+    With `size`, the item ids must be there, and be as many.
+    """
+    path = file.path.with_suffix(".json")
+    if file.about.get("kind") != "model" or not path.is_file():
+        if size is not None:
+            raise InputError(f"{path}: no such file, which has the item ids of {file.path.name}")
+        return {}, None
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    ids = content.pop("item_ids", None)
+    if file.about.get("item_ids_sha256") != item_ids_sha256(ids):
+        raise InputError(f"{path}: its item_ids are not those of {file.path.name}")
+    if size is not None:
+        if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
+            raise InputError(f"{path}: its item_ids are not a list of strings")
+        if len(ids) != size:
+            raise InputError(f"{path} has {size} items but {len(ids)} item_ids")
+    return content, ids

@@ -1,0 +1,304 @@
+"""merge_files(): model files merged a block of rows at a time, without a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fisherkern.errors import InputError
+from fisherkern.files import atomic_path
+from fisherkern.members.checks import check_weights
+from fisherkern.merging import checks
+from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
+from fisherkern.merging.files.card import model_card
+from fisherkern.merging.files.fisher_files import FisherFiles
+from fisherkern.merging.files.member_files import MemberFiles
+from fisherkern.merging.files.tensor_files import (
+    TYPES,
+    TensorFile,
+    opened,
+    raw,
+    read_rows,
+    rows_per_block,
+    spans,
+    write_header,
+)
+from fisherkern.merging.rules import MergeBlock, MergeMethod, average
+
+PathLike = str | os.PathLike[str]
+
+# Methods that need no more than the rows they merge.
+STREAMED = ("uniform", "weighted", "fisher", "task_arithmetic", "dare")
+# Entries of each member read at once, and of each Fisher: a multiple of the blocks computed.
+READ = 16 * BLOCK
+
+
+def merge_files(
+    paths: Sequence[PathLike],
+    out: PathLike,
+    *,
+    method: str | None = None,
+    weights: Sequence[float] | None = None,
+    fishers: Sequence[PathLike] | None = None,
+    base: PathLike | None = None,
+    options: Mapping[str, Any] | None = None,
+    floor: float = 0.1,
+    normalize: str | None = "mean",
+    check_fingerprint: bool = True,
+    seed: int = 0,
+    metrics: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Merge model files into a file: the result of `merge` to the last bit, in little memory.
+
+    Reads members and base twice, with Fishers everything three times. Holds a million entries of
+    each member and Fisher (4 MB in float32), and the item ids as a list of strings; where
+    catalogues differ, also each member's row of every merged item (16 bytes an item and member)
+    and, while they are matched, a dictionary of the ids and one member's list. Rows that stand in
+    other orders are read as they lie in the file, a block of the result at a time: in a random
+    order that is a row or a few at a time, from pages read up to eight times.
+
+    Args:
+        paths: M model files of `save_model` of one class, or M safetensors files of anyone's with
+            the same names, shapes and types. Their floating tensors are merged; others must agree.
+            In anyone's files a floating tensor that holds infinities and is the same in all members
+            is kept. Models with other item ids, in the JSON beside each, are united as in `merge`.
+        out: x.safetensors. Beside it are written x.md, a model card, and for models x.json, so that
+            `load_model` reads the result. Each takes its name when all three are whole, the model
+            last; a failure leaves what was there before.
+        method: "uniform", "weighted", "fisher" (groups "entry" and "row"), "task_arithmetic" or
+            "dare": the methods that need only the rows they merge.
+        weights: lambda, M numbers. Default: equal.
+        fishers: M files of `DiagFisher.save`.
+        base: A file like the members', of the model that they were trained from.
+        options: See `merge`.
+        floor: See `merge`.
+        normalize: See `merge`.
+        check_fingerprint: See `merge`.
+        seed: See `merge`.
+        metrics: Of the merged model, for its card.
+
+    Returns:
+        The provenance, which also stands in the file's metadata, under "merge": method, weights,
+        options, floor, normalize, seed; members, fishers and base (name and sha256 of the files; a
+        member's metrics, and how a Fisher was made; number and hash of the items of each model);
+        the catalogue that came out, with number of owners -> number of items; metrics and versions.
+        No time or place is in it: the same inputs give the same model file.
+
+    Raises:
+        InputError: Something does not fit, a NaN included; the message names file and tensor.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out}: the name of the merged file must end in .safetensors")
+    if not paths:
+        raise InputError("there is no model to merge")
+    if fishers is not None and len(fishers) != len(paths):
+        raise InputError(f"there are {len(fishers)} fishers for {len(paths)} members")
+    ancestors = [] if base is None else [base]
+    for path in (*paths, *(fishers or []), *ancestors):
+        if out.exists() and Path(path).exists() and out.samefile(path):
+            raise InputError(f"{out}: is one of the files that are merged")
+    inputs = {"weights": weights, "fishers": fishers, "base": base}
+    chosen, settings = _choose(method, inputs, options, floor, normalize)
+    lam = check_weights(weights, len(paths))
+    with opened(paths, fishers or [], ancestors) as (files, fisher_files, bases):
+        members = MemberFiles(files, bases[0] if bases else None)
+        merge = StreamingMerge(members, chosen, settings, lam, floor, seed)
+        if fishers is not None:
+            merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
+            if check_fingerprint:
+                merge.fishers.check_fingerprints(files, members.parameters)
+        provenance = {
+            "method": chosen.name,
+            "weights": lam,
+            "options": settings,
+            "floor": floor,
+            "normalize": normalize,
+            "seed": seed,
+            "members": members.identities(),
+            "catalogue": members.catalogue_identity(),
+            "fishers": None if merge.fishers is None else merge.fishers.identities(),
+            "base": members.base_identity(),
+            "metrics": {key: float(value) for key, value in (metrics or {}).items()},
+            "versions": {"fisherkern": _version(), "torch": str(torch.__version__)},
+        }
+        _write(out, merge, provenance)
+    return provenance
+
+
+def _choose(
+    method: str | None,
+    inputs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    floor: float,
+    normalize: str | None,
+) -> tuple[MergeMethod, dict[str, Any]]:
+    if isinstance(inputs["weights"], str):
+        raise InputError("merge_files takes numbers as weights, not words")
+    unused = dict.fromkeys(("grams", "products", "score", "validation"))
+    if method is not None and method not in STREAMED:
+        raise InputError(f"method {method!r} is not one that files merge by: {', '.join(STREAMED)}")
+    unused_inputs = {**inputs, **unused}
+    chosen = checks.choose_method(method, unused_inputs, options, floor, normalize, None)
+    group = chosen[1].get("group", "entry")
+    if group not in ("entry", "row"):
+        raise InputError(f"option 'group' is {group!r}, which needs whole tensors: use merge")
+    return chosen
+
+
+class StreamingMerge:
+    """What is merged and how, tensor by tensor."""
+
+    def __init__(
+        self,
+        members: MemberFiles,
+        method: MergeMethod,
+        options: dict[str, Any],
+        weights: list[float],
+        floor: float,
+        seed: int,
+    ) -> None:
+        self.members, self.weights = members, weights
+        self.function = method.with_options(options)
+        self.floor, self.seed = floor, seed
+        self.fishers: FisherFiles | None = None
+
+    def write(self, name: str, stream: BinaryIO) -> None:
+        """The merged tensor's bytes."""
+        members = self.members
+        kind, shape = members.layout[name]
+        step = rows_per_block(shape, READ)
+        if self._kept(name, step):
+            for block in members.files[0].blocks(name, step):
+                stream.write(raw(block))
+            return
+        by_method = name in members.parameters
+        function: Callable[[MergeBlock], Tensor] = self.function if by_method else average
+        scaled = self.fishers.scaled(name) if self.fishers and by_method else None
+        places, base_place = members.rows(name), members.base_rows(name)
+        if by_method and base_place is not None:
+            self._check_unread(name, base_place, step)
+        for start, stop in spans(shape, step):
+            wanted = None if places is None else [index[start:stop] for index in places]
+            own = read_rows(members.files, name, start, stop, wanted)
+            known: dict[str, Any] = {}
+            base: list[Tensor] = []
+            if by_method and members.base is not None:
+                place = None if base_place is None else [base_place[start:stop]]
+                base = read_rows([members.base], name, start, stop, place)
+                known = {"base": base[0], "base_rows": None if place is None else _there(place[0])}
+            self._check_finite(name, [*own, *base])
+            if by_method:
+                known |= {"fishers": None if scaled is None else scaled(start, stop, wanted)}
+                known |= {"floor": self.floor, "seed": self.seed}
+            rows = None if wanted is None else [_there(index) for index in wanted]
+            merged = torch.empty_like(own[0])
+            blocks = BlockIterator(name, own, rows, **known)
+            for part, own_block in blocks.weighted(self.weights, None):
+                moved = dataclasses.replace(own_block, start=own_block.start + start)
+                as_table(merged)[part] = function(moved).to(merged.dtype)
+            stream.write(raw(merged))
+
+    def _kept(self, name: str, step: int) -> bool:
+        """Whether no method touches the tensor: it is the same in all members and no parameter.
+
+        In files of others, where any floating tensor may be a mask: and holds an infinity.
+        """
+        files = self.members.files
+        by_method = name in self.members.parameters
+        if by_method and self.members.known:
+            return False
+        odd, infinite = None, False
+        for start, stop in spans(files[0].layout[name][1], step):
+            own = read_rows(files, name, start, stop, None)
+            odd = next((m for m, block in enumerate(own) if not torch.equal(block, own[0])), None)
+            if odd is not None:
+                break
+            if own[0].is_floating_point():
+                self._check_no_nan(name, own, files)
+                infinite = infinite or bool(own[0].isinf().any())
+        if odd is not None and not files[0].floating(name):
+            raise InputError(
+                f"{files[odd].path}: tensor {name!r} differs from that of {files[0].path}, and "
+                f"values of type {TYPES[files[0].layout[name][0]]} cannot be averaged"
+            )
+        return odd is None and (infinite or not by_method)
+
+    def _check_finite(self, name: str, blocks: Sequence[Tensor]) -> None:
+        """`blocks` are the members', and the base's after them where it is used."""
+        if all(bool(block.isfinite().all()) for block in blocks):
+            return
+        self._check_no_nan(name, blocks, self.members.everything)
+        odd = [bool(block.isfinite().all()) for block in blocks].index(False)
+        path = self.members.everything[odd].path
+        raise InputError(f"{path}: tensor {name!r} holds an infinity")
+
+    def _check_unread(self, name: str, place: Tensor, step: int) -> None:
+        """No NaN in rows of the base that no member has, which are read for nothing else."""
+        base = self.members.base
+        assert base is not None
+        shape = base.layout[name][1]
+        unread = torch.ones(shape[0], dtype=torch.bool)
+        unread[place[place >= 0]] = False
+        for start, stop in spans(shape, step):
+            if unread[start:stop].any():
+                self._check_no_nan(name, [base.rows(name, start, stop)], [base])
+
+    def _check_no_nan(
+        self, name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]
+    ) -> None:
+        for file, block in zip(files, blocks, strict=False):
+            if bool(block.isnan().any()):
+                raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
+
+
+def _there(index: Tensor) -> Tensor:
+    """`index` of what has been read in its order: the row itself, -1 for none."""
+    return torch.where(index < 0, -1, torch.arange(len(index)))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _write(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
+    """The model, its JSON file if it is a model of ours, and its card, all or none."""
+    members, first = merge.members, merge.members.files[0]
+    header = {**first.about, "merge": provenance}
+    about = None
+    if first.about.get("kind") == "model":
+        header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
+        about = {
+            "class": first.about.get("class"),
+            "config": members.config,
+            "item_ids": members.item_ids,
+            "metrics": provenance["metrics"],
+            "extra": {"merge": provenance},
+            "versions": provenance["versions"],
+        }
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    card = model_card(out.name, header, provenance)
+    with atomic_path(out) as model:
+        with model.open("wb") as stream:
+            metadata = {**first.metadata, "fisherkern": text}
+            for name in write_header(stream, members.layout, metadata):
+                merge.write(name, stream)
+        with atomic_path(out.with_suffix(".md")) as beside:
+            beside.write_text(card, encoding="utf-8")
+            if about is not None:
+                with atomic_path(out.with_suffix(".json")) as temporary:
+                    with temporary.open("w", encoding="utf-8") as text_stream:
+                        # AxisSpec by piece: item ids may be many.
+                        json.dump(about, text_stream, indent=1, allow_nan=False)
+                        text_stream.write("\n")

@@ -1,0 +1,253 @@
+"""Safetensors files read and written a block of rows at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+from fisherkern.errors import InputError
+
+# Safetensors' names of the types that PyTorch computes with, and the types.
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+# What `take` reads along rather than skips, and what it reads at once, in bytes.
+PAGE, SPAN = 1 << 12, 1 << 24
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked; only blocks asked for are read.
+
+    layout: name -> (type as safetensors calls it, shape). metadata: the header's strings.
+    about: what fisherkern wrote there, {} in files of others.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file")
+        try:
+            # Refuses a header that is too long, no JSON or of unknown types, and tensors that
+            # overlap, leave gaps, or do not fill the file.
+            with safetensors.safe_open(str(self.path), framework="pt") as file:
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+            # Read rather than mapped, as pages of a mapped file count as memory in use.
+            self._stream = self.path.open("rb", buffering=0)
+            length = int.from_bytes(self._stream.read(8), "little")
+            header = json.loads(self._stream.read(length))
+        except (OSError, safetensors.SafetensorError) as error:
+            # Of an unknown type it goes on to list all known ones.
+            reason = str(error).partition(", expected one of")[0]
+            raise InputError(f"{self.path}: not a whole safetensors file: {reason}") from None
+        self._places: dict[str, int] = {}
+        self.layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in sorted(header.keys() - {"__metadata__"}):
+            kind = header[name]["dtype"]
+            if kind not in TYPES:
+                raise InputError(f"{self.path}: tensor {name!r} is {kind}, which cannot be merged")
+            self.layout[name] = (kind, tuple(header[name]["shape"]))
+            self._places[name] = 8 + length + header[name]["data_offsets"][0]
+        try:
+            self.about = json.loads(self.metadata.get("fisherkern", "{}"))
+        except json.JSONDecodeError:
+            raise InputError(f"{self.path}: its fisherkern metadata is not JSON") from None
+        if not isinstance(self.about, dict):
+            raise InputError(f"{self.path}: its fisherkern metadata is not a JSON object")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+    def floating(self, name: str) -> bool:
+        """Whether the tensor holds floating-point numbers."""
+        return TYPES[self.layout[name][0]].is_floating_point
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows start..stop of a tensor; a number is one row of shape ()."""
+        kind, shape = self.layout[name]
+        shape = (stop - start, *shape[1:]) if shape else ()
+        row = math.prod(shape[1:]) * TYPES[kind].itemsize
+        content = bytearray((stop - start) * row)
+        if not content:
+            return torch.empty(shape, dtype=TYPES[kind])
+        self._read(memoryview(content), self._places[name] + start * row)
+        return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape)
+
+    def take(self, name: str, index: Tensor) -> Tensor:
+        """Return the rows `index` (n,) int64 of a tensor, zeros where it is -1.
+
+        Read in the order of the file: rows that follow one another in one piece, with those
+        between that are fewer than a page. Holds `SPAN` bytes beside the result.
+        """
+        kind, shape = self.layout[name]
+        result = torch.zeros(len(index), *shape[1:], dtype=TYPES[kind])
+        row = math.prod(shape[1:]) * result.element_size()
+        have = (index >= 0).nonzero()[:, 0]
+        if not row or not len(have):
+            return result
+        rows, order = index[have].sort()
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        if stop - start == len(rows) == len(index) and torch.equal(rows, index):
+            return self.rows(name, start, stop)
+        table = result.view(len(index), -1).view(torch.uint8)
+        have = have[order]
+        # A piece lies in one window of the file, so that no piece is longer than that.
+        window = max(1, SPAN // row)
+        new = (rows.diff() > max(1, PAGE // row)) | (rows // window).diff().bool()
+        cuts = [0, *(new.nonzero()[:, 0] + 1).tolist(), len(rows)]
+        for batch in self._batches(rows, cuts, window):
+            first, last = cuts[batch[0]], cuts[batch[-1] + 1]
+            starts = rows[[cuts[i] for i in batch]]
+            lengths = rows[[cuts[i + 1] - 1 for i in batch]] + 1 - starts
+            offsets = lengths.cumsum(0) - lengths
+            content = bytearray(int(lengths.sum()) * row)
+            view = memoryview(content)
+            for begin, length, offset in zip(
+                starts.tolist(), lengths.tolist(), offsets.tolist(), strict=True
+            ):
+                part = view[offset * row : (offset + length) * row]
+                self._read(part, self._places[name] + begin * row)
+            counts = torch.tensor([cuts[i + 1] - cuts[i] for i in batch])
+            shift = (offsets - starts).repeat_interleave(counts)
+            found = torch.frombuffer(content, dtype=torch.uint8).view(-1, row)
+            table[have[first:last]] = found[rows[first:last] + shift]
+        return result
+
+    @staticmethod
+    def _batches(rows: Tensor, cuts: Sequence[int], window: int) -> Iterator[range]:
+        """Numbers of the pieces that are read together: of at most two windows' rows."""
+        ends = torch.tensor(cuts[1:]) - 1
+        lengths = (rows[ends] + 1 - rows[torch.tensor(cuts[:-1])]).tolist()
+        start, total = 0, 0
+        for number, length in enumerate(lengths):
+            if total and total + length > window:
+                yield range(start, number)
+                start, total = number, 0
+            total += length
+        yield range(start, len(lengths))
+
+    def _read(self, view: memoryview, place: int) -> None:
+        """Fill `view` with the file's bytes from `place` on."""
+        try:
+            self._stream.seek(place)
+            # One call reads at most 2 GB.
+            done = 0
+            while done < len(view):
+                count = self._stream.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{self.path}: became shorter while it was read")
+                done += count
+        except OSError as error:
+            raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
+
+    def blocks(self, name: str, step: int) -> Iterator[Tensor]:
+        """Yield the tensor, `step` rows at a time."""
+        for start, stop in spans(self.layout[name][1], step):
+            yield self.rows(name, start, stop)
+
+    def sha256(self) -> str:
+        """Of the whole file."""
+        try:
+            self._stream.seek(0)
+            return hashlib.file_digest(self._stream, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
+
+    def fingerprint(self, names: Sequence[str], entries: int) -> str:
+        """`fisherkern.fingerprint.fingerprint` of a model with these parameters."""
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            kind, shape = self.layout[name]
+            digest.update(json.dumps([name, str(TYPES[kind]), list(shape)]).encode())
+            for block in self.blocks(name, rows_per_block(shape, entries)):
+                digest.update(raw(block))
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def opened(*groups: Sequence[str | os.PathLike[str]]) -> Iterator[list[list[TensorFile]]]:
+    """Open the files of each group of paths, and close them at the end."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            [stack.enter_context(contextlib.closing(TensorFile(path))) for path in group]
+            for group in groups
+        ]
+
+
+def read_rows(
+    files: Sequence[TensorFile],
+    name: str,
+    start: int,
+    stop: int,
+    wanted: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """Return rows start..stop of every file's tensor, or those `wanted` of each, see `take`."""
+    if wanted is None:
+        return [file.rows(name, start, stop) for file in files]
+    return [file.take(name, index) for file, index in zip(files, wanted, strict=True)]
+
+
+def spans(shape: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of blocks of `step` rows; one block for a number."""
+    length = shape[0] if shape else 1
+    for start in range(0, length, step):
+        yield start, min(start + step, length)
+
+
+def rows_per_block(shape: Sequence[int], entries: int) -> int:
+    """Return the number of rows of this shape that hold about `entries` numbers; at least one."""
+    return max(1, entries // max(1, math.prod(shape[1:])))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """Return the tensor's bytes in row-major order."""
+    # Through bytes, as numpy has no bfloat16.
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_header(
+    stream: BinaryIO,
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+) -> list[str]:
+    """Write a safetensors header; the names in the order in which the tensors' bytes must follow.
+
+    Format: the header's length as 8 bytes, little-endian; JSON, name -> type, shape and place,
+    padded with spaces to a multiple of 8 bytes; the bytes of the tensors without gaps.
+    """
+    sizes = {name: TYPES[kind].itemsize for name, (kind, _) in layout.items()}
+    # The widest types first, so that every tensor starts at a multiple of its type's size.
+    order = sorted(layout, key=lambda name: (-sizes[name], name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name in order:
+        kind, shape = layout[name]
+        end = place + sizes[name] * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little"))
+    stream.write(text)
+    return order
