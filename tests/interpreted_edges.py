@@ -16,7 +16,7 @@ from fisherkern.ops.softmax_lse import softmax_lse_reference
 from fisherkern.ops.softmax_moments import range_lse_reference, softmax_moments_reference
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import softmax_topk_reference
-from fisherkern.ops.tiles_triton import padded, prepared
+from fisherkern.ops.tiles_triton import kernel_input, padded
 
 WIDTHS = [50, 64, 100, 200]
 
@@ -30,7 +30,7 @@ def test_padded_columns_are_zeros_and_rows_begin_at_16_bytes() -> None:
     assert padded(found) is not None and padded(found).data_ptr() == found.data_ptr()
     # The width needs no padding, the address does.
     matrix = memory[1 : 1 + 7 * 16].view(7, 16)
-    assert matrix.data_ptr() % 16 and prepared(matrix).data_ptr() % 16 == 0
+    assert matrix.data_ptr() % 16 and kernel_input(matrix).data_ptr() % 16 == 0
     assert torch.equal(padded(matrix), matrix)
 
 

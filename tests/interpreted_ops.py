@@ -17,7 +17,7 @@ import fisherkern as fk
 from fisherkern import ops
 from fisherkern.fisher import samplers
 from fisherkern.ops import sample_items_triton, segment_outer_square_triton, tiles_triton
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.sample_distinct import sample_distinct_reference
 from fisherkern.ops.sample_items import sample_items_reference

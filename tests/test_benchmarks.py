@@ -19,7 +19,7 @@ from torch import nn
 import fisherkern as fk
 from fisherkern import ops
 from fisherkern.experiments.fisher_cost import best_scaled_error
-from fisherkern.ops._products import product
+from fisherkern.ops.products import product
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

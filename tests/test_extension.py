@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.errors import InputError
-from fisherkern.ops import _extension
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops import _extension, build
 from fisherkern.ops._extension import Split
+from fisherkern.ops.backend import use_backend
 from fisherkern.ops.lookup_square import lookup_square_reference
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 
@@ -34,7 +34,7 @@ def where(request: pytest.FixtureRequest) -> tuple[Any, str, bool]:
     """(the extension, the device of its tensors, whether to launch the CUDA kernels)."""
     if request.param == "emulated":
         return request.getfixturevalue("emulated"), "cpu", True
-    built = _extension.compiled()
+    built = build.load_extension()
     if built is None:
         pytest.skip(NO_EXTENSION)
     if request.param == "cpu":
@@ -336,8 +336,8 @@ def test_the_cpu_refuses_wrong_indices(emulated: Any, index: int, message: str) 
 def test_what_a_gpu_can_run() -> None:
     archs, ptx = (80, 90, 100), (100,)
     served = {
-        c: _extension.covers(c, archs, ptx) for c in [(7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]
+        c: build.supports_arch(c, archs, ptx) for c in [(7, 5), (8, 0), (8, 6), (9, 0), (12, 0)]
     }
     assert served == {(7, 5): False, (8, 0): True, (8, 6): True, (9, 0): True, (12, 0): True}
-    assert not _extension.covers((10, 0), (80, 103), ())
-    assert not _extension.covers((9, 0), (), (100,))
+    assert not build.supports_arch((10, 0), (80, 103), ())
+    assert not build.supports_arch((9, 0), (), (100,))

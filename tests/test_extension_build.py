@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fisherkern.ops import _extension
+from fisherkern.ops.build import load_extension
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def built_library() -> Path:
-    built = _extension.compiled()
+    built = load_extension()
     if built is None:
         pytest.skip("fisherkern._C was not built here")
     assert built.__file__ is not None
@@ -40,7 +40,7 @@ def test_the_library_needs_neither_torch_nor_cuda() -> None:
 
 def test_the_library_holds_code_for_every_architecture() -> None:
     library = built_library()
-    archs, ptx = _extension.compiled().cuda_archs, _extension.compiled().cuda_ptx  # type: ignore[union-attr]
+    archs, ptx = load_extension().cuda_archs, load_extension().cuda_ptx  # type: ignore[union-attr]
     if not archs:
         pytest.skip("fisherkern._C was built without CUDA kernels")
     triton = pytest.importorskip("triton", reason="no cuobjdump: triton brings one")

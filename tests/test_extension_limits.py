@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_extension import NO_EXTENSION
 
-from fisherkern.ops import _extension
+from fisherkern.ops import _extension, build
 
 # Run by an interpreter of its own: the failure it looks for ends the process.
 CRAMPED = """
@@ -47,7 +47,7 @@ def test_a_process_short_of_memory_gets_an_answer(
     positions: int, megabytes: int, said: str
 ) -> None:
     """No room for the stacks of some threads, or for what any of them needs."""
-    built = _extension.compiled()
+    built = build.load_extension()
     if built is None:
         pytest.skip(NO_EXTENSION)
     command = [sys.executable, "-c", CRAMPED, built.__file__, str(positions), str(megabytes)]
@@ -56,7 +56,7 @@ def test_a_process_short_of_memory_gets_an_answer(
 
 
 def test_without_rows_or_columns_there_is_nothing_to_do() -> None:
-    built = _extension.compiled()
+    built = build.load_extension()
     if built is None:
         pytest.skip(NO_EXTENSION)
     offsets = torch.tensor([0, 3, 7])

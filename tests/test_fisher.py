@@ -9,7 +9,7 @@ from models import HISTORIES, NUM_ITEMS, Foreign, bert, shaken
 from torch import Tensor
 
 import fisherkern as fk
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 from fisherkern.ops.sample_distinct import sample_distinct_reference
 
 TARGETS = torch.tensor([4, 11, 3, 6, 1])
@@ -40,7 +40,7 @@ def omega_of(sampler: str, k: int, p: Tensor) -> Tensor:
     if sampler == "target":
         ids = TARGETS[:, None] - 1
         return brute.counts(ids, p.gather(1, ids), NUM_ITEMS)
-    u = counter.uniform(7, number, torch.arange(k))
+    u = counter_rng.uniform(7, number, torch.arange(k))
     if sampler == "model":
         ids = torch.searchsorted(p.cumsum(1), u, right=True)
         return brute.counts(ids, torch.full(ids.shape, 1 / k), NUM_ITEMS)
@@ -186,7 +186,7 @@ def batchwise_items(
     if sampler == "target":
         ids = TARGETS[first:last, None] - 1
         return ids, part.gather(1, ids)
-    u = counter.uniform(7, number, torch.arange(k))
+    u = counter_rng.uniform(7, number, torch.arange(k))
     if sampler == "model":
         ids = torch.searchsorted(part.cumsum(1), u, right=True)
         return ids, torch.full(ids.shape, 1 / k, dtype=torch.float64)

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fisherkern as fk
 from fisherkern import ops
 from fisherkern.fisher.schedule import Schedule
-from fisherkern.ops import counter
-from fisherkern.ops._library import IMPLEMENTATIONS
-from fisherkern.ops._sums import add_rows_
-from fisherkern.ops.device import gpu_paths
+from fisherkern.ops import counter_rng
+from fisherkern.ops.backend import gpu_paths
+from fisherkern.ops.library import IMPLEMENTATIONS
 from fisherkern.ops.lookup_square import lookup_square_reference
+from fisherkern.ops.products import add_rows_
 from fisherkern.ops.sample_items import range_logits
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 from fisherkern.ops.softmax_topk import _packed, _unpacked, softmax_topk_reference
@@ -88,7 +88,7 @@ def test_no_op_waits(on_a_gpu: None) -> None:
         ops.softmax_covariance(h, weight, bias, lse, mean)
         ops.sample_items(h, weight, bias, lse, ranges, rows, k, 3)
         ops.sample_distinct(h, weight, bias, lse, ranges, rows, k, 3)
-        counter.put_random_signs_(torch.ones(9, 4), 3, rows, torch.arange(4))
+        counter_rng.apply_random_signs_(torch.ones(9, 4), 3, rows, torch.arange(4))
 
 
 @pytest.mark.parametrize("n, positions", [(1, 1), (3, 5), (4, 13)])
@@ -181,9 +181,11 @@ def test_logits_of_ranges(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_signs_are_the_same_on_both_paths() -> None:
     rows, columns = torch.tensor([0, 31, 32, 95, 3]), torch.arange(9)
-    expected = counter.put_random_signs_(torch.ones(5, 9), 4, rows, columns)
+    expected = counter_rng.apply_random_signs_(torch.ones(5, 9), 4, rows, columns)
     with gpu_paths():
-        assert torch.equal(counter.put_random_signs_(torch.ones(5, 9), 4, rows, columns), expected)
+        assert torch.equal(
+            counter_rng.apply_random_signs_(torch.ones(5, 9), 4, rows, columns), expected
+        )
 
 
 def test_rows_are_added_with_repeated_indices(on_a_gpu: None) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 import fisherkern as fk
 from fisherkern.fisher.linear_backward import linear
-from fisherkern.ops import _products
+from fisherkern.ops import products
 
 
 @pytest.fixture(autouse=True)
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small a product is."""
-    monkeypatch.setattr(_products, "_LEAST", 0)
-    monkeypatch.setattr(_products, "_WIDE", 0)
+    monkeypatch.setattr(products, "_LEAST", 0)
+    monkeypatch.setattr(products, "_WIDE", 0)
 
 
 def used(output: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.errors import InputError
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 from fisherkern.ops.softmax_lse import softmax_lse_reference

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.errors import InputError
-from fisherkern.ops import _extension
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops import _extension, build
 from fisherkern.ops.attention_backward import attention_backward_reference
+from fisherkern.ops.backend import use_backend
 
 # R, N, H, Q, T, d, e: one; primes; a vector more or less; tiles; fewer queries than keys, of more
 # probes than are stacked and of fewer; panels of every width, in both; nothing.
@@ -89,7 +89,7 @@ def test_in_float64_and_the_twin(shape: tuple[int, ...]) -> None:
 
 @pytest.fixture
 def extension() -> Any:
-    built = _extension.compiled()
+    built = build.load_extension()
     if built is None:
         pytest.skip(NO_EXTENSION)
     return built

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.errors import InputError
-from fisherkern.ops import _extension
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops import _extension, build
+from fisherkern.ops.backend import use_backend
 from fisherkern.ops.layer_norm_backward import layer_norm_backward_reference
 
 # R, P, D: one; primes; a vector, more and less; many rows; nothing.
@@ -101,7 +101,7 @@ def test_in_float32(shape: tuple[int, ...], weighted: bool) -> None:
 
 @pytest.fixture
 def extension() -> Any:
-    built = _extension.compiled()
+    built = build.load_extension()
     if built is None:
         pytest.skip(NO_EXTENSION)
     return built

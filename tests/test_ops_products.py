@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops import _products
-from fisherkern.ops._products import Linear, add_outer_, outer, product, suits
+from fisherkern.ops import products
+from fisherkern.ops.products import Linear, add_outer_, outer, product, suits
 
 # P rows, O outputs, I inputs: one, primes, a side wider than the other, many rows, none.
 SHAPES = [(1, 1, 1), (7, 13, 5), (5, 3, 11), (283, 1009, 64), (257, 64, 65), (0, 3, 4), (5, 3, 0)]
@@ -17,8 +17,8 @@ SHAPES = [(1, 1, 1), (7, 13, 5), (5, 3, 11), (283, 1009, 64), (257, 64, 65), (0,
 @pytest.fixture(autouse=True)
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small a product is."""
-    monkeypatch.setattr(_products, "_LEAST", 0)
-    monkeypatch.setattr(_products, "_WIDE", 0)
+    monkeypatch.setattr(products, "_LEAST", 0)
+    monkeypatch.setattr(products, "_WIDE", 0)
 
 
 def close(found: Tensor, exact: Tensor, plain: Tensor) -> None:
@@ -105,15 +105,15 @@ def test_what_is_left_to_pytorch() -> None:
 
 
 def test_small_products_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, onednn = [], _products._by_onednn
+    sizes, onednn = [], products._by_onednn
 
     def seen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         sizes.append((tuple(x.shape), tuple(weight.shape)))
         return onednn(x, weight, bias)
 
-    monkeypatch.setattr(_products, "_by_onednn", seen)
-    monkeypatch.setattr(_products, "_LEAST", 30)
-    monkeypatch.setattr(_products, "_WIDE", 4)
+    monkeypatch.setattr(products, "_by_onednn", seen)
+    monkeypatch.setattr(products, "_LEAST", 30)
+    monkeypatch.setattr(products, "_WIDE", 4)
     x, weight = torch.randn(3, 2), torch.randn(5, 2)
     product(x[:2], weight)
     outer(x[:, :1], torch.randn(3, 4))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fisherkern as fk
 from fisherkern import ops
-from fisherkern.ops import _dispatch, _extension, lookup_square, proven
+from fisherkern.ops import _extension, backend, build, lookup_square, proven
 from fisherkern.ops.launch_table import rows_of_table
 from fisherkern.ops.proven import KERNELS, SEGMENTS, Row
 
@@ -50,7 +50,7 @@ def no_caches() -> Iterator[None]:
         for cached in (proven.rows, proven.kernel_hash, proven._faster_from):
             if hasattr(cached, "cache_clear"):
                 cached.cache_clear()
-        _dispatch.architecture.cache_clear()
+        backend.architecture.cache_clear()
 
     forget()
     yield
@@ -60,9 +60,9 @@ def no_caches() -> Iterator[None]:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a call sees of an sm_90, with the rows given; tensors on it are fake."""
-    monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(backend, "_installed", lambda: True)
 
     def with_rows(*rows: Row) -> None:
         monkeypatch.setattr(proven, "rows", lambda: rows)
@@ -78,15 +78,15 @@ def on_gpu(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 def takes(op: str = "softmax_lse", n: int = 10, v: int = 100, d: int = 64, **dtypes: Any) -> bool:
     h, weight = dtypes.get("h", FP32), dtypes.get("weight", dtypes.get("h", FP32))
-    return _dispatch.use_triton(op, on_gpu(n, d, dtype=h), on_gpu(v, d, dtype=weight), None)
+    return backend.use_triton(op, on_gpu(n, d, dtype=h), on_gpu(v, d, dtype=weight), None)
 
 
 def test_nothing_is_taken_without_a_row(gpu: Any) -> None:
     gpu()
     assert not takes()
-    with _dispatch.use_backend("triton"):
+    with backend.use_backend("triton"):
         assert takes()
-    with _dispatch.use_backend("torch"):
+    with backend.use_backend("torch"):
         assert not takes()
 
 
@@ -132,7 +132,7 @@ def test_dtypes_and_multiples(gpu: Any) -> None:
 def test_tensors_on_the_cpu_need_no_row(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(row_of("softmax_lse"))
     monkeypatch.setattr(proven, "beats_torch", None)
-    assert not _dispatch.use_triton("softmax_lse", torch.ones(10, 64), torch.ones(100, 64), None)
+    assert not backend.use_triton("softmax_lse", torch.ones(10, 64), torch.ones(100, 64), None)
 
 
 @pytest.fixture
@@ -184,24 +184,24 @@ def test_sources_are_a_file_and_the_kernels_that_it_imports(copied: Path) -> Non
 
 def serving(op: str, dtype: torch.dtype = FP32, **sizes: int) -> bool:
     fisher, delta = on_gpu(64, 256), on_gpu(2, 3, 5, 64, dtype=dtype)
-    return _extension.serving(op, fisher, delta, **sizes) is not None
+    return _extension.extension_for(op, fisher, delta, **sizes) is not None
 
 
 def test_the_extension_asks_for_rows_of_its_own(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, allow_tf32: Any
 ) -> None:
     built = SimpleNamespace(cuda_archs=(90,), cuda_ptx=(), cuda_sources="of csrc")
-    monkeypatch.setattr(_extension, "compiled", lambda: built)
+    monkeypatch.setattr(build, "load_extension", lambda: built)
     sizes = {"width": 64, "size": 1000}
     gpu(row_of(SEGMENTS))
     assert not serving(SEGMENTS, **sizes)
-    with _dispatch.use_backend("cuda"):
+    with backend.use_backend("cuda"):
         assert serving(SEGMENTS, **sizes)
     gpu(row_of(SEGMENTS, "cuda"))
     assert serving(SEGMENTS, **sizes)
     assert not serving(SEGMENTS, width=64, size=999) and not serving(SEGMENTS, width=128, size=1000)
     assert not serving(SEGMENTS, BF16, **sizes) and not serving("lookup_square_", **sizes)
-    with _dispatch.use_backend("triton"):
+    with backend.use_backend("triton"):
         assert not serving(SEGMENTS, **sizes)
     # tf32 has kernels of its own.
     allow_tf32()
@@ -226,7 +226,7 @@ def test_every_op_asks_by_its_name_and_sizes(monkeypatch: pytest.MonkeyPatch) ->
     def serving(op: str, *_: Any, width: int, size: int) -> None:
         asked.append((op, "cuda", width, size))
 
-    monkeypatch.setattr(_extension, "serving", serving)
+    monkeypatch.setattr(_extension, "extension_for", serving)
     for file, _ in proven.TRITON.values():
         monkeypatch.setattr(
             importlib.import_module(f"fisherkern.ops.{file}"), "use_triton", use_triton
@@ -359,7 +359,7 @@ def test_the_extension_says_of_which_sources_it_is() -> None:
     named = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
     expected = proven.digest(named)
     assert prove.hashes_of_tree()["lookup_square_/cuda"] == expected
-    built = _extension.compiled()
+    built = build.load_extension()
     if built is None or not built.cuda_archs:
         pytest.skip("fisherkern._C was built without CUDA kernels")
     assert getattr(built, "cuda_sources", None) == expected, "csrc has changed: run make setup"

@@ -14,7 +14,7 @@ from models import HISTORIES, bert
 
 import fisherkern as fk
 from fisherkern import ops
-from fisherkern.ops import _dispatch
+from fisherkern.ops import backend
 
 HERE = Path(__file__).parent
 OPS = [
@@ -36,7 +36,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop(_dispatch.VARIABLE, None)
+    environment.pop(backend.VARIABLE, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(
         [*command, f"--junitxml={report}", *map(str, sorted(HERE.glob("interpreted_*.py")))],
@@ -68,30 +68,30 @@ def test_nothing_else_failed(interpreted: dict[str, str]) -> None:
 
 def test_backend_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     """The innermost block, then the environment, then auto."""
-    monkeypatch.delenv(_dispatch.VARIABLE, raising=False)
-    assert _dispatch.backend() == "auto"
-    monkeypatch.setenv(_dispatch.VARIABLE, "triton")
-    assert _dispatch.backend() == "triton"
-    with _dispatch.use_backend("torch"):
-        assert _dispatch.backend() == "torch"
-        with _dispatch.use_backend("auto"):
-            assert _dispatch.backend() == "torch"
-        assert _dispatch.backend() == "torch"
-    monkeypatch.setenv(_dispatch.VARIABLE, "tpu")
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    assert backend.backend() == "auto"
+    monkeypatch.setenv(backend.VARIABLE, "triton")
+    assert backend.backend() == "triton"
+    with backend.use_backend("torch"):
+        assert backend.backend() == "torch"
+        with backend.use_backend("auto"):
+            assert backend.backend() == "torch"
+        assert backend.backend() == "torch"
+    monkeypatch.setenv(backend.VARIABLE, "tpu")
     with pytest.raises(fk.InputError, match="FISHERKERN_BACKEND: 'tpu' is not one of auto"):
         ops.softmax_lse(torch.ones(1, 1), torch.ones(1, 1))
     with pytest.raises(fk.InputError, match="backend: 'tpu' is not one of auto, torch, triton"):
-        _dispatch.use_backend("tpu").__enter__()
+        backend.use_backend("tpu").__enter__()
 
 
 def test_cpu_tensors_take_pytorch_unless_triton_is_demanded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_dispatch, "_installed", lambda: True)
-    monkeypatch.setattr(_dispatch, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_installed", lambda: True)
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
     one = torch.ones(1, 1)
-    assert not _dispatch.use_triton("softmax_lse", one, one)
-    with _dispatch.use_backend("triton"):
+    assert not backend.use_triton("softmax_lse", one, one)
+    with backend.use_backend("triton"):
         with pytest.raises(fk.InputError, match="takes TRITON_INTERPRET=1"):
             ops.softmax_lse(one, one)
         with pytest.raises(fk.InputError, match="not torch.float64"):
@@ -100,11 +100,11 @@ def test_cpu_tensors_take_pytorch_unless_triton_is_demanded(
             fk.diag_fisher(bert().float(), [HISTORIES], k=2, progress=False)
     with pytest.raises(fk.InputError, match="backend: 'triton' cannot be used"):
         fk.diag_fisher(bert().float(), [HISTORIES], k=2, backend="triton", progress=False)
-    monkeypatch.setattr(_dispatch, "_interpreted", lambda: True)
-    assert not _dispatch.use_triton("softmax_lse", one, one)
-    with _dispatch.use_backend("triton"):
-        assert _dispatch.use_triton("softmax_lse", one, one)
-        assert not _dispatch.use_triton("softmax_lse", one[:0], one)
+    monkeypatch.setattr(backend, "_interpreted", lambda: True)
+    assert not backend.use_triton("softmax_lse", one, one)
+    with backend.use_backend("triton"):
+        assert backend.use_triton("softmax_lse", one, one)
+        assert not backend.use_triton("softmax_lse", one[:0], one)
 
 
 WITHOUT_TRITON = """
@@ -113,9 +113,9 @@ sys.modules["triton"] = None  # every import of it raises ImportError
 import torch
 import fisherkern as fk
 from fisherkern import ops
-from fisherkern.ops import _dispatch
+from fisherkern.ops import backend
 ops.softmax_lse(torch.ones(1, 1), torch.ones(1, 1))
-with _dispatch.use_backend("triton"):
+with backend.use_backend("triton"):
     try:
         ops.softmax_lse(torch.ones(1, 1), torch.ones(1, 1))
     except fk.InputError as error:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from test_extension import NO_EXTENSION, SEGMENTS, assert_close, brute_segments, guarded, tf32
 
-from fisherkern.ops import _extension
+from fisherkern.ops import _extension, build
 
 CHEAPER, DIRECT, GRAM = 0, 1, 2
 
 
 @pytest.fixture
 def built() -> Any:
-    extension = _extension.compiled()
+    extension = build.load_extension()
     if extension is None:
         pytest.skip(NO_EXTENSION)
     return extension

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 from gpu.cases import Case, Outputs, Wanted, draw, of_allowed, outputs, poisoned_memory, wanted
 from gpu.day import Day
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.ops import _extension
-from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops._extension import Split
+from fisherkern.ops.backend import use_backend
 from gpu import twins
 from gpu.cases import of_allowed, poisoned_memory, walled
 from gpu.checks import Share, on_another_stream, repeated, report

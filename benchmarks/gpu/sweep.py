@@ -20,7 +20,7 @@ from common import percentiles
 
 from fisherkern import ops
 from fisherkern.ops import launch_table
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 from fisherkern.ops.launch_table import Launch
 from gpu.cases import Case, draw, of_allowed, outputs, wanted
 from gpu.day import Day, lines

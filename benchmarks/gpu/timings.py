@@ -11,7 +11,7 @@ from common import percentiles
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 from gpu.cases import KINDS, Case, draw, outputs
 from gpu.day import Day, lines
 from gpu.segment_checks import lookups, random

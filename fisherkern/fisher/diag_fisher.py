@@ -17,7 +17,7 @@ from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.samplers import SAMPLERS, Settings
 from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 
 DEFAULT_SKETCH_PROBES = 16
 
@@ -77,7 +77,7 @@ def diag_fisher(
     the gradients of one block of probes; `seed` keys the random numbers by (seed,
     sequence), so they do not depend on batch or chunk; `backend`, "torch", "triton" or
     "cuda" for the ops ("auto": the environment's FISHERKERN_BACKEND, else PyTorch; see
-    ops/_dispatch.py). The model runs in eval mode and is left as it was.
+    ops/backend.py). The model runs in eval mode and is left as it was.
 
     Returns a DiagFisher: tensors keyed as `model.named_parameters()`, fp32 or wider;
     frozen parameters are left out. Raises InputError for bad arguments, an empty

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu
 
 Columns = Callable[[Tensor, slice], Tensor]
 

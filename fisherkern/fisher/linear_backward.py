@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops._products import product, rows_product, suits_linear
+from fisherkern.ops.products import product, rows_product, suits_linear
 
 
 class _Linear(torch.autograd.Function):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fisherkern.fisher.factor import Factor
 from fisherkern.fisher.samplers import Settings, sample
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
+from fisherkern.ops.ranges import RANGE
 from fisherkern.ops.sample_distinct import distinct_from_ranges
-from fisherkern.ops.softmax_lse import RANGE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LogitRows:
         return values.exp(), ids
 
     def draw(self, k: int, seed: int) -> Tensor:
-        u = counter.uniform(seed, self.number, torch.arange(k, device=self.number.device))
+        u = counter_rng.uniform(seed, self.number, torch.arange(k, device=self.number.device))
         cdf = self.log_p.double().exp().cumsum(dim=1)
         return torch.searchsorted(cdf, u, right=True).clamp_(max=self.num_items - 1)
 
@@ -87,8 +87,8 @@ def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
 def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
     assert settings.probes is not None
     probes, items = settings.probes, torch.arange(rows.num_items, device=p.device)
-    signed = counter.put_random_signs_(p.sqrt(), settings.seed, rows.number, items)
-    bucket = counter.bucket_at(settings.seed, items, probes)
+    signed = counter_rng.apply_random_signs_(p.sqrt(), settings.seed, rows.number, items)
+    bucket = counter_rng.bucket_of(settings.seed, items, probes)
 
     def columns(sequence: Tensor, which: slice) -> Tensor:
         numbers = torch.arange(probes, device=p.device)[which]

@@ -28,7 +28,7 @@ from fisherkern.fisher.factor import (
     project,
     solve_lower,
 )
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 
 SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
 
@@ -171,7 +171,7 @@ def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tens
         return ids, torch.full(ids.shape, 1 / k, device=ids.device), None
     if settings.sampler == "random":
         sample_number = torch.arange(k, device=rows.number.device)
-        ids = (counter.uniform(settings.seed, rows.number, sample_number) * v).long()
+        ids = (counter_rng.uniform(settings.seed, rows.number, sample_number) * v).long()
         scale = v / k
     else:
         assert rows.target is not None
@@ -329,10 +329,10 @@ def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
         top = settings.probes // 2
         sketched = settings.probes - top
     rest = torch.arange(basis.shape[2] - top, device=basis.device)
-    signs = counter.put_random_signs_(
+    signs = counter_rng.apply_random_signs_(
         basis.new_ones(len(basis), len(rest)), settings.seed, rows.number, rest
     )
-    bucket = counter.bucket_at(settings.seed, rest, max(sketched, 1))
+    bucket = counter_rng.bucket_of(settings.seed, rest, max(sketched, 1))
     # A product with the buckets' indicators: a scattered sum has no fixed order on a GPU.
     dealing = torch.nn.functional.one_hot(bucket, max(sketched, 1))[:, :sketched].to(basis.dtype)
     scaled = basis * values[:, None].sqrt()
@@ -360,8 +360,8 @@ def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
         log_p = rows.log_probability(sequence, items)
         number, item = torch.broadcast_tensors(rows.number[sequence][:, None], items)
-        signs = counter.random_signs_at(seed, number, item, u.dtype)
-        bucket = counter.bucket_at(seed, items, probes)
+        signs = counter_rng.random_signs_at(seed, number, item, u.dtype)
+        bucket = counter_rng.bucket_of(seed, items, probes)
         beta = -log_p.exp()[:, :, None] * totals[sequence][:, None]
         own = (0.5 * log_p).exp() * signs
         # One entry of each (sequence, item): no order to keep.

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops._library import register
+from fisherkern.ops.library import register
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _attention_backward(
-    p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Gradients:
-    p = p.contiguous()
-    extension = _extension.serving("attention_backward", p, delta, q, k, v)
-    if extension is not None and not p.is_cuda and q.dtype == torch.float32:
-        return _extension.attention_backward(extension, p, delta, q, k, v, scale)
-    delta, q, k, v = (tensor.transpose(-3, -2) for tensor in (delta, q, k, v))
-    dp = delta @ v.mT
-    ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * scale
-    found = (ds @ k, ds.mT @ q, p.mT @ delta)
-    dq, dk, dv = (tensor.transpose(-3, -2).contiguous() for tensor in found)
-    return dq, dk, dv
-
-
-def _fake(p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
+def _outputs(delta: Tensor, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Gradients:
     dq, dk, dv = (tensor.new_empty(len(delta), *tensor.shape) for tensor in (q, k, v))
     return dq, dk, dv
 
 
-_op = register(
-    "attention_backward(Tensor p, Tensor delta, Tensor q, Tensor k, Tensor v, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    _attention_backward,
-    _fake,
-    probes_of=1,
-)
-
-
+@register(_outputs, vmap_arg="delta")
 def attention_backward(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:
@@ -52,7 +31,16 @@ def attention_backward(
     head at a time beside the results, otherwise two tensors of R times the size of p and R copies
     of q, k and v. torch.vmap over delta is more probes of one call.
     """
-    return _op(p, delta, q, k, v, scale)
+    p = p.contiguous()
+    extension = _extension.extension_for("attention_backward", p, delta, q, k, v)
+    if extension is not None and not p.is_cuda and q.dtype == torch.float32:
+        return _extension.attention_backward(extension, p, delta, q, k, v, scale)
+    delta, q, k, v = (tensor.transpose(-3, -2) for tensor in (delta, q, k, v))
+    dp = delta @ v.mT
+    ds = p * (dp - (p * dp).sum(dim=-1, keepdim=True)) * scale
+    found = (ds @ k, ds.mT @ q, p.mT @ delta)
+    dq, dk, dv = (tensor.transpose(-3, -2).contiguous() for tensor in found)
+    return dq, dk, dv
 
 
 def attention_backward_reference(

@@ -6,34 +6,10 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops._library import register
+from fisherkern.ops.library import register
 
 
-def _layer_norm_backward(
-    delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
-) -> Tensor:
-    normalised = normalised.contiguous()
-    extension = _extension.serving("layer_norm_backward", normalised, delta, weight, rstd)
-    if extension is not None and not delta.is_cuda and delta.dtype == torch.float32:
-        return _extension.layer_norm_backward(extension, delta, normalised, weight, rstd)
-    g = delta if weight is None else delta * weight
-    mean = g.mean(dim=2, keepdim=True)
-    slope = (g * normalised).mean(dim=2, keepdim=True)
-    return ((g - mean - normalised * slope) * rstd[:, None]).contiguous()
-
-
-def _fake(delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
-    return delta.new_empty(delta.shape)
-
-
-_op = register(
-    "layer_norm_backward(Tensor delta, Tensor normalised, Tensor? weight, Tensor rstd) -> Tensor",
-    _layer_norm_backward,
-    _fake,
-    probes_of=0,
-)
-
-
+@register(lambda delta, **_: delta.new_empty(delta.shape), vmap_arg="delta")
 def layer_norm_backward(
     delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> Tensor:
@@ -44,7 +20,14 @@ def layer_norm_backward(
     all of one type; the result (R, P, D). In the extension on a CPU it holds nothing beside the
     result, otherwise some tensors of its size. torch.vmap over delta is more probes of one call.
     """
-    return _op(delta, normalised, weight, rstd)
+    normalised = normalised.contiguous()
+    extension = _extension.extension_for("layer_norm_backward", normalised, delta, weight, rstd)
+    if extension is not None and not delta.is_cuda and delta.dtype == torch.float32:
+        return _extension.layer_norm_backward(extension, delta, normalised, weight, rstd)
+    g = delta if weight is None else delta * weight
+    mean = g.mean(dim=2, keepdim=True)
+    slope = (g * normalised).mean(dim=2, keepdim=True)
+    return ((g - mean - normalised * slope) * rstd[:, None]).contiguous()
 
 
 def layer_norm_backward_reference(

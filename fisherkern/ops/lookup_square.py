@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops._library import no_outputs, register
-from fisherkern.ops._sums import add_rows_
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu
 from fisherkern.ops.launch_table import lookup_splits
+from fisherkern.ops.library import register
+from fisherkern.ops.products import add_rows_
 
 # Elements of the gradients that a GPU works on at once: 256 MB in fp32, three times over.
 _BLOCK_ELEMENTS = 2**26
@@ -78,6 +78,7 @@ def _numbered(keys: Tensor, none: int) -> Tensor:
     return (begins.cumsum(0) - 1).masked_fill_(keys == none, len(keys))
 
 
+@register(mutates=("fisher",))
 def _lookup_square_(
     fisher: Tensor,
     delta: Tensor,
@@ -91,7 +92,7 @@ def _lookup_square_(
 ) -> None:
     indices = (order, segment_start, row, row_start)
     sizes = {"width": fisher.shape[1], "size": delta.numel()}
-    extension = _extension.serving("lookup_square_", fisher, delta, beta, hidden, **sizes)
+    extension = _extension.extension_for("lookup_square_", fisher, delta, beta, hidden, **sizes)
     if extension is not None:
         split = _extension.Split(lookup_splits(len(delta))) if fisher.is_cuda else None
         _extension.lookup_square_(
@@ -159,14 +160,6 @@ def _add_blocks_(
     add_rows_(fisher, row.clamp(min=0), total)
 
 
-_op = register(
-    "lookup_square_(Tensor(a!) fisher, Tensor delta, Tensor order, Tensor segment_start,"
-    " Tensor row, Tensor row_start, Tensor? beta, Tensor? hidden, Tensor? sequence) -> ()",
-    _lookup_square_,
-    no_outputs,
-)
-
-
 def lookup_square_(
     fisher: Tensor,
     delta: Tensor,
@@ -188,7 +181,7 @@ def lookup_square_(
     """
     indices = (segments.order, segments.segment_start, segments.row, segments.row_start)
     sequence = None if beta is None else segments.sequence
-    _op(fisher, delta, *indices, beta, hidden, sequence)
+    _lookup_square_(fisher, delta, *indices, beta, hidden, sequence)
 
 
 def lookup_square_reference(

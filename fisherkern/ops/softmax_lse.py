@@ -11,19 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
-from fisherkern.ops._products import product, suits
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu, use_triton
+from fisherkern.ops.library import register
+from fisherkern.ops.products import product, suits
+from fisherkern.ops.ranges import RANGE
 
 # Elements of one (N, tile) block of logits. On a CPU 2 MB in fp32, which stays in a core's
 # cache from the product that makes it to the one that uses it; a GPU wants few launches.
 TILE_ELEMENTS = 2**19
 _GPU_TILE_ELEMENTS = 2**24
 _MOST_ITEMS = 2**14
-
-# Items of a range, of which samplers know the log-sum-exp; tiles are whole ranges.
-RANGE = 256
 
 _LOG2_E = 1.4426950408889634
 
@@ -88,7 +85,9 @@ def exp_minus_(z: Tensor, shift: Tensor, power: float = 1.0) -> Tensor:
     return z.mul_(power * _LOG2_E).exp2_()
 
 
-def _softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@register(lambda h, **_: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)))
+def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """log Σ_v exp(h·w_v + b_v) for every row: (N, D), (V, D), (V,) -> (N,), fp32 or wider."""
     if use_triton("softmax_lse", h, weight, bias):
         from fisherkern.ops import softmax_lse_triton
 
@@ -98,18 +97,6 @@ def _softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for _, _, z in logit_tiles(h, weight, bias):
         lse = torch.logaddexp(lse, torch.logsumexp(z, dim=1))
     return lse
-
-
-def _fake(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return h.new_empty((h.shape[0],), dtype=torch.promote_types(h.dtype, torch.float32))
-
-
-_op = register("softmax_lse(Tensor h, Tensor weight, Tensor? bias) -> Tensor", _softmax_lse, _fake)
-
-
-def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """log Σ_v exp(h·w_v + b_v) for every row: (N, D), (V, D), (V,) -> (N,), fp32 or wider."""
-    return _op(h, weight, bias)
 
 
 def softmax_lse_reference(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.merging.rules.base import Blocks, Operands, average
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 
 
 def from_base(x: Operands, share: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def dare(x: Operands) -> Tensor:
     columns = torch.arange(width, device=device)
     key = x.seed ^ int.from_bytes(_digest(x.name), "little")
     kept = torch.stack(
-        [counter.uniform(key + member, rows, columns) < density for member in range(x.members)]
+        [counter_rng.uniform(key + member, rows, columns) < density for member in range(x.members)]
     )
     return from_base(x, x.options["scale"] * relative(x) * kept / density)
 

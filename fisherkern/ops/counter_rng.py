@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -81,7 +81,7 @@ def random_signs_at(seed: int, row: Tensor, column: Tensor, dtype: torch.dtype) 
     return 1 - 2 * ((_mix(keys + column * GOLDEN) >> bit) & 1).to(dtype)
 
 
-def put_random_signs_(values: Tensor, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
+def apply_random_signs_(values: Tensor, seed: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Multiply values (N, C), none negative, by `random_signs_at` (N,) rows, (C,) columns."""
     if on_gpu(rows):
         # A GPU makes a row's words faster than it tells how many rows share them.
@@ -105,7 +105,12 @@ def bucket_rotations(seed: int, blocks: Tensor, probes: int) -> Tensor:
     return _shift_right(bits, 33) % probes
 
 
-def bucket_at(seed: int, column: Tensor, probes: int) -> Tensor:
+def catalogue_rotations(seed: int, num_items: int, probes: int, device: torch.device) -> Tensor:
+    """`bucket_rotations` of the blocks of `probes` items that a catalogue has."""
+    return bucket_rotations(seed, torch.arange(-(-num_items // probes), device=device), probes)
+
+
+def bucket_of(seed: int, column: Tensor, probes: int) -> Tensor:
     """The bucket, 0 … probes − 1, of each column, int64.
 
     The `probes` columns of a block (columns R j … R j + R − 1) take one bucket each, in an
@@ -116,7 +121,7 @@ def bucket_at(seed: int, column: Tensor, probes: int) -> Tensor:
 
 
 def bucket_members(rotations: Tensor, last: int, bucket: int, probes: int, columns: int) -> Tensor:
-    """The columns below `columns` that `bucket_at` puts into `bucket`, ascending, int64.
+    """The columns below `columns` that `bucket_of` puts into `bucket`, ascending, int64.
 
     `last` is the last of the rotations: only in its block may a column be too many.
     """

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops._library import register
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu
+from fisherkern.ops.library import register
 
 # The operator is PyTorch's own but not public; where it is missing MKL serves.
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -68,25 +68,14 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _rows_product(x: Tensor, weight: Tensor) -> Tensor:
-    found = product(x.reshape(-1, x.shape[-1]), weight)
-    return found.view(*x.shape[:-1], len(weight))
-
-
-_rows_product_op = register(
-    "rows_product(Tensor x, Tensor weight) -> Tensor",
-    _rows_product,
-    lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)),
-    probes_of=0,
-)
-
-
+@register(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), vmap_arg="x")
 def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of all rows: (R, ..., I), (O, I) -> (R, ..., O), as `product`.
 
     torch.vmap over x is more of R in one call.
     """
-    return _rows_product_op(x, weight)
+    result = product(x.reshape(-1, x.shape[-1]), weight)
+    return result.view(*x.shape[:-1], len(weight))
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -145,3 +134,16 @@ class Linear(torch.autograd.Function):
         if needs_bias:
             grad_bias = flat.sum(dim=0)
         return grad_x, grad_weight, grad_bias
+
+
+def add_rows_(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """target[index_u] += values_u for every u, repeated indices included.
+
+    target (V, ...), index (U,) int64, values (U, ...) of target's dtype. A CPU adds in the
+    order of u. A GPU's `index_add_` is made of atomics, in the order in which they arrive;
+    accumulating `index_put_` sorts first.
+    """
+    if on_gpu(target):
+        target.index_put_((index,), values, accumulate=True)
+    else:
+        target.index_add_(0, index, values)

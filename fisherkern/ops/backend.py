@@ -5,6 +5,9 @@ FISHERKERN_BACKEND for a process. "torch" and "triton" mean what they say; "cuda
 the extension where it serves and Triton elsewhere. "auto" is the same on a GPU for the calls
 that proven.json has a row of, and PyTorch for all others. Triton is imported when a kernel is
 about to run, never before.
+
+PyTorch itself has two paths in some ops. A CPU wants tiles that stay in its caches, and skips
+empty work. A GPU wants few launches, sums in a fixed order without atomics, and no read back.
 """
 
 from __future__ import annotations
@@ -29,6 +32,25 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _OLDEST_ARCHITECTURE = 80
 
 _chosen: ContextVar[str] = ContextVar("fisherkern_backend", default="auto")
+_gpu_paths: ContextVar[bool] = ContextVar("fisherkern_gpu_paths", default=False)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether an op of `tensor` takes the path made for a GPU."""
+    return tensor.is_cuda or _gpu_paths.get()
+
+
+@contextlib.contextmanager
+def gpu_paths() -> Iterator[None]:
+    """Take the paths made for a GPU on every device: to test and to count them without one.
+
+    Meant for backend="torch": the extension's CPU code serves the CPU's paths alone.
+    """
+    token = _gpu_paths.set(True)
+    try:
+        yield
+    finally:
+        _gpu_paths.reset(token)
 
 
 @contextlib.contextmanager
