@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fisherkern.ops.ranges import RANGE
+from fisherkern.ops.softmax_lse import RANGE
 from fisherkern.ops.softmax_topk import MAX_TRITON_K
 
 ARCHITECTURE = 90

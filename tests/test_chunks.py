@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher.chunks import chunks
-from fisherkern.fisher.subject import Subject
+from fisherkern.fisher.adapter import ModelAdapter
+from fisherkern.fisher.schedule import Schedule
 
 
 def histories(n: int, width: int, short: float) -> Tensor:
@@ -20,6 +20,11 @@ def histories(n: int, width: int, short: float) -> Tensor:
     history[torch.rand(n, generator=g) < short, :-2] = 0
     history[::17] = 0
     return history
+
+
+def buckets(model: Any, batch: Any, n: int, most: int) -> list[tuple[Any, Tensor]]:
+    schedule = Schedule.of_one_probe(most)
+    return list(schedule.length_buckets(ModelAdapter.of(model), batch, n))
 
 
 def model(width: int = 16) -> fk.BERT4Rec:
@@ -37,7 +42,7 @@ def test_every_sequence_is_in_one_part(kind: str, size: int) -> None:
         "pair": (history, target),
     }[kind]
     numbers = []
-    for part, which in chunks(Subject.of(model()), batch, 600, size):
+    for part, which in buckets(model(), batch, 600, size):
         assert 1 <= len(which) <= size
         rows = {"tensor": lambda p: p, "mapping": lambda p: p["history"], "pair": lambda p: p[0]}
         assert torch.equal(rows[kind](part), history[which])
@@ -51,7 +56,7 @@ def test_short_histories_are_not_computed_at_full_length() -> None:
     history = histories(600, 16, 0.6)
     m, cells = model(), []
     m.position_embedding.register_forward_hook(lambda _, i, __: cells.append(i[0].numel()))
-    for part, _ in chunks(Subject.of(m), history, 600, 600):
+    for part, _ in buckets(m, history, 600, 600):
         m.encode(part)
     assert sum(cells) < 0.6 * history.numel()
 
@@ -71,15 +76,13 @@ def test_other_models_and_batches_keep_their_order() -> None:
             return batch.float()
 
     history = histories(600, 16, 0.5)
-    found = list(chunks(Subject.of(Other()), history, 600, 64))
+    found = buckets(Other(), history, 600, 64)
     assert torch.equal(torch.cat([which for _, which in found]), torch.arange(600))
     assert torch.equal(torch.cat([part for part, _ in found]), history)
     assert {len(which) for _, which in found} == {60}
     rows = history.numpy()
-    lengths = [
-        (len(part), len(which)) for part, which in chunks(Subject.of(model()), rows, 600, 250)
-    ]
+    lengths = [(len(part), len(which)) for part, which in buckets(model(), rows, 600, 250)]
     assert lengths == [(200, 200)] * 3
-    assert list(chunks(Subject.of(Other()), history[:0], 0, 64)) == []
-    ((whole, _),) = chunks(Subject.of(model()), rows, 600, 600)
+    assert buckets(Other(), history[:0], 0, 64) == []
+    ((whole, _),) = buckets(model(), rows, 600, 600)
     assert whole is rows

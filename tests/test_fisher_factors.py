@@ -13,7 +13,8 @@ from torch import Tensor
 
 import fisherkern as fk
 from fisherkern.fisher.factor import cholesky, eigen, project, solve_lower
-from fisherkern.fisher.samplers import Rows, Settings, factorise
+from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
+from fisherkern.fisher.settings import Settings
 from fisherkern.ops.softmax_moments import softmax_moments_reference
 
 N, D = 5, 8
@@ -57,9 +58,9 @@ def softmax_inputs(
     )
 
 
-def rows_of(inputs: tuple[Tensor, Tensor, Tensor]) -> Rows:
+def rows_of(inputs: tuple[Tensor, Tensor, Tensor]) -> SoftmaxStats:
     settings = Settings("exact", **EXACT, weight="probability")
-    return Rows.of(*inputs, torch.arange(N), None, settings)
+    return SoftmaxStats.of(*inputs, torch.arange(N), None, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -67,10 +68,10 @@ def rows_of(inputs: tuple[Tensor, Tensor, Tensor]) -> Rows:
 def test_the_exact_factor(case: str, dtype: torch.dtype) -> None:
     inputs = softmax_inputs(dtype, **CASES[case])
     rows = rows_of(inputs)
-    factor = factorise(rows, Settings("exact", **EXACT, weight="probability"))
+    factor = factor_covariance(rows, Settings("exact", **EXACT, weight="probability"))
     assert factor.probes == max(1, min(D, len(inputs[1]) - 1))
     sequence = torch.arange(N)
-    columns = factor.columns(sequence, slice(None)).permute(1, 2, 0).double()  # (N, D, R)
+    columns = factor.probe_vectors(sequence, slice(None)).permute(1, 2, 0).double()  # (N, D, R)
     weight, eps = inputs[1].double(), torch.finfo(dtype).eps
     mean, covariance = softmax_moments_reference(*inputs)
     # The covariance of all sequences is computed about one centre: that is what rounds.
@@ -80,7 +81,7 @@ def test_the_exact_factor(case: str, dtype: torch.dtype) -> None:
     p = (inputs[0].double() @ weight.T + inputs[2].double()).softmax(dim=1)
     moments = p[:, :, None] * (weight - mean[:, None])
     every = torch.arange(len(weight)).expand(N, -1)
-    beta = factor.cross(sequence, every).double()
+    beta = factor.tied_cross_term(sequence, every).double()
     error = (beta @ columns.transpose(1, 2) - moments).abs()
     assert (error <= 20 * eps * size.sqrt() * p.sqrt()[:, :, None]).all()
     if "one-hot" not in case:  # there a covariance is less than what it is rounded by
@@ -95,7 +96,7 @@ def test_the_exact_factor_is_that_of_all_eigenvectors(case: str, dtype: torch.dt
     products = []
     for probes in (None, D):
         settings = Settings("exact", **{**EXACT, "probes": probes}, weight="probability")
-        columns = factorise(rows, settings).columns(sequence, slice(None)).double()
+        columns = factor_covariance(rows, settings).probe_vectors(sequence, slice(None)).double()
         products.append(torch.einsum("rnd,rne->nde", columns, columns))
     size = (rows.weight - rows.weight.mean(dim=0)).square().sum(dim=1).max()
     allowed = 20 * torch.finfo(dtype).eps * float(size)

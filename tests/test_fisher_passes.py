@@ -15,10 +15,9 @@ from test_fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher import passes
-from fisherkern.fisher.chunks import pieces
+from fisherkern.fisher import forward_backward
+from fisherkern.fisher.adapter import ModelAdapter
 from fisherkern.fisher.schedule import Schedule
-from fisherkern.fisher.subject import Subject
 
 
 def exact(model: nn.Module) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ def scheduled(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> None:
 def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where the numbers of probes of all backward passes are noted."""
     sizes: list[int] = []
-    gradients = passes.Passes._gradients
+    gradients = forward_backward.ForwardBackward._gradients
 
     def noted(self: Any, result: Tensor, outputs: Any, given: Tensor, retain: bool) -> Any:
         found = gradients(self, result, outputs, given, retain)
@@ -42,7 +41,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(len(given))
         return found
 
-    monkeypatch.setattr(passes.Passes, "_gradients", noted)
+    monkeypatch.setattr(forward_backward.ForwardBackward, "_gradients", noted)
     return sizes
 
 
@@ -145,6 +144,11 @@ def test_a_fault_of_the_model_is_its_own(blocks: list[int]) -> None:
         fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False)
 
 
+def buckets(model: nn.Module, batch: Any, positions: int) -> list[tuple[Any, Tensor]]:
+    schedule = Schedule(positions, 2**25)
+    return list(schedule.length_buckets(ModelAdapter.of(model), batch, len(batch)))
+
+
 def lengths(history: Tensor) -> Tensor:
     return (history != 0).sum(dim=1)
 
@@ -154,7 +158,7 @@ def test_pieces_are_filled_from_long_to_short() -> None:
     history = torch.randint(1, NUM_ITEMS + 1, (50, 5), generator=g)
     for row, padding in zip(history, torch.randint(0, 6, (50,), generator=g), strict=True):
         row[:padding] = 0
-    found = list(pieces(Subject.of(bert()), history, 50, lambda positions: 24 // (positions or 1)))
+    found = buckets(bert(), history, 24)
     assert sorted(torch.cat([which for _, which in found]).tolist()) == list(range(50))
     least = 99
     for part, which in found:
@@ -165,26 +169,26 @@ def test_pieces_are_filled_from_long_to_short() -> None:
 
 
 def test_pieces_of_other_models_keep_the_order_and_of_other_batches_the_whole() -> None:
-    foreign = Subject.of(Foreign("none"))
-    found = [(part, w.tolist()) for part, w in pieces(foreign, HISTORIES, 5, lambda _: 2)]
+    foreign = Foreign("none")
+    found = [(part, w.tolist()) for part, w in buckets(foreign, HISTORIES, 2 * 5)]
     assert [w for _, w in found] == [[0, 1], [2, 3], [4]]
     assert all(torch.equal(part, HISTORIES[w]) for part, w in found)
     rows = HISTORIES.numpy()
-    ((part, which),) = pieces(foreign, rows, 5, lambda positions: 5 if positions is None else 2)
+    ((part, which),) = buckets(foreign, rows, 2 * 5)
     assert part is rows and which.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_blocks_that_do_not_fit_into_memory_are_halved(
     monkeypatch: pytest.MonkeyPatch, blocks: list[int]
 ) -> None:
-    gradients = passes.Passes._gradients
+    gradients = forward_backward.ForwardBackward._gradients
 
     def limited(self: Any, result: Tensor, outputs: Any, given: Tensor, retain: bool) -> Any:
         if len(given) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gradients(self, result, outputs, given, retain)
 
-    monkeypatch.setattr(passes.Passes, "_gradients", limited)
+    monkeypatch.setattr(forward_backward.ForwardBackward, "_gradients", limited)
     model = bert(True)
     assert_equal(fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False), exact(model))
     assert max(blocks) == 2 and sum(blocks) == 6
@@ -194,6 +198,6 @@ def test_memory_that_is_too_little_for_one_probe_is_said(monkeypatch: pytest.Mon
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(passes.Passes, "_gradients", never)
+    monkeypatch.setattr(forward_backward.ForwardBackward, "_gradients", never)
     with pytest.raises(torch.OutOfMemoryError):
         fk.diag_fisher(bert(True), [HISTORIES], sampler="exact", progress=False)

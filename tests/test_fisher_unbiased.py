@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import HISTORIES, bert
 
+from fisherkern.fisher.adapter import ModelAdapter
 from fisherkern.fisher.engine import Engine
-from fisherkern.fisher.samplers import Settings
-from fisherkern.fisher.subject import Subject
+from fisherkern.fisher.settings import Settings
 
 SEEDS = 120
 
@@ -39,7 +39,7 @@ def test_mean_over_seeds_is_exact(
     draws: dict[str, list[torch.Tensor]] = {name: [] for name in exact}
     for seed in range(SEEDS):
         engine = Engine(
-            Subject.of(model),
+            ModelAdapter.of(model),
             Settings(sampler, 4, 3, seed, None, False, "probability", replacement),
         )
         engine.add(histories, number)

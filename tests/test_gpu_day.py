@@ -21,9 +21,8 @@ from fisherkern import ops
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.launch_table import Launch
 from fisherkern.ops.lookup_square import lookup_square_reference
-from fisherkern.ops.ranges import RANGE
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
-from fisherkern.ops.softmax_lse import softmax_lse_reference
+from fisherkern.ops.softmax_lse import RANGE, softmax_lse_reference
 from fisherkern.ops.softmax_moments import range_lse_reference, softmax_moments_reference
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import softmax_topk_reference

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fisherkern as fk
 from fisherkern.fisher.capture import Capture, Parameters
-from fisherkern.fisher.layer_norm_backward import _LayerNorm, layer_norm
-from fisherkern.fisher.rules import RULES
+from fisherkern.fisher.fast_ops import _LayerNorm, layer_norm
+from fisherkern.fisher.layers import HANDLERS
 
 
 def used(output: Tensor) -> bool:
@@ -32,7 +32,7 @@ def test_output_and_input_gradient(shape: tuple[int, ...], how: str, dtype: torc
     wide = [None if t is None else t.double() for t in parameters]
     for x, delta in zip(layouts(shape), layouts(shape), strict=True):
         x, delta = x.to(dtype).requires_grad_(), delta.to(dtype)
-        found = layer_norm(lambda tensor: True, x, size, *parameters, eps=0.1)
+        found = layer_norm(x, size, *parameters, eps=0.1)
         assert used(found) == (0 not in shape)
         assert torch.equal(found, F.layer_norm(x, size, *parameters, eps=0.1))
         (gradient,) = torch.autograd.grad(found, x, delta)
@@ -47,7 +47,7 @@ def test_many_output_gradients_at_once() -> None:
     """With what comes before and after, where the gradients' first dimension is not in sight."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 7, generator=g, requires_grad=True)
-    hidden = layer_norm(lambda tensor: True, x.transpose(0, 1), [7], *affine(7, "wb", x.dtype))
+    hidden = layer_norm(x.transpose(0, 1), [7], *affine(7, "wb", x.dtype))
     output = hidden.transpose(1, 2) * 3
     deltas = torch.randn(6, *output.shape, generator=g)
     # What has no rule of torch.vmap warns.
@@ -61,9 +61,11 @@ def test_many_output_gradients_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_a_computed_parameter_gets_its_gradient(name: str) -> None:
-    raw = nn.Parameter(torch.randn(4))
-    x = torch.randn(2, 4, requires_grad=True)
-    output = layer_norm(lambda tensor: tensor is raw, x, (4,), **{name: raw.exp()})
+    norm, x = nn.LayerNorm(4), torch.randn(2, 4, requires_grad=True)
+    raw = getattr(norm, name)
+    with Capture(Parameters(norm), len(x), HANDLERS):
+        assert used(F.layer_norm(x, (4,), **{name: raw}))
+        output = F.layer_norm(x, (4,), **{name: raw.exp()})
     assert not used(output)
     output.square().sum().backward()
     assert raw.grad is not None and x.grad is not None
@@ -71,14 +73,14 @@ def test_a_computed_parameter_gets_its_gradient(name: str) -> None:
 
 def test_the_capture_computes_by_it() -> None:
     norm, x = nn.LayerNorm(4), torch.randn(3, 4, requires_grad=True)
-    with Capture(Parameters(norm), len(x), RULES) as capture:
+    with Capture(Parameters(norm), len(x), HANDLERS) as capture:
         assert used(norm(x)) and used(F.layer_norm(x, (4,), bias=norm.bias))
-    assert [len(site.uses) for site in capture.sites()] == [2, 1]
+    assert [len(site.uses) for site in capture.ops] == [2, 1]
 
 
 def test_an_input_without_gradient() -> None:
     weight, _ = affine(4, "w", torch.float32)
-    output = layer_norm(lambda tensor: True, torch.randn(3, 4), [4], weight)
+    output = layer_norm(torch.randn(3, 4), [4], weight)
     assert used(output)
     output.sum().backward()
     assert weight is not None and weight.grad is None
@@ -87,23 +89,23 @@ def test_an_input_without_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_other_types_are_left_to_pytorch(dtype: torch.dtype) -> None:
     x = torch.randn(2, 4, dtype=dtype, requires_grad=True)
-    assert not used(layer_norm(lambda tensor: True, x, [4]))
+    assert not used(layer_norm(x, [4]))
 
 
 def test_several_dimensions_are_left_to_pytorch() -> None:
     x = torch.randn(2, 3, 4, requires_grad=True)
-    assert not used(layer_norm(lambda tensor: True, x, [3, 4]))
+    assert not used(layer_norm(x, [3, 4]))
     with pytest.raises(RuntimeError, match="normalized_shape"):
-        layer_norm(lambda tensor: True, x, [3])
+        layer_norm(x, [3])
 
 
 def test_autocast_and_no_grad_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(_LayerNorm, "forward")
     x, parameters = torch.randn(2, 4, requires_grad=True), affine(4, "wb", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not used(layer_norm(lambda tensor: True, x, [4], *parameters))
+        assert not used(layer_norm(x, [4], *parameters))
     with torch.no_grad():
-        assert layer_norm(lambda tensor: True, x, [4], *parameters).grad_fn is None
+        assert layer_norm(x, [4], *parameters).grad_fn is None
 
 
 class Normed(nn.Module):

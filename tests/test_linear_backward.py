@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher.linear_backward import linear
+from fisherkern.fisher.capture import Capture, Parameters
+from fisherkern.fisher.fast_ops import linear
+from fisherkern.fisher.layers import HANDLERS
 from fisherkern.ops import products
 
 
@@ -42,7 +44,7 @@ def test_output_and_input_gradient(shape: tuple[int, ...], biased: bool) -> None
     bias = nn.Parameter(torch.randn(13)) if biased else None
     for x, delta in zip(layouts(shape), layouts((*shape[:-1], 13)), strict=True):
         x.requires_grad_()
-        found = linear(lambda tensor: True, x, weight, bias)
+        found = linear(x, weight, bias)
         assert used(found) == (0 not in shape)
         wide = x.detach().double().requires_grad_()
         exact = F.linear(wide, weight.double(), None if bias is None else bias.double())
@@ -53,23 +55,25 @@ def test_output_and_input_gradient(shape: tuple[int, ...], biased: bool) -> None
 
 
 def test_a_computed_weight_gets_its_gradient() -> None:
-    raw = nn.Parameter(torch.randn(3, 4))
-    output = linear(lambda tensor: tensor is raw, torch.randn(2, 4), raw.exp())
+    layer = nn.Linear(4, 3, bias=False)
+    with Capture(Parameters(layer), 2, HANDLERS):
+        assert used(F.linear(torch.randn(2, 4), layer.weight))
+        output = F.linear(torch.randn(2, 4), layer.weight.exp())
     assert not used(output)
     output.sum().backward()
-    assert raw.grad is not None
+    assert layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_are_left_to_pytorch(dtype: torch.dtype) -> None:
     weight = nn.Parameter(torch.randn(3, 4, dtype=dtype))
-    assert not used(linear(lambda tensor: True, torch.randn(2, 4, dtype=dtype), weight))
+    assert not used(linear(torch.randn(2, 4, dtype=dtype), weight))
 
 
 def test_autocast_is_left_to_pytorch() -> None:
     weight = nn.Parameter(torch.randn(3, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert linear(lambda tensor: True, torch.randn(2, 4), weight).dtype == torch.bfloat16
+        assert linear(torch.randn(2, 4), weight).dtype == torch.bfloat16
 
 
 def test_the_output_may_be_overwritten() -> None:

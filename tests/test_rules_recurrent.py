@@ -12,7 +12,7 @@ from rule_checks import SIZES, Recommender, assert_right
 from torch import Tensor, nn
 
 from fisherkern.fisher.capture import Capture, Parameters
-from fisherkern.fisher.rules import RULES, LinearWeight
+from fisherkern.fisher.layers import HANDLERS, LinearGrad
 
 LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 CELLS = {"gru": nn.GRUCell, "lstm": nn.LSTMCell, "rnn": nn.RNNCell}
@@ -83,9 +83,9 @@ def test_forward_is_the_librarys(kind: str, batch_first: bool) -> None:
     state = (state, state.cos()) if kind == "lstm" else state
     for given in ((), (state,)):
         expected = module(x, *given)
-        with Capture(Parameters(module), n, RULES) as capture:
+        with Capture(Parameters(module), n, HANDLERS) as capture:
             found = module(x, *given)
-        assert capture.sites()
+        assert capture.ops
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -109,7 +109,7 @@ def test_gradients_are_the_librarys(kind: str) -> None:
         return list(torch.autograd.grad(score, inputs, allow_unused=True))
 
     expected = gradients()
-    with Capture(Parameters(module), 5, RULES):
+    with Capture(Parameters(module), 5, HANDLERS):
         found = gradients()
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
@@ -159,7 +159,7 @@ def test_uses_of_a_weight_are_joined(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Along the positions, before the square: no sequence's gradient is stored."""
-    monkeypatch.delattr(LinearWeight, "per_sequence")
+    monkeypatch.delattr(LinearGrad, "per_sequence")
     assert_right(Recommender(Cells("gru")), caplog)
     assert_right(Recommender(Shared(False)), caplog)
 

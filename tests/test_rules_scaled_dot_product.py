@@ -12,7 +12,7 @@ from rule_checks import Recommender, assert_right
 from torch import Tensor, nn
 
 from fisherkern.fisher.capture import Capture, Parameters
-from fisherkern.fisher.rules import RULES
+from fisherkern.fisher.layers import HANDLERS
 
 N, H, Q, T, D, E = 3, 2, 5, 7, 4, 6
 HIDDEN = torch.rand(N, 1, Q, T, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -42,7 +42,7 @@ def inputs() -> list[Tensor]:
 
 
 def captured(call: dict[str, Any], given: list[Tensor]) -> Tensor:
-    with Capture(Parameters(nn.Linear(1, 1)), N, RULES):
+    with Capture(Parameters(nn.Linear(1, 1)), N, HANDLERS):
         return F.scaled_dot_product_attention(*given, **call)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import LookupSegments, counter_rng
-from fisherkern.ops.ranges import RANGE
+from fisherkern.ops.softmax_lse import RANGE
 
 # Numbers of one tile (N, items): 256 MB in fp64.
 TILE = 2**25

@@ -42,6 +42,7 @@ class SequenceEncoder(nn.Module):
 
     first_item = 1  # the item id that column 0 of the logits stands for
     causal: ClassVar[bool] = False
+    skips_padding: ClassVar[bool] = True  # left columns that are padding in every row cost nothing
     config: dict[str, Any]
     transform: nn.Module
     item_embedding: nn.Embedding

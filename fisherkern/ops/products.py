@@ -55,7 +55,7 @@ _WIDE = 256
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: (P, I), (O, I), (O,) -> (P, O). Not differentiable, as oneDNN's is not."""
-    if not suits(x, weight) or x.shape[0] * weight.numel() < _LEAST:
+    if x.shape[0] * weight.numel() < _LEAST or not suits(x, weight):
         return F.linear(x, weight, bias)
     return _by_onednn(x, weight, bias)
 
@@ -82,7 +82,7 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right, the sum over P of outer products: (P, O), (P, I) -> (O, I), as `product`."""
     wide, rows = max(left.shape[1], right.shape[1]), left.shape[0]
     few = rows * left.shape[1] * right.shape[1] < _LEAST
-    if not suits(left, right) or wide < _WIDE or few:
+    if few or wide < _WIDE or not suits(left, right):
         return left.t() @ right
     # oneDNN is fast where the factor that it takes for the weight is the wider one.
     if left.shape[1] <= right.shape[1]:

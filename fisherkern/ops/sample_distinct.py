@@ -30,9 +30,8 @@ from torch import Tensor
 from fisherkern.ops import counter_rng
 from fisherkern.ops.backend import use_triton
 from fisherkern.ops.library import register
-from fisherkern.ops.ranges import RANGE
 from fisherkern.ops.sample_items import range_logits, row_blocks
-from fisherkern.ops.softmax_lse import reference_logits
+from fisherkern.ops.softmax_lse import RANGE, reference_logits
 
 
 def range_maxima(log_mass: Tensor, rows: Tensor, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import launch
-from fisherkern.ops.ranges import RANGE
+from fisherkern.ops.softmax_lse import RANGE
 from fisherkern.ops.tiles_triton import SIZES, kernel_input, padded, width_tile
 
 

@@ -13,8 +13,7 @@ from fisherkern.ops import counter_rng
 from fisherkern.ops.backend import on_gpu, use_triton
 from fisherkern.ops.library import register
 from fisherkern.ops.products import product
-from fisherkern.ops.ranges import RANGE, chosen_range
-from fisherkern.ops.softmax_lse import exp_minus_, reference_logits
+from fisherkern.ops.softmax_lse import RANGE, chosen_range, exp_minus_, reference_logits
 
 # Logits of ranges held at once: 8 MB in fp32, and twice that for each fp64 temporary.
 _ELEMENTS = 2**21

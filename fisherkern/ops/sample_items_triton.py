@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkern.ops import counter_rng
 from fisherkern.ops.launch_table import launch
-from fisherkern.ops.ranges import RANGE, chosen_range
+from fisherkern.ops.softmax_lse import RANGE, chosen_range
 from fisherkern.ops.tiles_triton import LOG2_E, SIZES, kernel_input, padded, width_tile
 
 

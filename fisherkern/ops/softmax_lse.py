@@ -14,13 +14,15 @@ from torch import Tensor
 from fisherkern.ops.backend import on_gpu, use_triton
 from fisherkern.ops.library import register
 from fisherkern.ops.products import product, suits
-from fisherkern.ops.ranges import RANGE
 
 # Elements of one (N, tile) block of logits. On a CPU 2 MB in fp32, which stays in a core's
 # cache from the product that makes it to the one that uses it; a GPU wants few launches.
 TILE_ELEMENTS = 2**19
 _GPU_TILE_ELEMENTS = 2**24
 _MOST_ITEMS = 2**14
+
+# Items of a range, of which samplers know the log-sum-exp; tiles are whole ranges.
+RANGE = 256
 
 _LOG2_E = 1.4426950408889634
 
@@ -108,3 +110,14 @@ def reference_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """All logits in fp64, (N, V); for the twins only."""
     z = h.double() @ weight.double().T
     return z if bias is None else z + bias.double()
+
+
+def num_ranges(num_items: int) -> int:
+    """Ranges that a catalogue has; the last one may be shorter."""
+    return -(-num_items // RANGE)
+
+
+def chosen_range(total: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The range each u (N, k) falls into and the mass below it; total (N, P): running sums."""
+    part = torch.searchsorted(total, u, right=True).clamp_(max=total.shape[1] - 1)
+    return part, torch.where(part > 0, total.gather(1, (part - 1).clamp_(min=0)), 0.0)

@@ -8,8 +8,7 @@ from torch import Tensor
 from fisherkern.ops.backend import use_triton
 from fisherkern.ops.library import register
 from fisherkern.ops.products import add_product_
-from fisherkern.ops.ranges import RANGE, num_ranges
-from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles, reference_logits
+from fisherkern.ops.softmax_lse import RANGE, exp_minus_, logit_tiles, num_ranges, reference_logits
 
 # Items whose D(D+1)/2 products are held at once: 17 MB in fp32 at D = 64.
 _PRODUCT_ELEMENTS = 2**22

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION
-from fisherkern.ops.ranges import RANGE
+from fisherkern.ops.softmax_lse import RANGE
 from fisherkern.ops.softmax_lse_triton import range_lse
 from fisherkern.ops.tiles_triton import (
     LOG2_E,

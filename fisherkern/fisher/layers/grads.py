@@ -1,7 +1,7 @@
 """Kinds of use: what a call's output gradient says about one parameter, per sequence.
 
 Everywhere N sequences first, then any positions, flattened to T; a gradient delta has the R
-probes before them. `joined` makes one use of several of the same kind and place, for output
+probes before them. `joined` makes one use of several of the same kind and parameter, for output
 gradients put side by side along the positions, each as `positions` gives it: a weight used at
 every step of a recurrence is one product over all steps, and its per-sequence gradients are
 never stored.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import Place
+from fisherkern.fisher.capture import ParamView
 
 
 @runtime_checkable
@@ -29,11 +29,11 @@ class Joinable(Protocol):
         """The part of `delta` that `joined` wants side by side, (R, N, T, ...)."""
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        """See `Use`; also takes what `positions` gives."""
+        """See `ParamUse`; also takes what `positions` gives."""
 
     @staticmethod
     def joined(uses: Sequence[Any]) -> Joinable:
-        """The use of all positions of several uses of the same kind and place."""
+        """The use of all positions of several uses of the same kind and parameter."""
 
 
 def by_position(tensor: Tensor, trailing: int, leading: int = 1) -> Tensor:
@@ -48,10 +48,10 @@ def channels_last(delta: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass
-class LinearWeight:
+class LinearGrad:
     """W of y = x Wᵀ + b: g_n = Σ_t δ_nt x_ntᵀ."""
 
-    place: Place
+    param: ParamView
     inputs: Tensor  # (N, T, I)
 
     def positions(self, delta: Tensor) -> Tensor:
@@ -65,28 +65,28 @@ class LinearWeight:
         return torch.bmm(positions.transpose(1, 2), self.inputs[part])
 
     @staticmethod
-    def joined(uses: Sequence[LinearWeight]) -> LinearWeight:
-        return LinearWeight(uses[0].place, torch.cat([use.inputs for use in uses], dim=1))
+    def joined(uses: Sequence[LinearGrad]) -> LinearGrad:
+        return LinearGrad(uses[0].param, torch.cat([use.inputs for use in uses], dim=1))
 
 
 @dataclasses.dataclass
-class ConvolutionWeight(LinearWeight):
+class ConvolutionGrad(LinearGrad):
     """The weight, (O, C·k), of a convolution: a Linear's on the unfolded input, (N, L, C·k)."""
 
     def positions(self, delta: Tensor) -> Tensor:
         return channels_last(delta)
 
     @staticmethod
-    def joined(uses: Sequence[LinearWeight]) -> LinearWeight:
+    def joined(uses: Sequence[LinearGrad]) -> LinearGrad:
         # The same as a Linear's once `positions` has put the channels last.
-        return LinearWeight.joined(uses)
+        return LinearGrad.joined(uses)
 
 
 @dataclasses.dataclass
-class GroupedWeight:
+class GroupedConvolutionGrad:
     """The weight, (O, (C/G)·k), of a convolution in G groups, each a Linear on its channels."""
 
-    place: Place
+    param: ParamView
     inputs: Tensor  # (N, L, G, (C/G)·k)
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
@@ -97,14 +97,14 @@ class GroupedWeight:
         inputs = self.inputs[part]
         by_group = channels_last(delta[None, part])[0].unflatten(2, (inputs.shape[2], -1))
         g = torch.einsum("nlgo,nlgi->ngoi", by_group, inputs)
-        return g.reshape(len(g), *self.place.shape)
+        return g.reshape(len(g), *self.param.shape)
 
 
 @dataclasses.dataclass
-class MatrixWeight:
+class MatmulGrad:
     """W of y = x W, (I, O): g_n = Σ_t x_nt δ_ntᵀ."""
 
-    place: Place
+    param: ParamView
     inputs: Tensor  # (N, T, I)
 
     def positions(self, delta: Tensor) -> Tensor:
@@ -119,16 +119,16 @@ class MatrixWeight:
         return torch.bmm(self.inputs[part].transpose(1, 2), by_position(delta[part], 1))
 
     @staticmethod
-    def joined(uses: Sequence[MatrixWeight]) -> MatrixWeight:
-        return MatrixWeight(uses[0].place, torch.cat([use.inputs for use in uses], dim=1))
+    def joined(uses: Sequence[MatmulGrad]) -> MatmulGrad:
+        return MatmulGrad(uses[0].param, torch.cat([use.inputs for use in uses], dim=1))
 
 
 @dataclasses.dataclass
-class Added:
+class BiasGrad:
     """A summand that broadcasts (bias, learned positions): g_n is δ_n summed over the copies."""
 
-    place: Place
-    copies: tuple[int, ...]  # the dimensions of (N, ...) over which the place is repeated
+    param: ParamView
+    copies: tuple[int, ...]  # the dimensions of (N, ...) over which the parameter is repeated
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         fisher += self._summed(delta.flatten(0, 1)).square().sum(dim=0)
@@ -138,14 +138,14 @@ class Added:
 
     def _summed(self, delta: Tensor) -> Tensor:
         g = delta.sum(dim=self.copies) if self.copies else delta
-        return g.reshape(len(g), *self.place.shape)
+        return g.reshape(len(g), *self.param.shape)
 
 
 @dataclasses.dataclass
-class Scaled(Added):
+class GainGrad(BiasGrad):
     """A factor that broadcasts (gain of a norm): g_n is δ_n ∘ x_n summed over the copies."""
 
-    inputs: Tensor  # (N, ...), what the place multiplies
+    inputs: Tensor  # (N, ...), the other factor
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         super().add_square_(fisher, delta * self.inputs)
@@ -155,18 +155,18 @@ class Scaled(Added):
 
 
 @dataclasses.dataclass
-class Lookup:
-    """Rows of an embedding: g_n[v] = Σ_{t: id_nt = v} δ_nt, kept for the rows that occur.
+class EmbeddingGrad:
+    """SoftmaxStats of an embedding: g_n[v] = Σ_{t: id_nt = v} δ_nt, kept for the rows that occur.
 
     Equal ids of one sequence form a segment, summed before squaring.
     """
 
-    place: Place
+    param: ParamView
     ids: Tensor  # (N, T) int64; -1 where the lookup passes no gradient (padding_idx)
 
     @functools.cached_property
     def _segments(self) -> tuple[Tensor, Tensor, Tensor]:
-        n, rows = self.ids.shape[0], self.place.shape[0]
+        n, rows = self.ids.shape[0], self.param.shape[0]
         first = torch.arange(n, device=self.ids.device)[:, None] * (rows + 1)
         keys, inverse = torch.unique(first + self.ids + 1, return_inverse=True)
         return keys // (rows + 1), keys % (rows + 1) - 1, inverse.flatten()
@@ -199,10 +199,10 @@ class Lookup:
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
         here = dataclasses.replace(self, ids=self.ids[part])
-        g = delta.new_zeros(len(here.ids), *self.place.shape)
+        g = delta.new_zeros(len(here.ids), *self.param.shape)
         index = (here.sequence, here.row.clamp(min=0))
         return g.index_put_(index, here.sums(delta[part]), accumulate=True)
 
     @staticmethod
-    def joined(uses: Sequence[Lookup]) -> Lookup:
-        return Lookup(uses[0].place, torch.cat([use.ids for use in uses], dim=1))
+    def joined(uses: Sequence[EmbeddingGrad]) -> EmbeddingGrad:
+        return EmbeddingGrad(uses[0].param, torch.cat([use.ids for use in uses], dim=1))

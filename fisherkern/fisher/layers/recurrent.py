@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Linear, Replacement, Rules
+from fisherkern.fisher.capture import Handlers, Linear, Rewrite
 
 # The states, then the input's and the state's parts of the gates -> the next states.
 State = tuple[Tensor, ...]
@@ -54,7 +54,7 @@ def _backwards(*tensors: Tensor) -> Any:
 
 
 def _forwards(steps: list[Tensor]) -> Tensor:
-    """What was found from the last step to the first, (N, ...) each -> (N, T, ...)."""
+    """Steps (N, ...) listed from the last to the first -> (N, T, ...)."""
     return torch.stack(steps[::-1], dim=1)
 
 
@@ -193,7 +193,7 @@ def _run(
     return (hidden.flip(1) if backwards else hidden), last
 
 
-def _layer(step: Step) -> Replacement:
+def _layer(step: Step) -> Rewrite:
     """torch.gru and its kin; NotImplemented for packed sequences and projections."""
 
     def replacement(
@@ -231,11 +231,11 @@ def _layer(step: Step) -> Replacement:
         finals = [torch.stack(part) for part in zip(*last, strict=True)]
         return (x if batch_first else x.transpose(0, 1)), *finals
 
-    return Replacement(replacement)
+    return Rewrite(replacement)
 
 
-def _cell(step: Step) -> Replacement:
-    """torch.gru_cell and its kin, used in loops of the model's own."""
+def _cell(step: Step) -> Rewrite:
+    """torch.gru_cell and its kin, used in the model's loops."""
 
     def replacement(
         linear: Linear,
@@ -251,10 +251,10 @@ def _cell(step: Step) -> Replacement:
         result = step(states, gi, linear(states[0], state_weight, state_bias))
         return result[0] if isinstance(state, Tensor) else result
 
-    return Replacement(replacement)
+    return Rewrite(replacement)
 
 
-RULES: Rules = {
+HANDLERS: Handlers = {
     torch.gru: _layer(_gru),
     torch.lstm: _layer(_lstm),
     torch.rnn_tanh: _layer(_tanh),

@@ -1,4 +1,4 @@
-"""Rules of normalisations: a gain on what was normalised, and a bias."""
+"""Handlers of normalisations: a gain on what was normalised, and a bias."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Call, Rules
-from fisherkern.fisher.rules.dense import Described, added, scaled
+from fisherkern.fisher.capture import Handlers, OpCall
+from fisherkern.fisher.layers.dense import Described, added, scaled
 
 
 def _affine(
-    call: Call, normalised: Tensor, weight: Tensor | None, bias: Tensor | None, channel: bool
+    call: OpCall, normalised: Tensor, weight: Tensor | None, bias: Tensor | None, channel: bool
 ) -> Described:
     """Gain and bias of the last dimensions, or of dimension 1 where it is the channels'."""
     shape = None
@@ -22,7 +22,7 @@ def _affine(
     return [*scaled(call, weight, normalised, shape), *added(call, bias, shape)]
 
 
-def layer_norm(call: Call) -> Described:
+def layer_norm(call: OpCall) -> Described:
     def bound(
         input: Tensor,
         normalized_shape: Sequence[int],
@@ -36,7 +36,7 @@ def layer_norm(call: Call) -> Described:
     return bound(*call.args, **call.kwargs)
 
 
-def rms_norm(call: Call) -> Described:
+def rms_norm(call: OpCall) -> Described:
     def bound(
         input: Tensor,
         normalized_shape: Sequence[int],
@@ -49,7 +49,7 @@ def rms_norm(call: Call) -> Described:
     return bound(*call.args, **call.kwargs)
 
 
-def batch_norm(call: Call) -> Described:
+def batch_norm(call: OpCall) -> Described:
     """With running statistics alone: those of the batch mix the sequences."""
 
     def bound(
@@ -70,7 +70,7 @@ def batch_norm(call: Call) -> Described:
     return bound(*call.args, **call.kwargs)
 
 
-def group_norm(call: Call) -> Described:
+def group_norm(call: OpCall) -> Described:
     def bound(
         input: Tensor,
         num_groups: int,
@@ -86,7 +86,7 @@ def group_norm(call: Call) -> Described:
     return bound(*call.args, **call.kwargs)
 
 
-RULES: Rules = {
+HANDLERS: Handlers = {
     F.layer_norm: layer_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,

@@ -1,4 +1,4 @@
-"""What `diag_fisher` needs of a model, found by duck typing, and of a batch."""
+"""What the engine needs of a model, recognised by its attributes, and of a batch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fisherkern.errors import InputError
 
+# W (V, D) and b (V,) or None.
 Head = tuple[Tensor, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class ModelAdapter:
     """A model seen as parameters, logits and, where it has them, a hidden state and a head.
 
     logits(batch) -> (N, V); encode(batch) -> h (N, D) and head() -> (W (V, D),
@@ -31,16 +32,24 @@ class Subject:
     first_item: int
     target: Callable[[Any], Tensor] | None = None
 
+    @property
+    def skips_padding(self) -> bool:
+        """Whether the model computes no padding on the left that a whole batch shares.
+
+        A model says so by an attribute of this name.
+        """
+        return bool(getattr(self.module, "skips_padding", False))
+
     @staticmethod
-    def of(model: Any) -> Subject:
-        """The subject a model, or the result of `fisherkern.adapt`, stands for."""
-        if isinstance(model, Subject):
+    def of(model: Any) -> ModelAdapter:
+        """The adapter of a model, or of the result of `fisherkern.adapt`."""
+        if isinstance(model, ModelAdapter):
             return model
         if not isinstance(model, nn.Module):
             raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         encode, head = getattr(model, "encode", None), getattr(model, "head", None)
         factored = callable(encode) and callable(head) and not isinstance(head, nn.Module)
-        return Subject(
+        return ModelAdapter(
             module=model,
             logits=model,
             encode=encode if factored else None,
@@ -72,14 +81,27 @@ def adapt(
     head: Callable[[nn.Module], Head] | None = None,
     target: Callable[[Any], Tensor] | None = None,
     first_item: int = 0,
-) -> Subject:
+) -> ModelAdapter:
     """Describe another library's model to `diag_fisher`.
 
-    logits(model, batch) -> (N, V); default: model(batch). encode(model, batch) ->
-    h (N, D) together with head(model) -> (W (V, D), b (V,) or None) opens the fast
-    path; W should be the parameter itself or a slice of its rows, so that a tie
-    with the input embedding is seen. target(batch) -> (N,) item ids, for
-    sampler="target". first_item: the item id of logit column 0.
+        logits = encode(model, batch) Wᵀ + b,   (W, b) = head(model)
+
+    Args:
+        model: The network whose parameters count.
+        logits: (model, batch) -> (N, V). Default: `model(batch)`, or the formula above.
+        encode: (model, batch) -> h (N, D), the hidden state before the output layer. With
+            `head` it opens the fast path.
+        head: (model) -> (W (V, D), b (V,) or None). W should be the parameter itself or a slice
+            of its rows, so that a tie with the input embedding is seen.
+        target: (batch) -> (N,) item ids, for `sampler="target"`. Default: the batch's "target",
+            or the second of a pair.
+        first_item: The item id of logit column 0.
+
+    Returns:
+        What `diag_fisher`, `linear_grams` and `fisher_product` take in place of a model.
+
+    Raises:
+        InputError: `encode` without `head`, or `head` without `encode`.
     """
     if (encode is None) != (head is None):
         raise InputError("adapt: encode and head belong together; give both or neither")
@@ -90,7 +112,7 @@ def adapt(
             weight, bias = output(model)
             return nn.functional.linear(encoder(model, batch), weight, bias)
 
-    return Subject(
+    return ModelAdapter(
         module=model,
         logits=model if logits is None else lambda batch: logits(model, batch),
         encode=None if encode is None else lambda batch: encode(model, batch),
@@ -143,12 +165,12 @@ class Autocast:
         return torch.autocast(self.device_type, enabled=False)
 
 
-def check_probabilities(values: Tensor, number: Tensor) -> None:
-    """Raise InputError unless values (N,), of the softmaxes of sequences `number`, are finite."""
+def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:
+    """Raise InputError unless values (N,), of the softmaxes of `sequence_ids`, are finite."""
     if not bool((fine := values.isfinite()).all()):
         raise InputError(
-            f"model: the logits of sequence number {int(number[~fine][0])} hold a NaN, an infinity"
-            " or nothing but -inf"
+            f"model: the logits of sequence number {int(sequence_ids[~fine][0])} hold a NaN, an"
+            " infinity or nothing but -inf"
         )
 
 
@@ -174,13 +196,13 @@ def batch_slice(batch: Any, start: int, stop: int) -> Any:
     return batch_take(batch, slice(start, stop))
 
 
-def batch_take(batch: Any, which: slice | Tensor) -> Any:
-    """Some sequences of a batch, of the same kind; numbers (n,) int64 only from tensors."""
+def batch_take(batch: Any, index: slice | Tensor) -> Any:
+    """Some sequences of a batch, of the same kind; indices (n,) int64 only from tensors."""
     if isinstance(batch, Mapping):
         return {
-            key: v[which] if isinstance(v, Tensor) and v.dim() > 0 else v
+            key: v[index] if isinstance(v, Tensor) and v.dim() > 0 else v
             for key, v in batch.items()
         }
     if isinstance(batch, (tuple, list)):
-        return type(batch)(part[which] for part in batch)
-    return batch[which]
+        return type(batch)(part[index] for part in batch)
+    return batch[index]

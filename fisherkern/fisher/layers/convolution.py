@@ -1,4 +1,4 @@
-"""Rules of convolutions: Linears on the unfolded input."""
+"""Handlers of convolutions: Linears on the unfolded input."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Call, Rules, Use
-from fisherkern.fisher.rules.dense import Described, added
-from fisherkern.fisher.rules.uses import ConvolutionWeight, GroupedWeight
+from fisherkern.fisher.capture import Handlers, OpCall, ParamUse
+from fisherkern.fisher.layers.dense import Described, added
+from fisherkern.fisher.layers.grads import ConvolutionGrad, GroupedConvolutionGrad
 
 
-def convolution(call: Call) -> Described:
+def convolution(call: OpCall) -> Described:
     def bound(
         input: Tensor,
         weight: Tensor,
@@ -25,16 +25,16 @@ def convolution(call: Call) -> Described:
     ) -> Described:
         if call.dim != 0 or input.dim() != weight.dim():
             return []
-        found: list[tuple[Tensor, Use]] = []
-        if (place := call.place(weight)) is not None:
-            place = place.viewed(len(weight), weight[0].numel())
+        uses: list[tuple[Tensor, ParamUse]] = []
+        if (view := call.view_of(weight)) is not None:
+            view = view.reshaped(len(weight), weight[0].numel())
             columns = _unfolded(input.detach(), weight, stride, padding, dilation)
             if groups == 1:
-                found.append((weight, ConvolutionWeight(place, columns)))
+                uses.append((weight, ConvolutionGrad(view, columns)))
             else:
                 grouped = columns.unflatten(2, (groups, -1))
-                found.append((weight, GroupedWeight(place, grouped)))
-        return [*found, *added(call, bias, (len(weight), *[1] * (weight.dim() - 2)))]
+                uses.append((weight, GroupedConvolutionGrad(view, grouped)))
+        return [*uses, *added(call, bias, (len(weight), *[1] * (weight.dim() - 2)))]
 
     return bound(*call.args, **call.kwargs)
 
@@ -68,4 +68,4 @@ def _each(value: int | Sequence[int], count: int) -> tuple[int, ...]:
     return values * count if len(values) == 1 else values
 
 
-RULES: Rules = {F.conv1d: convolution, F.conv2d: convolution}
+HANDLERS: Handlers = {F.conv1d: convolution, F.conv2d: convolution}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Linear, Replacement, Rules
+from fisherkern.fisher.capture import Handlers, Linear, Rewrite
 
 
 class _Gelu(torch.autograd.Function):
@@ -30,4 +30,4 @@ def gelu(linear: Linear, input: Tensor, *, approximate: str = "none") -> Any:
     return _Gelu.apply(input, approximate)
 
 
-RULES: Rules = {F.gelu: Replacement(gelu)}
+HANDLERS: Handlers = {F.gelu: Rewrite(gelu)}

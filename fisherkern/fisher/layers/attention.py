@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import Linear, Replacement, Rules
+from fisherkern.fisher.capture import Handlers, Linear, Rewrite
 
 
 def attention(
@@ -194,11 +194,11 @@ class _Attended(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
         p, q, k, v = ctx.saved_tensors
-        found = ops.attention_backward(p, deltas[0][None], q, k, v, ctx.scale)
-        return *(gradient[0] for gradient in found), None, None
+        gradients = ops.attention_backward(p, deltas[0][None], q, k, v, ctx.scale)
+        return *(gradient[0] for gradient in gradients), None, None
 
 
-RULES: Rules = {
-    F.multi_head_attention_forward: Replacement(attention),
-    F.scaled_dot_product_attention: Replacement(scaled_dot_product),
+HANDLERS: Handlers = {
+    F.multi_head_attention_forward: Rewrite(attention),
+    F.scaled_dot_product_attention: Rewrite(scaled_dot_product),
 }
