@@ -374,5 +374,6 @@ def test_a_wheel_holds_the_rows(tmp_path: Path) -> None:
     subprocess.run([*command[:3], *egg, *command[3:]], cwd=ROOT, check=True, capture_output=True)
     shipped = tmp_path / "lib" / "fisherkern" / "ops"
     assert (shipped / "proven.json").read_bytes() == proven.FILE.read_bytes()
+    assert (shipped.parent / "py.typed").exists()
     name = f"{proven.TRITON['softmax_lse'][0]}_triton.py"
     assert proven.triton_sources(shipped, name) == proven.triton_sources(proven.FILE.parent, name)

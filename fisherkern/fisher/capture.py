@@ -256,7 +256,8 @@ class Capture(TorchFunctionMode):
         return output
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.__torch_function__(F.linear, (), (input, weight, bias))
+        output: Tensor = self.__torch_function__(F.linear, (), (input, weight, bias))
+        return output
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         return _differentiated(tensor) and self.parameters.view_of(tensor) is not None

@@ -65,7 +65,8 @@ def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def solve_lower(lower: Tensor, moments: Tensor) -> Tensor:
     """β with L β = m: (n, D, D) lower triangular, (n, m, D) moments -> (n, m, D)."""
     given = moments.to(lower.dtype).transpose(1, 2)
-    return torch.linalg.solve_triangular(lower, given, upper=False).transpose(1, 2)
+    beta: Tensor = torch.linalg.solve_triangular(lower, given, upper=False)
+    return beta.transpose(1, 2)
 
 
 def eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor, Tensor]:

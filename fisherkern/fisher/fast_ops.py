@@ -18,6 +18,11 @@ from fisherkern import ops
 from fisherkern.ops.products import product, rows_product, suits_linear
 
 
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, which torch leaves without annotations."""
+    return function.apply(*args)
+
+
 class _Linear(torch.autograd.Function):
     """x Wᵀ + b, by the faster product."""
 
@@ -64,7 +69,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, through `_Linear` in fp32 on a CPU."""
     if not suits_linear(input, weight, bias):
         return F.linear(input, weight, bias)
-    result: Tensor = _Linear.apply(input, weight, bias)
+    result: Tensor = apply(_Linear, input, weight, bias)
     return result
 
 
@@ -87,5 +92,5 @@ def layer_norm(
     )
     if not serves:
         return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
-    result: Tensor = _LayerNorm.apply(input, weight, bias, eps)
+    result: Tensor = apply(_LayerNorm, input, weight, bias, eps)
     return result

@@ -50,7 +50,7 @@ class LogitStats:
             return items.expand(len(self.log_p), -1), self.log_p.exp()
         missing = -self.num_items % RANGE
         padded = torch.nn.functional.pad(self.log_p.double(), (0, missing), value=-torch.inf)
-        ranges = padded.unflatten(1, (-1, RANGE))
+        ranges: Tensor = padded.unflatten(1, (-1, RANGE))
 
         def log_p_of(parts: Tensor) -> Tensor:
             return ranges.gather(1, parts[:, :, None].expand(-1, -1, RANGE))

@@ -65,7 +65,8 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight = (
         t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous() for t in (x, weight)
     )
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
 
 
 @register(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), vmap_arg="x")
@@ -116,7 +117,8 @@ class Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         flat = product(x.reshape(-1, x.shape[-1]), weight, bias)
         # Not a view of anything, so that the model may overwrite it.
-        return torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], weight.shape[0]])
+        result: Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], weight.shape[0]])
+        return result
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:

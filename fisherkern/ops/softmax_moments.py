@@ -39,7 +39,7 @@ class OnlineMean:
         fade = (self._highest - shift).exp_()
         e = exp_minus_(z, shift[:, None])
         whole = e.shape[1] // RANGE * RANGE
-        parts = e[:, :whole].unflatten(1, (-1, RANGE)).sum(dim=2)
+        parts: Tensor = e[:, :whole].unflatten(1, (-1, RANGE)).sum(dim=2)
         if whole < e.shape[1]:
             parts = torch.cat((parts, e[:, whole:].sum(dim=1, keepdim=True)), dim=1)
         parts = parts.double()

@@ -88,7 +88,7 @@ class _OnlineTopk:
             padded = torch.nn.functional.pad(z, (0, missing), value=-torch.inf)
         else:
             padded = z
-        groups = padded.unflatten(1, (-1, _GROUP))
+        groups: Tensor = padded.unflatten(1, (-1, _GROUP))
         peaks = groups.amax(dim=2)
         least = self._least(peaks)
         if least is None:

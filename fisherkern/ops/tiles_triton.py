@@ -76,7 +76,8 @@ def padded(matrix: Tensor) -> Tensor:
     missing = -matrix.shape[-1] % _MULTIPLE
     if missing:
         matrix = torch.nn.functional.pad(matrix.detach(), (0, missing))
-    return kernel_input(matrix)
+    result: Tensor = kernel_input(matrix)
+    return result
 
 
 @contextlib.contextmanager

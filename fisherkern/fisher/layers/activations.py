@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern.fisher.capture import Handlers, Linear, Rewrite
+from fisherkern.fisher.fast_ops import apply
 
 
 class _Gelu(torch.autograd.Function):
@@ -27,7 +28,7 @@ class _Gelu(torch.autograd.Function):
 
 
 def gelu(linear: Linear, input: Tensor, *, approximate: str = "none") -> Any:
-    return _Gelu.apply(input, approximate)
+    return apply(_Gelu, input, approximate)
 
 
 HANDLERS: Handlers = {F.gelu: Rewrite(gelu)}

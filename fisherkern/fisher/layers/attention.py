@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.fisher.capture import Handlers, Linear, Rewrite
+from fisherkern.fisher.fast_ops import apply
 
 
 def attention(
@@ -168,7 +169,8 @@ def _scaled_dot_product(
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     by_position = [tensor.transpose(1, 2) for tensor in (q, k, v)]
-    return _Attended.apply(*by_position, mask, scale).transpose(1, 2)
+    attended: Tensor = apply(_Attended, *by_position, mask, scale)
+    return attended.transpose(1, 2)
 
 
 class _Attended(torch.autograd.Function):
@@ -186,7 +188,7 @@ class _Attended(torch.autograd.Function):
         if mask is not None:
             scores += mask
         # A query that may attend to nothing gets nothing, as in PyTorch's own.
-        p = torch.ops.aten._safe_softmax(scores, -1)
+        p: Tensor = torch.ops.aten._safe_softmax(scores, -1)
         ctx.scale = scale
         ctx.save_for_backward(p, *(tensor.contiguous() for tensor in (q, k, v)))
         return (p @ v.transpose(1, 2)).transpose(1, 2).contiguous()

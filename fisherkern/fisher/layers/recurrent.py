@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern.fisher.capture import Handlers, Linear, Rewrite
+from fisherkern.fisher.fast_ops import apply
 
 # The states, then the input's and the state's parts of the gates -> the next states.
 State = tuple[Tensor, ...]
@@ -159,13 +160,13 @@ def _states(
 ) -> tuple[Tensor, State]:
     """All states (N, T, H), and the last ones, with a graph to the gates and the first ones."""
     if step is _lstm:
-        hidden, c = _LstmStates.apply(gi, gh, weight, *before, *first)
+        hidden, c = apply(_LstmStates, gi, gh, weight, *before, *first)
         return hidden, (hidden[:, -1], c)
     if step is _gru:
-        hidden = _GruStates.apply(gi, gh, weight, *before, *first)
+        hidden = apply(_GruStates, gi, gh, weight, *before, *first)
     else:
         f = torch.tanh if step is _tanh else torch.relu
-        hidden = _PlainStates.apply(gi, gh, weight, f, *first)
+        hidden = apply(_PlainStates, gi, gh, weight, f, *first)
     return hidden, (hidden[:, -1],)
 
 
