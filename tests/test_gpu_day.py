@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import fisherkern as fk
 from fisherkern import ops
+from fisherkern.ops.device import gpu_paths
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.launch_table import Launch
 from fisherkern.ops.lookup_square import lookup_square_reference
@@ -83,11 +85,13 @@ def test_the_twin_of_segments_is_the_loop() -> None:
     torch.testing.assert_close(empty, found)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("crossed", [False, True])
-def test_the_twin_of_lookups_is_the_loop(crossed: bool) -> None:
+def test_the_twin_of_lookups_is_the_loop(crossed: bool, gpu: bool) -> None:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, 6, (5, 7), generator=g)
-    given = ops.lookup_segments(ids)
+    with gpu_paths() if gpu else contextlib.nullcontext():
+        given = ops.lookup_segments(ids)
     delta, hidden = torch.randn(2, 35, 3, generator=g), torch.randn(5, 3, generator=g)
     beta = torch.randn(len(given.row), 2, generator=g)
     keys = zip(given.sequence.tolist(), given.row.tolist(), strict=True)

@@ -131,10 +131,11 @@ def lookups(
         torch.arange(count, device=delta.device), given.segment_start.diff()
     )
     sums = delta.new_zeros(len(delta), count, delta.shape[2], dtype=torch.float64)
-    sums.index_add_(1, segment, delta[:, given.order].double())
+    # On a GPU positions without a lookup come last, and segments that are none have row -1.
+    sums.index_add_(1, segment, delta[:, given.order[: len(segment)]].double())
     squares = sums.square()
     if beta is not None and hidden is not None:
         cross = beta.double().T[:, :, None] * hidden.double()[given.sequence]
         squares += sums * cross
     total = delta.new_zeros(rows, delta.shape[2], dtype=torch.float64)
-    return total.index_add_(0, given.row, squares.sum(0))
+    return total.index_add_(0, given.row.clamp(min=0), squares.sum(0))

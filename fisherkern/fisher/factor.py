@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fisherkern.ops.backend import on_gpu
-
 ProbeVectors = Callable[[Tensor, slice], Tensor]
 
 
@@ -33,33 +31,27 @@ class CovarianceFactor:
     kept: Tensor | None = None
 
 
-# Floors of a covariance, in roundings of its largest variance; the last times D is more than what
-# rounding can leave of an eigenvalue that is 0.
-_FLOORS = (1.0, 8.0, 64.0)
-
-
 def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """L of matrix + floor · 1 = L Lᵀ in fp64, (N, D, D), for covariances computed in `dtype`.
+    """L of matrix = L Lᵀ in fp64, (N, D, D) lower triangular, for covariances of `dtype`.
 
-    The floor is the first of `_FLOORS` with which the matrix is positive: one rounding
-    unless it is singular. L is then invertible, and L β = m holds for every m whatever
-    the floor is. For the moments m_v of items that enter the covariance |β_v|² <= p_v, so
-    that what a small pivot magnifies stays within rounding. NaN where no floor suffices.
-    Waits for no GPU.
+    A rounding of the largest variance is added to the diagonal. A matrix that is not
+    positive even so, singular and moved below 0 by rounding, goes through its eigenvectors,
+    their values held as in `eigen`. L is invertible, and L β = m holds for every m whatever
+    was added. For the moments m_v of items that enter the covariance |β_v|² <= p_v, so that
+    what a small pivot magnifies stays within rounding. Waits for a GPU once.
     """
     matrix = matrix.double()
     diagonal = matrix.diagonal(dim1=1, dim2=2)
-    rounding = torch.finfo(dtype).eps * diagonal.amax(dim=1).clamp(min=torch.finfo(dtype).tiny)
-    result = torch.full_like(matrix, torch.nan)
-    missing = torch.ones_like(rounding, dtype=torch.bool)
-    for floor in _FLOORS:
-        raised = torch.diagonal_scatter(matrix, diagonal + floor * rounding[:, None], 0, 1, 2)
-        lower, failed = torch.linalg.cholesky_ex(raised)
-        result = torch.where(missing[:, None, None], lower, result)
-        missing &= failed > 0
-        if not on_gpu(matrix) and not missing.any():
-            return result
-    return result.masked_fill_(missing[:, None, None], torch.nan)
+    largest = diagonal.amax(dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    raised = diagonal + torch.finfo(dtype).eps * largest
+    lower, failed = torch.linalg.cholesky_ex(torch.diagonal_scatter(matrix, raised, 0, 1, 2))
+    singular = failed.nonzero()[:, 0]
+    if len(singular):
+        basis, values, _ = eigen(matrix[singular], dtype, matrix.shape[1])
+        # (Q √Λ)ᵀ = P R with P orthogonal, so that Q Λ Qᵀ = Rᵀ R.
+        scaled = basis * values.sqrt()[:, None]
+        lower[singular] = torch.linalg.qr(scaled.transpose(1, 2)).R.transpose(1, 2)
+    return lower
 
 
 def solve_lower(lower: Tensor, moments: Tensor) -> Tensor:
