@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fisherkern as fk
 from fisherkern import ops
-from fisherkern.ops.device import gpu_paths
+from fisherkern.ops.backend import gpu_paths
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.launch_table import Launch
 from fisherkern.ops.lookup_square import lookup_square_reference

@@ -44,6 +44,7 @@ def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     largest = diagonal.amax(dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
     raised = diagonal + torch.finfo(dtype).eps * largest
+    lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(torch.diagonal_scatter(matrix, raised, 0, 1, 2))
     singular = failed.nonzero()[:, 0]
     if len(singular):
