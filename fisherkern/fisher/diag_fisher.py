@@ -84,7 +84,7 @@ def diag_fisher(
             chunk × the activations of one sequence, one tile of logits and the gradients of
             one probe block.
         backend: "torch", "triton" or "cuda" for the ops; "auto" takes the environment's
-            FISHERKERN_BACKEND, else the faster one (see ops/backend.py).
+            FISHERKERN_BACKEND, else PyTorch and, on a GPU, the kernels proven faster there.
         progress: Whether to show a progress bar.
 
     Returns:

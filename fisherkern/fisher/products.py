@@ -16,7 +16,9 @@ from fisherkern.fisher.settings import check_chunk
 
 
 class FisherProduct:
-    """v -> F v, F = (1/N) sum_n sum_y p_n(y) g_ny g_ny^T with g_ny = d log p_n(y) / d theta.
+    """The Fisher matrix as a function v -> F v, made by `fisher_product`.
+
+        F = (1/N) Σ_n Σ_y p_n(y) g_ny g_nyᵀ,   g_ny = ∂ log p_n(y) / ∂θ
 
     Called with a mapping from every trainable parameter's name to a tensor of its shape, it
     gives one of the same names and shapes in the parameters' dtype (fp32 or wider). `meta`

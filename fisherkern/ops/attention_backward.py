@@ -22,14 +22,25 @@ def _outputs(delta: Tensor, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Gradie
 def attention_backward(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:
-    """The gradients of q, k and v from delta, that of o = p v with p = softmax(scale q kᵀ).
+    """Compute the gradients of q, k and v of attention for many output gradients at once.
 
-    dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − Σ_j P dP), dQ = scale dS K, dK = scale dSᵀ Q, in every
-    sequence and head, for each of R probes. p (N, H, Q, T); delta (R, N, Q, H, e), q (N, Q, H, d),
-    k (N, T, H, d), v (N, T, H, e), all of one type; the results are (R, ...) of the shapes of q, k
-    and v. Where p is 0, by a mask or else, nothing passes. In the extension on a CPU it holds one
-    head at a time beside the results, otherwise two tensors of R times the size of p and R copies
-    of q, k and v. torch.vmap over delta is more probes of one call.
+        dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − Σ_j P dP),  dQ = scale dS K,  dK = scale dSᵀ Q
+
+    in every sequence and head, for o = p v with p = softmax(scale q kᵀ). Where p is 0, by a mask or
+    else, nothing passes. In the extension on a CPU it holds one head at a time beside the results,
+    otherwise two tensors of R times the size of p and R copies of q, k and v. torch.vmap over delta
+    is more probes of one call.
+
+    Args:
+        p: (N, H, Q, T), the probabilities.
+        delta: (R, N, Q, H, e), the output gradients of R probes.
+        q: (N, Q, H, d).
+        k: (N, T, H, d).
+        v: (N, T, H, e). All tensors have one dtype.
+        scale: What q kᵀ was multiplied by.
+
+    Returns:
+        dq, dk and dv, (R, ...) of the shapes of q, k and v.
     """
     p = p.contiguous()
     extension = _extension.extension_for("attention_backward", p, delta, q, k, v)

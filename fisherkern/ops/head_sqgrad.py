@@ -22,16 +22,26 @@ def head_sqgrad_(
     ids: Tensor | None = None,
     omega: Tensor | None = None,
 ) -> None:
-    """Add Σ_n Σ_y ω_ny (∂ log p_n(y)/∂w_v)² to weight_fisher (V, D), likewise bias_fisher (V,).
+    """Add the squared gradients of the output layer, summed over items and rows.
 
-    ∂ log p(y)/∂w_v = (1[v=y] − p_v) h. Without ids the sum runs over all items
-    with ω = p and has the closed form p_v (1 − p_v) h². With ids (N, K) int64 and
-    omega (N, K) it is (Σ_j ω_j) p_v² h² for every v, streamed, plus the sparse
-    ω_j (1 − 2 p_v) h² where v = y_j; repeated ids count each time.
+        weight_fisher[v] += Σ_n Σ_y ω_ny (∂ log p_n(y)/∂w_v)²,   ∂ log p(y)/∂w_v = (1[v=y] − p_v) h
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,). Either Fisher may be
-    None. Sums over the rows; the caller divides. Holds one tile of logits and,
-    with ids, N·K·D numbers. Design section 1; the paper's eqs. 5, 7 to 9.
+    and likewise for the bias. Without ids the sum runs over all items with ω = p, and is
+    p_v (1 − p_v) h². With ids it is (Σ_j ω_j) p_v² h² for every v, streamed, plus the sparse
+    ω_j (1 − 2 p_v) h² where v = y_j; repeated ids count each time. Holds one tile of logits and,
+    with ids, N·K·D numbers.
+
+    Args:
+        weight_fisher: (V, D), added to; None to leave it out.
+        bias_fisher: (V,), added to; None to leave it out.
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        ids: (N, K) int64 items, None for all.
+        omega: (N, K) their weights ω, given with ids.
+
+    Source: Ryu et al., arXiv 2307.05476, eqs. 5, 7 to 9.
     """
     if use_triton("head_sqgrad_", h, weight, bias, lse, weight_fisher, bias_fisher, omega):
         from fisherkern.ops import head_sqgrad_triton

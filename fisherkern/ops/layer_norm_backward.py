@@ -13,12 +13,21 @@ from fisherkern.ops.library import register
 def layer_norm_backward(
     delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> Tensor:
-    """The gradients of x from delta, that of y = w n + b with n = (x − mean(x)) rstd row by row.
+    """Compute the input gradients of layer normalisation for many output gradients at once.
 
-    rstd (g − mean(g) − n mean(g n)) with g = w delta and means over D, for each of R probes. delta
-    (R, P, D), normalised n (P, D), weight w (D,) or None for ones, rstd (P,), 1 / sqrt(var(x) + ε),
-    all of one type; the result (R, P, D). In the extension on a CPU it holds nothing beside the
-    result, otherwise some tensors of its size. torch.vmap over delta is more probes of one call.
+        ∂x = rstd (g − mean(g) − n mean(g n)),   g = w δ,   y = w n + b,   n = (x − mean(x)) rstd
+
+    Means are over D. In the extension on a CPU it holds nothing beside the result, otherwise some
+    tensors of its size. torch.vmap over delta is more probes of one call.
+
+    Args:
+        delta: (R, P, D), the output gradients of R probes.
+        normalised: (P, D), n.
+        weight: (D,), w; None for ones.
+        rstd: (P,), 1 / sqrt(var(x) + ε). All tensors have one dtype.
+
+    Returns:
+        (R, P, D).
     """
     normalised = normalised.contiguous()
     extension = _extension.extension_for("layer_norm_backward", normalised, delta, weight, rstd)

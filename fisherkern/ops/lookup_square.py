@@ -35,9 +35,15 @@ class LookupSegments(NamedTuple):
 
 
 def lookup_segments(ids: Tensor) -> LookupSegments:
-    """Sort (N, T) int64 row ids into segments; -1 is no lookup and is left out.
+    """Sort lookups by (row, sequence) into segments.
 
     Equal pairs keep the order of their positions, so that sums repeat bit for bit.
+
+    Args:
+        ids: (N, T) int64 row ids; -1 is no lookup and is left out.
+
+    Returns:
+        The segments, int64 on the device of ids.
     """
     found = _padded_segments(ids)
     if on_gpu(ids):
@@ -167,17 +173,22 @@ def lookup_square_(
     beta: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> None:
-    """fisher[row_u] += Σ_r S_ru ∘ (S_ru + β_ur h_{n(u)}), S_ru = Σ_{m in segment u} δ_rm.
+    """Add the squared gradients of an embedding's rows, duplicates in a sequence summed first.
 
-    fisher (V, D); delta (R, M, D): the gradients at the lookup's output, M = N·T
-    positions; `segments` from `lookup_segments`; beta (U, R) and hidden (N, D): the
-    cross term with the tied output layer (twice β h, in the letters of design section
-    1), None without one. Accumulates in fisher's dtype. Duplicates of a row within a
-    sequence are summed before the square. In PyTorch holds (U, D) of one probe at a
-    time, on a GPU three times a block of probes' gradients. In fp32 and bf16 the extension,
-    where it was built, serves the CPU and covered GPUs; it holds nothing, or (splits, G, D)
-    on a GPU, where one CTA owns a row and no atomics are needed. Design section 1, tied
-    embedding.
+        fisher[row_u] += Σ_r S_ru ∘ (S_ru + β_ur h_{n(u)}),   S_ru = Σ_{m in segment u} δ_rm
+
+    A segment is the lookups of one row by one sequence. In PyTorch holds (U, D) of one probe at a
+    time, on a GPU three times a block of probes' gradients; in the extension nothing, or
+    (splits, G, D) on a GPU, where one CTA owns a row and no atomics are needed.
+
+    Args:
+        fisher: (V, D), added to; sums are in its dtype.
+        delta: (R, N·T, D), gradients of R probes at the lookup's output.
+        segments: From `lookup_segments`.
+        beta: (U, R), coefficients of the cross term with a tied output layer; None without one.
+        hidden: (N, D), given with beta: h above; twice the hidden states for the Fisher's term.
+
+    Source: design section 1, tied embedding.
     """
     indices = (segments.order, segments.segment_start, segments.row, segments.row_start)
     sequence = None if beta is None else segments.sequence

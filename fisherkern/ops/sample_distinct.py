@@ -100,14 +100,27 @@ def sample_distinct(
     k: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """k draws from softmax(h Wᵀ + b) for every row without replacement, and their weights.
+    """Draw k different items from every row's softmax, with the weights that make them unbiased.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and ranges (N, ⌈V/256⌉) from
-    `softmax_mean`, rows (N,) int64: each sequence's number; 1 <= k <= V. Returns ids
-    (N, k) int64, all different, in the order drawn, and ω (N, k) of lse's dtype with
-    E[Σ_j ω_j f(y_j)] = Σ_v p(v) f(v); k = V gives every item with ω = p. Noise is keyed by
-    (seed, row, item): the result does not depend on the batch or the tile, up to rounding
-    of values next to each other. 256·(k + 1) logits a row, held for some rows at a time.
+        E[Σ_j ω_j f(y_j)] = Σ_v p(v) f(v)   for every f
+
+    Noise is keyed by (seed, row, item): the result does not depend on the batch or the tile, up to
+    rounding of values next to each other. 256·(k + 1) logits a row, held for some rows at a time.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        ranges: (N, ⌈V/256⌉) fp64 from `softmax_mean`.
+        rows: (N,) int64, the sequences' ids, which key the noise.
+        k: Draws per row, 1 to V. k = V gives every item with ω = p.
+        seed: Key of the random numbers.
+
+    Returns:
+        ids (N, k) int64 in the order drawn, and ω (N, k) of lse's dtype.
+
+    Source: Kool, van Hoof and Welling, ICML 2019 and ICLR 2020.
     """
     n, v = h.shape[0], weight.shape[0]
     logits_of = range_logits

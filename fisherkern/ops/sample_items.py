@@ -74,14 +74,26 @@ def sample_items(
     k: int,
     seed: int,
 ) -> Tensor:
-    """k independent draws from softmax(h Wᵀ + b) for every row, with replacement.
+    """Draw k items from every row's softmax, with replacement.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and ranges (N, ⌈V/256⌉) from
-    `softmax_mean`, rows (N,) int64: each sequence's number, which keys its random numbers
-    together with the seed. Returns ids (N, k) int64 by inversion of the cumulative
-    distribution, first over the ranges, then inside one: 256·k logits a row. The result
-    depends on (seed, row), not on the batch or the tile, up to rounding of a cumulative
-    sum next to a draw.
+        P(y_nj = v) = exp(h_n · w_v + b_v − lse_n)
+
+    By inversion of the cumulative distribution, first over the ranges of items, then inside one:
+    256·k logits a row. The result depends on (seed, row), not on the batch or the tile, up to
+    rounding of a cumulative sum next to a draw.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        ranges: (N, ⌈V/256⌉) fp64 from `softmax_mean`.
+        rows: (N,) int64, the sequences' ids, which key the random numbers.
+        k: Draws per row.
+        seed: Key of the random numbers.
+
+    Returns:
+        ids (N, k) int64.
     """
     if use_triton("sample_items", h, weight, bias, lse):
         from fisherkern.ops import sample_items_triton

@@ -52,18 +52,24 @@ def _add_gram_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
 
 @register(mutates=("fisher",))
 def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
-    """fisher += Σ_r Σ_n (Σ_t δ_rnt a_ntᵀ)², the square taken after the sum over positions.
+    """Add the square of each sequence's sum of outer products, over probes and sequences.
 
-    fisher (O, I), delta (R, N, T, O): gradients at a Linear's output by R probes, inputs
-    (N, T, I): what it was applied to; padded positions have δ = 0. Accumulates in
-    fisher's dtype. Where T is short beside R and I (on the CPU; the choice depends on the
-    shapes alone) through G_nots = Σ_r δ_rnto δ_rnso, as Σ_n Σ_ts G_nots a_nt a_ns, which is
-    the same but for rounding: an entry that is about 0 may come out a little less.
-    Holds a tile of N of the O×I products or of G, never all; in the extension partial sums
-    of F, and in the Gram form 8 MB, for each thread; on a GPU its fp32 products are exact
-    unless PyTorch is told to use tf32. On one thread of an AVX-512 machine the extension
-    takes half the time of PyTorch's products (benchmarks/bench_segment.py).
-    Raises InputError for tensors that do not fit. Design section 1, token-wise layers.
+        fisher += Σ_r Σ_n (Σ_t δ_rnt a_ntᵀ)²
+
+    The square is taken after the sum over positions. Where T is short beside R and I (on the CPU;
+    the choice depends on the shapes alone) it is computed as Σ_n Σ_ts G_nots a_nt a_ns with
+    G_nots = Σ_r δ_rnto δ_rnso: the same up to rounding, but an entry that is about 0 may come out a
+    little less. Holds a tile of N of the O×I products or of G, never all; in the extension partial
+    sums of F and 8 MB for each thread. On a GPU fp32 products are exact unless PyTorch is told to
+    use tf32.
+
+    Args:
+        fisher: (O, I), added to; sums are in its dtype.
+        delta: (R, N, T, O), gradients of R probes at a linear layer's output; 0 at padding.
+        inputs: (N, T, I), what the layer was applied to.
+
+    Raises:
+        InputError: Tensors that do not fit.
     """
     shape = (*delta.shape[1:3], *fisher.shape)
     if delta.dim() != 4 or shape != (*inputs.shape[:2], delta.shape[3], *inputs.shape[2:]):

@@ -89,7 +89,20 @@ def exp_minus_(z: Tensor, shift: Tensor, power: float = 1.0) -> Tensor:
 
 @register(lambda h, **_: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)))
 def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """log Σ_v exp(h·w_v + b_v) for every row: (N, D), (V, D), (V,) -> (N,), fp32 or wider."""
+    """Compute the log-sum-exp of every row's logits.
+
+        lse_n = log Σ_v exp(h_n · w_v + b_v)
+
+    Streams over tiles of items; the same as `torch.logsumexp(h @ weight.T + bias, 1)` in fp32.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+
+    Returns:
+        (N,), fp32 or wider.
+    """
     if use_triton("softmax_lse", h, weight, bias):
         from fisherkern.ops import softmax_lse_triton
 

@@ -77,12 +77,23 @@ def _mean_outputs(h: Tensor, weight: Tensor, **_: Tensor | None) -> tuple[Tensor
 def softmax_mean(
     h: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum-exp and w̄ = Σ_v p(v) w_v of every row, in one streamed pass.
+    """Compute the log-sum-exp and the mean item vector of every row's softmax.
 
-    h (N, D), weight (V, D), bias (V,) or None. Returns lse (N,) and w̄ (N, D), fp32 or
-    wider, and the log-sum-exp of the items 256 r … 256 r + 255 for every range r,
-    (N, ⌈V / 256⌉) fp64, from which `sample_items` and `sample_distinct` draw. Two matrix
-    products of N·V·D; on the GPU three, as the kernel of lse comes before that of w̄.
+        w̄_n = Σ_v p_n(v) w_v,   p_n = softmax(h_n Wᵀ + b)
+
+    One streamed pass over the items: two matrix products of N·V·D; on a GPU three, as the kernel
+    of lse comes before that of w̄.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+
+    Returns:
+        lse (N,) and w̄ (N, D), fp32 or wider, and ranges (N, ⌈V / 256⌉) fp64, the log-sum-exp of
+        the items 256 r … 256 r + 255, from which `sample_items` and `sample_distinct` draw.
+
+    Source: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum).
     """
     if use_triton("softmax_mean", h, weight, bias):
         from fisherkern.ops import softmax_moments_triton
@@ -100,12 +111,24 @@ def softmax_mean(
 def softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
-    """C = Σ_v p(v) w_v w_vᵀ − w̄ w̄ᵀ for every row, (N, D, D), fp32 or wider.
+    """Compute the covariance of the item vectors under every row's softmax.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and mean (N, D) from
-    `softmax_mean`. Costs N·V·D(D+1)/2 multiply-adds, streamed over the items: in
-    PyTorch one matrix product over the packed upper triangle, which holds one tile of
-    logits and one of products. Design section 1; the paper's eq. 5.
+        C_n = Σ_v p_n(v) w_v w_vᵀ − w̄_n w̄_nᵀ
+
+    N·V·D(D+1)/2 multiply-adds, streamed over the items: in PyTorch one matrix product over the
+    packed upper triangle. Holds one tile of logits and one of products.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        mean: (N, D) from `softmax_mean`.
+
+    Returns:
+        (N, D, D), fp32 or wider.
+
+    Source: Ryu et al., arXiv 2307.05476, eq. 5.
     """
     if use_triton("softmax_covariance", h, weight, bias, lse, mean):
         from fisherkern.ops import softmax_moments_triton

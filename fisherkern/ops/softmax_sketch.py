@@ -39,13 +39,28 @@ def softmax_sketch(
     probes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """u_r = Σ_v sqrt(p(v)) ε_v 1[v in bucket r] (w_v − w̄), so that E[Σ_r u_r u_rᵀ] = C.
+    """Sketch every row's item covariance C: R random vectors whose squares have C as expectation.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,), mean (N, D), rows (N,) int64
-    sequence numbers, probes = R >= 1. The signs ε are `counter_rng.random_signs_at` of
-    (seed, row, item), the buckets `counter_rng.bucket_of` of (seed, item), the same for all
-    rows. Returns u (N, R, D) and the sums Σ_v sqrt(p(v)) ε_v 1[v in bucket r] (N, R).
-    One streamed pass of two matrix products of N·V·D, whatever R. Exact for R >= V.
+        u_r = Σ_{v in bucket r} sqrt(p(v)) ε_v (w_v − w̄),   E[Σ_r u_r u_rᵀ] = C
+
+    The signs ε are `counter_rng.random_signs_at` of (seed, row, item), the buckets
+    `counter_rng.bucket_of` of (seed, item), the same for all rows. One streamed pass of two matrix
+    products of N·V·D, whatever R. Exact for R >= V.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        mean: (N, D) from `softmax_mean`.
+        rows: (N,) int64, the sequences' ids, which key the signs.
+        probes: R, at least 1.
+        seed: Key of the random numbers.
+
+    Returns:
+        u (N, R, D) and the sums Σ_{v in bucket r} sqrt(p(v)) ε_v (N, R), of lse's dtype.
+
+    Source: CountSketch: Charikar, Chen and Farach-Colton, ICALP 2002.
     """
     if use_triton("softmax_sketch", h, weight, bias, lse, mean):
         from fisherkern.ops import softmax_sketch_triton

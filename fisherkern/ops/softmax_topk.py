@@ -151,13 +151,23 @@ def _outputs(
 def softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k most likely items, log-sum-exp and w̄ = Σ_v p(v) w_v, in one streamed pass.
+    """Find the k most likely items of every row, with log-sum-exp and mean item vector.
 
-    h (N, D), weight (V, D), bias (V,) or None, 1 <= k <= V. Returns p (N, k) in
-    descending order, ids (N, k) int64, lse (N,), w̄ (N, D); all but ids are fp32 or
-    wider. Ties go to the lower id. Two matrix products of N·V·D; on the GPU three, as
-    w̄ has a kernel of its own. Holds one tile of logits and N·k candidates for each range
-    of items worked on at once. Above k = 128 every backend takes PyTorch's path.
+        p_n(v) = exp(h_n · w_v + b_v − lse_n),   w̄_n = Σ_v p_n(v) w_v
+
+    One streamed pass over the items: two matrix products of N·V·D; on a GPU three, as w̄ has a
+    kernel of its own. Holds one tile of logits, and N·k candidates for each range of items worked
+    on at once. Above k = 128 every backend takes PyTorch's path.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        k: Items per row, 1 to V.
+
+    Returns:
+        p (N, k) in descending order, ids (N, k) int64, lse (N,) and w̄ (N, D); all but ids are fp32
+        or wider. Ties go to the lower id.
     """
     if k <= MAX_TRITON_K and use_triton("softmax_topk", h, weight, bias):
         from fisherkern.ops import softmax_topk_triton
