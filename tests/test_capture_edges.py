@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layers import Recommender, assert_right
 from models import HISTORIES, NUM_ITEMS, Foreign, bert
-from rule_checks import Recommender, assert_right
 from torch import Tensor, nn
 
 import fisherkern as fk

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_extension import NO_EXTENSION
+from helpers.extension import NO_EXTENSION
 
 from fisherkern.ops import _extension, build
 

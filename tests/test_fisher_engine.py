@@ -9,8 +9,8 @@ import brute
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.fisher import assert_equal
 from models import HISTORIES, NUM_ITEMS, Foreign, bert, shaken
-from test_fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk

@@ -7,8 +7,8 @@ from typing import Any
 import brute
 import pytest
 import torch
+from helpers.fisher import assert_equal
 from models import HISTORIES, bert, shaken
-from test_fisher import assert_equal
 from torch import Tensor
 
 import fisherkern as fk

@@ -10,8 +10,8 @@ from typing import Any
 import brute
 import pytest
 import torch
+from helpers.fisher import assert_equal
 from models import HISTORIES, NUM_ITEMS, Foreign, bert, shaken
-from test_fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk

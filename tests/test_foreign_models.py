@@ -7,9 +7,9 @@ import logging
 import brute
 import pytest
 import torch
+from helpers.fisher import assert_equal
+from helpers.layers import assert_right
 from models import HISTORIES, NUM_ITEMS, shaken
-from rule_checks import assert_right
-from test_fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk

@@ -9,8 +9,8 @@ from typing import Any
 import brute
 import pytest
 import torch
+from helpers.fisher import assert_equal
 from models import HISTORIES, bert
-from test_fisher import assert_equal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_linear_backward import layouts
+from helpers.layouts import layouts
 from torch import Tensor, nn
 
 import fisherkern as fk

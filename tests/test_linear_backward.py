@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layouts import layouts
 from torch import Tensor, nn
 
 import fisherkern as fk
@@ -23,18 +24,6 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def used(output: Tensor) -> bool:
     return type(output.grad_fn).__name__ == "_LinearBackward"
-
-
-def layouts(shape: tuple[int, ...]) -> list[Tensor]:
-    """Random values: contiguous, transposed, with gaps, expanded."""
-    g = torch.Generator().manual_seed(0)
-    turned = (*shape[:-2], shape[-1], shape[-2])
-    return [
-        torch.randn(shape, generator=g),
-        torch.randn(turned, generator=g).transpose(-1, -2),
-        torch.randn(*shape[:-1], 2 * shape[-1], generator=g)[..., ::2],
-        torch.randn(shape[-1], generator=g).expand(shape),
-    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 11, 16), (2, 3, 5, 7), (0, 4, 6)], ids=str)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_extension import NO_EXTENSION, guarded
+from helpers.extension import NO_EXTENSION, guarded
 from torch import Tensor
 
 from fisherkern import ops

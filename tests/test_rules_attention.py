@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.layers import SIZES, Recommender, assert_right
 from models import HISTORIES, NUM_ITEMS
-from rule_checks import SIZES, Recommender, assert_right
 from torch import Tensor, nn
 
 from fisherkern.fisher.capture import Capture, Parameters

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layers import SIZES, Recommender, assert_right
 from models import HISTORIES, shaken
-from rule_checks import SIZES, Recommender, assert_right
 from torch import Tensor, nn
 
 import fisherkern as fk

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.layers import SIZES, Recommender, assert_right
 from models import HISTORIES
-from rule_checks import SIZES, Recommender, assert_right
 from torch import Tensor, nn
 
 from fisherkern.fisher.capture import Capture, Parameters

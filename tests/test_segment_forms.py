@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_extension import NO_EXTENSION, SEGMENTS, assert_close, brute_segments, guarded, tf32
+from helpers.extension import NO_EXTENSION, SEGMENTS, assert_close, brute_segments, guarded, tf32
 
 from fisherkern.ops import _extension, build
 

@@ -9,10 +9,10 @@ import brute
 import pytest
 import torch
 from models import HISTORIES, NUM_ITEMS
-from test_fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk
+from helpers.fisher import assert_equal
 
 # As many sequences as positions; fewer; and a single one, in batches of their own.
 SIZES = [5, 3, 2, 1]
