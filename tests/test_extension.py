@@ -67,11 +67,6 @@ def test_a_table_of_literals(where: tuple[Any, str, bool]) -> None:
     assert fisher.item() == 1 + 0 + 0 + 100 + 225
 
 
-# (R, lengths, O, I): one of everything; primes; empty segments first, last and between;
-# nothing at all; no positions; a chunk of 16 and of 32 positions less and more; F of one
-# tile of 64 or 128 and a little more; rows that start on 16 bytes and rows that do not.
-
-
 @pytest.mark.parametrize("kind", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("case", SEGMENTS, ids=str)
 def test_segment_outer_square(

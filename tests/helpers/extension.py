@@ -42,6 +42,9 @@ def assert_close(found: Tensor, exact: Tensor, factor: float = 1e-5) -> None:
     assert error <= factor * max(float(exact.abs().max()), 1e-30), error
 
 
+# (R, lengths, O, I): one of everything; primes; empty segments first, last and between;
+# nothing at all; no positions; a chunk of 16 and of 32 positions less and more; F of one
+# tile of 64 or 128 and a little more; rows that start on 16 bytes and rows that do not.
 SEGMENTS: list[tuple[int, list[int], int, int]] = [
     (1, [1], 1, 1),
     (3, [2, 3, 5, 7], 13, 17),
