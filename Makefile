@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*
 	  "$$found" -m venv --clear $(VENV); \
 	fi
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(VENV)/bin/python -c 'from fisherkern.ops import _extension; print(_extension.status())'
+	$(VENV)/bin/python -c 'from fisherkern.ops import build; print(build.status())'
 	@touch $@
 
 clean:

@@ -8,7 +8,7 @@ takes addresses, so it works with every version of it. Environment:
     FISHERKERN_CUDA_ARCHS  compute capabilities, "80,90,100+PTX" by default
 
 Without a C++ compiler the extension is left out, and the package works without it.
-pip shows what was built with -v; `fisherkern.ops._extension.status()` says it afterwards.
+pip shows what was built with -v; `fisherkern.ops.build.status()` says it afterwards.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fisherkern as fk
 from fisherkern.fisher.schedule import Schedule
-from fisherkern.ops._library import IMPLEMENTATIONS
-from fisherkern.ops.device import gpu_paths
+from fisherkern.ops.backend import gpu_paths
+from fisherkern.ops.library import IMPLEMENTATIONS
 
 VIEWS = frozenset(
     "view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias split"

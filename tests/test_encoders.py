@@ -9,8 +9,8 @@ import brute
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.fisher import assert_equal, loader, omega_of
 from models import HISTORIES, NUM_ITEMS, shaken
-from test_fisher import assert_equal, loader, omega_of
 from torch import Tensor
 
 import fisherkern as fk

@@ -24,7 +24,7 @@ from benchmarks.gpu.day import Day, lines
 from benchmarks.gpu.units import Unit
 from benchmarks.speed import bench_head
 from fisherkern import ops
-from fisherkern.ops.device import gpu_paths
+from fisherkern.ops.backend import gpu_paths
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.launch_table import Launch
 from fisherkern.ops.lookup_square import lookup_square_reference

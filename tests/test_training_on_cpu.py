@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fisherkern as fk
 from fisherkern.objectives import emkd
-from fisherkern.ops._products import suits
+from fisherkern.ops.products import suits
 from fisherkern.training.on_cpu import OnCPU, dropout
 
 P = 0.1

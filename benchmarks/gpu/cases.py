@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.twins import Softmax
 from fisherkern import ops
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 from fisherkern.ops.sample_distinct import sample_distinct_reference
 from fisherkern.ops.softmax_lse import reference_logits
 
@@ -255,7 +255,7 @@ def wanted(op: str, case: Case) -> Wanted:
         return {"u": (u, 1e-4), "totals": (totals, 1e-4)}
     if op == "sample_items":
         cdf = reference_logits(*layer).softmax(dim=1).cumsum(dim=1)
-        u = counter.uniform(SEED, rows, torch.arange(case.most(case.drawn), device=h.device))
+        u = counter_rng.uniform(SEED, rows, torch.arange(case.most(case.drawn), device=h.device))
         return {"items": (Drawn(cdf, u), 4e-6)}
     if op == "sample_distinct":
         items, omega = sample_distinct_reference(*layer, rows, case.most(case.drawn), SEED)

@@ -18,7 +18,7 @@ from benchmarks.gpu.cases import (
     wanted,
 )
 from benchmarks.gpu.day import Day
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 
 SHAPES = ((3, 7), (33, 1031), (257, 3706), (64, 100_000))
 LONG = (4096, 1_000_000)

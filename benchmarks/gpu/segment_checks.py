@@ -21,8 +21,8 @@ from benchmarks.gpu.day import Day
 from benchmarks.gpu.tools import extension
 from fisherkern import ops
 from fisherkern.ops import _extension
-from fisherkern.ops._dispatch import use_backend
 from fisherkern.ops._extension import Split
+from fisherkern.ops.backend import use_backend
 
 TYPES = {
     "float32": (torch.float32, torch.float32),

@@ -24,7 +24,7 @@ from benchmarks.gpu.segment_checks import random
 from benchmarks.gpu.twins import segments
 from fisherkern import ops
 from fisherkern.ops import launch_table
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 from fisherkern.ops.launch_table import Launch
 
 # Kernel -> (its module, the op around it, N and V timed).

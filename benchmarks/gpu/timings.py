@@ -14,7 +14,7 @@ from benchmarks.gpu.cases import KINDS, Case, draw, outputs
 from benchmarks.gpu.day import Day, lines
 from benchmarks.gpu.segment_checks import lookups, random
 from fisherkern import ops
-from fisherkern.ops._dispatch import use_backend
+from fisherkern.ops.backend import use_backend
 
 SHAPES = ((256, 3706), (4096, 1_000_000))
 # Per row of these an op's work grows with D², or with the ranges drawn from.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fisherkern.ops import LookupSegments, counter
+from fisherkern.ops import LookupSegments, counter_rng
 from fisherkern.ops.softmax_lse import RANGE
 
 # Numbers of one tile (N, items): 256 MB in fp64.
@@ -100,8 +100,8 @@ class Softmax:
         for items, p, w in self.each():
             number = torch.arange(items.start, items.stop, device=p.device)
             row, item = torch.broadcast_tensors(rows[:, None], number[None])
-            signed = p.sqrt() * counter.random_signs_at(seed, row, item, p.dtype)
-            bucket = counter.bucket_at(seed, number, probes)
+            signed = p.sqrt() * counter_rng.random_signs_at(seed, row, item, p.dtype)
+            bucket = counter_rng.bucket_of(seed, number, probes)
             for r in range(probes):
                 own = signed * (bucket == r)
                 sums[:, r] += own @ w

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from benchmarks.common import append, check_columns, device, seconds, with_peak
 from fisherkern import InputError, ops
-from fisherkern.fisher.factor import Factor
-from fisherkern.fisher.samplers import Rows, Settings, factorise
+from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
+from fisherkern.fisher.settings import Settings
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.sample_distinct import sample_distinct_reference
 from fisherkern.ops.sample_items import sample_items_reference
@@ -61,10 +62,10 @@ class Layer:
         name, k = "model" if sampler == "distinct" else sampler, min(k, len(self.weight))
         return Settings(name, k, PROBES, 0, None, False, "probability", sampler != "distinct")
 
-    def rows(self, settings: Settings) -> Rows:
-        return Rows.of(self.h, self.weight, self.bias, self.number, None, settings)
+    def rows(self, settings: Settings) -> SoftmaxStats:
+        return SoftmaxStats.of(self.h, self.weight, self.bias, self.number, None, settings)
 
-    def add_head(self, rows: Rows, factor: Factor) -> None:
+    def add_head(self, rows: SoftmaxStats, factor: CovarianceFactor) -> None:
         ops.head_sqgrad_(
             self.fisher, self.fisher_bias, self.h, self.weight, self.bias, rows.lse,
             factor.ids, factor.omega,
@@ -84,7 +85,7 @@ def check(n: int, d: int, k: int) -> None:
         layer = Layer(CHECKED_ITEMS, min(n, 48), d)
         settings = layer.settings(sampler, k)
         rows = layer.rows(settings)
-        factor = factorise(rows, settings)
+        factor = factor_covariance(rows, settings)
         layer.add_head(rows, factor)
         inputs = [t.cpu() for t in (layer.h, layer.weight, layer.bias)]
         few = 2  # the twin of the mean holds a number for every row, item and column
@@ -94,7 +95,7 @@ def check(n: int, d: int, k: int) -> None:
         ]
         ids = omega = None
         if factor.ids is not None and factor.omega is not None:
-            expected = expected_items(sampler, inputs, rows.number.cpu(), settings)
+            expected = expected_items(sampler, inputs, rows.sequence_ids.cpu(), settings)
             ids, omega = factor.ids.cpu(), factor.omega.cpu()
             same = ids == expected[0]
             if float(same.double().mean()) < 0.99:  # next to a step fp32 may take the other side
@@ -133,7 +134,7 @@ def closed(inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
     return coefficient.T @ h.square(), coefficient.sum(dim=0)
 
 
-def sketched(layer: Layer, rows: Rows) -> list[tuple[str, Tensor, Tensor]]:
+def sketched(layer: Layer, rows: SoftmaxStats) -> list[tuple[str, Tensor, Tensor]]:
     """The streamed sketch, which smaller catalogues than the check's would not take."""
     arguments = layer.h, layer.weight, layer.bias, rows.lse, rows.mean, layer.number
     few = [t.cpu() for t in (layer.h[:2], layer.weight, layer.bias, layer.number[:2])]
@@ -151,7 +152,7 @@ def one_pass(layer: Layer, sampler: str, k: int, clock: Callable[[], float]) -> 
         found["rows"] = layer.rows(settings)
 
     def factor() -> None:
-        found["factor"] = factorise(found["rows"], settings)
+        found["factor"] = factor_covariance(found["rows"], settings)
 
     def head() -> None:
         layer.add_head(found["rows"], found["factor"])

@@ -27,7 +27,7 @@ from benchmarks.common import (
     with_peak,
 )
 from fisherkern import InputError, ops
-from fisherkern.ops._dispatch import backend
+from fisherkern.ops.backend import backend
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
 
 # R, T, O, I of a Transformer's linear layers at D = 64: one probe, and as many as are exact.

@@ -8,7 +8,7 @@ from typing import Any
 
 from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
 from fisherkern.fisher import diag_fisher
-from fisherkern.fisher.samplers import SAMPLERS
+from fisherkern.fisher.settings import SAMPLERS
 from fisherkern.training import load_model
 
 

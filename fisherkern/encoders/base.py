@@ -43,6 +43,7 @@ class SequenceEncoder(nn.Module):
     first_item = 1  # the item id that column 0 of the logits stands for
     causal: ClassVar[bool] = False
     one_network: ClassVar[bool] = True  # whether it is no wrapper of other encoders
+    skips_padding: ClassVar[bool] = True  # left columns that are padding in every row cost nothing
     config: dict[str, Any]
     transform: nn.Module
     item_embedding: nn.Embedding

@@ -20,6 +20,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class SelfAttention(nn.Module):
     """Multi-head attention softmax(q kᵀ / sqrt(D / heads)) v of some positions over all of them."""
 
+    absorbs_projections = True  # for one query, outside training: see `_of_one`
+
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads

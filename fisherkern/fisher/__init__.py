@@ -1,10 +1,10 @@
 """The diagonal Fisher: capture, factor, probe, accumulate."""
 
+from fisherkern.fisher.adapter import adapt
 from fisherkern.fisher.diag_fisher import diag_fisher
 from fisherkern.fisher.grams import LinearGrams, linear_grams
 from fisherkern.fisher.products import FisherProduct, fisher_product
 from fisherkern.fisher.result import DiagFisher
-from fisherkern.fisher.subject import adapt
 
 __all__ = [
     "DiagFisher",

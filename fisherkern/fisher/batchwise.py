@@ -7,34 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkern.fisher.adapter import ModelAdapter, check_softmax, model_input
 from fisherkern.fisher.capture import Parameters
-from fisherkern.fisher.logit_samplers import LogitRows
-from fisherkern.fisher.samplers import Settings, sample
-from fisherkern.fisher.subject import Subject, check_probabilities, model_input
+from fisherkern.fisher.logit_samplers import LogitStats
+from fisherkern.fisher.samplers import sample
+from fisherkern.fisher.settings import Settings
 
 
 def add_batchwise_(
     fisher: dict[str, Tensor],
-    subject: Subject,
+    model: ModelAdapter,
     parameters: Parameters,
     settings: Settings,
     batch: Any,
-    number: Tensor,
+    sequence_ids: Tensor,
 ) -> tuple[set[str], Tensor | None]:
     """fisher += Σ_j (Σ_i ω_ij) (∂/∂θ Σ_i log p_i(y_ij))² over a batch's sequences i and ranks j.
 
     The paper's eq. 6. The square comes after the sum over the batch, so the cross
-    terms of different sequences stay in and the scale grows with the batch: it is
+    terms of different sequences stay in and the scale gstats with the batch: it is
     the Fisher only for batches of one sequence. Returns the names that received a
     gradient and the captured mass (N,).
     """
     with torch.enable_grad():
-        logits = subject.logits(model_input(batch))
+        logits = model.logits(model_input(batch))
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
-    target = subject.targets(batch) if settings.sampler == "target" else None
-    rows = LogitRows(log_p.detach(), number, target)
-    check_probabilities(rows.log_p.amax(dim=1), number)
-    ids, omega, mass = sample(rows, settings)
+    target = model.targets(batch) if settings.sampler == "target" else None
+    stats = LogitStats(log_p.detach(), sequence_ids, target)
+    check_softmax(stats.log_p.amax(dim=1), sequence_ids)
+    ids, omega, mass = sample(stats, settings)
     names, tensors = list(parameters.named), list(parameters.named.values())
     reached = set()
     for j in range(ids.shape[1]):

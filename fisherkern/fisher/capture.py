@@ -2,10 +2,10 @@
 
 A `TorchFunctionMode` sees every torch function the model calls, so `nn.Linear`,
 `F.linear` on a bare parameter and a weight shared by two modules are one case;
-nothing in the model is wrapped or changed. A rule (see rules/) turns a call it
-knows into uses; a replacement computes a call's result by calls that have rules;
-`uncaptured` finds parameters that the result also reaches by another way, which no
-rule then describes.
+nothing in the model is wrapped or changed. A handler (see layers/) turns a call it
+knows into uses of parameters; a rewrite computes a call's result by calls that have
+handlers; `params_outside` finds parameters that the result also reaches by another
+way, which no handler describes.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-from fisherkern.fisher.layer_norm_backward import layer_norm
-from fisherkern.fisher.linear_backward import linear
+from fisherkern.fisher import fast_ops
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in a parameter: `shape` entries from flat index `start` of `name`."""
+class ParamView:
+    """A parameter or a view of one: `shape` entries from flat index `start` of `name`."""
 
     name: str
     start: int
     shape: tuple[int, ...]
 
     def of(self, flat: Tensor) -> Tensor:
-        """The view of a flattened tensor of the parameter's size that this place covers."""
+        """The same view of a flattened tensor of the parameter's size."""
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
-    def viewed(self, *shape: int) -> Place:
+    def reshaped(self, *shape: int) -> ParamView:
         """The same entries in another shape."""
-        return Place(self.name, self.start, shape)
+        return ParamView(self.name, self.start, shape)
 
 
 class Parameters:
@@ -49,8 +48,8 @@ class Parameters:
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._names = {id(parameter): name for name, parameter in self.named.items()}
 
-    def place(self, tensor: Any) -> Place | None:
-        """The place of a parameter or of a contiguous view of one, None for anything else."""
+    def view_of(self, tensor: Any) -> ParamView | None:
+        """What a parameter or a contiguous view of one covers, None for anything else."""
         if not isinstance(tensor, Tensor):
             return None
         base = tensor if tensor._base is None else tensor._base
@@ -58,60 +57,63 @@ class Parameters:
         if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
             return None
         start = int(tensor.storage_offset()) - int(base.storage_offset())
-        return Place(name, start, tuple(tensor.shape))
+        return ParamView(name, start, tuple(tensor.shape))
 
-    def either_place(self, tensor: Any) -> Place | None:
-        """The place of `tensor`, or, for a matrix that has none, of its transpose."""
-        place = self.place(tensor)
-        if place is None and isinstance(tensor, Tensor) and tensor.dim() == 2:
-            place = self.place(tensor.t())
-        return place
+    def view_or_transpose(self, tensor: Any) -> ParamView | None:
+        """`view_of` a tensor, or, for a matrix that is no such view, of its transpose."""
+        view = self.view_of(tensor)
+        if view is None and isinstance(tensor, Tensor) and tensor.dim() == 2:
+            view = self.view_of(tensor.t())
+        return view
 
 
-class Use(Protocol):
-    """One use of a place by one call: how the call's output gradient becomes the place's.
+class ParamUse(Protocol):
+    """One use of a parameter by one call: how the output gradient becomes the parameter's.
 
     `delta` is the gradient of R per-sequence scalars, the probes, at the call's output, its
     dimensions those of the output with the sequences' moved to the front: (R, N, ...).
     """
 
-    place: Place
+    param: ParamView
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        """fisher += Σ_r Σ_n g_rn², g_rn the gradient of sequence n, of the place's shape."""
+        """fisher += Σ_r Σ_n g_rn², g_rn the gradient of sequence n, of the parameter's shape."""
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        """g of the sequences in `part` for one probe's `delta` (N, ...): (n, *place.shape)."""
+        """g of the sequences in `part` for one probe's `delta` (N, ...): (n, *param.shape)."""
 
 
 @dataclasses.dataclass
-class Site:
+class CapturedOp:
     """A captured call, read with the sequences in dimension `dim` of its output.
 
     `output` is the edge of the autograd graph at which the call's output gradient
     arrives, also when the output is overwritten in place afterwards; `shape` is the
-    output's. `beyond` are the nodes of the other inputs that require a gradient.
+    output's. `other_inputs` are the nodes of the inputs that are no parameters here and
+    require a gradient.
     """
 
     output: GradientEdge
     shape: torch.Size
     dim: int
-    uses: Sequence[Use]
-    beyond: list[Node]
-
-    @property
-    def structure(self) -> tuple[Any, ...]:
-        """What is the same for the same call on other sequences, and differs between calls."""
-        return len(self.shape), self.dim, *((type(use), use.place) for use in self.uses)
+    uses: Sequence[ParamUse]
+    other_inputs: list[Node]
 
     def sequences_first(self, delta: Tensor) -> Tensor:
-        """The R gradients that arrived at `output` as `Use` takes them, (R, N, ...)."""
+        """The R gradients that arrived at `output` as `ParamUse` takes them, (R, N, ...)."""
         return delta.reshape(len(delta), *self.shape).movedim(1 + self.dim, 1)
 
 
+def structure_of(ops: Sequence[CapturedOp]) -> tuple[Any, ...]:
+    """Equal for the same calls on other sequences, different for other calls."""
+    return tuple(
+        (len(op.shape), op.dim, *[(type(use), use.param) for use in op.uses]) for op in ops
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """A call as its rule sees it, read with the sequences in dimension `dim` of the output."""
+class OpCall:
+    """A call as its handler sees it, with the sequences in dimension `dim` of the output."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -119,20 +121,24 @@ class Call:
     dim: int
     capture: Capture
 
-    @property
-    def num_sequences(self) -> int:
-        return self.output.shape[self.dim]
+    def view_of(self, tensor: Any) -> ParamView | None:
+        """The parameter whose gradient the call's is part of; a view without gradient has none."""
+        return self.capture.parameters.view_of(tensor) if _differentiated(tensor) else None
 
-    def place(self, tensor: Any) -> Place | None:
-        """The place whose gradient the call's is part of; a view without gradient has none."""
-        return self.capture.parameters.place(tensor) if _differentiated(tensor) else None
-
-    def either_place(self, tensor: Any) -> Place | None:
-        return self.capture.parameters.either_place(tensor) if _differentiated(tensor) else None
+    def view_or_transpose(self, tensor: Any) -> ParamView | None:
+        """The same, for a transposed matrix too."""
+        return (
+            self.capture.parameters.view_or_transpose(tensor) if _differentiated(tensor) else None
+        )
 
     def first(self, tensor: Tensor) -> Tensor:
         """The values of a tensor that is laid out as the output, sequences moved to the front."""
         return tensor.detach().movedim(self.dim, 0)
+
+    def positions(self, tensor: Tensor, trailing: int = 1) -> Tensor:
+        """`first` with `trailing` last dimensions kept, those between flattened: (N, T, ...)."""
+        values = self.first(tensor)
+        return values.reshape(len(values), -1, *values.shape[values.dim() - trailing :])
 
     def copies(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The dimensions over which a tensor of `shape` is repeated to the output's shape.
@@ -146,21 +152,20 @@ class Call:
         return tuple(i for i, extent in enumerate(aligned, start=1) if extent == 1)
 
 
-# A rule gives each argument that it describes with its use, and nothing for a call it
-# cannot describe. A replacement gives NotImplemented for a call that it leaves alone.
-Rule = Callable[[Call], Sequence[tuple[Tensor, Use]]]
+# A handler gives each argument that it describes with its use, and nothing for a call it
+# cannot describe. A rewrite gives NotImplemented for a call that it leaves alone.
+LayerHandler = Callable[[OpCall], Sequence[tuple[Tensor, ParamUse]]]
 Linear = Callable[..., Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Replacement:
+class Rewrite:
     """What to compute in a function's stead; `function` takes a captured F.linear first."""
 
     function: Callable[..., Any]
 
 
-Rules = dict[Callable[..., Any], Rule | Replacement]
-
+Handlers = dict[Callable[..., Any], LayerHandler | Rewrite]
 
 # What puts leading dimensions into one, and what then works row by row.
 _RESHAPES = {
@@ -182,38 +187,39 @@ _BY_ROW = {
     torch.sigmoid,
 }
 
-# Ours in place of these: the backward pass gives their parameters nothing, as nobody asks for it.
-_OURS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
-    F.linear: linear,
-    F.layer_norm: layer_norm,
+# Replacements without parameter gradients, which the engine computes itself.
+_FAST_OPS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: fast_ops.linear,
+    F.layer_norm: fast_ops.layer_norm,
 }
 
-# What F.embedding hands on of a lookup without extras; it names all but the first two.
+# The extras of F.embedding that a plain lookup does without; it names all but the first two.
 _PLAIN = {"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False}
 
 
 class Capture(TorchFunctionMode):
-    """Records, while active, the calls that `rules` know as sites of parameter use.
+    """Records, while active, the calls that `handlers` know and that use parameters: `ops`.
 
-    `num_sequences` is N. A call is recorded once for each dimension of that extent; which
-    of them holds the sequences, if any, only the gradients tell (`plan.usable_sites`).
+    `num_sequences` is N. A call is recorded once for each dimension of that extent; only the
+    gradients tell whether one of them holds the sequences (`plan.per_sequence_ops`).
     """
 
     def __init__(
         self,
         parameters: Parameters,
         num_sequences: int,
-        rules: Mapping[Callable[..., Any], Rule | Replacement],
+        handlers: Mapping[Callable[..., Any], LayerHandler | Rewrite],
     ) -> None:
         super().__init__()
         self.parameters = parameters
-        # Outputs of lookups that all sequences share (positions), by id: tensor, place, ids.
-        self.shared_lookups: dict[int, tuple[Tensor, Place, Tensor]] = {}
+        # The recorded ops, in the order of the calls.
+        self.ops: list[CapturedOp] = []
+        # Outputs of lookups that all sequences share (positions), by id: tensor, table, ids.
+        self.shared_lookups: dict[int, tuple[Tensor, ParamView, Tensor]] = {}
         # Tensors (N·T, ...) or (T·N, ...), by id: the tensor, and what its first dimension was.
         self._flattened: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self._num_sequences = num_sequences
-        self._rules = rules
-        self._recorded: list[Site] = []
+        self._handlers = handlers
 
     def __torch_function__(
         self,
@@ -223,11 +229,11 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        rule = self._rules.get(func)
-        if rule is None or isinstance(rule, Replacement):
+        handler = self._handlers.get(func)
+        if handler is None or isinstance(handler, Rewrite):
             output: Any = NotImplemented
-            if rule is not None:
-                output = rule.function(self._linear, *args, **kwargs)
+            if handler is not None:
+                output = handler.function(self._linear, *args, **kwargs)
             if output is NotImplemented:
                 output = func(*args, **kwargs)
             if func in _RESHAPES and args:
@@ -238,24 +244,33 @@ class Capture(TorchFunctionMode):
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         # Before the call: one in place makes its own output of an input.
         nodes = [tensor.grad_fn for tensor in tensors]
-        if (ours := _OURS.get(func)) is not None:
-            output = ours(self._is_parameter, *args, **kwargs)
+        fast = _FAST_OPS.get(func)
+        affine = tensors[1:] if args else [t for n, t in kwargs.items() if n in ("weight", "bias")]
+        if fast is not None and all(t is None or self._is_parameter(t) for t in affine):
+            output = fast(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
         if isinstance(output, Tensor) and output.grad_fn is not None:
             if func is not F.embedding or not self._note_shared_lookup(args, kwargs, output):
-                self._record(rule, args, kwargs, output, list(zip(tensors, nodes, strict=True)))
+                self._record(handler, args, kwargs, output, list(zip(tensors, nodes, strict=True)))
         return output
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self.__torch_function__(F.linear, (), (input, weight, bias))
+        output: Tensor = self.__torch_function__(F.linear, (), (input, weight, bias))
+        return output
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        return _differentiated(tensor) and self.parameters.place(tensor) is not None
+        return _differentiated(tensor) and self.parameters.view_of(tensor) is not None
+
+    def _may_be_described(self, tensor: Tensor) -> bool:
+        """Whether a handler may have a use for this argument."""
+        if id(tensor) in self.shared_lookups:
+            return True
+        return _differentiated(tensor) and self.parameters.view_or_transpose(tensor) is not None
 
     def _record(
         self,
-        rule: Rule,
+        handler: LayerHandler,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         output: Tensor,
@@ -268,24 +283,29 @@ class Capture(TorchFunctionMode):
                 t.reshape(*lead, *t.shape[1:]) if id(t) in self._flattened else t for t in args
             )
             shape = torch.Size((*lead, *output.shape[1:]))
+        # Nothing to describe; most calls end here.
+        if not any(self._may_be_described(tensor) for tensor, _ in tensors):
+            return
         for dim, extent in enumerate(shape):
             if extent != self._num_sequences or (edge := _edge(output)) is None:
                 continue
-            described = rule(Call(call_args, kwargs, output.detach().reshape(shape), dim, self))
+            described = handler(
+                OpCall(call_args, kwargs, output.detach().reshape(shape), dim, self)
+            )
             known = [id(tensor) for tensor, _ in described]
-            # An argument in two roles, of which the rule has described one, is left alone.
+            # An argument in two roles, one of them described, is left alone.
             if not described or any(
                 sum(tensor is other for other, _ in tensors) != 1 for tensor, _ in described
             ):
                 continue
-            beyond = [
+            other_inputs = [
                 get_gradient_edge(tensor).node if node is None else node
                 for tensor, node in tensors
                 if id(tensor) not in known and (node is not None or tensor.is_leaf)
                 if tensor.requires_grad
             ]
             uses = [use for _, use in described]
-            self._recorded.append(Site(edge, shape, dim, uses, beyond))
+            self.ops.append(CapturedOp(edge, shape, dim, uses, other_inputs))
             if self._num_sequences == 1:
                 # Everything belongs to the one sequence, however it is read.
                 break
@@ -294,18 +314,18 @@ class Capture(TorchFunctionMode):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> bool:
         """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
-        # One sequence's own rows have its dimension; those without it are everybody's.
-        own = 1 if output.dim() == 3 else len(output)
-        if self._num_sequences == own:
+        # Rows of single sequences have their dimension; those without it are shared by all.
+        extent = 1 if output.dim() == 3 else len(output)
+        if self._num_sequences == extent:
             return False
         plain = len(args) == 2 and all(
             kwargs.get(key, _PLAIN[key]) == _PLAIN[key] for key in _PLAIN
         )
-        place = self.parameters.place(args[1]) if plain else None
-        shared = place is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,))
+        table = self.parameters.view_of(args[1]) if plain else None
+        shared = table is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,))
         if shared:
-            assert place is not None
-            self.shared_lookups[id(output)] = (output, place, args[0].reshape(-1))
+            assert table is not None
+            self.shared_lookups[id(output)] = (output, table, args[0].reshape(-1))
         return shared
 
     def _note_flattened(self, input: Tensor, output: Tensor) -> None:
@@ -316,7 +336,7 @@ class Capture(TorchFunctionMode):
         for count in range(2, input.dim()):
             lead = tuple(input.shape[:count])
             if math.prod(lead) == len(output) and n in lead:
-                if self.parameters.place(output) is None:
+                if self.parameters.view_of(output) is None:
                     self._flattened[id(output)] = (output, lead)
                 return
 
@@ -329,15 +349,11 @@ class Capture(TorchFunctionMode):
                     return lead
         return None
 
-    def sites(self) -> list[Site]:
-        """The recorded sites, in the order of the calls."""
-        return self._recorded
-
 
 def _differentiated(tensor: Any) -> bool:
-    """Whether what is done with `tensor` has a gradient to pass to the parameter it views.
+    """Whether the gradient of `tensor` reaches the parameter that it is or views.
 
-    A view made without gradients still says that it requires one, and keeps it to itself.
+    A view made without gradients still says that it requires one, but passes none on.
     """
     if not isinstance(tensor, Tensor) or not tensor.requires_grad:
         return False
@@ -357,15 +373,15 @@ def _edge(output: Tensor) -> GradientEdge | None:
     return get_gradient_edge(base) if whole and base.grad_fn is not None else None
 
 
-def uncaptured(result: Tensor, sites: Iterable[Site], parameters: Parameters) -> set[str]:
-    """Names of the parameters that `result` depends on by a way that avoids every site.
+def params_outside(result: Tensor, ops: Iterable[CapturedOp], parameters: Parameters) -> set[str]:
+    """Names of the parameters that `result` depends on by a way that avoids every captured op.
 
-    Walks the autograd graph and steps over each site from its output to its other
-    inputs; a parameter still reached has a use that no rule saw.
+    Walks the autograd graph and steps over each op from its output to its other inputs; a
+    parameter still reached has a use that no handler saw.
     """
     leaves = {id(parameter): name for name, parameter in parameters.named.items()}
-    beyond = {site.output.node: site.beyond for site in sites}
-    found: set[str] = set()
+    other_inputs = {op.output.node: op.other_inputs for op in ops}
+    names: set[str] = set()
     seen: set[Node] = set()
     stack: list[Node | None] = [result.grad_fn]
     while stack:
@@ -373,11 +389,11 @@ def uncaptured(result: Tensor, sites: Iterable[Site], parameters: Parameters) ->
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node in beyond:
-            stack.extend(beyond[node])
+        if node in other_inputs:
+            stack.extend(other_inputs[node])
             continue
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in leaves:
-            found.add(leaves[id(leaf)])
+            names.add(leaves[id(leaf)])
         stack.extend(next_node for next_node, _ in node.next_functions)
-    return found
+    return names

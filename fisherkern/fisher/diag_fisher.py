@@ -7,19 +7,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.batchwise import add_batchwise_
+from fisherkern.fisher.adapter import ModelAdapter, evaluation_mode
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
-from fisherkern.fisher.samplers import SAMPLERS, Settings
-from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
-from fisherkern.ops._dispatch import use_backend
-
-DEFAULT_SKETCH_PROBES = 16
+from fisherkern.fisher.settings import Settings
+from fisherkern.ops.backend import use_backend
 
 
 def diag_fisher(
@@ -39,140 +35,88 @@ def diag_fisher(
     backend: str = "auto",
     progress: bool = True,
 ) -> DiagFisher:
-    """Diagonal Fisher of every trainable parameter, the mean over the loader's sequences:
+    """Compute the diagonal Fisher of every trainable parameter, the mean over the sequences.
 
         F = (1/N) Σ_i Σ_y ω_i(y) (∂ log p_i(y) / ∂θ)²
 
-    squared per sequence and item, after summing over positions and over all uses of a
-    parameter, a tied embedding's lookup and output included. `sampler` chooses the
-    items y and weights ω (Ryu et al., arXiv 2307.05476, eqs. 5 to 9):
+    The square is taken per sequence and item, after the sum over positions and over all uses of
+    a parameter; a tied embedding's lookup and output count as one. A scaling of your training
+    loss changes nothing here. `sampler` chooses the items y and their weights ω:
 
-    - "exact": all V items, ω = p, by min(D, V − 1) backward passes; `tol` drops the
-      directions that hold at most that share of the energy, `probes` keeps a number.
-    - "sketch": `probes` (default 16) random directions whose expectation is exact;
-      up to V·D²/2 = 2²⁸ half of them are the top directions of the covariance, kept
-      exactly. Unbiased; one more streamed pass over the items for any V.
-    - "topk": the k most likely items, ω = p. Low by the captured mass, which
-      `meta["captured_mass"]` holds; `rescale` divides it out per sequence.
-    - "model": k draws from p, ω = 1/k. Unbiased. With replacement=False the draws are
-      distinct and ω = p / P(drawn) (Kool et al., ICLR 2020): unbiased, with less
-      noise the more of p they hold, and exact for k >= V.
+    - "exact": all V items, ω = p, by min(D, V − 1) backward passes. `tol` drops the directions
+      that hold at most that share of the energy, `probes` keeps a number of them.
+    - "sketch": `probes` random directions whose expectation is exact. For V·D²/2 up to 2²⁸,
+      half of them are the top directions of the covariance, kept exactly. Unbiased; one more
+      pass over the items, for any V.
+    - "topk": the k most likely items, ω = p. Underestimates by the probability mass outside
+      the top k; `meta["captured_mass"]` reports the mass inside.
+    - "model": k draws from p, ω = 1/k. Unbiased. With `replacement=False` the draws are
+      distinct and ω = p / P(drawn): unbiased, with less noise the more of p they hold, and
+      exact for k >= V.
     - "random": k uniform draws, ω = p V / k. Unbiased, noisy.
-    - "target": the next item alone, ω = p, or 1 with weight="one" (empirical Fisher).
+    - "target": the next item alone, ω = p, or 1 with `weight="one"` (empirical Fisher).
 
-    Probes that go through the backward pass, in blocks: min(k, D) for the item samplers.
-    Beside them "exact" costs N·V·D²/2 multiply-adds; every other sampler streams over the
-    items in two matrix products of N·V·D, "sketch" for large V in four. A model with `encode`
-    and `head` (see `adapt`) needs those few; one known only by its logits needs V probes for
-    "exact" and k for the rest.
+    Cost: min(k, D) probes go through the backward pass for the item samplers. "exact" adds
+    N·V·D²/2 multiply-adds; the others pass over the items in two matrix products of N·V·D,
+    "sketch" for large V in four. A model with `encode` and `head` (see `adapt`) needs these few
+    probes; one known only by its logits needs V for "exact" and k for the rest.
+    Layers without a handler fall back to per-sequence autograd: slower, equally exact, with one
+    warning that names the parameter.
 
-    reduction="batchwise" is the paper's eq. 6, which squares the gradient summed over
-    each batch: for comparison only, its scale and direction depend on the batch size.
+    Args:
+        model: An nn.Module giving next-item logits (N, V) for a batch, or the result of
+            `adapt`. Runs in eval mode and is left as it was.
+        loader: Batches: histories (N, T) int64, mappings with "history" and "target", or
+            (history, target) pairs. A list of batches will do.
+        sampler: One of the six above.
+        k: Items per sequence, for "topk", "model" and "random".
+        probes: Backward passes, for "exact" (default: all) and "sketch" (default: 16).
+        reduction: "sequence", or "batchwise": the paper's eq. 6, which squares the gradient
+            summed over a batch. For comparison only: its scale and direction depend on the
+            batch size.
+        seed: Key of the random numbers, with the sequence's index in the loader; results do
+            not depend on how the loader or `chunk` divides the sequences.
+        tol: Share of the energy to drop, in [0, 1), for "exact". Default: none.
+        rescale: Divide the captured mass out per sequence, for "topk".
+        weight: "probability" or "one", for "target".
+        replacement: Whether draws may repeat, for "model".
+        chunk: Sequences worked on at once (default: the loader's batch). Bounds memory at about
+            chunk × the activations of one sequence, one tile of logits and the gradients of
+            one probe block.
+        backend: "torch", "triton" or "cuda" for the ops; "auto" takes the environment's
+            FISHERKERN_BACKEND, else PyTorch and, on a GPU, the kernels proven faster there.
+        progress: Whether to show a progress bar.
 
-    Arguments: `model`, an nn.Module giving next-item logits (N, V) for a batch, or the
-    result of `adapt`; `loader`, an iterable of batches (histories (N, T) int64,
-    mappings with "history" and "target", or (history, target) pairs); `chunk`, the
-    number of sequences worked on at once (default: the loader's batch), which bounds
-    memory at about chunk × the activations of one sequence plus one tile of logits and
-    the gradients of one block of probes; `seed` keys the random numbers by (seed,
-    sequence), so they do not depend on batch or chunk; `backend`, "torch", "triton" or
-    "cuda" for the ops ("auto": the environment's FISHERKERN_BACKEND, else PyTorch; see
-    ops/_dispatch.py). The model runs in eval mode and is left as it was.
+    Returns:
+        A mapping from the names of `model.named_parameters()` to tensors of their shapes, fp32
+        or wider, with `meta`. Frozen parameters are left out.
 
-    Returns a DiagFisher: tensors keyed as `model.named_parameters()`, fp32 or wider;
-    frozen parameters are left out. Raises InputError for bad arguments, an empty
-    loader, or a trainable parameter that the logits do not depend on.
+    Raises:
+        InputError: Bad arguments, an empty loader, non-finite logits, or a trainable parameter
+            that the logits do not depend on.
+
+    Source: Ryu et al., arXiv 2307.05476, eqs. 5 to 9; distinct draws: Kool et al., ICLR 2020.
     """
-    if reduction not in ("sequence", "batchwise"):
-        raise InputError(f"reduction: {reduction!r} is not 'sequence' or 'batchwise'")
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk: must be at least 1, got {chunk}")
-    settings = _settings(sampler, k, probes, seed, tol, rescale, weight, replacement)
-    if reduction == "batchwise" and sampler in ("exact", "sketch"):
-        raise InputError(f"reduction: 'batchwise' needs an item sampler, not {sampler!r}")
-    subject = Subject.of(model)
-    engine = Engine(subject, settings)
+    settings = Settings(
+        sampler, k, probes, seed, tol, rescale, weight, replacement, reduction, chunk
+    ).checked()
+    adapter = ModelAdapter.of(model)
+    engine = Engine(adapter, settings)
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
     count = 0
     bar = tqdm(loader, desc=f"Fisher ({sampler})", unit="batch", disable=not progress)
-    with use_backend(backend), evaluation_mode(subject.module):
+    with use_backend(backend), evaluation_mode(adapter.module):
         for batch in bar:
-            n = batch_size(batch)
-            if reduction == "batchwise":
-                _add_whole_batch(engine, batch, count, n)
-            else:
-                _add_chunks(engine, batch, count, n, chunk or max(n, 1))
-            count += n
+            count += engine.add_batch(batch, count)
     if count == 0:
         raise InputError("loader: it gave no sequences")
-    meta = {
-        "sampler": sampler,
-        "k": k if sampler in ("topk", "model", "random") else None,
+    meta = settings.meta() | {
         "probes": engine.probes or None,
-        "reduction": reduction,
-        "seed": seed,
-        "tol": tol,
-        "rescale": rescale,
-        "weight": weight if sampler == "target" else None,
-        "replacement": replacement if sampler == "model" else None,
         "num_sequences": count,
         "captured_mass": float(engine.mass) / count if sampler == "topk" else None,
         "kept_energy": float(engine.kept) / count if sampler == "exact" else None,
-        "fingerprint": fingerprint(subject.module),
+        "fingerprint": fingerprint(adapter.module),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return DiagFisher(engine.finish(count), meta)
-
-
-def _settings(
-    sampler: str,
-    k: int,
-    probes: int | None,
-    seed: int,
-    tol: float | None,
-    rescale: bool,
-    weight: str,
-    replacement: bool,
-) -> Settings:
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    if k < 1:
-        raise InputError(f"k: must be at least 1, got {k}")
-    if probes is not None and probes < 1:
-        raise InputError(f"probes: must be at least 1, got {probes}")
-    if tol is not None and not 0 <= tol < 1:
-        raise InputError(f"tol: must be in [0, 1), got {tol}")
-    if weight not in ("probability", "one"):
-        raise InputError(f"weight: {weight!r} is not 'probability' or 'one'")
-    if not replacement and sampler != "model":
-        raise InputError(f"replacement: False is for sampler 'model', not {sampler!r}")
-    if sampler == "sketch" and probes is None:
-        probes = DEFAULT_SKETCH_PROBES
-    return Settings(sampler, k, probes, seed, tol, rescale, weight, replacement)
-
-
-def _add_chunks(engine: Engine, batch: Any, first: int, n: int, size: int) -> None:
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        part = batch if size >= n else batch_slice(batch, start, stop)
-        engine.add(part, _numbers(engine, first + start, first + stop))
-
-
-def _add_whole_batch(engine: Engine, batch: Any, first: int, n: int) -> None:
-    reached, mass = add_batchwise_(
-        engine.fisher,
-        engine.subject,
-        engine.parameters,
-        engine.settings,
-        batch,
-        _numbers(engine, first, first + n),
-    )
-    engine.reached |= reached
-    if mass is not None:
-        engine.mass += mass.double().sum()
-
-
-def _numbers(engine: Engine, start: int, stop: int) -> Tensor:
-    device = next(iter(engine.fisher.values())).device
-    return torch.arange(start, stop, device=device)

@@ -1,10 +1,11 @@
-"""capture → factor → probe → accumulate, for one chunk of sequences at a time."""
+"""Capture, factor, probe, accumulate: the sums of F over the sequences of a loader's batches."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,186 +13,200 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.errors import InputError
-from fisherkern.fisher.capture import Parameters, Place
-from fisherkern.fisher.chunks import pieces
-from fisherkern.fisher.factor import Factor
-from fisherkern.fisher.logit_samplers import LogitRows, factorise_logits
-from fisherkern.fisher.passes import Pass, Passes
-from fisherkern.fisher.samplers import Rows, Settings, factorise
-from fisherkern.fisher.schedule import Schedule
-from fisherkern.fisher.subject import (
+from fisherkern.fisher.adapter import (
     Autocast,
-    Head,
-    Subject,
+    ModelAdapter,
+    batch_size,
     batch_slice,
-    check_probabilities,
-    model_input,
+    check_softmax,
 )
-from fisherkern.fisher.tied import TiedLookup, tied_lookups
+from fisherkern.fisher.batchwise import add_batchwise_
+from fisherkern.fisher.capture import Parameters, ParamView
+from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.forward_backward import CapturedForward, ForwardBackward
+from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
+from fisherkern.fisher.plan import TiedEmbeddingGrad, tied_embedding_grads
+from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
+from fisherkern.fisher.schedule import Schedule
+from fisherkern.fisher.settings import Settings
 
 log = logging.getLogger("fisherkern")
 
+# The tied gradients of one forward pass, by index in its plan.
+Tied = Callable[[CapturedForward], dict[int, TiedEmbeddingGrad]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputLayer:
+    """W (V, D), b (V,) or None, and which parameters they view; None where they view none."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_param: ParamView | None
+    bias_param: ParamView | None
+
 
 class Engine:
-    """Sums Σ_n F_n over the chunks it is given; `fisher` holds flat sums by parameter name."""
+    """Sums Σ_n F_n over the batches it is given; `fisher` holds flat sums by parameter name."""
 
-    def __init__(self, subject: Subject, settings: Settings) -> None:
-        self.subject = subject
+    def __init__(self, model: ModelAdapter, settings: Settings) -> None:
+        self.model = model
         self.settings = settings
-        self.parameters = Parameters(subject.module)
+        self.parameters = Parameters(model.module)
         self.fisher = {
             name: torch.zeros(
                 p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device
             )
             for name, p in self.parameters.named.items()
         }
-        self.reached: set[str] = set()
-        self.device = next(subject.module.parameters()).device
-        self.schedule = Schedule.of(self.device)
+        self.device = next(model.module.parameters()).device
+        self.schedule = dataclasses.replace(Schedule.of(self.device), micro_batch=settings.chunk)
         self.autocast = Autocast.of(self.device)
+        # From the batch to h where the output layer allows it, else to the logits.
+        self.runner = self._runner(model.encode or model.logits)
+        self.reached: set[str] = set()
+        self.fallback: set[str] = set()
+        self.probes = 0
         # Sums over the sequences, on the device: a number read back is waited for.
         self.mass = torch.zeros((), dtype=torch.float64, device=self.device)
         self.kept = torch.zeros_like(self.mass)
-        self.probes = 0
-        self._passes = Passes(self.parameters, self.autocast)
-        self._factored = subject.encode is not None
-        self._warned: set[str] = set()
 
-    def add(self, batch: Any, number: Tensor) -> None:
-        """Add the sequences of `batch`; `number` (N,) int64 is their place in the loader."""
-        with self.autocast.off():
-            if not (self._factored and self._add_factored(batch, number)):
-                self._add_logits(batch, number)
+    def _runner(self, function: Callable[[Any], Tensor]) -> ForwardBackward:
+        return ForwardBackward(function, self.parameters, self.autocast)
 
-    def _add_factored(self, batch: Any, number: Tensor) -> bool:
-        """The fast path; False, and no sum touched, where the head does not allow it."""
-        assert self.subject.encode is not None and self.subject.head is not None
-        head = self.subject.head()
-        places = self._head_places(head)
-        passes = self._forward(self.subject.encode, batch, len(number), head[0].shape[1])
-        reason = self._why_not_factored(head, passes)
-        if reason is not None:
-            self._factored, self._passes = False, Passes(self.parameters, self.autocast)
-            log.warning("%s; taking the slower path through the logits", reason)
-            return False
-        hidden = _in_order(passes)
-        h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        weight, bias = head[0].detach(), None if head[1] is None else head[1].detach()
-        rows = Rows.of(h, weight, bias, number, self._target(batch), self.settings)
-        check_probabilities(rows.lse, number)
-        factor = factorise(rows, self.settings)
-        self._add_head(rows, factor, places)
-        self._probe(
-            self.subject.encode,
-            batch,
-            passes,
-            factor,
-            lambda forward: tied_lookups(forward, places[0], rows, factor),
-        )
-        self.reached |= {place.name for place in places if place is not None}
-        self._note(factor)
-        return True
+    @property
+    def by_logits(self) -> bool:
+        """Whether the output layer is part of what the probes run through."""
+        return self.runner.function is self.model.logits
 
-    def _add_logits(self, batch: Any, number: Tensor) -> None:
-        passes = self._forward(self.subject.logits, batch, len(number), None)
-        logits = _in_order(passes)
-        if logits.dim() != 2:
-            raise InputError(f"model: its logits must be (N, V), got {tuple(logits.shape)}")
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rows = LogitRows(torch.log_softmax(z, dim=1), number, self._target(batch))
-        check_probabilities(rows.log_p.amax(dim=1), number)
-        factor = factorise_logits(rows, self.settings)
-        self._probe(self.subject.logits, batch, passes, factor, lambda forward: {})
-        self._note(factor)
-
-    def _forward(
-        self, function: Callable[[Any], Tensor], batch: Any, n: int, most: int | None
-    ) -> list[Pass]:
-        """The passes of a chunk, in which blocks of at most `most` probes fill the device."""
-        probes = self.settings.most_probes(most) if self._passes.in_blocks else 1
-
-        def size(positions: int | None) -> int:
-            return n if positions is None else self.schedule.sequences(positions, probes)
-
-        found = pieces(self.subject, batch, n, size)
-        return [
-            self._passes.forward(function, part, which.to(self.device)) for part, which in found
-        ]
-
-    def _head_places(self, head: Head) -> tuple[Place | None, Place | None]:
-        return self.parameters.place(head[0]), self.parameters.place(head[1])
-
-    def _why_not_factored(self, head: Head, passes: Sequence[Pass]) -> str | None:
-        for tensor, place in zip(head, self._head_places(head), strict=True):
-            if tensor is not None and place is None and tensor.requires_grad:
-                return "the output weight is computed from parameters, not one of them"
-        weight, bias = self._head_places(head)
-        for plan in (forward.plan for forward in passes):
-            if bias is not None and bias.name in plan.reached:
-                return f"the output bias '{bias.name}' is used inside the encoder as well"
-            if weight is None:
-                continue
-            for group in plan.groups_of(weight.name):
-                if not group.lookups_only or group.place.shape[1] != weight.shape[1]:
-                    return f"the output weight '{weight.name}' is used by more than a lookup"
-            if weight.name in plan.fallback:
-                return f"the output weight '{weight.name}' has a use no rule describes"
-        return None
-
-    def _add_head(
-        self, rows: Rows, factor: Factor, places: tuple[Place | None, Place | None]
-    ) -> None:
-        weight, bias = (None if p is None else p.of(self.fisher[p.name]) for p in places)
-        if weight is not None or bias is not None:
-            ops.head_sqgrad_(
-                weight, bias, rows.h, rows.weight, rows.bias, rows.lse, factor.ids, factor.omega
+    def add_batch(self, batch: Any, first: int) -> int:
+        """Add a loader's batch, whose first sequence has the id `first`; returns their number."""
+        n = batch_size(batch)
+        # Ids, by which random numbers are keyed, are places in the loader.
+        device = next(iter(self.fisher.values())).device
+        ids = torch.arange(first, first + n, device=device)
+        if self.settings.reduction == "batchwise":
+            reached, mass = add_batchwise_(
+                self.fisher, self.model, self.parameters, self.settings, batch, ids
             )
+            self.reached |= reached
+            if mass is not None:
+                self.mass += mass.double().sum()
+            return n
+        for part, start, stop in self.schedule.micro_batches(batch, n):
+            self.add(part, ids[start:stop])
+        return n
+
+    def add(self, batch: Any, sequence_ids: Tensor) -> None:
+        """Add the sequences of a micro-batch; `sequence_ids` (N,) int64."""
+        with self.autocast.off():
+            layer = None if self.by_logits else self._output_layer()
+            forwards = self._forward(batch, len(sequence_ids), layer)
+            if layer is not None and (reason := _why_not_factored(layer, forwards)) is not None:
+                log.warning("%s; taking the slower path through the logits", reason)
+                forwards.clear()
+                layer, self.runner = None, self._runner(self.model.logits)
+                forwards = self._forward(batch, len(sequence_ids), layer)
+            target = self.model.targets(batch) if self.settings.sampler == "target" else None
+            if layer is not None:
+                self._add_encoded(batch, forwards, layer, sequence_ids, target)
+            else:
+                self._add_logits(batch, forwards, sequence_ids, target)
+
+    def _output_layer(self) -> OutputLayer:
+        assert self.model.head is not None
+        weight, bias = self.model.head()
+        view_of = self.parameters.view_of
+        return OutputLayer(weight, bias, view_of(weight), view_of(bias))
+
+    def _forward(self, batch: Any, n: int, layer: OutputLayer | None) -> list[CapturedForward]:
+        """A forward pass of each length bucket of the micro-batch."""
+        width = None if layer is None else layer.weight.shape[1]
+        probes = self.settings.most_probes(width) if self.runner.in_blocks else 1
+        buckets = list(self.schedule.length_buckets(self.model, batch, n, probes))
+        return [self.runner.forward(part, index.to(self.device)) for part, index in buckets]
+
+    def _add_encoded(
+        self,
+        batch: Any,
+        forwards: list[CapturedForward],
+        layer: OutputLayer,
+        sequence_ids: Tensor,
+        target: Tensor | None,
+    ) -> None:
+        """The output layer in closed form, the encoder by probes from its hidden states."""
+        h = _results(forwards)
+        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+        stats = SoftmaxStats.of(h, weight, bias, sequence_ids, target, self.settings)
+        check_softmax(stats.lse, sequence_ids)
+        factor = factor_covariance(stats, self.settings)
+        params = layer.weight_param, layer.bias_param
+        sums, sums_bias = (None if p is None else p.of(self.fisher[p.name]) for p in params)
+        if sums is not None or sums_bias is not None:
+            ops.head_sqgrad_(sums, sums_bias, h, weight, bias, stats.lse, factor.ids, factor.omega)
+        self.reached |= {p.name for p in params if p is not None}
+
+        def tied(forward: CapturedForward) -> dict[int, TiedEmbeddingGrad]:
+            return tied_embedding_grads(forward.plan, forward.index, params[0], stats, factor)
+
+        self._probe(batch, forwards, factor, tied)
+
+    def _add_logits(
+        self,
+        batch: Any,
+        forwards: list[CapturedForward],
+        sequence_ids: Tensor,
+        target: Tensor | None,
+    ) -> None:
+        """Everything by probes from the logits."""
+        z = _results(forwards)
+        if z.dim() != 2:
+            raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
+        stats = LogitStats(torch.log_softmax(z, dim=1), sequence_ids, target)
+        check_softmax(stats.log_p.amax(dim=1), sequence_ids)
+        self._probe(batch, forwards, factor_logits(stats, self.settings), lambda forward: {})
 
     def _probe(
-        self,
-        function: Callable[[Any], Tensor],
-        batch: Any,
-        passes: list[Pass],
-        factor: Factor,
-        tied: Callable[[Pass], Mapping[int, TiedLookup]],
+        self, batch: Any, forwards: list[CapturedForward], factor: CovarianceFactor, tied: Tied
     ) -> None:
-        """Every probe's backward pass, each group's squares added to its sum."""
-        while passes:
-            forward = passes.pop()  # its graph goes with it
+        """Every probe's backward pass, each parameter's squares added to its sum."""
+        self.probes = max(self.probes, factor.probes)
+        if factor.mass is not None:
+            self.mass += factor.mass.double().sum()
+        if factor.kept is not None:
+            self.kept += factor.kept.double().sum()
+        while forwards:
+            forward = forwards.pop()  # its graph goes with it
             self.reached |= forward.plan.reached
             lookups = tied(forward)
-            block = self.schedule.probes(forward.elements, forward.result.numel())
-            blocks = self._passes.backward(forward, factor.probes, block, factor.columns)
-            for which, deltas in blocks:
-                for number, group in enumerate(forward.plan.groups):
-                    fisher = group.place.of(self.fisher[group.place.name])
-                    if number in lookups:
-                        lookups[number].add_square_(fisher, which, deltas)
+            sums = [grad.param.of(self.fisher[grad.param.name]) for grad in forward.plan.grads]
+            block = self.schedule.probe_block(forward.elements, forward.result.numel())
+            blocks = self.runner.backward(forward, factor.probes, block, factor.probe_vectors)
+            for span, deltas in blocks:
+                for i, (grad, total) in enumerate(zip(forward.plan.grads, sums, strict=True)):
+                    if i in lookups:
+                        lookups[i].add_square_(total, span, deltas)
                     else:
-                        group.add_square_(fisher, deltas)
-            self._fall_back(function, batch, forward, factor)
+                        grad.add_square_(total, deltas)
+            if forward.plan.fallback:
+                self._fall_back(batch, forward, factor)
 
-    def _fall_back(
-        self, function: Callable[[Any], Tensor], batch: Any, forward: Pass, factor: Factor
-    ) -> None:
-        """Per-sequence autograd for the parameters that no rule serves."""
+    def _fall_back(self, batch: Any, forward: CapturedForward, factor: CovarianceFactor) -> None:
+        """Per-sequence autograd for the parameters that no handler serves."""
         names = sorted(forward.plan.fallback)
-        if not names:
-            return
-        if new := set(names) - self._warned:
-            self._warned |= new
+        if new := forward.plan.fallback - self.fallback:
+            self.fallback |= new
             names_text = ", ".join(sorted(new))
             log.warning("no rule for %s: one backward pass per sequence and probe", names_text)
         tensors = [self.parameters.named[name] for name in names]
-        for i in forward.which.tolist():
-            with torch.enable_grad(), self.autocast.on():
-                result = function(model_input(batch_slice(batch, i, i + 1)))
-            number = torch.tensor([i], device=result.device)
+        for i in forward.index.tolist():
+            result = self.runner.run(batch_slice(batch, i, i + 1))
+            index = torch.tensor([i], device=result.device)
             for r in range(factor.probes):
                 gradients = torch.autograd.grad(
                     result,
                     tensors,
-                    factor.columns(number, slice(r, r + 1))[0].to(result.dtype),
+                    factor.probe_vectors(index, slice(r, r + 1))[0].to(result.dtype),
                     retain_graph=r + 1 < factor.probes,
                     allow_unused=True,
                 )
@@ -199,16 +214,6 @@ class Engine:
                     if gradient is not None:
                         fisher = self.fisher[name]
                         fisher += gradient.to(fisher.dtype).square().flatten()
-
-    def _target(self, batch: Any) -> Tensor | None:
-        return self.subject.targets(batch) if self.settings.sampler == "target" else None
-
-    def _note(self, factor: Factor) -> None:
-        self.probes = max(self.probes, factor.probes)
-        if factor.mass is not None:
-            self.mass += factor.mass.double().sum()
-        if factor.kept is not None:
-            self.kept += factor.kept.double().sum()
 
     def finish(self, num_sequences: int) -> dict[str, Tensor]:
         """The mean over the sequences, in each parameter's shape; every parameter accounted for."""
@@ -230,8 +235,28 @@ class Engine:
         }
 
 
-def _in_order(passes: Sequence[Pass]) -> Tensor:
-    """The results of all sequences, (N, ...), without their graphs."""
-    results = torch.cat([forward.result.detach() for forward in passes])
-    which = torch.cat([forward.which for forward in passes])
-    return torch.empty_like(results).index_copy_(0, which, results)
+def _why_not_factored(layer: OutputLayer, forwards: Sequence[CapturedForward]) -> str | None:
+    """Why the output layer has no closed form here; None where it has."""
+    weight, bias = layer.weight_param, layer.bias_param
+    for tensor, param in ((layer.weight, weight), (layer.bias, bias)):
+        if tensor is not None and param is None and tensor.requires_grad:
+            return "the output weight is computed from parameters, not one of them"
+    for plan in (forward.plan for forward in forwards):
+        if bias is not None and bias.name in plan.reached:
+            return f"the output bias '{bias.name}' is used inside the encoder as well"
+        if weight is None:
+            continue
+        for grad in plan.grads_of(weight.name):
+            if not grad.embedding_only or grad.param.shape[1] != weight.shape[1]:
+                return f"the output weight '{weight.name}' is used by more than a lookup"
+        if weight.name in plan.fallback:
+            return f"the output weight '{weight.name}' has a use no rule describes"
+    return None
+
+
+def _results(forwards: Sequence[CapturedForward]) -> Tensor:
+    """The results of all sequences in their order, (N, ...), fp32 or wider, without graphs."""
+    results = torch.cat([forward.result.detach() for forward in forwards])
+    index = torch.cat([forward.index for forward in forwards])
+    ordered = torch.empty_like(results).index_copy_(0, index, results)
+    return ordered.to(torch.promote_types(ordered.dtype, torch.float32))

@@ -8,23 +8,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Columns = Callable[[Tensor, slice], Tensor]
+ProbeVectors = Callable[[Tensor, slice], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Factor:
-    """L of every sequence: `probes` columns.
+class CovarianceFactor:
+    """L of every sequence: `probes` columns, the probe vectors.
 
-    columns(sequence (n,), which): those of some sequences and probes, (R, n, D).
+    probe_vectors(sequence (n,), probes): those of some sequences and probes, (R, n, D).
     ids, omega (N, K): the items used and their weights ω, None where the output
-    layer takes all items in closed form. cross(sequence (n,), items (n, m)) -> β (n, m, R),
-    for m items of each sequence.
+    layer takes all items in closed form. tied_cross_term(sequence (n,), items (n, m)) ->
+    β (n, m, R), for m items of each sequence.
     mass: Σ_j p(y_j) per sequence, (N,), for topk. kept: share of trace(C) in L.
     """
 
     probes: int
-    columns: Columns
-    cross: Callable[[Tensor, Tensor], Tensor]
+    probe_vectors: ProbeVectors
+    tied_cross_term: Callable[[Tensor, Tensor], Tensor]
     ids: Tensor | None = None
     omega: Tensor | None = None
     mass: Tensor | None = None
@@ -44,6 +44,7 @@ def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     largest = diagonal.amax(dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
     raised = diagonal + torch.finfo(dtype).eps * largest
+    lower: Tensor
     lower, failed = torch.linalg.cholesky_ex(torch.diagonal_scatter(matrix, raised, 0, 1, 2))
     singular = failed.nonzero()[:, 0]
     if len(singular):
@@ -57,7 +58,8 @@ def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def solve_lower(lower: Tensor, moments: Tensor) -> Tensor:
     """β with L β = m: (n, D, D) lower triangular, (n, m, D) moments -> (n, m, D)."""
     given = moments.to(lower.dtype).transpose(1, 2)
-    return torch.linalg.solve_triangular(lower, given, upper=False).transpose(1, 2)
+    beta: Tensor = torch.linalg.solve_triangular(lower, given, upper=False)
+    return beta.transpose(1, 2)
 
 
 def eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,14 +75,14 @@ def eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor
     return vectors, values.maximum(floor), trace
 
 
-def columns_of(every: Tensor) -> Columns:
-    """Those of all sequences, (N, R, D), held."""
-    return lambda sequence, which: every[sequence, which].transpose(0, 1)
+def stored_vectors(every: Tensor) -> ProbeVectors:
+    """The probe vectors of all sequences, (N, R, D), stored."""
+    return lambda sequence, probes: every[sequence, probes].transpose(0, 1)
 
 
-def matrix_columns(matrix: Tensor, dtype: torch.dtype) -> Columns:
-    """Those of (N, D, R) matrices, cast as they are taken."""
-    return lambda sequence, which: matrix[sequence][:, :, which].to(dtype).permute(2, 0, 1)
+def matrix_vectors(matrix: Tensor, dtype: torch.dtype) -> ProbeVectors:
+    """The columns of (N, D, R) matrices, cast when they are taken."""
+    return lambda sequence, probes: matrix[sequence][:, :, probes].to(dtype).permute(2, 0, 1)
 
 
 def project(basis: Tensor, values: Tensor, moments: Tensor) -> Tensor:

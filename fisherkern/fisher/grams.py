@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fisherkern.encoders.transformer import SelfAttention
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
+from fisherkern.fisher.adapter import ModelAdapter, batch_size, evaluation_mode, model_input
 from fisherkern.fisher.capture import Capture, Parameters
-from fisherkern.fisher.chunks import chunks
-from fisherkern.fisher.plan import make_plan, usable_sites
+from fisherkern.fisher.layers import HANDLERS, LinearGrad
+from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors
-from fisherkern.fisher.rules import RULES, LinearWeight
-from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode, model_input
+from fisherkern.fisher.schedule import Schedule
+from fisherkern.fisher.settings import check_chunk
 
 
 class LinearGrams(NamedTensors):
@@ -30,80 +30,91 @@ class LinearGrams(NamedTensors):
 def linear_grams(
     model: Any, loader: Iterable[Any], *, chunk: int | None = None, progress: bool = True
 ) -> LinearGrams:
-    """G = (1/P) sum_x x x^T over the inputs x (I,) of every linear weight (O, I), for RegMean.
+    """Compute the Gram matrix of the inputs of every linear weight, for RegMean.
 
-    The P positions counted are those the next-item logits depend on: padding, which a model
-    masks somewhere, gets a gradient of exactly zero there and is left out, whatever the
-    convention for padding; so are positions a last layer computes for nothing. One backward
-    pass per chunk, of a random combination of the logits, tells them apart.
+        G = (1/P) Σ_x x xᵀ   over the inputs x (I,) of a weight (O, I)
 
-    model, loader, chunk: as for `diag_fisher`; the model runs in eval mode and is left as it
-    was. A weight used several times gathers the inputs of all its uses. Weights that are used
-    in any other way too (a tied embedding), that are frozen, or that no `F.linear` or `x @
-    W.T` takes whole, have no entry. `meta` holds num_sequences, positions (P by name) and the
-    model's fingerprint. Allocates the matrices and one chunk's activations. Raises InputError
-    for an empty loader or a chunk below 1.
+    The P positions counted are those that the next-item logits depend on. Padding that the
+    model masks gets a gradient of exactly zero and is left out, whatever the convention for
+    padding; so are positions that a last layer computes for nothing. One backward pass per
+    chunk, of a random combination of the logits, tells them apart.
+
+    Args:
+        model: As for `diag_fisher`.
+        loader: As for `diag_fisher`.
+        chunk: Sequences worked on at once (default: the loader's batch). Their activations are
+            held, beside the matrices.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        (I, I) float64 by name of the weight; `meta` holds num_sequences, positions (P by name)
+        and the model's fingerprint. A weight used several times gathers the inputs of all its
+        uses. No entry has a weight that is frozen, that is used in any other way too (a tied
+        embedding), or that no `F.linear` or `x @ W.T` takes whole.
+
+    Raises:
+        InputError: An empty loader or a chunk below 1.
+
     Source: Jin et al., RegMean, arXiv 2212.09849, where padding is counted.
     """
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk: must be at least 1, got {chunk}")
-    subject = Subject.of(model)
-    collector = _Collector(subject)
+    check_chunk(chunk)
+    adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
+    collector = _Collector(adapter)
     count = 0
-    with evaluation_mode(subject.module), torch.enable_grad():
-        for module in subject.module.modules():
-            # For one query it multiplies keys' and values' weights by other things than inputs.
-            if isinstance(module, SelfAttention):
+    with evaluation_mode(adapter.module), torch.enable_grad():
+        for module in adapter.module.modules():
+            # Such attention multiplies weights by other things than inputs, but not in training.
+            if getattr(module, "absorbs_projections", False):
                 module.training = True
         for batch in tqdm(loader, desc="Gram matrices", unit="batch", disable=not progress):
             n = batch_size(batch)
-            for part, which in chunks(subject, batch, n, chunk or max(n, 1)):
-                collector.add(part, count + int(which[0]))
+            for part, index in schedule.length_buckets(adapter, batch, n):
+                collector.add(part, count + int(index[0]))
             count += n
     if count == 0:
         raise InputError("loader: it gave no sequences")
     meta = {
         "num_sequences": count,
         "positions": collector.positions,
-        "fingerprint": fingerprint(subject.module),
+        "fingerprint": fingerprint(adapter.module),
     }
     return LinearGrams(collector.means(), meta)
 
 
 class _Collector:
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-        self._parameters = Parameters(subject.module)
+    def __init__(self, model: ModelAdapter) -> None:
+        self._model = model
+        self._parameters = Parameters(model.module)
         self._sums: dict[str, Tensor] = {}
         self._refused: set[str] = set()
         self.positions: dict[str, int] = {}
 
     def add(self, batch: Any, seed: int) -> None:
-        with Capture(self._parameters, batch_size(batch), RULES) as capture:
-            logits = self._subject.logits(model_input(batch))
-        sites = capture.sites()
+        with Capture(self._parameters, batch_size(batch), HANDLERS) as capture:
+            logits = self._model.logits(model_input(batch))
+        ops = capture.ops
         if logits.grad_fn is None:
             return
-        plan = make_plan(logits, sites, self._parameters, usable_sites(logits, sites))
+        plan = make_plan(logits, ops, self._parameters, per_sequence_ops(logits, ops))
         self._refused |= plan.fallback
         linear = {}
-        for group in plan.groups:
-            name = group.place.name
-            whole = group.place.shape == tuple(self._parameters.named[name].shape)
-            if whole and all(isinstance(use, LinearWeight) for use in group.uses):
-                linear[name] = group
+        for grad in plan.grads:
+            name = grad.param.name
+            whole = grad.param.shape == tuple(self._parameters.named[name].shape)
+            if whole and all(isinstance(use, LinearGrad) for use in grad.uses):
+                linear[name] = grad
             else:
                 self._refused.add(name)
         generator = torch.Generator().manual_seed(seed)
         direction = torch.randn(logits.shape, generator=generator).to(logits)
-        indices = sorted({i for group in linear.values() for i in group.sites})
-        outputs = [sites[i].output for i in indices]
-        found = torch.autograd.grad(logits, outputs, direction) if outputs else ()
-        deltas = dict(zip(indices, found, strict=True))
-        for name, group in linear.items():
-            for index, use in zip(group.sites, group.uses, strict=True):
-                assert isinstance(use, LinearWeight)
-                delta = use.positions(sites[index].sequences_first(deltas[index][None]))
+        indices = sorted({i for grad in linear.values() for i in grad.ops})
+        outputs = [ops[i].output for i in indices]
+        gradients = torch.autograd.grad(logits, outputs, direction) if outputs else ()
+        deltas = dict(zip(indices, gradients, strict=True))
+        for name, grad in linear.items():
+            for index, use in zip(grad.ops, grad.uses, strict=True):
+                assert isinstance(use, LinearGrad)
+                delta = use.positions(ops[index].sequences_first(deltas[index][None]))
                 self._add(name, use.inputs.flatten(0, 1), delta[0])
 
     def _add(self, name: str, inputs: Tensor, delta: Tensor) -> None:

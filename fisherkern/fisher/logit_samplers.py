@@ -1,6 +1,6 @@
 """The samplers for a model known by its logits alone.
 
-With z in the place of h and the identity in the place of W the same mathematics
+With z for h and the identity for W the same mathematics
 holds: probes are sqrt(ω_y) (e_y − p) in the space of the logits, the output layer is
 part of what the probes run through, and there is nothing tied left to add. It costs
 the N×V logits that the model makes anyway, and in `exact` mode V backward passes.
@@ -13,19 +13,20 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.factor import Factor
-from fisherkern.fisher.samplers import Settings, sample
-from fisherkern.ops import counter
+from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.samplers import sample
+from fisherkern.fisher.settings import Settings
+from fisherkern.ops import counter_rng
 from fisherkern.ops.sample_distinct import distinct_from_ranges
 from fisherkern.ops.softmax_lse import RANGE
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitRows:
-    """Log-probabilities (N, V), sequence numbers (N,) and, for sampler="target", columns (N,)."""
+class LogitStats:
+    """Log-probabilities (N, V), sequence ids (N,) and, for sampler="target", columns (N,)."""
 
     log_p: Tensor
-    number: Tensor
+    sequence_ids: Tensor
     target: Tensor | None
 
     @property
@@ -37,7 +38,9 @@ class LogitRows:
         return values.exp(), ids
 
     def draw(self, k: int, seed: int) -> Tensor:
-        u = counter.uniform(seed, self.number, torch.arange(k, device=self.number.device))
+        u = counter_rng.uniform(
+            seed, self.sequence_ids, torch.arange(k, device=self.sequence_ids.device)
+        )
         cdf = self.log_p.double().exp().cumsum(dim=1)
         return torch.searchsorted(cdf, u, right=True).clamp_(max=self.num_items - 1)
 
@@ -47,55 +50,59 @@ class LogitRows:
             return items.expand(len(self.log_p), -1), self.log_p.exp()
         missing = -self.num_items % RANGE
         padded = torch.nn.functional.pad(self.log_p.double(), (0, missing), value=-torch.inf)
-        ranges = padded.unflatten(1, (-1, RANGE))
+        ranges: Tensor = padded.unflatten(1, (-1, RANGE))
 
         def log_p_of(parts: Tensor) -> Tensor:
             return ranges.gather(1, parts[:, :, None].expand(-1, -1, RANGE))
 
         log_mass = ranges.logsumexp(dim=2)
-        ids, omega = distinct_from_ranges(log_mass, log_p_of, self.number, self.num_items, k, seed)
+        ids, omega = distinct_from_ranges(
+            log_mass, log_p_of, self.sequence_ids, self.num_items, k, seed
+        )
         return ids, omega.to(self.log_p.dtype)
 
     def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor:
         return self.log_p[sequence[:, None], items]
 
 
-def factorise_logits(rows: LogitRows, settings: Settings) -> Factor:
+def factor_logits(stats: LogitStats, settings: Settings) -> CovarianceFactor:
     """The factor that `settings.sampler` asks for; its columns are over the V logits."""
-    p = rows.log_p.exp()
+    p = stats.log_p.exp()
     if settings.sampler == "sketch":
-        return _sketch(p, rows, settings)
+        return _sketch(p, stats, settings)
     ids: Tensor | None
     if settings.sampler == "exact":
         ids, omega, mass = None, p, None
-        probes = rows.num_items
+        probes = stats.num_items
     else:
-        ids, omega, mass = sample(rows, settings)
+        ids, omega, mass = sample(stats, settings)
         probes = ids.shape[1]
     omega = omega.to(p.dtype)
 
-    def columns(sequence: Tensor, which: slice) -> Tensor:
-        root = omega[sequence, which].sqrt().t()[:, :, None]
-        items = torch.arange(probes, device=p.device)[which].expand(len(sequence), -1)
+    def columns(sequence: Tensor, span: slice) -> Tensor:
+        root = omega[sequence, span].sqrt().t()[:, :, None]
+        items = torch.arange(probes, device=p.device)[span].expand(len(sequence), -1)
         if ids is not None:
-            items = ids[sequence, which]
+            items = ids[sequence, span]
         return (-root * p[sequence]).scatter_add_(2, items.t()[:, :, None], root)
 
-    return Factor(probes=probes, columns=columns, cross=_no_cross, mass=mass)
+    return CovarianceFactor(
+        probes=probes, probe_vectors=columns, tied_cross_term=_no_cross, mass=mass
+    )
 
 
-def _sketch(p: Tensor, rows: LogitRows, settings: Settings) -> Factor:
+def _sketch(p: Tensor, stats: LogitStats, settings: Settings) -> CovarianceFactor:
     assert settings.probes is not None
-    probes, items = settings.probes, torch.arange(rows.num_items, device=p.device)
-    signed = counter.put_random_signs_(p.sqrt(), settings.seed, rows.number, items)
-    bucket = counter.bucket_at(settings.seed, items, probes)
+    probes, items = settings.probes, torch.arange(stats.num_items, device=p.device)
+    signed = counter_rng.apply_random_signs_(p.sqrt(), settings.seed, stats.sequence_ids, items)
+    bucket = counter_rng.bucket_of(settings.seed, items, probes)
 
-    def columns(sequence: Tensor, which: slice) -> Tensor:
-        numbers = torch.arange(probes, device=p.device)[which]
-        own = signed[sequence] * (bucket == numbers[:, None])[:, None]
-        return own - p[sequence] * own.sum(dim=2, keepdim=True)
+    def columns(sequence: Tensor, span: slice) -> Tensor:
+        probe = torch.arange(probes, device=p.device)[span]
+        signs = signed[sequence] * (bucket == probe[:, None])[:, None]
+        return signs - p[sequence] * signs.sum(dim=2, keepdim=True)
 
-    return Factor(probes=probes, columns=columns, cross=_no_cross)
+    return CovarianceFactor(probes=probes, probe_vectors=columns, tied_cross_term=_no_cross)
 
 
 def _no_cross(sequence: Tensor, items: Tensor) -> Tensor:

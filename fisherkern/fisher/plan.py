@@ -1,4 +1,4 @@
-"""Which parameter is accumulated how, decided from one captured forward pass."""
+"""How each parameter's squared gradients are accumulated, decided from one forward pass."""
 
 from __future__ import annotations
 
@@ -11,55 +11,60 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.capture import Parameters, Place, Site, Use, uncaptured
-from fisherkern.fisher.rules.uses import Joinable, Lookup
-
-# Elements of per-sequence gradients held at once where a place has several uses.
-_TILE_ELEMENTS = 2**24
+from fisherkern import ops as kernels
+from fisherkern.fisher.capture import CapturedOp, Parameters, ParamUse, ParamView, params_outside
+from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.layers.grads import EmbeddingGrad, Joinable
+from fisherkern.fisher.samplers import SoftmaxStats
+from fisherkern.fisher.schedule import stored_sequences
+from fisherkern.ops.lookup_square import LookupSegments
 
 
 @dataclasses.dataclass
-class Group:
-    """All uses of one place: sites by index, and, in the same order, the site and the use."""
+class ParamGrad:
+    """All uses of one parameter or view, and, in the same order, the indices of their ops.
 
-    place: Place
-    sites: list[int]
-    captured: list[Site]
-    uses: list[Use]
+    `deltas`, below, are the output gradients by op, (R, N, ...), None where none arrived.
+    """
+
+    param: ParamView
+    ops: list[int]
+    uses: list[ParamUse]
     _joined: dict[tuple[int, ...], Joinable] = dataclasses.field(default_factory=dict)
 
     @property
-    def lookups_only(self) -> bool:
-        return all(isinstance(use, Lookup) for use in self.uses)
+    def embedding_only(self) -> bool:
+        """Whether lookups are its only uses."""
+        return all(isinstance(use, EmbeddingGrad) for use in self.uses)
 
-    def joined_lookup(self) -> Lookup:
+    def joined_lookup(self) -> EmbeddingGrad:
         """All lookups as one over their positions side by side; see `joined_delta`."""
-        return Lookup.joined([use for use in self.uses if isinstance(use, Lookup)])
+        return EmbeddingGrad.joined([use for use in self.uses if isinstance(use, EmbeddingGrad)])
 
     def joined_delta(self, deltas: Sequence[Tensor | None], probes: int) -> Tensor:
         """The output gradients that belong to `joined_lookup`, (R, N, T, D)."""
         parts = []
-        for index, site, use in zip(self.sites, self.captured, self.uses, strict=True):
-            assert isinstance(use, Lookup)
-            delta = deltas[index]
-            shape = probes, *use.ids.shape, use.place.shape[1]
+        for op, use in zip(self.ops, self.uses, strict=True):
+            assert isinstance(use, EmbeddingGrad)
+            delta = deltas[op]
+            shape = probes, *use.ids.shape, use.param.shape[1]
             if delta is None:
                 parts.append(torch.zeros(shape, device=use.ids.device))
             else:
-                parts.append(use.positions(site.sequences_first(delta)))
+                parts.append(use.positions(delta))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def add_square_(self, fisher: Tensor, deltas: Sequence[Tensor | None]) -> None:
-        """fisher += Σ_r Σ_n (the sum over the uses of their gradients)²; `deltas` by site."""
-        numbers, present = [], []
-        for number, (index, site) in enumerate(zip(self.sites, self.captured, strict=True)):
-            if (delta := deltas[index]) is not None:
-                numbers.append(number)
-                present.append(site.sequences_first(delta))
-        uses = [self.uses[number] for number in numbers]
+        """fisher += Σ_r Σ_n (the sum over the uses of their gradients)²."""
+        indices, present = [], []
+        for index, op in enumerate(self.ops):
+            if (delta := deltas[op]) is not None:
+                indices.append(index)
+                present.append(delta)
+        uses = [self.uses[index] for index in indices]
         if len(uses) == 1:
             uses[0].add_square_(fisher, present[0])
-        elif uses and (joined := self._join(tuple(numbers))) is not None:
+        elif uses and (joined := self._join(tuple(indices))) is not None:
             parts = [
                 use.positions(delta)
                 for use, delta in zip(uses, present, strict=True)
@@ -68,110 +73,161 @@ class Group:
             joined.add_square_(fisher, torch.cat(parts, dim=2))
         elif uses:
             for probe in zip(*present, strict=True):
-                self._add_stored_square_(fisher, uses, probe)
+                _add_stored_square_(fisher, uses, probe)
 
-    def _add_stored_square_(
-        self, fisher: Tensor, uses: Sequence[Use], deltas: Sequence[Tensor]
-    ) -> None:
-        """The same for one probe and uses that nothing joins: their gradients are stored."""
-        n = len(deltas[0])
-        step = max(1, _TILE_ELEMENTS // fisher.numel())
-        for first in range(0, n, step):
-            part = slice(first, min(first + step, n))
-            total = fisher.new_zeros(part.stop - first, *fisher.shape)
-            for use, delta in zip(uses, deltas, strict=True):
-                total += use.per_sequence(delta, part)
-            fisher += total.square_().sum(dim=0)
-
-    def _join(self, numbers: tuple[int, ...]) -> Joinable | None:
-        """One use of those of the given numbers, kept for the next probe; None if they differ."""
-        uses = [self.uses[number] for number in numbers]
+    def _join(self, indices: tuple[int, ...]) -> Joinable | None:
+        """The uses of these indices as one, kept for the next probe; None if they differ."""
+        uses = [self.uses[index] for index in indices]
         first = uses[0]
         if any(type(use) is not type(first) for use in uses) or not isinstance(first, Joinable):
             return None
-        if numbers not in self._joined:
-            self._joined[numbers] = first.joined(uses)
-        return self._joined[numbers]
+        if indices not in self._joined:
+            self._joined[indices] = first.joined(uses)
+        return self._joined[indices]
+
+
+def _add_stored_square_(fisher: Tensor, uses: Sequence[ParamUse], deltas: Sequence[Tensor]) -> None:
+    """`add_square_` of one probe, for uses that cannot be joined: gradients are stored."""
+    n = len(deltas[0])
+    step = stored_sequences(fisher.numel())
+    for first in range(0, n, step):
+        part = slice(first, min(first + step, n))
+        total = fisher.new_zeros(part.stop - first, *fisher.shape)
+        for use, delta in zip(uses, deltas, strict=True):
+            total += use.per_sequence(delta, part)
+        fisher += total.square_().sum(dim=0)
 
 
 @dataclasses.dataclass
 class Plan:
-    """Groups the rules serve, and the names that need per-sequence autograd."""
+    """What handlers serve, and the names of the parameters that need per-sequence autograd."""
 
-    groups: list[Group]
+    grads: list[ParamGrad]
     fallback: set[str]
 
-    def groups_of(self, name: str) -> list[Group]:
-        return [group for group in self.groups if group.place.name == name]
+    def grads_of(self, name: str) -> list[ParamGrad]:
+        """Those of one parameter and its views."""
+        return [grad for grad in self.grads if grad.param.name == name]
 
     @property
     def reached(self) -> set[str]:
         """Names of the parameters that the result depends on."""
-        return {group.place.name for group in self.groups} | self.fallback
+        return {grad.param.name for grad in self.grads} | self.fallback
 
 
 def make_plan(
-    result: Tensor, sites: Sequence[Site], parameters: Parameters, usable: Sequence[int]
+    result: Tensor, ops: Sequence[CapturedOp], parameters: Parameters, usable: Sequence[int]
 ) -> Plan:
-    """Group the uses at the usable sites by place; other uses send a name to the fallback.
+    """Group the uses at the usable ops by parameter; other uses send a name to the fallback.
 
-    `result` (N, ...) is what the probes are applied to; `usable` as `usable_sites` gives it.
+    `result` (N, ...) is what the probes are applied to; `usable` as `per_sequence_ops` gives it.
     """
-    fallback = uncaptured(result, [sites[i] for i in usable], parameters)
-    groups: dict[Place, Group] = {}
+    fallback = params_outside(result, [ops[i] for i in usable], parameters)
+    grads: dict[ParamView, ParamGrad] = {}
     for index in usable:
-        for use in sites[index].uses:
-            group = groups.setdefault(use.place, Group(use.place, [], [], []))
-            group.sites.append(index)
-            group.captured.append(sites[index])
-            group.uses.append(use)
-    fallback |= _overlapping(list(groups))
-    return Plan([g for g in groups.values() if g.place.name not in fallback], fallback)
+        for use in ops[index].uses:
+            grad = grads.setdefault(use.param, ParamGrad(use.param, [], []))
+            grad.ops.append(index)
+            grad.uses.append(use)
+    fallback |= _overlapping(list(grads))
+    return Plan([g for g in grads.values() if g.param.name not in fallback], fallback)
 
 
-def usable_sites(result: Tensor, sites: Sequence[Site]) -> list[int]:
-    """Indices of the sites that `result` depends on sequence by sequence, as they are read.
+def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp]) -> list[int]:
+    """Indices of the ops that `result` depends on sequence by sequence, as they are read.
 
-    One backward pass from the first and one from the last sequence: a site that gets no
-    gradient is a dead branch; one that gets some in another sequence's place mixes
-    sequences, or has something else (time, say) in the dimension read as theirs. Two,
-    because time with a single position in use looks like sequences to the one of the
-    same number. A call that stands both tests read in two ways is left to the fallback.
+    One backward pass from the first and one from the last sequence. An op without a gradient
+    is a dead branch. One with a gradient at another sequence mixes sequences, or has another
+    dimension (time, say) where sequences are expected. Two passes, because time with a single
+    position in use looks like sequences to the one of the same index. If both readings of a
+    call pass, it is ambiguous and handled by the fallback.
     """
-    if not sites:
+    if not ops:
         return []
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(result[0].shape, generator=generator).to(result)
-    edges = {site.output.node: site.output for site in sites}
-    usable = set(range(len(sites)))
+    edges = {op.output.node: op.output for op in ops}
+    usable = set(range(len(ops)))
     wrong = []
-    for number in sorted({0, len(result) - 1}):
+    for sequence in sorted({0, len(result) - 1}):
         seed = torch.zeros_like(result)
-        seed[number] = direction
+        seed[sequence] = direction
         gradients = torch.autograd.grad(
             result, list(edges.values()), seed, retain_graph=True, allow_unused=True
         )
-        found = dict(zip(edges, gradients, strict=True))
-        for index, site in enumerate(sites):
-            delta = found[site.output.node]
+        by_node = dict(zip(edges, gradients, strict=True))
+        for index, op in enumerate(ops):
+            delta = by_node[op.output.node]
             if delta is None:
                 usable.discard(index)
                 continue
-            delta = site.sequences_first(delta[None])[0]
-            elsewhere = delta[:number].any() | delta[number + 1 :].any()
+            delta = op.sequences_first(delta[None])[0]
+            elsewhere = delta[:sequence].any() | delta[sequence + 1 :].any()
             wrong.append((index, elsewhere))
     # All read back at once: a GPU is waited for only here.
     answers = torch.stack([answer for _, answer in wrong]).tolist() if wrong else []
     usable -= {index for (index, _), answer in zip(wrong, answers, strict=True) if answer}
-    readings = collections.Counter(sites[index].output.node for index in usable)
-    return sorted(index for index in usable if readings[sites[index].output.node] == 1)
+    readings = collections.Counter(ops[index].output.node for index in usable)
+    return sorted(index for index in usable if readings[ops[index].output.node] == 1)
 
 
-def _overlapping(places: Sequence[Place]) -> set[str]:
-    """Names with two different places that share entries."""
-    found = set()
-    spans = sorted((p.name, p.start, p.start + math.prod(p.shape)) for p in places)
+def _overlapping(params: Sequence[ParamView]) -> set[str]:
+    """Names with two different views that share entries."""
+    names = set()
+    spans = sorted((p.name, p.start, p.start + math.prod(p.shape)) for p in params)
     for (name, _, stop), (next_name, start, _) in itertools.pairwise(spans):
         if name == next_name and start < stop:
-            found.add(name)
-    return found
+            names.add(name)
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedEmbeddingGrad:
+    """Lookups of the output layer's own weight: their square and the cross term with the output.
+
+    `beta` (U, R) by segment and probe, `hidden` (n, D) twice h.
+    """
+
+    grad: ParamGrad
+    segments: LookupSegments
+    beta: Tensor
+    hidden: Tensor
+
+    def add_square_(self, fisher: Tensor, probes: slice, deltas: Sequence[Tensor | None]) -> None:
+        """fisher[v] += Σ_r S_v^r ∘ (S_v^r + 2 β_vr h) of some probes."""
+        beta = self.beta[:, probes].contiguous()
+        delta = self.grad.joined_delta(deltas, beta.shape[1]).to(self.hidden.dtype)
+        delta = delta.reshape(len(delta), -1, delta.shape[-1])
+        kernels.lookup_square_(fisher, delta, self.segments, beta, self.hidden)
+
+
+def tied_embedding_grads(
+    plan: Plan,
+    index: Tensor,
+    weight: ParamView | None,
+    stats: SoftmaxStats,
+    factor: CovarianceFactor,
+) -> dict[int, TiedEmbeddingGrad]:
+    """By index in the plan, the gradients that look up rows of the output weight's parameter.
+
+    F_v = Σ_n [ (output part)² + Σ_r (S_v^r)² + 2 h ∘ Σ_r β_vr S_v^r ]; the first is in closed
+    form with the output layer, S_v^r is the lookup's gradient of probe r. `index` (n,): the
+    sequences of the pass.
+    """
+    if weight is None:
+        return {}
+    tied = {}
+    for i, grad in enumerate(plan.grads):
+        if grad.param.name != weight.name:
+            continue
+        lookup = grad.joined_lookup()
+        items = lookup.ids - (weight.start - grad.param.start) // weight.shape[1]
+        outside = (lookup.ids < 0) | (items < 0) | (items >= weight.shape[0])
+        beta = factor.tied_cross_term(index, items.masked_fill(outside, 0)).to(stats.h.dtype)
+        beta = beta.masked_fill_(outside[:, :, None], 0.0).flatten(0, 1)
+        segments = lookup.by_row
+        # Every position of a segment has its pair's β; an empty one may have any.
+        first = segments.segment_start[:-1].clamp(max=len(beta) - 1)
+        beta = beta[segments.order[first]]
+        tied[i] = TiedEmbeddingGrad(grad, segments, beta, 2 * stats.h[index])
+    return tied

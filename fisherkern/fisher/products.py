@@ -10,25 +10,28 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.chunks import chunks
-from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode, model_input
+from fisherkern.fisher.adapter import ModelAdapter, batch_size, evaluation_mode, model_input
+from fisherkern.fisher.schedule import Schedule
+from fisherkern.fisher.settings import check_chunk
 
 
 class FisherProduct:
-    """v -> F v, F = (1/N) sum_n sum_y p_n(y) g_ny g_ny^T with g_ny = d log p_n(y) / d theta.
+    """The Fisher matrix as a function v -> F v, made by `fisher_product`.
+
+        F = (1/N) Σ_n Σ_y p_n(y) g_ny g_nyᵀ,   g_ny = ∂ log p_n(y) / ∂θ
 
     Called with a mapping from every trainable parameter's name to a tensor of its shape, it
     gives one of the same names and shapes in the parameters' dtype (fp32 or wider). `meta`
     holds fingerprint and num_sequences.
     """
 
-    def __init__(self, subject: Subject, batches: list[Any]) -> None:
-        self._subject = subject
+    def __init__(self, model: ModelAdapter, batches: list[Any]) -> None:
+        self._model = model
         self._batches = batches
         self._count = sum(batch_size(batch) for batch in batches)
-        self._parameters = {n: p for n, p in subject.module.named_parameters() if p.requires_grad}
+        self._parameters = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         self.meta = {
-            "fingerprint": fingerprint(subject.module),
+            "fingerprint": fingerprint(model.module),
             "num_sequences": self._count,
         }
 
@@ -42,7 +45,7 @@ class FisherProduct:
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self._parameters.items()
         }
-        with evaluation_mode(self._subject.module), torch.enable_grad():
+        with evaluation_mode(self._model.module), torch.enable_grad():
             for batch in self._batches:
                 for name, part in zip(total, self._of_batch(batch, direction), strict=True):
                     total[name] += part
@@ -51,7 +54,7 @@ class FisherProduct:
     def _of_batch(self, batch: Any, direction: list[Tensor]) -> tuple[Tensor, ...]:
         """sum_n J_n^T C_n J_n v of the logits, C_n = diag(p_n) - p_n p_n^T."""
         parameters = list(self._parameters.values())
-        logits = self._subject.logits(model_input(batch))
+        logits = self._model.logits(model_input(batch))
         # J^T u is linear in u, so its derivative along v, in u, is J v: two backward passes
         # instead of a forward-mode derivative, which not every operation has.
         u = torch.zeros_like(logits, requires_grad=True)
@@ -71,32 +74,38 @@ class FisherProduct:
 
 
 def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = None) -> FisherProduct:
-    """The Fisher matrix of all trainable parameters together, as a function v -> F v:
+    """Make the Fisher matrix of all trainable parameters together a function v -> F v.
 
-        F v = (1/N) sum_n J_n^T (diag(p_n) - p_n p_n^T) J_n v,   J_n = d z_n / d theta
+        F v = (1/N) Σ_n J_nᵀ (diag(p_n) − p_n p_nᵀ) J_n v,   J_n = ∂z_n / ∂θ
 
-    over the loader's N sequences, with all items, every use of a tied parameter included. It
-    is symmetric and positive semi-definite; its diagonal is that of `diag_fisher(...,
-    sampler="exact")`.
+    over the loader's N sequences, with all items and every use of a tied parameter. F is
+    symmetric and positive semi-definite; its diagonal is that of `diag_fisher(...,
+    sampler="exact")`. A product costs about three backward passes over the data.
 
-    model, loader: as for `diag_fisher`; the batches are read once and kept, so that every call
-    sees the same ones. chunk: sequences worked on at once (default: the loader's batch): their
-    logits (chunk, V) and two graphs of their forward pass are held. A product costs about
-    three backward passes over the data. The model must be differentiable twice (fused
-    attention kernels are not) and may not be changed while the product is used.
+    Args:
+        model: As for `diag_fisher`. It must be differentiable twice (fused attention kernels
+            are not) and may not be changed while the product is used.
+        loader: As for `diag_fisher`. Batches are read once and kept, so that every product sees
+            the same ones.
+        chunk: Sequences worked on at once (default: the loader's batch). Their logits
+            (chunk, V) and two graphs of their forward pass are held.
 
-    Raises InputError for an empty loader, a chunk below 1 or a model with nothing to train.
+    Returns:
+        A function from {name: tensor of the parameter's shape} to the same, fp32 or wider.
+
+    Raises:
+        InputError: An empty loader, a chunk below 1 or a model with nothing to train.
+
     Source: Martens, New insights on the natural gradient, arXiv 1412.1193, section 8 (products).
     """
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk: must be at least 1, got {chunk}")
-    subject = Subject.of(model)
-    if not any(p.requires_grad for p in subject.module.parameters()):
+    check_chunk(chunk)
+    adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
+    if not any(p.requires_grad for p in adapter.module.parameters()):
         raise InputError("model: it has no trainable parameter")
     batches = []
     for batch in loader:
-        n = batch_size(batch)
-        batches += [part for part, _ in chunks(subject, batch, n, chunk or max(n, 1))]
+        buckets = schedule.length_buckets(adapter, batch, batch_size(batch))
+        batches += [part for part, _ in buckets]
     if not batches:
         raise InputError("loader: it gave no sequences")
-    return FisherProduct(subject, batches)
+    return FisherProduct(adapter, batches)

@@ -1,4 +1,4 @@
-"""What is computed of a model as a value: tensors by parameter name, and how they came about."""
+"""Results about a model: tensors by parameter name, and `meta`, which says how they were made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Self = TypeVar("Self", bound="NamedTensors")
 class NamedTensors(Mapping[str, Tensor]):
     """Tensors by parameter name with `meta`, and the safetensors file that holds both."""
 
-    #: What the file's header says it is, and what `load` says of a file that is none.
+    #: The kind that the file's header names, and what `load` says of another file.
     KIND: ClassVar[str]
     OTHER: ClassVar[str]
 
@@ -36,12 +36,26 @@ class NamedTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file with `meta` in its header, whole or not at all."""
+        """Write one safetensors file with `meta` in its header, whole or not at all.
+
+        Args:
+            path: The file to write; an existing one is replaced.
+        """
         save_tensors(path, self._tensors, {"kind": self.KIND, "meta": self.meta})
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote; InputError for any other, truncated or non-finite file."""
+        """Read what `save` wrote.
+
+        Args:
+            path: The file to read.
+
+        Returns:
+            The tensors and their `meta`.
+
+        Raises:
+            InputError: Another kind of file, a truncated one, or one with non-finite entries.
+        """
         tensors, header = load_tensors(path)
         if header.get("kind") != cls.KIND or not isinstance(header.get("meta"), dict):
             raise InputError(f"{path}: {cls.OTHER}")
@@ -52,7 +66,7 @@ class NamedTensors(Mapping[str, Tensor]):
 
     @staticmethod
     def _wrong(tensor: Tensor) -> str | None:
-        """What no tensor of the kind can hold and this one does."""
+        """What is wrong with a tensor; None where nothing is."""
         return None if torch.isfinite(tensor).all() else "a non-finite entry"
 
 

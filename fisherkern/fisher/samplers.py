@@ -20,50 +20,27 @@ from torch import Tensor
 from fisherkern import ops
 from fisherkern.errors import InputError
 from fisherkern.fisher.factor import (
-    Factor,
+    CovarianceFactor,
     cholesky,
-    columns_of,
     eigen,
-    matrix_columns,
+    matrix_vectors,
     project,
     solve_lower,
+    stored_vectors,
 )
-from fisherkern.ops import counter
-
-SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
+from fisherkern.fisher.settings import Settings
+from fisherkern.ops import counter_rng
 
 # Multiply-adds per sequence up to which C is formed: 10⁵ items at D = 64.
 _COVARIANCE_LIMIT = 2**28
-# What stands for as many probes as there are items.
-_MANY_PROBES = 2**10
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The arguments of `diag_fisher` that choose the estimator."""
+class SoftmaxStats:
+    """The softmax of every sequence: the output layer's inputs, and one pass over the items.
 
-    sampler: str
-    k: int
-    probes: int | None
-    seed: int
-    tol: float | None
-    rescale: bool
-    weight: str
-    replacement: bool = True
-
-    def most_probes(self, width: int | None) -> int:
-        """Probes that a factor over `width` dimensions has at most; None: over all logits."""
-        asked = {"exact": self.probes, "sketch": self.probes, "target": 1}
-        number = asked.get(self.sampler, self.k)
-        return min(number or _MANY_PROBES, width or _MANY_PROBES)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The output layer's inputs for one chunk, and what one pass over the items gives.
-
-    h (N, D), weight (V, D), bias (V,) or None, number (N,) int64: each sequence's place
-    in the loader, which keys its random numbers; target (N,) int64 columns, for
+    h (N, D), weight (V, D), bias (V,) or None; sequence_ids (N,) int64: indices in the
+    loader, which key random numbers; target (N,) int64 columns, for
     sampler="target" only. lse (N,); mean (N, D): w̄; top: probabilities and columns of
     the most likely items, (N, k) each, for sampler="topk" only; ranges (N, ⌈V/256⌉):
     log-sum-exps of the ranges of items, for the others.
@@ -72,7 +49,7 @@ class Rows:
     h: Tensor
     weight: Tensor
     bias: Tensor | None
-    number: Tensor
+    sequence_ids: Tensor
     target: Tensor | None
     lse: Tensor
     mean: Tensor
@@ -85,18 +62,18 @@ class Rows:
         h: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        number: Tensor,
+        sequence_ids: Tensor,
         target: Tensor | None,
         settings: Settings,
-    ) -> Rows:
+    ) -> SoftmaxStats:
         """The pass over the items that every sampler needs, with topk's own work in it."""
         inputs = h, weight, bias
         if settings.sampler == "topk":
             _check_k(settings.k, len(weight))
             p, ids, lse, mean = ops.softmax_topk(*inputs, settings.k)
-            return cls(*inputs, number, target, lse, mean, (p, ids), None)
+            return cls(*inputs, sequence_ids, target, lse, mean, (p, ids), None)
         lse, mean, ranges = ops.softmax_mean(*inputs)
-        return cls(*inputs, number, target, lse, mean, None, ranges)
+        return cls(*inputs, sequence_ids, target, lse, mean, None, ranges)
 
     @property
     def num_items(self) -> int:
@@ -117,7 +94,7 @@ class Rows:
 
     def _sampled(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         assert self.ranges is not None
-        return self.h, self.weight, self.bias, self.lse, self.ranges, self.number
+        return self.h, self.weight, self.bias, self.lse, self.ranges, self.sequence_ids
 
     def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor:
         """log p of some items of some sequences: (n,) and (n, m) -> (n, m)."""
@@ -127,24 +104,24 @@ class Rows:
         return z - self.lse[sequence, None]
 
 
-def factorise(rows: Rows, settings: Settings) -> Factor:
+def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
     """The factor that `settings.sampler` asks for."""
     if settings.sampler == "exact":
-        return _exact(rows, settings)
+        return _exact(stats, settings)
     if settings.sampler == "sketch":
-        width = rows.h.shape[1]
-        if len(rows.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
-            return _hybrid_sketch(rows, settings)
-        return _streamed_sketch(rows, settings)
-    ids, omega, mass = sample(rows, settings)
-    return _from_items(rows, ids, omega, mass)
+        width = stats.h.shape[1]
+        if len(stats.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
+            return _hybrid_sketch(stats, settings)
+        return _streamed_sketch(stats, settings)
+    ids, omega, mass = sample(stats, settings)
+    return _from_items(stats, ids, omega, mass)
 
 
-class Distribution(Protocol):
-    """What sampling needs of the softmax of every sequence; see Rows for the members."""
+class ItemSampler(Protocol):
+    """What sampling needs of the softmax of every sequence; see SoftmaxStats for the members."""
 
     @property
-    def number(self) -> Tensor: ...
+    def sequence_ids(self) -> Tensor: ...
     @property
     def target(self) -> Tensor | None: ...
     @property
@@ -155,32 +132,32 @@ class Distribution(Protocol):
     def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor: ...
 
 
-def sample(rows: Distribution, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
+def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     """The items of an item sampler: ids (N, K) int64, weights ω (N, K), captured mass (N,)."""
-    n, k, v = len(rows.number), settings.k, rows.num_items
+    n, k, v = len(stats.sequence_ids), settings.k, stats.num_items
     if settings.sampler in ("topk", "random"):
         _check_k(k, v)
     if settings.sampler == "topk":
-        p, ids = rows.topk(k)
+        p, ids = stats.topk(k)
         mass = p.sum(dim=1)
         return ids, p / mass[:, None] if settings.rescale else p, mass
     if settings.sampler == "model" and not settings.replacement:
-        return *rows.draw_distinct(min(k, v), settings.seed), None
+        return *stats.draw_distinct(min(k, v), settings.seed), None
     if settings.sampler == "model":
-        ids = rows.draw(k, settings.seed)
+        ids = stats.draw(k, settings.seed)
         return ids, torch.full(ids.shape, 1 / k, device=ids.device), None
     if settings.sampler == "random":
-        sample_number = torch.arange(k, device=rows.number.device)
-        ids = (counter.uniform(settings.seed, rows.number, sample_number) * v).long()
+        draws = torch.arange(k, device=stats.sequence_ids.device)
+        ids = (counter_rng.uniform(settings.seed, stats.sequence_ids, draws) * v).long()
         scale = v / k
     else:
-        assert rows.target is not None
-        ids, scale = rows.target[:, None], 1.0
+        assert stats.target is not None
+        ids, scale = stats.target[:, None], 1.0
         if ((ids < 0) | (ids >= v)).any():
             raise InputError(f"batch: a target is not one of the model's {v} items")
         if settings.weight == "one":
             return ids, torch.ones(ids.shape, device=ids.device), None
-    p = rows.log_probability(torch.arange(n, device=ids.device), ids).exp()
+    p = stats.log_probability(torch.arange(n, device=ids.device), ids).exp()
     return ids, p * scale, None
 
 
@@ -189,22 +166,24 @@ def _check_k(k: int, v: int) -> None:
         raise InputError(f"k: {k} items of a catalogue of {v} cannot be taken")
 
 
-def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> Factor:
-    mean = rows.mean
+def _from_items(
+    stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None
+) -> CovarianceFactor:
+    mean = stats.mean
     root = omega.to(mean.dtype).sqrt()
-    columns = root[:, :, None] * (rows.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)
+    columns = root[:, :, None] * (stats.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)
 
     def coefficients(sequence: Tensor, items: Tensor) -> Tensor:
         """sqrt(ω_j) (1[v = y_j] − p_v), (n, m, K)."""
-        p = rows.log_probability(sequence, items).exp()
+        p = stats.log_probability(sequence, items).exp()
         hit = (ids[sequence][:, None] == items[:, :, None]).to(p.dtype)
         return root[sequence][:, None] * (hit - p[:, :, None])
 
-    if ids.shape[1] <= rows.h.shape[1]:
-        return Factor(
+    if ids.shape[1] <= stats.h.shape[1]:
+        return CovarianceFactor(
             probes=ids.shape[1],
-            columns=columns_of(columns),
-            cross=coefficients,
+            probe_vectors=stored_vectors(columns),
+            tied_cross_term=coefficients,
             ids=ids,
             omega=omega,
             mass=mass,
@@ -216,85 +195,85 @@ def _from_items(rows: Rows, ids: Tensor, omega: Tensor, mass: Tensor | None) -> 
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
         return solve_lower(lower[sequence], coefficients(sequence, items) @ columns[sequence])
 
-    return Factor(
+    return CovarianceFactor(
         probes=lower.shape[2],
-        columns=matrix_columns(lower, columns.dtype),
-        cross=cross,
+        probe_vectors=matrix_vectors(lower, columns.dtype),
+        tied_cross_term=cross,
         ids=ids,
         omega=omega,
         mass=mass,
     )
 
 
-def _all_items_moments(rows: Rows, sequence: Tensor, items: Tensor) -> Tensor:
+def _all_items_moments(stats: SoftmaxStats, sequence: Tensor, items: Tensor) -> Tensor:
     """m_v = p_v (w_v − w̄), the sum over all items: (n, m, D)."""
-    p = rows.log_probability(sequence, items).exp()
-    return p[:, :, None] * (rows.weight[items].to(p.dtype) - rows.mean[sequence][:, None])
+    p = stats.log_probability(sequence, items).exp()
+    return p[:, :, None] * (stats.weight[items].to(p.dtype) - stats.mean[sequence][:, None])
 
 
-def _covariance(rows: Rows) -> Tensor:
-    return ops.softmax_covariance(rows.h, rows.weight, rows.bias, rows.lse, rows.mean)
+def _covariance(stats: SoftmaxStats) -> Tensor:
+    return ops.softmax_covariance(stats.h, stats.weight, stats.bias, stats.lse, stats.mean)
 
 
-def _eigen_of_covariance(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def _eigen_of_covariance(stats: SoftmaxStats) -> tuple[Tensor, Tensor, Tensor]:
     """(basis, values, trace) of every sequence's C, all D directions or V − 1."""
-    rank = min(rows.h.shape[1], max(len(rows.weight) - 1, 1))
-    return eigen(_covariance(rows), rows.mean.dtype, rank)
+    rank = min(stats.h.shape[1], max(len(stats.weight) - 1, 1))
+    return eigen(_covariance(stats), stats.mean.dtype, rank)
 
 
-def _exact(rows: Rows, settings: Settings) -> Factor:
+def _exact(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
     if settings.tol is None and settings.probes is None:
-        few = len(rows.weight) <= rows.h.shape[1]
-        return _exact_of_few_items(rows) if few else _exact_of_all(rows)
-    basis, values, trace = _eigen_of_covariance(rows)
+        singular = len(stats.weight) <= stats.h.shape[1]
+        return _exact_of_few_items(stats) if singular else _exact_of_all(stats)
+    basis, values, trace = _eigen_of_covariance(stats)
     if settings.tol is not None:
         # Per sequence, the fewest directions that leave at most tol of the trace out.
         tail = trace[:, None] - values.cumsum(dim=1)
         needed = (tail > settings.tol * trace[:, None]).sum(dim=1) + 1
-        number = torch.arange(values.shape[1], device=values.device)
-        values = values.masked_fill(number[None] >= needed[:, None], 0.0)
+        direction = torch.arange(values.shape[1], device=values.device)
+        values = values.masked_fill(direction[None] >= needed[:, None], 0.0)
         keep = int(needed.clamp(max=values.shape[1]).max())
         basis, values = basis[:, :, :keep], values[:, :keep]
     if settings.probes is not None:
         basis, values = basis[:, :, : settings.probes], values[:, : settings.probes]
 
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
-        moments = _all_items_moments(rows, sequence, items)
+        moments = _all_items_moments(stats, sequence, items)
         return project(basis[sequence], values[sequence], moments)
 
-    return Factor(
+    return CovarianceFactor(
         probes=basis.shape[2],
-        columns=matrix_columns(basis * values[:, None].sqrt(), rows.mean.dtype),
-        cross=cross,
+        probe_vectors=matrix_vectors(basis * values[:, None].sqrt(), stats.mean.dtype),
+        tied_cross_term=cross,
         kept=values.sum(dim=1) / trace.clamp(min=torch.finfo(trace.dtype).tiny),
     )
 
 
-def _exact_of_all(rows: Rows) -> Factor:
+def _exact_of_all(stats: SoftmaxStats) -> CovarianceFactor:
     """A Cholesky factor of every C: any L with L Lᵀ = C serves where no direction is dropped."""
-    lower = cholesky(_covariance(rows), rows.mean.dtype)
+    lower = cholesky(_covariance(stats), stats.mean.dtype)
 
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
-        return solve_lower(lower[sequence], _all_items_moments(rows, sequence, items))
+        return solve_lower(lower[sequence], _all_items_moments(stats, sequence, items))
 
-    return Factor(
+    return CovarianceFactor(
         probes=lower.shape[2],
-        columns=matrix_columns(lower, rows.mean.dtype),
-        cross=cross,
+        probe_vectors=matrix_vectors(lower, stats.mean.dtype),
+        tied_cross_term=cross,
         kept=torch.ones_like(lower[:, 0, 0]),
     )
 
 
-def _exact_of_few_items(rows: Rows) -> Factor:
+def _exact_of_few_items(stats: SoftmaxStats) -> CovarianceFactor:
     """V − 1 columns where V <= D and C is singular: L = Wᵀ M with M Mᵀ = diag(p) − p pᵀ.
 
     M (V, V − 1) in closed form (Tanabe and Sagae, J. R. Statist. Soc. B 54, 1992): with
     tails q_j = Σ_{i > j} p_i, column j is sqrt(p_j q_j / q_{j−1}) times 1 at j and −p_i / q_j
     at every i > j. m_v = Wᵀ (diag(p) − p pᵀ) e_v = L Mᵀ e_v, so β_v is row v of M.
     """
-    every = torch.arange(len(rows.weight), device=rows.h.device).expand(len(rows.h), -1)
-    sequence = torch.arange(len(rows.h), device=rows.h.device)
-    p = rows.log_probability(sequence, every).exp().double()
+    every = torch.arange(len(stats.weight), device=stats.h.device).expand(len(stats.h), -1)
+    sequence = torch.arange(len(stats.h), device=stats.h.device)
+    p = stats.log_probability(sequence, every).exp().double()
     if p.shape[1] == 1:
         root = p.new_zeros(len(p), 1, 1)
     else:
@@ -306,33 +285,33 @@ def _exact_of_few_items(rows: Rows) -> Factor:
         scale = p[:, :-1] * (after / tail[:, :-1].clamp(min=tiny))
         root *= scale.sqrt()[:, None]
     # Differences to w̄ leave L as it is, its columns' coefficients summing to 0, and cancel less.
-    centred = rows.weight.double() - rows.mean.double()[:, None]
-    return Factor(
+    centred = stats.weight.double() - stats.mean.double()[:, None]
+    return CovarianceFactor(
         probes=root.shape[2],
-        columns=matrix_columns(centred.transpose(1, 2) @ root, rows.mean.dtype),
-        cross=lambda sequence, items: root[sequence[:, None], items],
+        probe_vectors=matrix_vectors(centred.transpose(1, 2) @ root, stats.mean.dtype),
+        tied_cross_term=lambda sequence, items: root[sequence[:, None], items],
         kept=torch.ones_like(root[:, 0, 0]),
     )
 
 
-def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
+def _hybrid_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
     """The top directions of C kept exactly, the rest sketched in C's own eigenbasis.
 
     The remaining directions are dealt into buckets and summed with random signs, as
     `softmax_sketch` does with items: the same expectation, with less to be random about.
     """
     assert settings.probes is not None
-    basis, values, _ = _eigen_of_covariance(rows)
+    basis, values, _ = _eigen_of_covariance(stats)
     if settings.probes >= basis.shape[2]:
         top, sketched = basis.shape[2], 0
     else:
         top = settings.probes // 2
         sketched = settings.probes - top
     rest = torch.arange(basis.shape[2] - top, device=basis.device)
-    signs = counter.put_random_signs_(
-        basis.new_ones(len(basis), len(rest)), settings.seed, rows.number, rest
+    signs = counter_rng.apply_random_signs_(
+        basis.new_ones(len(basis), len(rest)), settings.seed, stats.sequence_ids, rest
     )
-    bucket = counter.bucket_at(settings.seed, rest, max(sketched, 1))
+    bucket = counter_rng.bucket_of(settings.seed, rest, max(sketched, 1))
     # A product with the buckets' indicators: a scattered sum has no fixed order on a GPU.
     dealing = torch.nn.functional.one_hot(bucket, max(sketched, 1))[:, :sketched].to(basis.dtype)
     scaled = basis * values[:, None].sqrt()
@@ -340,31 +319,33 @@ def _hybrid_sketch(rows: Rows, settings: Settings) -> Factor:
     columns = torch.cat([scaled[:, :, :top], dealt], dim=2)
 
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
-        moments = _all_items_moments(rows, sequence, items)
+        moments = _all_items_moments(stats, sequence, items)
         alpha = project(basis[sequence], values[sequence], moments)
         beta = (alpha[:, :, top:] * signs[sequence][:, None]) @ dealing
         return torch.cat([alpha[:, :, :top], beta], dim=2)
 
-    return Factor(
-        probes=top + sketched, columns=matrix_columns(columns, rows.mean.dtype), cross=cross
+    return CovarianceFactor(
+        probes=top + sketched,
+        probe_vectors=matrix_vectors(columns, stats.mean.dtype),
+        tied_cross_term=cross,
     )
 
 
-def _streamed_sketch(rows: Rows, settings: Settings) -> Factor:
+def _streamed_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
     assert settings.probes is not None
     probes, seed = settings.probes, settings.seed
     u, totals = ops.softmax_sketch(
-        rows.h, rows.weight, rows.bias, rows.lse, rows.mean, rows.number, probes, seed
+        stats.h, stats.weight, stats.bias, stats.lse, stats.mean, stats.sequence_ids, probes, seed
     )
 
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
-        log_p = rows.log_probability(sequence, items)
-        number, item = torch.broadcast_tensors(rows.number[sequence][:, None], items)
-        signs = counter.random_signs_at(seed, number, item, u.dtype)
-        bucket = counter.bucket_at(seed, items, probes)
+        log_p = stats.log_probability(sequence, items)
+        ids, item = torch.broadcast_tensors(stats.sequence_ids[sequence][:, None], items)
+        signs = counter_rng.random_signs_at(seed, ids, item, u.dtype)
+        bucket = counter_rng.bucket_of(seed, items, probes)
         beta = -log_p.exp()[:, :, None] * totals[sequence][:, None]
-        own = (0.5 * log_p).exp() * signs
+        signed = (0.5 * log_p).exp() * signs
         # One entry of each (sequence, item): no order to keep.
-        return beta.scatter_add_(2, bucket[:, :, None], own[:, :, None])
+        return beta.scatter_add_(2, bucket[:, :, None], signed[:, :, None])
 
-    return Factor(probes=probes, columns=columns_of(u), cross=cross)
+    return CovarianceFactor(probes=probes, probe_vectors=stored_vectors(u), tied_cross_term=cross)

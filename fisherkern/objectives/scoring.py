@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.ops._products import add_outer_, product, suits
+from fisherkern.ops.products import add_outer_, product, suits
 from fisherkern.ops.softmax_lse import exp_minus_
 
 # Logits held at once on a CPU: few where autograd has them; 8 MB of float32 in a tile, which are

@@ -1,15 +1,11 @@
 """The compiled kernels `fisherkern._C` with tensors in place of addresses.
 
-The module is optional: `compiled()` is None where it was not built. What it computes
+The module is optional: `build.load_extension()` is None where it was not built. What it computes
 stands in csrc/fisher_segment.h; the functions here check the tensors and name them.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import logging
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,10 +13,8 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.ops import proven
-from fisherkern.ops._dispatch import architecture, backend
-
-log = logging.getLogger("fisherkern")
+from fisherkern.ops import build, proven
+from fisherkern.ops.backend import architecture, backend
 
 _PRECISIONS = {torch.float32: 0, torch.bfloat16: 2}
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -35,26 +29,7 @@ class Split(NamedTuple):
     tile: int = 64
 
 
-@functools.cache
-def compiled() -> ModuleType | None:
-    """The extension, or None where it was not built for this Python."""
-    try:
-        return importlib.import_module("fisherkern._C")
-    except ModuleNotFoundError:
-        return None
-    except ImportError as error:
-        log.warning("fisherkern._C cannot be loaded and is not used: %s", error)
-        return None
-
-
-def covers(capability: tuple[int, int], archs: Sequence[int], ptx: Sequence[int]) -> bool:
-    """Whether a GPU runs code made for `archs`: same major and no newer minor, or older PTX."""
-    major, minor = capability
-    here = 10 * major + minor
-    return any(a // 10 == major and a <= here for a in archs) or any(p <= here for p in ptx)
-
-
-def serving(
+def extension_for(
     op: str, fisher: Tensor, delta: Tensor, *tensors: Tensor | None, width: int = 0, size: int = 0
 ) -> ModuleType | None:
     """The extension where this call of `op` may run in it, else None.
@@ -63,7 +38,7 @@ def serving(
     On a GPU only where the backend is "cuda", or "auto" and proven.json has a row of the op for
     delta's dtype, `width` and `size`.
     """
-    extension = compiled()
+    extension = build.load_extension()
     if extension is None or fisher.dtype != torch.float32:
         return None
     name = backend()
@@ -81,7 +56,11 @@ def serving(
         dtype = "tf32" if op == proven.SEGMENTS and takes_tf32(delta) else _NAMES[delta.dtype]
         if not proven.beats_torch(op, "cuda", arch, dtype, width, size):
             return None
-    return extension if covers(divmod(arch, 10), extension.cuda_archs, extension.cuda_ptx) else None
+    return (
+        extension
+        if build.supports_arch(divmod(arch, 10), extension.cuda_archs, extension.cuda_ptx)
+        else None
+    )
 
 
 def takes_tf32(delta: Tensor) -> bool:
@@ -341,20 +320,3 @@ def _require_device(*tensors: Tensor | None) -> None:
     devices = {str(tensor.device) for tensor in tensors if tensor is not None}
     if len(devices) > 1:
         raise InputError(f"tensors on several devices: {', '.join(sorted(devices))}")
-
-
-def status() -> str:
-    """One sentence for a person: what was built."""
-    extension = compiled()
-    if extension is None:
-        return (
-            "fisherkern._C was not built (no C++ compiler, or it failed: pip install -v shows it);"
-            " everything works without it, in PyTorch and Triton"
-        )
-    if not extension.cuda_archs:
-        return "fisherkern._C was built for the CPU alone (no nvcc, or FISHERKERN_CUDA=0)"
-    return f"fisherkern._C was built with CUDA kernels for {', '.join(_names(extension))}"
-
-
-def _names(extension: Any) -> list[str]:
-    return [f"sm_{a}" for a in extension.cuda_archs] + [f"PTX {p}" for p in extension.cuda_ptx]

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops._library import register
+from fisherkern.ops.library import register
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _attention_backward(
+def _outputs(delta: Tensor, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Gradients:
+    dq, dk, dv = (tensor.new_empty(len(delta), *tensor.shape) for tensor in (q, k, v))
+    return dq, dk, dv
+
+
+@register(_outputs, vmap_arg="delta")
+def attention_backward(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:
+    """Compute the gradients of q, k and v of attention for many output gradients at once.
+
+        dV = Pᵀ dO,  dP = dO Vᵀ,  dS = P ∘ (dP − Σ_j P dP),  dQ = scale dS K,  dK = scale dSᵀ Q
+
+    in every sequence and head, for o = p v with p = softmax(scale q kᵀ). Where p is 0, by a mask or
+    else, nothing passes. In the extension on a CPU it holds one head at a time beside the results,
+    otherwise two tensors of R times the size of p and R copies of q, k and v. torch.vmap over delta
+    is more probes of one call.
+
+    Args:
+        p: (N, H, Q, T), the probabilities.
+        delta: (R, N, Q, H, e), the output gradients of R probes.
+        q: (N, Q, H, d).
+        k: (N, T, H, d).
+        v: (N, T, H, e). All tensors have one dtype.
+        scale: What q kᵀ was multiplied by.
+
+    Returns:
+        dq, dk and dv, (R, ...) of the shapes of q, k and v.
+    """
     p = p.contiguous()
-    extension = _extension.serving("attention_backward", p, delta, q, k, v)
+    extension = _extension.extension_for("attention_backward", p, delta, q, k, v)
     if extension is not None and not p.is_cuda and q.dtype == torch.float32:
         return _extension.attention_backward(extension, p, delta, q, k, v, scale)
     delta, q, k, v = (tensor.transpose(-3, -2) for tensor in (delta, q, k, v))
@@ -24,35 +52,6 @@ def _attention_backward(
     found = (ds @ k, ds.mT @ q, p.mT @ delta)
     dq, dk, dv = (tensor.transpose(-3, -2).contiguous() for tensor in found)
     return dq, dk, dv
-
-
-def _fake(p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Gradients:
-    dq, dk, dv = (tensor.new_empty(len(delta), *tensor.shape) for tensor in (q, k, v))
-    return dq, dk, dv
-
-
-_op = register(
-    "attention_backward(Tensor p, Tensor delta, Tensor q, Tensor k, Tensor v, float scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    _attention_backward,
-    _fake,
-    probes_of=1,
-)
-
-
-def attention_backward(
-    p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> Gradients:
-    """The gradients of q, k and v from delta, that of o = p v with p = softmax(scale q kᵀ).
-
-    dV = Pᵀ dO, dP = dO Vᵀ, dS = P ∘ (dP − Σ_j P dP), dQ = scale dS K, dK = scale dSᵀ Q, in every
-    sequence and head, for each of R probes. p (N, H, Q, T); delta (R, N, Q, H, e), q (N, Q, H, d),
-    k (N, T, H, d), v (N, T, H, e), all of one type; the results are (R, ...) of the shapes of q, k
-    and v. Where p is 0, by a mask or else, nothing passes. In the extension on a CPU it holds one
-    head at a time beside the results, otherwise two tensors of R times the size of p and R copies
-    of q, k and v. torch.vmap over delta is more probes of one call.
-    """
-    return _op(p, delta, q, k, v, scale)
 
 
 def attention_backward_reference(

@@ -5,23 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import no_outputs, register
-from fisherkern.ops._products import add_product_
-from fisherkern.ops._sums import add_rows_
+from fisherkern.ops.backend import use_triton
+from fisherkern.ops.library import register
+from fisherkern.ops.products import add_product_, add_rows_
 from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles, reference_logits
 
 
-def _head_sqgrad_(
+@register(mutates=("weight_fisher", "bias_fisher"))
+def head_sqgrad_(
     weight_fisher: Tensor | None,
     bias_fisher: Tensor | None,
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lse: Tensor,
-    ids: Tensor | None,
-    omega: Tensor | None,
+    ids: Tensor | None = None,
+    omega: Tensor | None = None,
 ) -> None:
+    """Add the squared gradients of the output layer, summed over items and rows.
+
+        weight_fisher[v] += Σ_n Σ_y ω_ny (∂ log p_n(y)/∂w_v)²,   ∂ log p(y)/∂w_v = (1[v=y] − p_v) h
+
+    and likewise for the bias. Without ids the sum runs over all items with ω = p, and is
+    p_v (1 − p_v) h². With ids it is (Σ_j ω_j) p_v² h² for every v, streamed, plus the sparse
+    ω_j (1 − 2 p_v) h² where v = y_j; repeated ids count each time. Holds one tile of logits and,
+    with ids, N·K·D numbers.
+
+    Args:
+        weight_fisher: (V, D), added to; None to leave it out.
+        bias_fisher: (V,), added to; None to leave it out.
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        ids: (N, K) int64 items, None for all.
+        omega: (N, K) their weights ω, given with ids.
+
+    Source: Ryu et al., arXiv 2307.05476, eqs. 5, 7 to 9.
+    """
     if use_triton("head_sqgrad_", h, weight, bias, lse, weight_fisher, bias_fisher, omega):
         from fisherkern.ops import head_sqgrad_triton
 
@@ -55,38 +76,6 @@ def _head_sqgrad_(
         add_rows_(weight_fisher, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
     if bias_fisher is not None:
         add_rows_(bias_fisher, ids.flatten(), coefficient.flatten().to(bias_fisher.dtype))
-
-
-_op = register(
-    "head_sqgrad_(Tensor(a!)? weight_fisher, Tensor(b!)? bias_fisher, Tensor h, Tensor weight,"
-    " Tensor? bias, Tensor lse, Tensor? ids, Tensor? omega) -> ()",
-    _head_sqgrad_,
-    no_outputs,
-)
-
-
-def head_sqgrad_(
-    weight_fisher: Tensor | None,
-    bias_fisher: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    ids: Tensor | None = None,
-    omega: Tensor | None = None,
-) -> None:
-    """Add Σ_n Σ_y ω_ny (∂ log p_n(y)/∂w_v)² to weight_fisher (V, D), likewise bias_fisher (V,).
-
-    ∂ log p(y)/∂w_v = (1[v=y] − p_v) h. Without ids the sum runs over all items
-    with ω = p and has the closed form p_v (1 − p_v) h². With ids (N, K) int64 and
-    omega (N, K) it is (Σ_j ω_j) p_v² h² for every v, streamed, plus the sparse
-    ω_j (1 − 2 p_v) h² where v = y_j; repeated ids count each time.
-
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,). Either Fisher may be
-    None. Sums over the rows; the caller divides. Holds one tile of logits and,
-    with ids, N·K·D numbers. Design section 1; the paper's eqs. 5, 7 to 9.
-    """
-    _op(weight_fisher, bias_fisher, h, weight, bias, lse, ids, omega)
 
 
 def head_sqgrad_reference(

@@ -16,11 +16,11 @@ from fisherkern.ops.launch_table import PRECISION, launch
 from fisherkern.ops.tiles_triton import (
     LOG2_E,
     SIZES,
-    accumulator,
     dot_settings,
+    fp32_accumulator,
+    kernel_input,
     logit_tile,
     padded,
-    prepared,
     width_tile,
 )
 
@@ -136,10 +136,15 @@ def head_sqgrad_(
     omega: Tensor | None,
 ) -> None:
     n, d_out = h.shape
-    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
+    h, weight, bias, lse = (
+        padded(h),
+        padded(weight),
+        kernel_input(bias),
+        kernel_input(lse.float()),
+    )
     v, d = weight.shape
     row, constants = dot_settings("head_sqgrad_", h, weight)
-    with accumulator(weight_fisher) as squares, accumulator(bias_fisher) as sums:
+    with fp32_accumulator(weight_fisher) as squares, fp32_accumulator(bias_fisher) as sums:
         total = None if omega is None else omega.float().sum(dim=1)
         with torch.cuda.device_of(h):
             head_sqgrad_kernel[triton.cdiv(v, row.items), constants["CHUNKS"]](
@@ -156,7 +161,7 @@ def head_sqgrad_(
         with torch.cuda.device_of(h):
             head_sqgrad_sparse_kernel[len(order), chunks](
                 squares, sums, h, weight, bias, lse,
-                sorted_ids, order, stop, prepared(omega.float()), d, d_out, ids.shape[1],
+                sorted_ids, order, stop, kernel_input(omega.float()), d, d_out, ids.shape[1],
                 ROWS=row.rows, WIDTH=width, CHUNKS=chunks,
                 num_warps=row.warps, num_stages=row.stages,
             )  # fmt: skip

@@ -6,45 +6,37 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops._library import register
+from fisherkern.ops.library import register
 
 
-def _layer_norm_backward(
+@register(lambda delta, **_: delta.new_empty(delta.shape), vmap_arg="delta")
+def layer_norm_backward(
     delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> Tensor:
+    """Compute the input gradients of layer normalisation for many output gradients at once.
+
+        ∂x = rstd (g − mean(g) − n mean(g n)),   g = w δ,   y = w n + b,   n = (x − mean(x)) rstd
+
+    Means are over D. In the extension on a CPU it holds nothing beside the result, otherwise some
+    tensors of its size. torch.vmap over delta is more probes of one call.
+
+    Args:
+        delta: (R, P, D), the output gradients of R probes.
+        normalised: (P, D), n.
+        weight: (D,), w; None for ones.
+        rstd: (P,), 1 / sqrt(var(x) + ε). All tensors have one dtype.
+
+    Returns:
+        (R, P, D).
+    """
     normalised = normalised.contiguous()
-    extension = _extension.serving("layer_norm_backward", normalised, delta, weight, rstd)
+    extension = _extension.extension_for("layer_norm_backward", normalised, delta, weight, rstd)
     if extension is not None and not delta.is_cuda and delta.dtype == torch.float32:
         return _extension.layer_norm_backward(extension, delta, normalised, weight, rstd)
     g = delta if weight is None else delta * weight
     mean = g.mean(dim=2, keepdim=True)
     slope = (g * normalised).mean(dim=2, keepdim=True)
     return ((g - mean - normalised * slope) * rstd[:, None]).contiguous()
-
-
-def _fake(delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
-    return delta.new_empty(delta.shape)
-
-
-_op = register(
-    "layer_norm_backward(Tensor delta, Tensor normalised, Tensor? weight, Tensor rstd) -> Tensor",
-    _layer_norm_backward,
-    _fake,
-    probes_of=0,
-)
-
-
-def layer_norm_backward(
-    delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
-) -> Tensor:
-    """The gradients of x from delta, that of y = w n + b with n = (x − mean(x)) rstd row by row.
-
-    rstd (g − mean(g) − n mean(g n)) with g = w delta and means over D, for each of R probes. delta
-    (R, P, D), normalised n (P, D), weight w (D,) or None for ones, rstd (P,), 1 / sqrt(var(x) + ε),
-    all of one type; the result (R, P, D). In the extension on a CPU it holds nothing beside the
-    result, otherwise some tensors of its size. torch.vmap over delta is more probes of one call.
-    """
-    return _op(delta, normalised, weight, rstd)
 
 
 def layer_norm_backward_reference(

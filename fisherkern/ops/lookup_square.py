@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops._library import no_outputs, register
-from fisherkern.ops._sums import add_rows_
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu
 from fisherkern.ops.launch_table import lookup_splits
+from fisherkern.ops.library import register
+from fisherkern.ops.products import add_rows_
 
 # Elements of the gradients that a GPU works on at once: 256 MB in fp32, three times over.
 _BLOCK_ELEMENTS = 2**26
@@ -35,9 +35,15 @@ class LookupSegments(NamedTuple):
 
 
 def lookup_segments(ids: Tensor) -> LookupSegments:
-    """Sort (N, T) int64 row ids into segments; -1 is no lookup and is left out.
+    """Sort lookups by (row, sequence) into segments.
 
     Equal pairs keep the order of their positions, so that sums repeat bit for bit.
+
+    Args:
+        ids: (N, T) int64 row ids; -1 is no lookup and is left out.
+
+    Returns:
+        The segments, int64 on the device of ids.
     """
     found = _padded_segments(ids)
     if on_gpu(ids):
@@ -78,6 +84,7 @@ def _numbered(keys: Tensor, none: int) -> Tensor:
     return (begins.cumsum(0) - 1).masked_fill_(keys == none, len(keys))
 
 
+@register(mutates=("fisher",))
 def _lookup_square_(
     fisher: Tensor,
     delta: Tensor,
@@ -91,7 +98,7 @@ def _lookup_square_(
 ) -> None:
     indices = (order, segment_start, row, row_start)
     sizes = {"width": fisher.shape[1], "size": delta.numel()}
-    extension = _extension.serving("lookup_square_", fisher, delta, beta, hidden, **sizes)
+    extension = _extension.extension_for("lookup_square_", fisher, delta, beta, hidden, **sizes)
     if extension is not None:
         split = _extension.Split(lookup_splits(len(delta))) if fisher.is_cuda else None
         _extension.lookup_square_(
@@ -159,14 +166,6 @@ def _add_blocks_(
     add_rows_(fisher, row.clamp(min=0), total)
 
 
-_op = register(
-    "lookup_square_(Tensor(a!) fisher, Tensor delta, Tensor order, Tensor segment_start,"
-    " Tensor row, Tensor row_start, Tensor? beta, Tensor? hidden, Tensor? sequence) -> ()",
-    _lookup_square_,
-    no_outputs,
-)
-
-
 def lookup_square_(
     fisher: Tensor,
     delta: Tensor,
@@ -174,21 +173,26 @@ def lookup_square_(
     beta: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> None:
-    """fisher[row_u] += Σ_r S_ru ∘ (S_ru + β_ur h_{n(u)}), S_ru = Σ_{m in segment u} δ_rm.
+    """Add the squared gradients of an embedding's rows, duplicates in a sequence summed first.
 
-    fisher (V, D); delta (R, M, D): the gradients at the lookup's output, M = N·T
-    positions; `segments` from `lookup_segments`; beta (U, R) and hidden (N, D): the
-    cross term with the tied output layer (twice β h, in the letters of design section
-    1), None without one. Accumulates in fisher's dtype. Duplicates of a row within a
-    sequence are summed before the square. In PyTorch holds (U, D) of one probe at a
-    time, on a GPU three times a block of probes' gradients. In fp32 and bf16 the extension,
-    where it was built, serves the CPU and covered GPUs; it holds nothing, or (splits, G, D)
-    on a GPU, where one CTA owns a row and no atomics are needed. Design section 1, tied
-    embedding.
+        fisher[row_u] += Σ_r S_ru ∘ (S_ru + β_ur h_{n(u)}),   S_ru = Σ_{m in segment u} δ_rm
+
+    A segment is the lookups of one row by one sequence. In PyTorch holds (U, D) of one probe at a
+    time, on a GPU three times a block of probes' gradients; in the extension nothing, or
+    (splits, G, D) on a GPU, where one CTA owns a row and no atomics are needed.
+
+    Args:
+        fisher: (V, D), added to; sums are in its dtype.
+        delta: (R, N·T, D), gradients of R probes at the lookup's output.
+        segments: From `lookup_segments`.
+        beta: (U, R), coefficients of the cross term with a tied output layer; None without one.
+        hidden: (N, D), given with beta: h above; twice the hidden states for the Fisher's term.
+
+    Source: design section 1, tied embedding.
     """
     indices = (segments.order, segments.segment_start, segments.row, segments.row_start)
     sequence = None if beta is None else segments.sequence
-    _op(fisher, delta, *indices, beta, hidden, sequence)
+    _lookup_square_(fisher, delta, *indices, beta, hidden, sequence)
 
 
 def lookup_square_reference(

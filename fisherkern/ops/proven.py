@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fisherkern.errors import InputError
+from fisherkern.ops import build
 from fisherkern.ops.launch_table import PRECISION, TARGET_PROGRAMS, rows_of_table
 
 FILE = Path(__file__).with_name("proven.json")
@@ -176,9 +177,7 @@ def kernel_hash(op: str, backend: str) -> str | None:
     the extension's what setup.py took when it was built. None where there is none to be had.
     """
     if backend == "cuda":
-        from fisherkern.ops import _extension
-
-        return getattr(_extension.compiled(), "cuda_sources", None) or None
+        return getattr(build.load_extension(), "cuda_sources", None) or None
     try:
         files = triton_sources(FILE.parent, f"{TRITON[op][0]}_triton.py")
     except OSError:  # installed without sources

@@ -22,13 +22,14 @@ independent noise for every item, by Maddison, Tarlow and Minka's top-down const
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherkern.ops import counter
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
+from fisherkern.ops import counter_rng
+from fisherkern.ops.backend import use_triton
+from fisherkern.ops.library import register
 from fisherkern.ops.sample_items import range_logits, row_blocks
 from fisherkern.ops.softmax_lse import RANGE, reference_logits
 
@@ -37,7 +38,7 @@ def range_maxima(log_mass: Tensor, rows: Tensor, seed: int) -> Tensor:
     """The largest perturbed value of each range: log_mass (N, P) fp64, rows (N,) -> (N, P)."""
     # Ranges take the columns below zero: no item has them.
     column = -1 - torch.arange(log_mass.shape[1], device=rows.device)
-    return log_mass + counter.gumbel_at(seed, rows[:, None], column[None, :])
+    return log_mass + counter_rng.gumbel_at(seed, rows[:, None], column[None, :])
 
 
 def given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def distinct_from_ranges(
     values = torch.empty_like(log_p)
     # A few rows at a time: the noise takes a dozen temporaries.
     for few in row_blocks(len(rows), 16 * items[0].numel()):
-        perturbed = log_p[few] + counter.gumbel_at(seed, rows[few, None, None], items[few])
+        perturbed = log_p[few] + counter_rng.gumbel_at(seed, rows[few, None, None], items[few])
         values[few] = given_maximum(perturbed, maximum[few])
     # Where fewer than k items are possible, impossible ones of the catalogue fill up.
     values = values.clamp_(min=torch.finfo(values.dtype).min)
@@ -83,7 +84,13 @@ def distinct_from_ranges(
     return items.flatten(1).gather(1, place[:, :k]), omega
 
 
-def _sample_distinct(
+def _outputs(lse: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:
+    shape = len(lse), k
+    return lse.new_empty(shape, dtype=torch.int64), lse.new_empty(shape)
+
+
+@register(_outputs)
+def sample_distinct(
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -93,6 +100,28 @@ def _sample_distinct(
     k: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
+    """Draw k different items from every row's softmax, with the weights that make them unbiased.
+
+        E[Σ_j ω_j f(y_j)] = Σ_v p(v) f(v)   for every f
+
+    Noise is keyed by (seed, row, item): the result does not depend on the batch or the tile, up to
+    rounding of values next to each other. 256·(k + 1) logits a row, held for some rows at a time.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        ranges: (N, ⌈V/256⌉) fp64 from `softmax_mean`.
+        rows: (N,) int64, the sequences' ids, which key the noise.
+        k: Draws per row, 1 to V. k = V gives every item with ω = p.
+        seed: Key of the random numbers.
+
+    Returns:
+        ids (N, k) int64 in the order drawn, and ω (N, k) of lse's dtype.
+
+    Source: Kool, van Hoof and Welling, ICML 2019 and ICLR 2020.
+    """
     n, v = h.shape[0], weight.shape[0]
     logits_of = range_logits
     if use_triton("sample_distinct", h, weight, bias, lse):
@@ -120,61 +149,18 @@ def _sample_distinct(
     return ids, omega
 
 
-def _fake(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    ranges: Tensor,
-    rows: Tensor,
-    k: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    return h.new_empty((h.shape[0], k), dtype=torch.int64), lse.new_empty((h.shape[0], k))
-
-
-_op = register(
-    "sample_distinct(Tensor h, Tensor weight, Tensor? bias, Tensor lse, Tensor ranges,"
-    " Tensor rows, int k, int seed) -> (Tensor, Tensor)",
-    _sample_distinct,
-    _fake,
-)
-
-
-def sample_distinct(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    ranges: Tensor,
-    rows: Tensor,
-    k: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """k draws from softmax(h Wᵀ + b) for every row without replacement, and their weights.
-
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and ranges (N, ⌈V/256⌉) from
-    `softmax_mean`, rows (N,) int64: each sequence's number; 1 <= k <= V. Returns ids
-    (N, k) int64, all different, in the order drawn, and ω (N, k) of lse's dtype with
-    E[Σ_j ω_j f(y_j)] = Σ_v p(v) f(v); k = V gives every item with ω = p. Noise is keyed by
-    (seed, row, item): the result does not depend on the batch or the tile, up to rounding
-    of values next to each other. 256·(k + 1) logits a row, held for some rows at a time.
-    """
-    return _op(h, weight, bias, lse, ranges, rows, k, seed)
-
-
 def sample_distinct_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, k: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """The fp64 twin of `sample_distinct`: the noise of all items, then one sort."""
     log_p = reference_logits(h, weight, bias).log_softmax(dim=1)
     items = torch.arange(log_p.shape[1], device=h.device)
-    noisy = log_p + counter.gumbel_at(seed, rows[:, None], items)
+    noisy = log_p + counter_rng.gumbel_at(seed, rows[:, None], items)
     parts = []
     for r, (own, noise) in enumerate(
         zip(log_p.split(RANGE, dim=1), noisy.split(RANGE, dim=1), strict=True)
     ):
-        gumbel = counter.gumbel_at(seed, rows, torch.full_like(rows, -1 - r))
+        gumbel = counter_rng.gumbel_at(seed, rows, torch.full_like(rows, -1 - r))
         top, highest = own.logsumexp(dim=1) + gumbel, noise.amax(dim=1)
         inner = (-top).exp()[:, None] - (-highest).exp()[:, None] + (-noise).exp()
         parts.append(-inner.log())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkern.ops.launch_table import launch
 from fisherkern.ops.softmax_lse import RANGE
-from fisherkern.ops.tiles_triton import SIZES, padded, prepared, width_tile
+from fisherkern.ops.tiles_triton import SIZES, kernel_input, padded, width_tile
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -40,7 +40,12 @@ def sample_distinct_kernel(
 
 
 def range_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tensor) -> Tensor:
-    h, weight, bias, parts = padded(h), padded(weight), prepared(bias), prepared(parts)
+    h, weight, bias, parts = (
+        padded(h),
+        padded(weight),
+        kernel_input(bias),
+        kernel_input(parts),
+    )
     row = launch("sample_distinct", h.device, h.dtype)
     d = h.shape[1]
     width = width_tile(d, row.width)

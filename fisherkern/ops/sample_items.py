@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherkern.ops import counter
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
-from fisherkern.ops._products import product
-from fisherkern.ops.device import on_gpu
-from fisherkern.ops.softmax_lse import RANGE, exp_minus_, reference_logits
+from fisherkern.ops import counter_rng
+from fisherkern.ops.backend import on_gpu, use_triton
+from fisherkern.ops.library import register
+from fisherkern.ops.products import product
+from fisherkern.ops.softmax_lse import RANGE, chosen_range, exp_minus_, reference_logits
 
 # Logits of ranges held at once: 8 MB in fp32, and twice that for each fp64 temporary.
 _ELEMENTS = 2**21
@@ -64,7 +63,8 @@ def _gathered_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tens
     return torch.cat(blocks) if blocks else h.new_empty(*parts.shape, RANGE)
 
 
-def _sample_items(
+@register(lambda h, k, **_: h.new_empty((len(h), k), dtype=torch.int64))
+def sample_items(
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -74,12 +74,33 @@ def _sample_items(
     k: int,
     seed: int,
 ) -> Tensor:
+    """Draw k items from every row's softmax, with replacement.
+
+        P(y_nj = v) = exp(h_n · w_v + b_v − lse_n)
+
+    By inversion of the cumulative distribution, first over the ranges of items, then inside one:
+    256·k logits a row. The result depends on (seed, row), not on the batch or the tile, up to
+    rounding of a cumulative sum next to a draw.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        ranges: (N, ⌈V/256⌉) fp64 from `softmax_mean`.
+        rows: (N,) int64, the sequences' ids, which key the random numbers.
+        k: Draws per row.
+        seed: Key of the random numbers.
+
+    Returns:
+        ids (N, k) int64.
+    """
     if use_triton("sample_items", h, weight, bias, lse):
         from fisherkern.ops import sample_items_triton
 
         return sample_items_triton.sample_items(h, weight, bias, lse, ranges, rows, k, seed)
     ids = torch.empty(h.shape[0], k, dtype=torch.int64, device=h.device)
-    u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
+    u = counter_rng.uniform(seed, rows, torch.arange(k, device=h.device))
     for block in row_blocks(h.shape[0], max(ranges.shape[1], k * RANGE)):
         total = (ranges[block] - lse[block, None].double()).exp_().cumsum(dim=1)
         part, below = chosen_range(total, u[block])
@@ -94,59 +115,10 @@ def _sample_items(
     return ids.clamp_(max=weight.shape[0] - 1)
 
 
-def chosen_range(total: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The range each u (N, k) falls into and the mass below it; total (N, P): running sums."""
-    part = torch.searchsorted(total, u, right=True).clamp_(max=total.shape[1] - 1)
-    return part, torch.where(part > 0, total.gather(1, (part - 1).clamp_(min=0)), 0.0)
-
-
-def _fake(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    ranges: Tensor,
-    rows: Tensor,
-    k: int,
-    seed: int,
-) -> Tensor:
-    return h.new_empty((h.shape[0], k), dtype=torch.int64)
-
-
-_op = register(
-    "sample_items(Tensor h, Tensor weight, Tensor? bias, Tensor lse, Tensor ranges, Tensor rows,"
-    " int k, int seed) -> Tensor",
-    _sample_items,
-    _fake,
-)
-
-
-def sample_items(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    ranges: Tensor,
-    rows: Tensor,
-    k: int,
-    seed: int,
-) -> Tensor:
-    """k independent draws from softmax(h Wᵀ + b) for every row, with replacement.
-
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and ranges (N, ⌈V/256⌉) from
-    `softmax_mean`, rows (N,) int64: each sequence's number, which keys its random numbers
-    together with the seed. Returns ids (N, k) int64 by inversion of the cumulative
-    distribution, first over the ranges, then inside one: 256·k logits a row. The result
-    depends on (seed, row), not on the batch or the tile, up to rounding of a cumulative
-    sum next to a draw.
-    """
-    return _op(h, weight, bias, lse, ranges, rows, k, seed)
-
-
 def sample_items_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, k: int, seed: int
 ) -> Tensor:
     """The fp64 twin of `sample_items`; holds all probabilities."""
     cdf = reference_logits(h, weight, bias).softmax(dim=1).cumsum(dim=1)
-    u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
+    u = counter_rng.uniform(seed, rows, torch.arange(k, device=h.device))
     return torch.searchsorted(cdf, u, right=True).clamp_(max=weight.shape[0] - 1)

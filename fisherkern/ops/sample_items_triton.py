@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 from fisherkern.ops.launch_table import launch
-from fisherkern.ops.sample_items import chosen_range
-from fisherkern.ops.softmax_lse import RANGE
-from fisherkern.ops.tiles_triton import LOG2_E, SIZES, padded, prepared, width_tile
+from fisherkern.ops.softmax_lse import RANGE, chosen_range
+from fisherkern.ops.tiles_triton import LOG2_E, SIZES, kernel_input, padded, width_tile
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -74,7 +73,12 @@ def sample_items(
     k: int,
     seed: int,
 ) -> Tensor:
-    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
+    h, weight, bias, lse = (
+        padded(h),
+        padded(weight),
+        kernel_input(bias),
+        kernel_input(lse.float()),
+    )
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]
     mass = (ranges - lse[:, None].double()).exp_()
     row = launch("sample_items_total", h.device, h.dtype)
@@ -82,7 +86,7 @@ def sample_items(
         sample_items_total_kernel[n,](
             mass, mass.shape[1], ITEMS=row.items, num_warps=row.warps, num_stages=row.stages
         )
-    u = counter.uniform(seed, rows, torch.arange(k, device=h.device))
+    u = counter_rng.uniform(seed, rows, torch.arange(k, device=h.device))
     part, below = chosen_range(mass, u)
     ids = torch.empty(n, k, dtype=torch.int64, device=h.device)
     row = launch("sample_items", h.device, h.dtype)

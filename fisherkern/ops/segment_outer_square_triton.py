@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.ops.launch_table import PRECISION, TARGET_PROGRAMS
-from fisherkern.ops.tiles_triton import SIZES, accumulator, dot_settings, padded
+from fisherkern.ops.tiles_triton import SIZES, dot_settings, fp32_accumulator, padded
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -55,7 +55,7 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
     count = triton.cdiv(pairs, splits)
     splits = triton.cdiv(pairs, count)
     squares = torch.empty(splits, o, i, dtype=torch.float32, device=delta.device)
-    with torch.cuda.device_of(delta), accumulator(fisher) as sums:
+    with torch.cuda.device_of(delta), fp32_accumulator(fisher) as sums:
         segment_outer_square_kernel[*programs, splits](
             delta, inputs, squares, pairs, n, t, o, i, count,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,

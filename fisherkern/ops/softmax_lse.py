@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
-from fisherkern.ops._products import product, suits
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu, use_triton
+from fisherkern.ops.library import register
+from fisherkern.ops.products import product, suits
 
 # Elements of one (N, tile) block of logits. On a CPU 2 MB in fp32, which stays in a core's
 # cache from the product that makes it to the one that uses it; a GPU wants few launches.
@@ -88,7 +87,22 @@ def exp_minus_(z: Tensor, shift: Tensor, power: float = 1.0) -> Tensor:
     return z.mul_(power * _LOG2_E).exp2_()
 
 
-def _softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@register(lambda h, **_: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)))
+def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute the log-sum-exp of every row's logits.
+
+        lse_n = log Σ_v exp(h_n · w_v + b_v)
+
+    Streams over tiles of items; the same as `torch.logsumexp(h @ weight.T + bias, 1)` in fp32.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+
+    Returns:
+        (N,), fp32 or wider.
+    """
     if use_triton("softmax_lse", h, weight, bias):
         from fisherkern.ops import softmax_lse_triton
 
@@ -100,18 +114,6 @@ def _softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return lse
 
 
-def _fake(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return h.new_empty((h.shape[0],), dtype=torch.promote_types(h.dtype, torch.float32))
-
-
-_op = register("softmax_lse(Tensor h, Tensor weight, Tensor? bias) -> Tensor", _softmax_lse, _fake)
-
-
-def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """log Σ_v exp(h·w_v + b_v) for every row: (N, D), (V, D), (V,) -> (N,), fp32 or wider."""
-    return _op(h, weight, bias)
-
-
 def softmax_lse_reference(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The fp64 twin of `softmax_lse`; holds all logits."""
     return torch.logsumexp(reference_logits(h, weight, bias), dim=1)
@@ -121,3 +123,14 @@ def reference_logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """All logits in fp64, (N, V); for the twins only."""
     z = h.double() @ weight.double().T
     return z if bias is None else z + bias.double()
+
+
+def num_ranges(num_items: int) -> int:
+    """Ranges that a catalogue has; the last one may be shorter."""
+    return -(-num_items // RANGE)
+
+
+def chosen_range(total: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The range each u (N, k) falls into and the mass below it; total (N, P): running sums."""
+    part = torch.searchsorted(total, u, right=True).clamp_(max=total.shape[1] - 1)
+    return part, torch.where(part > 0, total.gather(1, (part - 1).clamp_(min=0)), 0.0)

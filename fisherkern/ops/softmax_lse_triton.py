@@ -10,14 +10,14 @@ from torch import Tensor
 from fisherkern.ops.launch_table import PRECISION
 from fisherkern.ops.tiles_triton import (
     SIZES,
+    add_bias,
     add_to_lse,
-    biased,
     dot_settings,
     item_splits,
+    kernel_input,
     logit_tile,
     lse_of,
     padded,
-    prepared,
 )
 
 
@@ -41,7 +41,7 @@ def softmax_lse_kernel(
     for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        highest, total = add_to_lse(biased(z, bias_ptr, items, v), highest, total)
+        highest, total = add_to_lse(add_bias(z, bias_ptr, items, v), highest, total)
     splits = tl.num_programs(0) // row_tiles
     out = ranges_ptr + rows * splits + split
     # fp64: samplers add up the masses of thousands of ranges.
@@ -57,7 +57,7 @@ def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def range_lse(h: Tensor, weight: Tensor, bias: Tensor | None, length: int) -> Tensor:
     """log Σ exp over every `length` items, a whole number of tiles: (N, ⌈V / length⌉) fp64."""
-    h, weight, bias = padded(h), padded(weight), prepared(bias)
+    h, weight, bias = padded(h), padded(weight), kernel_input(bias)
     row, constants = dot_settings("softmax_lse", h, weight)
     n, v = h.shape[0], weight.shape[0]
     splits = triton.cdiv(v, length)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
-from fisherkern.ops._products import add_product_
-from fisherkern.ops.softmax_lse import RANGE, exp_minus_, logit_tiles, reference_logits
+from fisherkern.ops.backend import use_triton
+from fisherkern.ops.library import register
+from fisherkern.ops.products import add_product_
+from fisherkern.ops.softmax_lse import RANGE, exp_minus_, logit_tiles, num_ranges, reference_logits
 
 # Items whose D(D+1)/2 products are held at once: 17 MB in fp32 at D = 64.
 _PRODUCT_ELEMENTS = 2**22
@@ -39,7 +39,7 @@ class OnlineMean:
         fade = (self._highest - shift).exp_()
         e = exp_minus_(z, shift[:, None])
         whole = e.shape[1] // RANGE * RANGE
-        parts = e[:, :whole].unflatten(1, (-1, RANGE)).sum(dim=2)
+        parts: Tensor = e[:, :whole].unflatten(1, (-1, RANGE)).sum(dim=2)
         if whole < e.shape[1]:
             parts = torch.cat((parts, e[:, whole:].sum(dim=1, keepdim=True)), dim=1)
         parts = parts.double()
@@ -52,24 +52,6 @@ class OnlineMean:
         """(lse (N,), w̄ (N, D))."""
         lse = (self._highest + self._total.log()).to(self._sums.dtype)
         return lse, self._sums / self._total.to(self._sums.dtype)[:, None]
-
-
-def _softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    if use_triton("softmax_mean", h, weight, bias):
-        from fisherkern.ops import softmax_moments_triton
-
-        return softmax_moments_triton.softmax_mean(h, weight, bias)
-    state = OnlineMean(h, weight)
-    ranges = h.new_empty((h.shape[0], num_ranges(weight)), dtype=torch.float64)
-    for start, stop, z in logit_tiles(h, weight, bias):
-        found = state.add(z, weight[start:stop], z.amax(dim=1))
-        ranges[:, start // RANGE : start // RANGE + found.shape[1]] = found
-    return *state.finish(), ranges
-
-
-def num_ranges(weight: Tensor) -> int:
-    """Ranges of RANGE items that a catalogue has, the last one perhaps shorter."""
-    return -(-weight.shape[0] // RANGE)
 
 
 def _products(w: Tensor) -> Tensor:
@@ -85,9 +67,69 @@ def _products(w: Tensor) -> Tensor:
     return products
 
 
-def _softmax_covariance(
+def _mean_outputs(h: Tensor, weight: Tensor, **_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = h.shape[0], torch.promote_types(h.dtype, torch.float32)
+    ranges = h.new_empty((n, num_ranges(len(weight))), dtype=torch.float64)
+    return h.new_empty(n, dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype), ranges
+
+
+@register(_mean_outputs)
+def softmax_mean(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the log-sum-exp and the mean item vector of every row's softmax.
+
+        w̄_n = Σ_v p_n(v) w_v,   p_n = softmax(h_n Wᵀ + b)
+
+    One streamed pass over the items: two matrix products of N·V·D; on a GPU three, as the kernel
+    of lse comes before that of w̄.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+
+    Returns:
+        lse (N,) and w̄ (N, D), fp32 or wider, and ranges (N, ⌈V / 256⌉) fp64, the log-sum-exp of
+        the items 256 r … 256 r + 255, from which `sample_items` and `sample_distinct` draw.
+
+    Source: Milakov and Gimelshein, arXiv 1805.02867 (the running maximum).
+    """
+    if use_triton("softmax_mean", h, weight, bias):
+        from fisherkern.ops import softmax_moments_triton
+
+        return softmax_moments_triton.softmax_mean(h, weight, bias)
+    state = OnlineMean(h, weight)
+    ranges = h.new_empty((h.shape[0], num_ranges(len(weight))), dtype=torch.float64)
+    for start, stop, z in logit_tiles(h, weight, bias):
+        found = state.add(z, weight[start:stop], z.amax(dim=1))
+        ranges[:, start // RANGE : start // RANGE + found.shape[1]] = found
+    return *state.finish(), ranges
+
+
+@register(lambda lse, mean, **_: lse.new_empty(*mean.shape, mean.shape[1]))
+def softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
+    """Compute the covariance of the item vectors under every row's softmax.
+
+        C_n = Σ_v p_n(v) w_v w_vᵀ − w̄_n w̄_nᵀ
+
+    N·V·D(D+1)/2 multiply-adds, streamed over the items: in PyTorch one matrix product over the
+    packed upper triangle. Holds one tile of logits and one of products.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        mean: (N, D) from `softmax_mean`.
+
+    Returns:
+        (N, D, D), fp32 or wider.
+
+    Source: Ryu et al., arXiv 2307.05476, eq. 5.
+    """
     if use_triton("softmax_covariance", h, weight, bias, lse, mean):
         from fisherkern.ops import softmax_moments_triton
 
@@ -111,56 +153,6 @@ def _softmax_covariance(
     covariance[:, upper[0], upper[1]] = packed
     covariance[:, upper[1], upper[0]] = packed
     return covariance
-
-
-def _fake_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = h.shape[0], torch.promote_types(h.dtype, torch.float32)
-    ranges = h.new_empty((n, num_ranges(weight)), dtype=torch.float64)
-    return h.new_empty((n,), dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype), ranges
-
-
-def _fake_covariance(
-    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
-) -> Tensor:
-    return lse.new_empty((h.shape[0], weight.shape[1], weight.shape[1]))
-
-
-_mean_op = register(
-    "softmax_mean(Tensor h, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
-    _softmax_mean,
-    _fake_mean,
-)
-_covariance_op = register(
-    "softmax_covariance(Tensor h, Tensor weight, Tensor? bias, Tensor lse, Tensor mean) -> Tensor",
-    _softmax_covariance,
-    _fake_covariance,
-)
-
-
-def softmax_mean(
-    h: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum-exp and w̄ = Σ_v p(v) w_v of every row, in one streamed pass.
-
-    h (N, D), weight (V, D), bias (V,) or None. Returns lse (N,) and w̄ (N, D), fp32 or
-    wider, and the log-sum-exp of the items 256 r … 256 r + 255 for every range r,
-    (N, ⌈V / 256⌉) fp64, from which `sample_items` and `sample_distinct` draw. Two matrix
-    products of N·V·D; on the GPU three, as the kernel of lse comes before that of w̄.
-    """
-    return _mean_op(h, weight, bias)
-
-
-def softmax_covariance(
-    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
-) -> Tensor:
-    """C = Σ_v p(v) w_v w_vᵀ − w̄ w̄ᵀ for every row, (N, D, D), fp32 or wider.
-
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,) and mean (N, D) from
-    `softmax_mean`. Costs N·V·D(D+1)/2 multiply-adds, streamed over the items: in
-    PyTorch one matrix product over the packed upper triangle, which holds one tile of
-    logits and one of products. Design section 1; the paper's eq. 5.
-    """
-    return _covariance_op(h, weight, bias, lse, mean)
 
 
 def softmax_moments_reference(

@@ -13,12 +13,12 @@ from fisherkern.ops.softmax_lse_triton import range_lse
 from fisherkern.ops.tiles_triton import (
     LOG2_E,
     SIZES,
-    biased,
+    add_bias,
     dot_settings,
     item_splits,
+    kernel_input,
     logit_tile,
     padded,
-    prepared,
 )
 
 
@@ -39,7 +39,7 @@ def softmax_mean_kernel(
     for start in range(first, first + tl.minimum(length, v - first), ITEMS):
         items = start + tl.arange(0, ITEMS).to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        p = tl.exp2(biased(z, bias_ptr, items, v) * LOG2_E - lse[:, None])  # (ROWS, ITEMS)
+        p = tl.exp2(add_bias(z, bias_ptr, items, v) * LOG2_E - lse[:, None])  # (ROWS, ITEMS)
         mask = (items < v)[:, None] & (column < d)[None, :]
         w = tl.load(w_ptr + items[:, None] * d + column[None, :], mask=mask, other=0.0)
         mean = tl.dot(p, w.to(tl.float32), mean, input_precision=PRECISION)
@@ -106,7 +106,7 @@ def softmax_mean(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 def mean_given_lse(h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor) -> Tensor:
     """w̄ (N, D) of h and weight that are `padded`."""
-    bias, lse = prepared(bias), prepared(lse.float())
+    bias, lse = kernel_input(bias), kernel_input(lse.float())
     row, constants = dot_settings("softmax_mean", h, weight)
     n, v, d = h.shape[0], weight.shape[0], h.shape[1]
     programs = triton.cdiv(n, row.rows), constants["CHUNKS"]
@@ -124,7 +124,12 @@ def softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:
     n, d = h.shape
-    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
+    h, weight, bias, lse = (
+        padded(h),
+        padded(weight),
+        kernel_input(bias),
+        kernel_input(lse.float()),
+    )
     row, constants = dot_settings("softmax_covariance", h, weight)
     del constants["DOT"]  # the logits of one row are no matrix product
     width, tiles = h.shape[1], constants["CHUNKS"]

@@ -11,79 +11,24 @@ meet), at most 2/R (Σ_v a_v²)²: what R dense sign vectors would have, at R ti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fisherkern.ops import counter
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
-from fisherkern.ops._products import add_product_
+from fisherkern.ops import counter_rng
+from fisherkern.ops.backend import use_triton
+from fisherkern.ops.library import register
+from fisherkern.ops.products import add_product_
 from fisherkern.ops.softmax_lse import LogitProduct, exp_minus_, reference_logits, tile_rows
 
 
-def _softmax_sketch(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    mean: Tensor,
-    rows: Tensor,
-    probes: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    if use_triton("softmax_sketch", h, weight, bias, lse, mean):
-        from fisherkern.ops import softmax_sketch_triton
-
-        return softmax_sketch_triton.softmax_sketch(h, weight, bias, lse, mean, rows, probes, seed)
-    n, width = h.shape[0], weight.shape[1]
-    sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
-    totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
-    step = tile_rows(h)
-    product = LogitProduct(h, step)
-    rotations = bucket_rotations(seed, weight, probes)
-    # Made on the CPU once more: a GPU would be waited for.
-    last = int(counter.bucket_rotations(seed, torch.tensor([len(rotations) - 1]), probes))
-    for r in range(probes):
-        members = counter.bucket_members(rotations, last, r, probes, len(weight))
-        for items in members.split(step):
-            w = weight.index_select(0, items).to(lse.dtype)
-            z = product(w, None if bias is None else bias[items])
-            signed = exp_minus_(z, lse[:, None], 0.5)
-            counter.put_random_signs_(signed, seed, rows, items)
-            add_product_(sums[:, r], signed, w)
-            totals[:, r] += signed.sum(dim=1)
-    sums -= totals[:, :, None] * mean[:, None]
-    return sums, totals
+def _outputs(lse: Tensor, mean: Tensor, probes: int, **_: Any) -> tuple[Tensor, Tensor]:
+    n = len(lse)
+    return lse.new_empty((n, probes, mean.shape[1])), lse.new_empty((n, probes))
 
 
-def bucket_rotations(seed: int, weight: Tensor, probes: int) -> Tensor:
-    """`counter.bucket_rotations` of the blocks of `probes` items that the catalogue has."""
-    blocks = torch.arange(-(-len(weight) // probes), device=weight.device)
-    return counter.bucket_rotations(seed, blocks, probes)
-
-
-def _fake(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    mean: Tensor,
-    rows: Tensor,
-    probes: int,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    n = h.shape[0]
-    return lse.new_empty((n, probes, weight.shape[1])), lse.new_empty((n, probes))
-
-
-_op = register(
-    "softmax_sketch(Tensor h, Tensor weight, Tensor? bias, Tensor lse, Tensor mean, Tensor rows,"
-    " int probes, int seed) -> (Tensor, Tensor)",
-    _softmax_sketch,
-    _fake,
-)
-
-
+@register(_outputs)
 def softmax_sketch(
     h: Tensor,
     weight: Tensor,
@@ -94,15 +39,52 @@ def softmax_sketch(
     probes: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """u_r = Σ_v sqrt(p(v)) ε_v 1[v in bucket r] (w_v − w̄), so that E[Σ_r u_r u_rᵀ] = C.
+    """Sketch every row's item covariance C: R random vectors whose squares have C as expectation.
 
-    h (N, D), weight (V, D), bias (V,) or None, lse (N,), mean (N, D), rows (N,) int64
-    sequence numbers, probes = R >= 1. The signs ε are `counter.random_signs_at` of
-    (seed, row, item), the buckets `counter.bucket_at` of (seed, item), the same for all
-    rows. Returns u (N, R, D) and the sums Σ_v sqrt(p(v)) ε_v 1[v in bucket r] (N, R).
-    One streamed pass of two matrix products of N·V·D, whatever R. Exact for R >= V.
+        u_r = Σ_{v in bucket r} sqrt(p(v)) ε_v (w_v − w̄),   E[Σ_r u_r u_rᵀ] = C
+
+    The signs ε are `counter_rng.random_signs_at` of (seed, row, item), the buckets
+    `counter_rng.bucket_of` of (seed, item), the same for all rows. One streamed pass of two matrix
+    products of N·V·D, whatever R. Exact for R >= V.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        lse: (N,) from `softmax_mean`.
+        mean: (N, D) from `softmax_mean`.
+        rows: (N,) int64, the sequences' ids, which key the signs.
+        probes: R, at least 1.
+        seed: Key of the random numbers.
+
+    Returns:
+        u (N, R, D) and the sums Σ_{v in bucket r} sqrt(p(v)) ε_v (N, R), of lse's dtype.
+
+    Source: CountSketch: Charikar, Chen and Farach-Colton, ICALP 2002.
     """
-    return _op(h, weight, bias, lse, mean, rows, probes, seed)
+    if use_triton("softmax_sketch", h, weight, bias, lse, mean):
+        from fisherkern.ops import softmax_sketch_triton
+
+        return softmax_sketch_triton.softmax_sketch(h, weight, bias, lse, mean, rows, probes, seed)
+    n, width = h.shape[0], weight.shape[1]
+    sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
+    totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
+    step = tile_rows(h)
+    product = LogitProduct(h, step)
+    rotations = counter_rng.catalogue_rotations(seed, len(weight), probes, h.device)
+    # Made on the CPU once more: a GPU would be waited for.
+    last = int(counter_rng.bucket_rotations(seed, torch.tensor([len(rotations) - 1]), probes))
+    for r in range(probes):
+        members = counter_rng.bucket_members(rotations, last, r, probes, len(weight))
+        for items in members.split(step):
+            w = weight.index_select(0, items).to(lse.dtype)
+            z = product(w, None if bias is None else bias[items])
+            signed = exp_minus_(z, lse[:, None], 0.5)
+            counter_rng.apply_random_signs_(signed, seed, rows, items)
+            add_product_(sums[:, r], signed, w)
+            totals[:, r] += signed.sum(dim=1)
+    sums -= totals[:, :, None] * mean[:, None]
+    return sums, totals
 
 
 def softmax_sketch_reference(
@@ -112,8 +94,8 @@ def softmax_sketch_reference(
     p = reference_logits(h, weight, bias).softmax(dim=1)
     items = torch.arange(weight.shape[0], device=h.device)
     row, item = torch.broadcast_tensors(rows[:, None], items[None, :])
-    signed = p.sqrt() * counter.random_signs_at(seed, row, item, p.dtype)
-    bucket = counter.bucket_at(seed, items, probes)
+    signed = p.sqrt() * counter_rng.random_signs_at(seed, row, item, p.dtype)
+    bucket = counter_rng.bucket_of(seed, items, probes)
     mine = bucket[None] == torch.arange(probes, device=h.device)[:, None]
     signed = signed[:, None] * mine
     centred = weight.double()[None] - (p @ weight.double())[:, None]

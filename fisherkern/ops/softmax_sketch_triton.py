@@ -7,18 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 from fisherkern.ops.launch_table import PRECISION
-from fisherkern.ops.softmax_sketch import bucket_rotations
 from fisherkern.ops.tiles_triton import (
     LOG2_E,
     SIZES,
-    biased,
+    add_bias,
     dot_settings,
     item_splits,
+    kernel_input,
     logit_tile,
     padded,
-    prepared,
     random_words,
 )
 
@@ -54,7 +53,7 @@ def softmax_sketch_kernel(
         # Blocks past the last give items past the last.
         items = block * probes + (bucket + probes - rotation) % probes
         z = logit_tile(h_ptr, w_ptr, rows, items, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        z = biased(z, bias_ptr, items, v)
+        z = add_bias(z, bias_ptr, items, v)
         root = tl.exp2(z * (0.5 * LOG2_E) - half_lse[:, None])  # of p, (ROWS, ITEMS)
         words = random_words(keys[:, None], items[None, :]) >> bit[:, None]
         signed = tl.where((words & 1) == 0, root, -root)
@@ -81,10 +80,15 @@ def softmax_sketch(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     n, d = h.shape
-    h, weight, bias, lse = padded(h), padded(weight), prepared(bias), prepared(lse.float())
+    h, weight, bias, lse = (
+        padded(h),
+        padded(weight),
+        kernel_input(bias),
+        kernel_input(lse.float()),
+    )
     row, constants = dot_settings("softmax_sketch", h, weight)
     v, width = weight.shape
-    rotations = bucket_rotations(seed, weight, probes).int()
+    rotations = counter_rng.catalogue_rotations(seed, v, probes, h.device).int()
     programs = triton.cdiv(n, row.rows) * constants["CHUNKS"] * probes
     splits, length = item_splits(len(rotations), row.items, programs)
     # Centred by the rows' common mean: what is left to subtract cancels little.
@@ -93,7 +97,7 @@ def softmax_sketch(
     totals = torch.empty(splits, n, probes, dtype=torch.float32, device=h.device)
     with torch.cuda.device_of(h):
         softmax_sketch_kernel[programs, splits](
-            h, weight, bias, lse, padded(centre), rotations, *counter.sign_keys(seed, rows),
+            h, weight, bias, lse, padded(centre), rotations, *counter_rng.sign_keys(seed, rows),
             sums, totals, n, v, width, length, len(rotations), probes,
             ROWS=row.rows, ITEMS=row.items, PRECISION=PRECISION, **constants,
         )  # fmt: skip

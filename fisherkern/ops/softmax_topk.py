@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherkern.ops._dispatch import use_triton
-from fisherkern.ops._library import register
-from fisherkern.ops.device import on_gpu
+from fisherkern.ops.backend import on_gpu, use_triton
+from fisherkern.ops.library import register
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 from fisherkern.ops.softmax_moments import OnlineMean
 
@@ -89,7 +88,7 @@ class _OnlineTopk:
             padded = torch.nn.functional.pad(z, (0, missing), value=-torch.inf)
         else:
             padded = z
-        groups = padded.unflatten(1, (-1, _GROUP))
+        groups: Tensor = padded.unflatten(1, (-1, _GROUP))
         peaks = groups.amax(dim=2)
         least = self._least(peaks)
         if least is None:
@@ -140,9 +139,36 @@ class _OnlineTopk:
         return _ordered(self._values, self._ids)
 
 
-def _softmax_topk(
+def _outputs(
+    h: Tensor, weight: Tensor, k: int, **_: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, dtype = len(h), torch.promote_types(h.dtype, torch.float32)
+    p, ids = h.new_empty((n, k), dtype=dtype), h.new_empty((n, k), dtype=torch.int64)
+    return p, ids, h.new_empty((n,), dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype)
+
+
+@register(_outputs)
+def softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Find the k most likely items of every row, with log-sum-exp and mean item vector.
+
+        p_n(v) = exp(h_n · w_v + b_v − lse_n),   w̄_n = Σ_v p_n(v) w_v
+
+    One streamed pass over the items: two matrix products of N·V·D; on a GPU three, as w̄ has a
+    kernel of its own. Holds one tile of logits, and N·k candidates for each range of items worked
+    on at once. Above k = 128 every backend takes PyTorch's path.
+
+    Args:
+        h: (N, D) hidden states.
+        weight: (V, D) item vectors.
+        bias: (V,), or None for none.
+        k: Items per row, 1 to V.
+
+    Returns:
+        p (N, k) in descending order, ids (N, k) int64, lse (N,) and w̄ (N, D); all but ids are fp32
+        or wider. Ties go to the lower id.
+    """
     if k <= MAX_TRITON_K and use_triton("softmax_topk", h, weight, bias):
         from fisherkern.ops import softmax_topk_triton
 
@@ -159,37 +185,6 @@ def _softmax_topk(
     values, ids = best.finish()
     lse, mean = moments.finish()
     return (values - lse[:, None]).exp(), ids, lse, mean
-
-
-def _fake(
-    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(h.dtype, torch.float32)
-    n = h.shape[0]
-    p, ids = h.new_empty((n, k), dtype=dtype), h.new_empty((n, k), dtype=torch.int64)
-    return p, ids, h.new_empty((n,), dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype)
-
-
-_op = register(
-    "softmax_topk(Tensor h, Tensor weight, Tensor? bias, int k)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _softmax_topk,
-    _fake,
-)
-
-
-def softmax_topk(
-    h: Tensor, weight: Tensor, bias: Tensor | None, k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k most likely items, log-sum-exp and w̄ = Σ_v p(v) w_v, in one streamed pass.
-
-    h (N, D), weight (V, D), bias (V,) or None, 1 <= k <= V. Returns p (N, k) in
-    descending order, ids (N, k) int64, lse (N,), w̄ (N, D); all but ids are fp32 or
-    wider. Ties go to the lower id. Two matrix products of N·V·D; on the GPU three, as
-    w̄ has a kernel of its own. Holds one tile of logits and N·k candidates for each range
-    of items worked on at once. Above k = 128 every backend takes PyTorch's path.
-    """
-    return _op(h, weight, bias, k)
 
 
 def softmax_topk_reference(

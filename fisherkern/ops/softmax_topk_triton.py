@@ -11,14 +11,14 @@ from fisherkern.ops.launch_table import PRECISION
 from fisherkern.ops.softmax_moments_triton import mean_given_lse
 from fisherkern.ops.tiles_triton import (
     SIZES,
+    add_bias,
     add_to_lse,
-    biased,
     dot_settings,
     item_splits,
+    kernel_input,
     logit_tile,
     lse_of,
     padded,
-    prepared,
 )
 
 
@@ -47,7 +47,7 @@ def softmax_topk_kernel(
         items = start + tl.arange(0, ITEMS)
         wide = items.to(tl.int64)
         z = logit_tile(h_ptr, w_ptr, rows, wide, n, v, d, WIDTH, CHUNKS, DOT, PRECISION)
-        z = biased(z, bias_ptr, wide, v)
+        z = add_bias(z, bias_ptr, wide, v)
         highest, total = add_to_lse(z, highest, total)
         # An item's −inf is above an empty place's: it may be among the k.
         z = tl.where((items < v)[None, :], tl.maximum(z, -3.4028234663852886e38), z)
@@ -77,7 +77,7 @@ def softmax_topk(
     """Candidates (N, C), ids (N, C) int64 (none from V on), C >= k, lse (N,), w̄ (N, D)."""
     n, d = h.shape
     v = weight.shape[0]
-    h, weight, bias = padded(h), padded(weight), prepared(bias)
+    h, weight, bias = padded(h), padded(weight), kernel_input(bias)
     row, constants = dot_settings("softmax_topk", h, weight)
     programs, kept = triton.cdiv(n, row.rows), max(16, triton.next_power_of_2(k))
     splits, length = item_splits(v, row.items, programs)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 from fisherkern.ops.launch_table import TARGET_PROGRAMS, Launch, launch
 
 # Fixed when kernels are decorated: TRITON_INTERPRET is read at import and never after.
@@ -27,9 +27,9 @@ SIZES = ["n", "v", "k", "m", "t", "pairs", "count", "blocks", "probes", "ranges"
 LOG2_E = tl.constexpr(1.4426950216293335)
 PER_LOG2_E = tl.constexpr(1 / 1.4426950216293335)
 
-GOLDEN = tl.constexpr(counter.GOLDEN)
-MIX_1 = tl.constexpr(counter.MIX_1)
-MIX_2 = tl.constexpr(counter.MIX_2)
+GOLDEN = tl.constexpr(counter_rng.GOLDEN)
+MIX_1 = tl.constexpr(counter_rng.MIX_1)
+MIX_2 = tl.constexpr(counter_rng.MIX_2)
 
 _DOT_DTYPES = {
     torch.float32: tl.float32,
@@ -46,7 +46,7 @@ _MULTIPLE = 16
 _MOST_ROWS = 2**31 - 2**16
 
 
-def prepared(tensor: Tensor | None) -> Any:
+def kernel_input(tensor: Tensor | None) -> Any:
     """Contiguous and aligned, as the kernels' offsets and binaries assume."""
     if tensor is None:
         return None
@@ -59,7 +59,7 @@ def prepared(tensor: Tensor | None) -> Any:
 
 
 def padded(matrix: Tensor) -> Tensor:
-    """`prepared`, with columns of zeros added up to a multiple of 16.
+    """`kernel_input`, with columns of zeros added up to a multiple of 16.
 
     Rows of 50 numbers begin at any address: a kernel would read 2 to 8 bytes at once, could
     copy nothing asynchronously, and would spill. Columns of zeros change no logit, and results
@@ -76,11 +76,12 @@ def padded(matrix: Tensor) -> Tensor:
     missing = -matrix.shape[-1] % _MULTIPLE
     if missing:
         matrix = torch.nn.functional.pad(matrix.detach(), (0, missing))
-    return prepared(matrix)
+    result: Tensor = kernel_input(matrix)
+    return result
 
 
 @contextlib.contextmanager
-def accumulator(fisher: Tensor | None) -> Iterator[Tensor | None]:
+def fp32_accumulator(fisher: Tensor | None) -> Iterator[Tensor | None]:
     """A contiguous fp32 tensor to add to; what is not that already is brought up to date after."""
     if fisher is None or (fisher.dtype == torch.float32 and fisher.is_contiguous()):
         yield fisher
@@ -143,8 +144,8 @@ def logit_tile(
 
 
 @triton.jit
-def mixed(x):
-    """splitmix64's finaliser, as in counter.py; the masks make int64's shifts logical."""
+def splitmix64(x):
+    """splitmix64's finaliser, as in counter_rng.py; the masks make int64's shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX_1
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX_2
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -152,12 +153,12 @@ def mixed(x):
 
 @triton.jit
 def random_words(keys, columns):
-    """`counter.random_bits_at` for rows whose `counter.row_keys` are `keys`, int64."""
-    return mixed(keys + columns * GOLDEN)
+    """`counter_rng.random_bits_at` for rows whose `counter_rng.row_keys` are `keys`, int64."""
+    return splitmix64(keys + columns * GOLDEN)
 
 
 @triton.jit
-def biased(z, bias_ptr, items, v):
+def add_bias(z, bias_ptr, items, v):
     """z (rows, items) plus the items' biases, −inf past the last item."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + items, mask=items < v, other=0.0).to(tl.float32)[None, :]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fisherkern.ops._products import Linear, rows_for_onednn, suits, suits_linear
+from fisherkern.ops.products import Linear, rows_for_onednn, suits, suits_linear
 
 # Values of a random 16-bit integer.
 _VALUES = 1 << 16

@@ -23,7 +23,7 @@ from benchmarks.rivals.port import Port
 from benchmarks.speed import bench_fisher, bench_segment, flops
 from benchmarks.speed.trained import trained_model
 from fisherkern import ops
-from fisherkern.ops._products import product
+from fisherkern.ops.products import product
 
 V, K = 11, 4
 # Padding, a row with an item twice, a full row.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherkern.members.options import Number
 from fisherkern.merging.rules.base import MergeBlock, merge_method
 from fisherkern.merging.rules.task_vectors import from_base, relative_weights
-from fisherkern.ops import counter
+from fisherkern.ops import counter_rng
 
 
 @merge_method(
@@ -39,7 +39,10 @@ def dare(
     columns = torch.arange(width, device=device)
     key = block.seed ^ int.from_bytes(_digest(block.name), "little")
     kept = torch.stack(
-        [counter.uniform(key + member, rows, columns) < density for member in range(block.members)]
+        [
+            counter_rng.uniform(key + member, rows, columns) < density
+            for member in range(block.members)
+        ]
     )
     return from_base(block, scale * relative_weights(block) * kept / density)
 

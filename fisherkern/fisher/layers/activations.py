@@ -1,0 +1,34 @@
+"""Activations whose backward pass is made cheaper: each probe goes through them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherkern.fisher.capture import Handlers, Linear, Rewrite
+from fisherkern.fisher.fast_ops import apply
+
+
+class _Gelu(torch.autograd.Function):
+    """F.gelu with its derivative kept: every probe's backward pass is one product, not an erf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        one = torch.ones_like(x)
+        ctx.save_for_backward(torch.ops.aten.gelu_backward(one, x, approximate=approximate))
+        return F.gelu(x, approximate=approximate)
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, None]:
+        (derivative,) = ctx.saved_tensors
+        return deltas[0] * derivative, None
+
+
+def gelu(linear: Linear, input: Tensor, *, approximate: str = "none") -> Any:
+    return apply(_Gelu, input, approximate)
+
+
+HANDLERS: Handlers = {F.gelu: Rewrite(gelu)}

@@ -1,0 +1,79 @@
+"""The arguments of `diag_fisher` as one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fisherkern.errors import InputError
+
+SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
+
+_SKETCH_PROBES = 16
+# Stands for as many probes as there are items.
+_MANY_PROBES = 2**10
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `diag_fisher` was asked for; see there for each field."""
+
+    sampler: str
+    k: int
+    probes: int | None
+    seed: int
+    tol: float | None
+    rescale: bool
+    weight: str
+    replacement: bool = True
+    reduction: str = "sequence"
+    chunk: int | None = None
+
+    def checked(self) -> Settings:
+        """These settings, with the sketch's default filled in; InputError for a bad one."""
+        check_chunk(self.chunk)
+        if self.reduction not in ("sequence", "batchwise"):
+            raise InputError(f"reduction: {self.reduction!r} is not 'sequence' or 'batchwise'")
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler: {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        if self.k < 1:
+            raise InputError(f"k: must be at least 1, got {self.k}")
+        if self.probes is not None and self.probes < 1:
+            raise InputError(f"probes: must be at least 1, got {self.probes}")
+        if self.tol is not None and not 0 <= self.tol < 1:
+            raise InputError(f"tol: must be in [0, 1), got {self.tol}")
+        if self.weight not in ("probability", "one"):
+            raise InputError(f"weight: {self.weight!r} is not 'probability' or 'one'")
+        if not self.replacement and self.sampler != "model":
+            raise InputError(f"replacement: False is for sampler 'model', not {self.sampler!r}")
+        if self.reduction == "batchwise" and self.sampler in ("exact", "sketch"):
+            raise InputError(f"reduction: 'batchwise' needs an item sampler, not {self.sampler!r}")
+        if self.sampler == "sketch" and self.probes is None:
+            return dataclasses.replace(self, probes=_SKETCH_PROBES)
+        return self
+
+    def most_probes(self, width: int | None) -> int:
+        """The most probes that a factor over `width` dimensions has; None: over all logits."""
+        asked = {"exact": self.probes, "sketch": self.probes, "target": 1}
+        count = asked.get(self.sampler, self.k)
+        return min(count or _MANY_PROBES, width or _MANY_PROBES)
+
+    def meta(self) -> dict[str, Any]:
+        """What a Fisher's `meta` says of them; None where the sampler does not use one."""
+        return {
+            "sampler": self.sampler,
+            "k": self.k if self.sampler in ("topk", "model", "random") else None,
+            "probes": self.probes,
+            "reduction": self.reduction,
+            "seed": self.seed,
+            "tol": self.tol,
+            "rescale": self.rescale,
+            "weight": self.weight if self.sampler == "target" else None,
+            "replacement": self.replacement if self.sampler == "model" else None,
+        }
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raise InputError for a number of sequences below 1."""
+    if chunk is not None and chunk < 1:
+        raise InputError(f"chunk: must be at least 1, got {chunk}")
