@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
-
-import prove  # noqa: E402
+from benchmarks.gpu import prove
 
 GPU = {"device": "NVIDIA H100", "arch": 90}
 SHAPES = ((3, 7), (33, 1031), (257, 3706), (64, 100_000))

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu_results import Line, checks, folder, today, write
 
+from benchmarks.gpu import prove
 from fisherkern.errors import InputError
 from fisherkern.ops import launch_table, proven
 from fisherkern.ops.proven import LOOKUPS, SEGMENTS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
-
-import prove  # noqa: E402
 
 __all__ = ["folder", "today"]  # fixtures
 

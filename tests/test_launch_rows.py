@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu_results import Line, checks, folder, today, write
 
+from benchmarks.gpu import launch_rows
 from fisherkern.ops import launch_table
 from fisherkern.ops.launch_table import Launch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
-
-import launch_rows  # noqa: E402
 
 __all__ = ["folder", "today"]  # fixtures
 

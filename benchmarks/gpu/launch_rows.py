@@ -1,4 +1,4 @@
-"""Put a sweep's winners into the launch table: python benchmarks/gpu/launch_rows.py FOLDER
+"""Put a sweep's winners into the launch table: python -m benchmarks.gpu.launch_rows FOLDER
 
 FOLDER/sweep.jsonl has a line for each kernel, kind of dtype, launch setting and shape. A row of
 fisherkern/ops/launch_table.py becomes the setting that was right and without stack at every shape
@@ -18,8 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prove import Run, read_run
-
+from benchmarks.gpu.prove import Run, read_run
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
 from fisherkern.ops import launch_table, proven

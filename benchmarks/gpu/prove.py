@@ -1,4 +1,4 @@
-"""Write proven.json from a run on a GPU: python benchmarks/gpu/prove.py benchmarks/results/gpu_DATE
+"""Write proven.json from a run on a GPU: python -m benchmarks.gpu.prove benchmarks/results/gpu_DATE
 
 A kernel gets a row for an architecture, a dtype and a class of widths where every check of the
 run was right, none is missing, no sanitizer found anything, and its source is today's. From which

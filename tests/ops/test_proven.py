@@ -18,17 +18,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fisherkern as fk
+from benchmarks import readme_tables
+from benchmarks.gpu import prove
 from fisherkern import ops
 from fisherkern.ops import _extension, backend, build, lookup_square, proven
 from fisherkern.ops.launch_table import rows_of_table
 from fisherkern.ops.proven import KERNELS, SEGMENTS, Row
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-
-import prove  # noqa: E402
-
-from benchmarks import readme_tables  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
