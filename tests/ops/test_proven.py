@@ -23,7 +23,7 @@ from fisherkern.ops import _extension, backend, build, lookup_square, proven
 from fisherkern.ops.launch_table import rows_of_table
 from fisherkern.ops.proven import KERNELS, SEGMENTS, Row
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 
