@@ -1,7 +1,7 @@
 """Tiles, warps and stages of every kernel: the only place launch settings stand.
 
 Keyed by (kernel, architecture, dtype of the products' inputs), "half" being fp16 and
-bf16. What the numbers are held by: on sm_90 no kernel uses local memory (stack 0, no
+bf16. Constraints on these numbers: on sm_90 no kernel uses local memory (stack 0, no
 spills) and none more shared memory than a block may have, at D = 50, 64, 100, 128, 200 and
 256, with Triton 3.6.0 and 3.7.1; `tests/test_compile_hopper.py` compiles each row. Nothing
 tunes itself at run time.

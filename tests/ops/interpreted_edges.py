@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted_ops import assert_close, kernels, layer  # noqa: F401
 from torch import Tensor
 
 from fisherkern import InputError, ops
@@ -17,6 +16,7 @@ from fisherkern.ops.softmax_moments import range_lse_reference, softmax_moments_
 from fisherkern.ops.softmax_sketch import softmax_sketch_reference
 from fisherkern.ops.softmax_topk import softmax_topk_reference
 from fisherkern.ops.tiles_triton import kernel_input, padded
+from ops.interpreted_ops import assert_close, kernels, layer  # noqa: F401
 
 WIDTHS = [50, 64, 100, 200]
 

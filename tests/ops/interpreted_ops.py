@@ -1,6 +1,6 @@
 """Every Triton kernel against its float64 twin, in Triton's interpreter.
 
-Not collected by name: test_ops_triton.py runs this file in a process of its own with
+Not collected by name: test_triton.py runs this file in a process of its own with
 TRITON_INTERPRET=1, because the interpreter is chosen when triton is imported.
 """
 

@@ -15,7 +15,7 @@ import pytest
 
 from fisherkern.ops.build import load_extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def built_library() -> Path:

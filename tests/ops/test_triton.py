@@ -41,7 +41,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     run = subprocess.run(
         [*command, f"--junitxml={report}", *map(str, sorted(HERE.glob("interpreted_*.py")))],
         env=environment,
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         capture_output=True,
         text=True,
     )
