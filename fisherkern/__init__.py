@@ -1,7 +1,5 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fisherkern.data import SequenceDataset, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
@@ -37,12 +35,10 @@ from fisherkern.objectives import (
     RepPad,
     SymmetricNoiseTolerant,
 )
+from fisherkern.provenance import package_version
 from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
 
-try:
-    __version__ = version("fisherkern")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "unknown"
+__version__ = package_version()
 
 __all__ = [
     "Attributes",

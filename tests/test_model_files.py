@@ -9,8 +9,8 @@ import torch
 from fisherkern.encoders import BERT4Rec
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
+from fisherkern.provenance import source_commit
 from fisherkern.training import load_model, save_model
-from fisherkern.training.provenance import source_commit
 
 V, T = 20, 8
 ITEM_IDS = [f"item {v}" for v in range(1, V + 1)]

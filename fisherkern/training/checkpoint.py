@@ -21,7 +21,7 @@ from fisherkern.files import (
     write_json,
     write_tensors,
 )
-from fisherkern.training.provenance import versions
+from fisherkern.provenance import versions
 
 PathLike = str | os.PathLike[str]
 

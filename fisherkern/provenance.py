@@ -10,17 +10,22 @@ from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def package_version() -> str:
+    """The installed version of fisherkern, "unknown" for a source tree that is only on the path."""
+    try:
+        return importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def versions() -> dict[str, str | None]:
     """Versions of fisherkern, torch and Python, and `source_commit()`."""
-    try:
-        own = importlib.metadata.version("fisherkern")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
     return {
-        "fisherkern": own,
+        "fisherkern": package_version(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "commit": source_commit(),
