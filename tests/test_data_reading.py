@@ -184,7 +184,9 @@ def test_files_that_are_not_there_and_formats_that_do_not_exist(tmp_path):
     with pytest.raises(InputError, match="not a file"):
         load(tmp_path)
     path = put(tmp_path, "a.txt", FINE)
-    with pytest.raises(InputError, match="format must be one of auto, seqrec, movielens, csv"):
+    with pytest.raises(
+        InputError, match="format must be 'auto' or 'seqrec' or 'movielens' or 'csv'"
+    ):
         load(path, format="tsv")
     with pytest.raises(InputError, match=r"a\.txt:1: .* 'user::item::rating::timestamp'"):
         load(path, format="movielens")

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fisherkern.checks import check_choice, check_count
 from fisherkern.errors import InputError
 
 Split = Literal["train", "validation", "test"]
@@ -19,18 +20,6 @@ Crop = Literal["random", "last", "all"]
 # Items held out after a split's target: seq = s_1..s_n has target s_n for test,
 # s_{n-1} for validation and s_{n-2} for train.
 _AFTER_TARGET = {"test": 0, "validation": 1, "train": 2}
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise InputError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def target_positions(offsets: NDArray[np.int64], split: str) -> NDArray[np.int64]:

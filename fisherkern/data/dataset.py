@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fisherkern.checks import check_count
 from fisherkern.data.batching import (
     HistoryBatches,
     WindowBatches,
-    check_count,
     gather_ranges,
     history_batches,
     target_positions,

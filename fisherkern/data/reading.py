@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fisherkern.checks import check_choice, check_count
 from fisherkern.data.actions import assemble
-from fisherkern.data.batching import check_choice, check_count
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.integers import read_movielens, read_seqrec
 from fisherkern.data.tables import Columns, read_csv, read_parquet, read_recbole

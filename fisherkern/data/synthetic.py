@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkern.data.batching import check_count
+from fisherkern.checks import check_count, check_not_negative, check_unit
 from fisherkern.data.dataset import SequenceDataset
-from fisherkern.errors import InputError
 
 _BLOCK_USERS = 1024  # bounds the memory for what each user has seen
 
@@ -50,10 +49,8 @@ def synthetic(
         ("max_length", max_length, min_length),
     ):
         check_count(name, value, least)
-    if not 0 <= order <= 1:
-        raise InputError(f"order must be a probability, not {order}")
-    if not 0 <= skew < np.inf:
-        raise InputError(f"skew must be 0 or more, not {skew}")
+    check_unit("order", order)
+    check_not_negative("skew", skew)
     random = np.random.default_rng(seed)
     cluster = random.permutation(np.arange(num_items) % clusters)
     log_weight = -skew * np.log1p(random.permutation(num_items))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherkern.checks import check_count
 from fisherkern.errors import InputError
 
 Batch = Tensor | Mapping[str, Any]
@@ -51,7 +52,7 @@ class SequenceEncoder(nn.Module):
     def __init__(self, num_items: int, max_len: int, dim: int) -> None:
         super().__init__()
         for name, value in (("num_items", num_items), ("max_len", max_len), ("dim", dim)):
-            check_size(type(self), name, value)
+            check_count(f"{type(self).__name__}: {name}", value)
         self.num_items = num_items
         self.max_len = max_len
         self.dim = dim
@@ -169,25 +170,6 @@ class SequenceEncoder(nn.Module):
             if least is not None:
                 history = history[:, min(padding, history.shape[1] - least) :]
         return history.to(next(self.parameters()).device, non_blocking=True)
-
-
-def check_size(owner: type, name: str, value: int) -> None:
-    """Raise InputError unless `value` is at least 1."""
-    if value < 1:
-        raise InputError(f"{owner.__name__}: {name} must be at least 1, got {value}")
-
-
-def check_choice(owner: type, name: str, value: str, known: Sequence[str]) -> None:
-    """Raise InputError unless `value` is one of `known`."""
-    if value not in known:
-        choices = " or ".join(repr(choice) for choice in known)
-        raise InputError(f"{owner.__name__}: {name} must be {choices}, got {value!r}")
-
-
-def check_dropout(owner: type, name: str, value: float) -> None:
-    """Raise InputError unless `value` is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise InputError(f"{owner.__name__}: {name} must be in [0, 1), got {value}")
 
 
 def trim_padding(tokens: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class BERT4Rec(SequenceEncoder):
             "tied": tied,
             "init_std": init_std,
         }
-        check_blocks(type(self), self.config)
+        check_blocks("BERT4Rec", self.config)
         self.mask_token = num_items + 1
         self.item_embedding = nn.Embedding(num_items + 2, dim)
         self.position_embedding = nn.Embedding(max_len, dim)

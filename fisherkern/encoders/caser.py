@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+from fisherkern.checks import check_count, check_unit
+from fisherkern.encoders.base import Batch, SequenceEncoder, take
 
 
 class Caser(SequenceEncoder):
@@ -58,8 +59,8 @@ class Caser(SequenceEncoder):
             "init_std": init_std,
         }
         for name in ("window", "horizontal", "vertical"):
-            check_size(type(self), name, self.config[name])
-        check_dropout(type(self), "dropout", dropout)
+            check_count(f"Caser: {name}", self.config[name])
+        check_unit("Caser: dropout", dropout, "[0, 1)")
         self.window = window
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
         # A filter is a linear map of the embeddings it covers, laid side by side.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+from fisherkern.checks import check_count, check_unit
+from fisherkern.encoders.base import Batch, SequenceEncoder, take
 
 
 class GRU4Rec(SequenceEncoder):
@@ -55,9 +56,9 @@ class GRU4Rec(SequenceEncoder):
             "bias": bias,
             "init_std": init_std,
         }
-        check_size(type(self), "layers", layers)
-        check_size(type(self), "hidden_dim", hidden_dim)
-        check_dropout(type(self), "dropout", dropout)
+        check_count("GRU4Rec: layers", layers)
+        check_count("GRU4Rec: hidden_dim", hidden_dim)
+        check_unit("GRU4Rec: dropout", dropout, "[0, 1)")
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
         self.dropout = nn.Dropout(dropout)
         self.gru = nn.GRU(dim, hidden_dim, layers, bias=False, batch_first=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_not_negative
 from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.registry import ENCODERS
 from fisherkern.errors import InputError
@@ -93,8 +94,7 @@ class ParallelEncoders(SequenceEncoder):
         padding's embedding stays. Without noise they part by dropout alone. Raises InputError for
         a noise that is negative.
         """
-        if not noise >= 0:
-            raise InputError(f"ParallelEncoders: noise must not be negative, got {noise}")
+        check_not_negative("ParallelEncoders: noise", noise)
         branches = [copy.deepcopy(model) for _ in range(networks)]
         for index, branch in enumerate(branches if noise else ()):
             state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)

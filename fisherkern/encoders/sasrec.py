@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_choice
+from fisherkern.checks import check_choice
+from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.transformer import ACTIVATIONS, Block, check_blocks, places
 
 
@@ -72,8 +73,8 @@ class SASRec(SequenceEncoder):
             "bias": bias,
             "init_std": init_std,
         }
-        check_blocks(type(self), self.config)
-        check_choice(type(self), "activation", activation, list(ACTIVATIONS))
+        check_blocks("SASRec", self.config)
+        check_choice("SASRec: activation", activation, ACTIVATIONS)
         pre = norm == "pre"
         self.scale = dim**0.5 if scaled else 1.0
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)

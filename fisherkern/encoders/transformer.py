@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import check_choice, check_dropout, check_size, take
+from fisherkern.checks import check_choice, check_count, check_unit
+from fisherkern.encoders.base import take
 from fisherkern.errors import InputError
 
 #: Feed-forward activations by name.
@@ -133,14 +134,14 @@ def places(tokens: Tensor, max_len: int) -> Tensor:
     return torch.arange(max_len - width, max_len, device=tokens.device).expand_as(tokens)
 
 
-def check_blocks(owner: type, config: Mapping[str, Any]) -> None:
+def check_blocks(owner: str, config: Mapping[str, Any]) -> None:
     """Raise InputError for arguments of `owner` that no `Block` can be made of."""
     for name in ("layers", "heads", "inner_dim"):
-        check_size(owner, name, config[name])
+        check_count(f"{owner}: {name}", config[name])
     if config["dim"] % config["heads"]:
         raise InputError(
-            f"{owner.__name__}: heads = {config['heads']} does not divide dim = {config['dim']}"
+            f"{owner}: heads = {config['heads']} does not divide dim = {config['dim']}"
         )
-    check_choice(owner, "norm", config["norm"], ("post", "pre"))
+    check_choice(f"{owner}: norm", config["norm"], ("post", "pre"))
     for name in ("dropout", "attention_dropout"):
-        check_dropout(owner, name, config[name])
+        check_unit(f"{owner}: {name}", config[name], "[0, 1)")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fisherkern.checks import check_choice
 from fisherkern.errors import InputError
 from fisherkern.evaluation.candidates import CANDIDATES
 
@@ -30,14 +31,10 @@ class Protocol:
     data_fingerprint: str
 
     def __post_init__(self) -> None:
-        choices = {"split": SPLITS, "candidates": CANDIDATES}
-        for field, known in choices.items():
-            if getattr(self, field) not in known:
-                raise InputError(
-                    f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}"
-                )
+        check_choice("split", self.split, SPLITS)
+        check_choice("candidates", self.candidates, CANDIDATES)
         if self.seen not in ("exclude", "keep") and self.last is None:
-            raise InputError(f"seen: expected exclude, keep or last-N, got {self.seen!r}")
+            raise InputError(f"seen must be 'exclude' or 'keep' or 'last-N', got {self.seen!r}")
 
     @property
     def last(self) -> int | None:

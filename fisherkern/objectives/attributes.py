@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
@@ -85,14 +86,9 @@ class Attributes(Objective):
     head: nn.Linear | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise InputError(f"Attributes: dim must be at least 1, got {self.dim}")
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"Attributes: ratio must be in (0, 1], got {self.ratio}")
-        if self.positions not in ("all", "masked"):
-            raise InputError(
-                f"Attributes: positions must be 'all' or 'masked', got {self.positions!r}"
-            )
+        check_count("Attributes: dim", self.dim)
+        check_unit("Attributes: ratio", self.ratio, "(0, 1]")
+        check_choice("Attributes: positions", self.positions, ("all", "masked"))
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator

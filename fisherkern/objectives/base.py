@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 
@@ -110,10 +110,7 @@ class WeightedSum(Objective):
             if not isinstance(part, Objective):
                 raise InputError(f"WeightedSum: {part!r} is not an objective")
         for weight in self.weights:
-            if not 0 <= weight < math.inf:
-                raise InputError(
-                    f"the weight of an objective must be 0 or more and finite, got {weight}"
-                )
+            check_not_negative("the weight of an objective", weight)
 
     @property
     def lookahead(self) -> int:  # type: ignore[override]

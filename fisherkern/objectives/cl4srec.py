@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
 from fisherkern.objectives.augment import two_views
 from fisherkern.objectives.base import Objective, no_loss
 from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, check_loss
@@ -42,11 +42,9 @@ class CL4SRec(Objective):
 
     def __post_init__(self) -> None:
         check_loss("CL4SRec", self.loss)
-        if not 0 < self.crop <= 1:
-            raise InputError(f"CL4SRec: crop must be in (0, 1], got {self.crop}")
-        for name in ("mask", "reorder"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"CL4SRec: {name} must be in [0, 1], got {getattr(self, name)}")
+        check_unit("CL4SRec: crop", self.crop, "(0, 1]")
+        check_unit("CL4SRec: mask", self.mask)
+        check_unit("CL4SRec: reorder", self.reorder)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator

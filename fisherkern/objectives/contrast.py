@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern.checks import check_choice, check_positive, check_unit
 from fisherkern.errors import InputError
 
 
@@ -77,12 +78,8 @@ class SymmetricNoiseTolerant:
 
     def __post_init__(self) -> None:
         _check("SymmetricNoiseTolerant", self.temperature, self.similarity)
-        if not 0 < self.q <= 1:
-            raise InputError(f"SymmetricNoiseTolerant: q must be in (0, 1], got {self.q}")
-        if not 0 < self.weight < math.inf:
-            raise InputError(
-                f"SymmetricNoiseTolerant: weight must be positive and finite, got {self.weight}"
-            )
+        check_unit("SymmetricNoiseTolerant: q", self.q, "(0, 1]")
+        check_positive("SymmetricNoiseTolerant: weight", self.weight)
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
         first, second = _scaled(first, self.similarity), _scaled(second, self.similarity)
@@ -114,7 +111,5 @@ def _products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _check(name: str, temperature: float, similarity: str) -> None:
-    if not 0 < temperature < math.inf:
-        raise InputError(f"{name}: temperature must be positive and finite, got {temperature}")
-    if similarity not in ("dot", "cosine"):
-        raise InputError(f"{name}: similarity must be 'dot' or 'cosine', got {similarity!r}")
+    check_positive(f"{name}: temperature", temperature)
+    check_choice(f"{name}: similarity", similarity, ("dot", "cosine"))

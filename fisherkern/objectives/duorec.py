@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.checks import check_choice
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
@@ -48,8 +49,7 @@ class DuoRec(Objective):
 
     def __post_init__(self) -> None:
         check_loss("DuoRec", self.loss)
-        if self.mode not in MODES:
-            raise InputError(f"DuoRec: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        check_choice("DuoRec: mode", self.mode, MODES)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator

@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fisherkern.checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_unit,
+)
 from fisherkern.encoders import ParallelEncoders, SequenceEncoder
 from fisherkern.encoders.base import trim_padding
 from fisherkern.errors import InputError
@@ -100,22 +107,13 @@ class EMKD(Objective):
 
     def __post_init__(self) -> None:
         for name in ("views", "networks", "dim"):
-            if getattr(self, name) < 1:
-                raise InputError(f"EMKD: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"EMKD: ratio must be in (0, 1], got {self.ratio}")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"EMKD: temperature must be positive and finite, got {self.temperature}"
-            )
+            check_count(f"EMKD: {name}", getattr(self, name))
+        check_unit("EMKD: ratio", self.ratio, "(0, 1]")
+        check_positive("EMKD: temperature", self.temperature)
         for name in ("contrast_weight", "distill_weight", "attribute_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                value = getattr(self, name)
-                raise InputError(f"EMKD: {name} must be 0 or more and finite, got {value}")
+            check_not_negative(f"EMKD: {name}", getattr(self, name))
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = " or ".join(map(repr, choices))
-                raise InputError(f"EMKD: {name} must be {known}, got {getattr(self, name)!r}")
+            check_choice(f"EMKD: {name}", getattr(self, name), choices)
 
     @classmethod
     def released(cls, temperature: float = 1.0, **changes: Any) -> EMKD:

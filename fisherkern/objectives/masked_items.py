@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective
@@ -31,10 +32,8 @@ class MaskedItems(Objective):
     last_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"MaskedItems: ratio must be in (0, 1], got {self.ratio}")
-        if not 0 <= self.last_ratio <= 1:
-            raise InputError(f"MaskedItems: last_ratio must be in [0, 1], got {self.last_ratio}")
+        check_unit("MaskedItems: ratio", self.ratio, "(0, 1]")
+        check_unit("MaskedItems: last_ratio", self.last_ratio)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator

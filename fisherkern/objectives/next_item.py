@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
@@ -63,15 +64,9 @@ class NextItem(Objective):
             ("sampling", ("uniform", "popularity")),
             ("negatives_per", ("position", "sequence")),
         ):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"NextItem: {name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        if self.negatives < 1:
-            raise InputError(f"NextItem: negatives must be at least 1, got {self.negatives}")
-        if not 0 <= self.t <= 1:
-            raise InputError(f"NextItem: t must be in [0, 1], got {self.t}")
+            check_choice(f"NextItem: {name}", getattr(self, name), choices)
+        check_count("NextItem: negatives", self.negatives)
+        check_unit("NextItem: t", self.t)
         if self.log_q and self.loss != "sampled_softmax":
             raise InputError(f"NextItem: log_q corrects 'sampled_softmax', not {self.loss!r}")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_choice
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences
@@ -31,8 +32,7 @@ class RepPad(Objective):
     repeats: str = "fill"
 
     def __post_init__(self) -> None:
-        if self.repeats not in ("fill", "random"):
-            raise InputError(f"RepPad: repeats must be 'fill' or 'random', got {self.repeats!r}")
+        check_choice("RepPad: repeats", self.repeats, ("fill", "random"))
         if not isinstance(self.objective, Objective) or self.objective.contiguous:
             raise InputError(
                 f"RepPad: {type(self.objective).__name__} cannot read repeated sequences"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fisherkern.checks import check_count, check_positive
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
@@ -72,11 +73,11 @@ class Saving:
     every_seconds: float | None
 
     def __post_init__(self) -> None:
-        for name in ("every", "every_steps", "every_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 1 or name == "every_seconds" and value > 0):
-                least = "positive" if name == "every_seconds" else "at least 1"
-                raise InputError(f"save_{name} must be {least}, got {value}")
+        check_count("save_every", self.every)
+        if self.every_steps is not None:
+            check_count("save_every_steps", self.every_steps)
+        if self.every_seconds is not None:
+            check_positive("save_every_seconds", self.every_seconds)
 
 
 def train(

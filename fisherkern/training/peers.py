@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
@@ -63,14 +64,9 @@ class Cooperation:
 
     def __post_init__(self) -> None:
         for name, known in (("kind", ("layer", "parameter")), ("criterion", ("entropy", "l1"))):
-            if getattr(self, name) not in known:
-                choices = " or ".join(map(repr, known))
-                shown = "cooperation" if name == "kind" else name
-                raise InputError(f"{shown} must be {choices}, got {getattr(self, name)!r}")
-        if not 0 <= self.alpha < math.inf:
-            raise InputError(f"alpha must be 0 or more and finite, got {self.alpha}")
-        if self.bins < 1:
-            raise InputError(f"bins must be at least 1, got {self.bins}")
+            check_choice("cooperation" if name == "kind" else name, getattr(self, name), known)
+        check_not_negative("alpha", self.alpha)
+        check_count("bins", self.bins)
         if not 0 <= self.percent <= 100:
             raise InputError(f"percent must be in [0, 100], got {self.percent}")
         if self.threshold is not None and not self.threshold >= 0:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
+from fisherkern.checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_unit,
+)
 from fisherkern.errors import InputError
 
 CHOICES = {"schedule": ("constant", "linear"), "precision": ("fp32", "bf16")}
@@ -48,23 +54,20 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_len", "validate_every", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        for name in ("seed", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            if value is not None:
+                check_count(name, value)
+        for name in ("seed", "warmup_steps"):
+            check_count(name, getattr(self, name), least=0)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = " or ".join(map(repr, choices))
-                raise InputError(f"{name} must be {known}, got {getattr(self, name)!r}")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
+            check_choice(name, getattr(self, name), choices)
+        check_positive("lr", self.lr)
+        check_not_negative("weight_decay", self.weight_decay)
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"clip must be positive or None, got {self.clip}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise InputError(f"ema must be in [0, 1) or None, got {self.ema}")
+        if self.ema is not None:
+            check_unit("ema", self.ema, "[0, 1)")
 
 
 def learning_rate(step: int, total: int, lr: float, schedule: str, warmup_steps: int) -> float:
