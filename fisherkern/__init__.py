@@ -1,6 +1,6 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
-from fisherkern.data import SequenceDataset, load, synthetic
+from fisherkern.data import SequenceDataset, from_frame, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
@@ -72,6 +72,7 @@ __all__ = [
     "diag_fisher",
     "evaluate",
     "fisher_product",
+    "from_frame",
     "linear_grams",
     "load",
     "load_model",
