@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.encoders.base import Batch, SequenceEncoder
-from fisherkern.encoders.transformer import Block, check_blocks, places
+from fisherkern.encoders.transformer import Block, check_blocks, position_ids
 
 
 class BERT4Rec(SequenceEncoder):
@@ -80,7 +80,9 @@ class BERT4Rec(SequenceEncoder):
         query, output and feed-forward for them only.
         """
         self.check_width(tokens)
-        x = self.item_embedding(tokens) + self.position_embedding(places(tokens, self.max_len))
+        x = self.item_embedding(tokens) + self.position_embedding(
+            position_ids(tokens, self.max_len)
+        )
         x = self.dropout(self.embedding_norm(x))
         padding = (tokens == 0)[:, None, None, :]
         for block in self.blocks[:-1]:

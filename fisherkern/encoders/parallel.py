@@ -26,7 +26,7 @@ class ParallelEncoders(SequenceEncoder):
     `split` gives the members' parts of a state. To merge the networks: `fk.merge(model.members)`
     with a Fisher of each, which is fast; that of the ensemble is right, but takes the slow path.
 
-    In `states` the token V + 1 = `hidden_item` hides an item: it is the mask token of members that
+    In `states` the token V + 1 = `mask_id` hides an item: it is the mask token of members that
     have one, and padding to the others. `mask_token` and what goes with it exist where all members
     have one; `causal` is true where all are. `item_ids` are the members' too.
 
@@ -56,9 +56,9 @@ class ParallelEncoders(SequenceEncoder):
         self.config = {"members": [{"class": type(own).__name__, **own.config} for own in networks]}
         self.members = nn.ModuleList(networks)
         self.item_ids = item_ids
-        self.hidden_item = self.num_items + 1
+        self.mask_id = self.num_items + 1
         if all(hasattr(own, "mask_token") for own in networks):
-            self.mask_token = self.hidden_item
+            self.mask_token = self.mask_id
 
     @classmethod
     def seeded(
@@ -133,7 +133,7 @@ class ParallelEncoders(SequenceEncoder):
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The members' states side by side, (N, T, Σ D_n) or (N, Q, Σ D_n) at `positions`."""
-        unmasked = tokens.masked_fill(tokens == self.hidden_item, 0)
+        unmasked = tokens.masked_fill(tokens == self.mask_id, 0)
         found = []
         for member in self.networks:
             own = tokens if hasattr(member, "mask_token") else unmasked

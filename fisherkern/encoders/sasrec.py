@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_choice
 from fisherkern.encoders.base import Batch, SequenceEncoder
-from fisherkern.encoders.transformer import ACTIVATIONS, Block, check_blocks, places
+from fisherkern.encoders.transformer import ACTIVATIONS, Block, check_blocks, position_ids
 
 
 class SASRec(SequenceEncoder):
@@ -99,7 +99,7 @@ class SASRec(SequenceEncoder):
         """
         self.check_width(tokens)
         x = self.scale * self.item_embedding(tokens)
-        x = x + self.position_embedding(places(tokens, self.max_len))
+        x = x + self.position_embedding(position_ids(tokens, self.max_len))
         x = self.dropout(self.embedding_norm(x))
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = _hidden(tokens, columns[None])

@@ -128,7 +128,7 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
-def places(tokens: Tensor, max_len: int) -> Tensor:
+def position_ids(tokens: Tensor, max_len: int) -> Tensor:
     """Rows of the position table, (N, T): the last column is always row `max_len` - 1."""
     width = tokens.shape[1]
     return torch.arange(max_len - width, max_len, device=tokens.device).expand_as(tokens)

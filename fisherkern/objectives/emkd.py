@@ -171,7 +171,7 @@ class EMKD(Objective):
             fate = torch.rand(shape, generator=generator).to(tokens.device)
             others = torch.randint(1, networks.num_items + 1, shape, generator=generator)
             changed = torch.where(fate < 0.9, others.to(tokens.device), everywhere)
-            changed = changed.masked_fill(fate < 0.8, networks.hidden_item)
+            changed = changed.masked_fill(fate < 0.8, networks.mask_id)
             return hidden, torch.where(hidden, changed, everywhere)
         # In float64, as Python computes it.
         counts = (items.sum(dim=1).double() * self.ratio).ceil().long()
@@ -180,7 +180,7 @@ class EMKD(Objective):
         first = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
         hidden = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
         hidden = hidden.scatter(2, order, first.expand(shape))
-        return hidden, everywhere.masked_fill(hidden, networks.hidden_item)
+        return hidden, everywhere.masked_fill(hidden, networks.mask_id)
 
     def bind(self, data: TrainingSequences, max_len: int) -> EMKD:
         """With the attribute table of `data` and a head for each network.

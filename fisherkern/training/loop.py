@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from fisherkern.checks import check_count, check_positive
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
-from fisherkern.training import processes
-from fisherkern.training.averaging import WeightAverage
-from fisherkern.training.on_cpu import OnCPU, backward
-from fisherkern.training.scalars import Scalars
+from fisherkern.training import distributed
+from fisherkern.training.cpu_kernels import FastCPUKernels, backward
 from fisherkern.training.settings import TrainingSettings, learning_rate
-from fisherkern.training.state import PathLike, Progress, Trainee, load_state, save_state
+from fisherkern.training.state import PathLike, TrainProgress, TrainState, load_state, save_state
+from fisherkern.training.tensorboard import TensorBoardLogger
+from fisherkern.training.weight_average import WeightAverage
 
 OnEpoch = Callable[[int, SequenceEncoder, float], None]
 Validate = Callable[[SequenceEncoder], float]
@@ -64,8 +64,8 @@ class TrainingLog:
 
 
 @dataclasses.dataclass(frozen=True)
-class Saving:
-    """Where the state goes, and when."""
+class CheckpointPolicy:
+    """Where the state goes (None: nowhere), and after how many epochs, steps or seconds."""
 
     path: PathLike | None
     every: int
@@ -120,11 +120,11 @@ def train(
     another run, a missing TensorBoard, and a loss, gradient or score that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
-    saving = Saving(state, save_every, save_every_steps, save_every_seconds)
+    saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    with Scalars(log_dir if processes.rank() == 0 else None) as scalars:
-        run = Run(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and processes.rank() == 0)
+    with TensorBoardLogger(log_dir if distributed.rank() == 0 else None) as scalars:
+        run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
+        return run.go(progress and distributed.rank() == 0)
 
 
 def checked_settings(
@@ -143,7 +143,7 @@ def checked_settings(
     return chosen
 
 
-class Run:
+class TrainLoop:
     """A model on its way: one call of `train`, or one of the peers in `train_peers`."""
 
     def __init__(
@@ -154,8 +154,8 @@ class Run:
         settings: TrainingSettings,
         validate: Validate | None,
         on_epoch: OnEpoch | None,
-        saving: Saving,
-        scalars: Scalars,
+        saving: CheckpointPolicy,
+        scalars: TensorBoardLogger,
     ) -> None:
         self.started = time.perf_counter()
         max_len = settings.max_len or model.max_len
@@ -171,9 +171,9 @@ class Run:
         self.trained = nn.ModuleList(parts.values())
         self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
         if self.average is not None:
-            parts["ema"] = self.average.model
+            parts["ema"] = self.average.module
         self.optimizer = _optimizer(self.trained, settings)
-        self.trainee = Trainee(parts, self.optimizer)
+        self.state = TrainState(parts, self.optimizer)
         self.identity = {
             **dataclasses.asdict(settings),
             "betas": list(settings.betas),  # as JSON gives it back
@@ -182,14 +182,14 @@ class Run:
             "data": data.fingerprint(),
             "validation": validate is not None,
         }
-        self.progress = Progress()
+        self.progress = TrainProgress()
         if saving.path is not None and Path(saving.path).exists():
-            self.progress = load_state(saving.path, self.trainee, self.identity)
-        processes.check_same_start(self.progress.step, self.device)
+            self.progress = load_state(saving.path, self.state, self.identity)
+        distributed.check_same_start(self.progress.step, self.device)
         compiled = {}
         if settings.compile:
             compiled["states"] = torch.compile(model.states, backend=_backend(settings.compile))
-        self.loss = processes.in_parallel(processes.BatchLoss(model, objective, modules, compiled))
+        self.loss = distributed.wrap_ddp(distributed.BatchLoss(model, objective, modules, compiled))
         for part in (model, parts.get("ema", model)):
             part.item_ids = list(data.item_ids)
         self.total = settings.epochs * len(self.windows(1))
@@ -210,7 +210,7 @@ class Run:
             while len(now.losses) < settings.epochs and not now.out_of_patience(settings.patience):
                 bar.set_description(f"epoch {len(now.losses) + 1}/{settings.epochs}")
                 self.epoch(bar)
-        self.trainee.restore_best()
+        self.state.restore_best()
         self.trained.eval()
         return TrainingLog(
             list(now.losses),
@@ -218,7 +218,7 @@ class Run:
             now.step,
             dict(now.scores),
             now.best_epoch,
-            None if self.average is None else self.average.model,
+            None if self.average is None else cast(SequenceEncoder, self.average.module),
         )
 
     def epoch(self, bar: Any) -> None:
@@ -238,7 +238,7 @@ class Run:
         last = epoch == self.settings.epochs
         if self.validate is not None and (last or epoch % self.settings.validate_every == 0):
             self.score(epoch)
-        if self.on_epoch is not None and processes.rank() == 0:
+        if self.on_epoch is not None and distributed.rank() == 0:
             self.on_epoch(epoch, self.model, now.losses[-1])
         last = last or now.out_of_patience(self.settings.patience)
         if last or epoch % self.saving.every == 0:
@@ -248,16 +248,16 @@ class Run:
         """Validate, and keep the weights if they are the best so far."""
         self.trained.eval()
         score = 0.0
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             assert self.validate is not None
             score = float(self.validate(self.model))
-        score = processes.from_first_process(score, self.device)
+        score = distributed.from_first_process(score, self.device)
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")
         self.progress.scores[epoch] = score
         self.scalars.add("validation", score, self.progress.step - 1)
         if self.progress.best_epoch == epoch:
-            self.trainee.keep_best()
+            self.state.keep_best()
 
     def save_inside(self) -> None:
         """Save between two steps of an epoch, when it is time."""
@@ -268,8 +268,8 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        if self.saving.path is not None and processes.rank() == 0:
-            save_state(self.saving.path, self.trainee, self.progress, self.identity)
+        if self.saving.path is not None and distributed.rank() == 0:
+            save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 
     def step(self, tokens: Tensor) -> float:
@@ -280,7 +280,7 @@ class Run:
                 self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
             ):
                 # A compiler would have to look into it at every call, and has its own ways.
-                with contextlib.nullcontext() if settings.compile else OnCPU():
+                with contextlib.nullcontext() if settings.compile else FastCPUKernels():
                     loss = self.loss(tokens.to(self.device), generator)
         rate = learning_rate(
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
@@ -292,7 +292,7 @@ class Run:
             backward(loss)
         limit = math.inf if settings.clip is None else settings.clip
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
-        value, size = processes.mean_over_processes(loss).item(), norm.item()
+        value, size = distributed.mean_over_processes(loss).item(), norm.item()
         if not math.isfinite(value + size):
             raise InputError(
                 f"training diverged at step {step} with lr = {rate:g}: "
@@ -317,7 +317,7 @@ class Run:
         """
         seed = self.settings.seed
         _, draws = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64)
-        dropout = np.random.SeedSequence([seed, step, processes.rank()])
+        dropout = np.random.SeedSequence([seed, step, distributed.rank()])
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
             yield torch.Generator().manual_seed(int(draws))

@@ -19,16 +19,16 @@ from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.objectives import MaskedItems, Objective
-from fisherkern.training import processes
+from fisherkern.training import distributed
 from fisherkern.training.loop import (
-    Run,
-    Saving,
+    CheckpointPolicy,
     TrainingData,
+    TrainLoop,
     Validate,
     checked_settings,
 )
-from fisherkern.training.scalars import Scalars
-from fisherkern.training.state import PathLike, Progress, check_run, contents, restore
+from fisherkern.training.state import PathLike, TrainProgress, check_run, contents, restore
+from fisherkern.training.tensorboard import TensorBoardLogger
 
 NAMES = ("a", "b")
 
@@ -193,13 +193,13 @@ def train_peers(
     if (other.lr, other.seed) == (chosen.lr, chosen.seed):
         raise InputError("peer_lr and peer_seed are those of the first peer; one must differ")
     objective = MaskedItems(0.2) if objective is None else objective
-    with Scalars(None) as scalars:
-        quiet = Saving(None, 1, None, None)
+    with TensorBoardLogger(None) as scalars:
+        quiet = CheckpointPolicy(None, 1, None, None)
         pair = [
-            Run(model, data, objective, own, validate, None, quiet, scalars)
+            TrainLoop(model, data, objective, own, validate, None, quiet, scalars)
             for model, own in ((model_a, chosen), (model_b, other))
         ]
-        _Pair(pair, rule, state).go(progress and processes.rank() == 0)
+        _Pair(pair, rule, state).go(progress and distributed.rank() == 0)
     reached = [run.progress for run in pair]
     best = [-math.inf if p.best_epoch is None else p.scores[p.best_epoch] for p in reached]
     kept = 1 if best[1] > best[0] else 0
@@ -216,7 +216,7 @@ def train_peers(
 class _Pair:
     """Two runs, what they do to each other, and the file they go on from."""
 
-    def __init__(self, runs: list[Run], rule: Cooperation, path: PathLike | None) -> None:
+    def __init__(self, runs: list[TrainLoop], rule: Cooperation, path: PathLike | None) -> None:
         self.runs, self.rule, self.path = runs, rule, path
         self.settings = runs[0].settings
         self.identity = dataclasses.asdict(rule)
@@ -237,7 +237,7 @@ class _Pair:
                     self.rule(self.runs[0].model, self.runs[1].model)
                 self.save()
         for run in self.runs:
-            run.trainee.restore_best()
+            run.state.restore_best()
             run.trained.eval()
 
     def finished(self) -> bool:
@@ -247,12 +247,12 @@ class _Pair:
         )
 
     def save(self) -> None:
-        if self.path is None or processes.rank() != 0:
+        if self.path is None or distributed.rank() != 0:
             return
         tensors = {
             f"{name}.{key}": tensor
             for name, run in zip(NAMES, self.runs, strict=True)
-            for key, tensor in contents(run.trainee).items()
+            for key, tensor in contents(run.state).items()
         }
         reached = [run.progress.to_json() for run in self.runs]
         about = {"kind": "peers", "run": self.identity, "progress": reached}
@@ -269,9 +269,9 @@ class _Pair:
                 for key, tensor in tensors.items()
                 if key.startswith(f"{name}.")
             }
-            restore(path, run.trainee, own)
-            run.progress = Progress.from_json(reached)
-            processes.check_same_start(run.progress.step, run.device)
+            restore(path, run.state, own)
+            run.progress = TrainProgress.from_json(reached)
+            distributed.check_same_start(run.progress.step, run.device)
 
 
 def _check_pair(a: SequenceEncoder, b: SequenceEncoder) -> None:

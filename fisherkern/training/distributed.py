@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import Objective
-from fisherkern.objectives.scoring import OWN_PLACES
+from fisherkern.objectives.scoring import LOCAL_SLICE
 
 
 def rank() -> int:
@@ -34,7 +34,7 @@ def _joined() -> bool:
 
 
 @contextlib.contextmanager
-def torchrun(device: torch.device) -> Iterator[torch.device]:
+def init_distributed(device: torch.device) -> Iterator[torch.device]:
     """Join the other processes where torchrun started this one; the device to work on.
 
     NCCL between GPUs, one per process of a machine; gloo otherwise.
@@ -107,25 +107,25 @@ class BatchLoss(nn.Module):
 
     def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """The loss, 0-dim, of `tokens` (N, T)."""
-        before = OWN_PLACES.set(own_places if world() > 1 else None)
+        before = LOCAL_SLICE.set(local_slice if world() > 1 else None)
         try:
             with _shadowed(self.model, self.methods):
                 return self.objective(self.model, tokens, generator)
         finally:
-            OWN_PLACES.reset(before)
+            LOCAL_SLICE.reset(before)
 
 
-def own_places(count: int) -> tuple[slice, float]:
-    """This process's of `count` places, and what their mean counts for; see `OWN_PLACES`."""
+def local_slice(count: int) -> tuple[slice, float]:
+    """This process's share of `count` places, and the weight of their mean; see `LOCAL_SLICE`."""
     share = -(-count // world())
     first, last = rank() * share, min((rank() + 1) * share, count)
     if first < last:
         return slice(first, last), (last - first) * world() / count
-    # None is left for it. It scores one to no effect: gradients wait for every process.
+    # This process has no position left; it scores one with weight 0 so that DDP does not hang.
     return slice(0, 1), 0.0
 
 
-def in_parallel(loss: BatchLoss) -> nn.Module:
+def wrap_ddp(loss: BatchLoss) -> nn.Module:
     """`loss`, whose gradients are averaged over the processes while backward runs."""
     if world() == 1:
         return loss
@@ -180,6 +180,9 @@ class _Rows:
 
 class _GatherRows(torch.autograd.Function):
     """All processes' rows, one process's after another's.
+
+    Not `torch.distributed.nn.functional.all_gather`: PyTorch deprecates it, and it adds bfloat16
+    gradients up in bfloat16.
 
     What goes back to a row is the sum of its gradients in all processes' losses: averaged over
     the processes with everything else, that is its gradient in the mean of their losses.
