@@ -11,6 +11,7 @@ import csv
 import io
 import itertools
 import re
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def read_recbole(path: Path, columns: Columns) -> Actions:
 
 def _read_text(path: Path, columns: Columns, separator: str | None, *, typed: bool) -> Actions:
     users, items = IdCodes(), IdCodes()
-    blocks: list[tuple[NDArray[Any], ...]] = []
+    columns_read = [array("i"), array("i"), array("i"), array("q")]
     with open_binary(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as stream:
         try:
             first = stream.readline()
@@ -112,19 +113,31 @@ def _read_text(path: Path, columns: Columns, separator: str | None, *, typed: bo
             for block in rows:
                 _check_rows(path, block, width, indices, columns)
                 cells = list(zip(*block.rows, strict=True))
-                moments = [_times(path, block, cells[i], columns) for i in indices[2:]]
-                codes = users.encode(cells[indices[0]]), items.encode(cells[indices[1]])
-                blocks.append((*codes, block.lines, *moments))
+                values: list[NDArray[Any]] = [
+                    users.encode(cells[indices[0]]),
+                    items.encode(cells[indices[1]]),
+                ]
+                values.append(block.lines)
+                if len(indices) > 2:
+                    values.append(_times(path, block, cells[indices[2]], columns))
+                _append(columns_read, values)
         except csv.Error as error:
             raise InputError(f"{path}:{reader.line_num}: {error}") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}:{_undecodable_line(path)}: not UTF-8 text") from None
-    if not blocks:
+    user, item, line, time = (np.frombuffer(column, column.typecode) for column in columns_read)
+    if not len(user):
         raise InputError(f"{path}:1: the file holds no interactions")
-    # Whole numbers stay so, unless some of the times are not.
-    joined = [np.concatenate(column) for column in zip(*blocks, strict=True)]
-    times = joined[3] if columns.time is not None else None
-    return Actions(joined[0], joined[1], times, joined[2], list(users), list(items))
+    times = None if columns.time is None else time
+    return Actions(user, item, times, line, list(users), list(items))
+
+
+def _append(columns: list[array[Any]], values: list[NDArray[Any]]) -> None:
+    """Add a block to the columns; the times, the last, stay integers while all of them are."""
+    for index, new in enumerate(values):
+        if new.dtype.kind == "f" and columns[index].typecode == "q":
+            columns[index] = array("d", columns[index])
+        columns[index].frombytes(new.astype(columns[index].typecode, copy=False).tobytes())
 
 
 @dataclass
