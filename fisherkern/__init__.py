@@ -41,6 +41,7 @@ from fisherkern.training import TrainingSettings, load_model, save_model, train,
 __version__ = package_version()
 
 __all__ = [
+    "EMKD",
     "Attributes",
     "BERT4Rec",
     "CL4SRec",
@@ -48,7 +49,6 @@ __all__ = [
     "Caser",
     "DiagFisher",
     "DuoRec",
-    "EMKD",
     "GRU4Rec",
     "InputError",
     "LinearGrams",

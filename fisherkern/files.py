@@ -22,7 +22,7 @@ from fisherkern.errors import InputError
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block succeeds.
+    """Give a temporary name beside `path`, renamed to `path` when the block succeeds.
 
     The temporary file is removed when it does not, so a reader sees the old file
     or the new one and never a part; what a killed process left is removed by the next
@@ -42,10 +42,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp makes the file private; give it the mode a plain open() would.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target}: could not be written: {reason}") from error
@@ -56,9 +56,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @functools.cache
 def _machine() -> str:
-    """What process ids are counted by: a folder may be shared by hosts and containers."""
+    """Return what process ids are counted by: hosts and containers may share a folder."""
     try:
-        namespace = os.readlink("/proc/self/ns/pid")
+        namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         namespace = ""
     return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
@@ -70,10 +70,10 @@ def _remove_stale(target: Path) -> None:
         return
     prefix = f".{target.name}.{_machine()}."
     with contextlib.suppress(OSError):
-        for name in os.listdir(target.parent):
-            process, dot, _ = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and dot and process.isdecimal() and _gone(int(process)):
-                (target.parent / name).unlink(missing_ok=True)
+        for path in target.parent.iterdir():
+            process, dot, _ = path.name.removeprefix(prefix).partition(".")
+            if path.name.startswith(prefix) and dot and process.isdecimal() and _gone(int(process)):
+                path.unlink(missing_ok=True)
 
 
 def _gone(process: int) -> bool:
@@ -131,7 +131,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: not a whole safetensors file: {error}") from error
     try:

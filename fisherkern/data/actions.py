@@ -40,14 +40,14 @@ class Actions:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """The file's bytes; those of a gzip file, known by its first two, unpacked on the way."""
+    """Open the file's bytes, unpacked where its first two say that it is a gzip file."""
     with path.open("rb") as stream:
         packed = stream.read(2) == b"\x1f\x8b"
     return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")
 
 
 def base_path(path: Path) -> Path:
-    """The path without .gz: what gives a file its format, its name and its attributes."""
+    """Return the path without .gz, which gives a file its format, name and attributes."""
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 

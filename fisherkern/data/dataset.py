@@ -114,7 +114,7 @@ class SequenceDataset:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     def subset(self, users: ArrayLike) -> SequenceDataset:
-        """The same catalogue with only these users, (n,) integers, in the order given."""
+        """Return the same catalogue with only these users, (n,) integers, in the order given."""
         rows = self._check_users(users)
         start, stop = self.offsets[rows], self.offsets[rows + 1]
         return SequenceDataset(
@@ -127,7 +127,9 @@ class SequenceDataset:
         )
 
     def with_items(self, item_ids: Sequence[str]) -> SequenceDataset:
-        """The same sequences over another catalogue, `item_ids` by internal id, that holds theirs.
+        """Return the same sequences over another catalogue that holds theirs.
+
+        `item_ids` are its items by internal id.
 
         For evaluating a model whose catalogue is a union of several. Raises InputError
         naming an item that the other catalogue lacks.
@@ -218,7 +220,7 @@ class SequenceDataset:
     def first_windows(
         self, count: int, *, batch_size: int, max_len: int, seed: int
     ) -> list[torch.Tensor]:
-        """The first `count` batches of random `windows`, of as many epochs as that takes."""
+        """Return the first `count` batches of random `windows`, of as many epochs as that takes."""
         check_count("count", count)
         epochs = (
             self.windows(batch_size=batch_size, max_len=max_len, seed=seed, epoch=epoch)
@@ -229,7 +231,7 @@ class SequenceDataset:
     def seen(
         self, users: ArrayLike, split: str, last: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The distinct items of whole histories, or of their `last` places, as CSR.
+        """Return the distinct items of whole histories, or of their `last` places, as CSR.
 
         `users` are (n,) integers. Returns (indptr (n+1,) int64, items int64, ascending in
         every row); the row of a user without a history in `split` is empty.

@@ -61,7 +61,7 @@ def from_frame(
 
 
 def frame_actions(frame: Any, columns: Columns, where: str) -> Actions:
-    """The interactions of a narwhals frame; `where` begins every message."""
+    """Return the interactions of a narwhals frame; `where` begins every message."""
     wanted = columns.wanted()
     columns.find(where, frame.collect_schema().names())
     frame = frame.select(*dict.fromkeys(wanted))

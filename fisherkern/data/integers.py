@@ -50,7 +50,7 @@ def read_movielens(path: Path) -> Actions:
 
 
 def read_integers(path: Path, layout: Layout) -> tuple[list[NDArray[np.int64]], NDArray[np.int32]]:
-    """The wanted columns, each (num_lines,) int64, and the lines' numbers; blank lines are skipped.
+    """Read the wanted columns, each (num_lines,) int64, and the numbers of lines not blank.
 
     Raises InputError with file and line for a wrong number of columns or a value that
     is not an integer from 0 to 10^18 - 1.

@@ -28,7 +28,7 @@ def load(
     time: Column | None = "timestamp",
     separator: str | None = None,
 ) -> SequenceDataset:
-    """Read interactions as sequences, one per user, oldest item first.
+    r"""Read interactions as sequences, one per user, oldest item first.
 
     A name without folder or suffix is looked up as NAME.txt in the folder $FISHERKERN_DATA, then
     in the cache ($FISHERKERN_CACHE, else ~/.cache/fisherkern). "ml-1m" is otherwise downloaded
@@ -76,7 +76,7 @@ def load(
         >>> with TemporaryDirectory() as folder:
         ...     path = Path(folder) / "ratings.csv"
         ...     rows = ["userId;movieId;when", "7;30;2024-05-02", "7;10;2024-05-01"]
-        ...     _ = path.write_text("\\n".join(rows))
+        ...     _ = path.write_text("\n".join(rows))
         ...     data = fk.load(path, user="userId", item="movieId", time="when", min_actions=2)
         >>> data
         SequenceDataset('ratings': 1 users, 2 items, 2 actions)

@@ -71,7 +71,7 @@ def read_file(
 
 
 def detect_format(path: Path) -> str:
-    """The format that the file's suffix names, or that its first line looks like."""
+    """Return the format that the suffix names, or that the first line looks like."""
     suffix = base_path(path).suffix
     if suffix in _FORMAT_OF_SUFFIX:
         return _FORMAT_OF_SUFFIX[suffix]

@@ -54,11 +54,11 @@ class Columns:
             raise InputError("user, item and time must all be names, or all be indices")
 
     def wanted(self) -> list[Column]:
-        """The columns that are read, in the order user, item, time."""
+        """Return the columns that are read, in the order user, item, time."""
         return [self.user, self.item] + ([] if self.time is None else [self.time])
 
     def find(self, where: str, header: Sequence[str]) -> list[int]:
-        """The indices of `wanted` among the names `header`; `where` begins the message."""
+        """Return the indices of `wanted` among the names `header`; `where` begins the message."""
         for role, name in zip(("user", "item", "time"), self.wanted(), strict=False):
             if name not in header:
                 hint = ", or None for a file in time order" if role == "time" else ""
@@ -77,7 +77,7 @@ class IdCodes(defaultdict[str, int]):
         return code
 
     def encode(self, values: Sequence[str]) -> NDArray[np.int32]:
-        """The codes of `values`, (len(values),) int32."""
+        """Return the codes of `values`, (len(values),) int32."""
         return np.fromiter(map(self.__getitem__, values), np.int32, len(values))
 
 
@@ -217,7 +217,7 @@ def _check_rows(
 def _times(
     path: Path, block: _Block, cells: Sequence[str], columns: Columns
 ) -> NDArray[np.int64] | NDArray[np.float64]:
-    """The block's times: int64 where all are whole numbers, float64 otherwise."""
+    """Return the block's times: int64 where all are whole numbers, float64 otherwise."""
     try:
         return np.fromiter(map(int, cells), np.int64, len(cells))
     except (ValueError, OverflowError):
@@ -227,7 +227,7 @@ def _times(
 
 
 def _seconds(cell: str, path: Path, line: int, column: Column | None) -> float:
-    """A number as it stands, or the seconds since 1970 of an ISO 8601 date (UTC if unsaid)."""
+    """Return a number as it stands, or the seconds since 1970 of an ISO date (UTC if unsaid)."""
     try:
         return float(cell)
     except ValueError:

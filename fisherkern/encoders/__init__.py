@@ -12,12 +12,12 @@ from fisherkern.encoders.sasrec import SASRec
 MODELS: dict[str, type[SequenceEncoder]] = {**ENCODERS, "ParallelEncoders": ParallelEncoders}
 
 __all__ = [
+    "ENCODERS",
+    "MODELS",
     "BERT4Rec",
     "Batch",
     "Caser",
-    "ENCODERS",
     "GRU4Rec",
-    "MODELS",
     "ParallelEncoders",
     "SASRec",
     "SequenceEncoder",

@@ -68,7 +68,7 @@ class SequenceEncoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) at the prediction position, of histories of any length.
+        """Encode h (N, D) at the prediction position, of histories of any length.
 
         Where there is no mask token it equals `transform(states(read_history(batch))[:, -1])`,
         by a shorter way. A history of padding alone is allowed. Raises as `read_history` does.
@@ -76,7 +76,7 @@ class SequenceEncoder(nn.Module):
         raise NotImplementedError
 
     def add_output(self, tied: bool, bias: bool) -> None:
-        """The output layer: the item rows of the embedding or a matrix of its own, and a bias."""
+        """Add the output layer: the embedding's item rows or a matrix of its own, and a bias."""
         shape = (self.num_items, self.dim)
         self.output_embedding = None if tied else nn.Parameter(torch.empty(shape))
         self.output_bias = nn.Parameter(torch.zeros(self.num_items)) if bias else None
@@ -133,7 +133,7 @@ class SequenceEncoder(nn.Module):
             raise InputError(f"tokens has {width} columns, more than max_len = {self.max_len}")
 
     def read_history(self, batch: Batch, *, least: int | None = None) -> Tensor:
-        """The last `max_len` columns of a batch's histories, int64, on the model's device.
+        """Read the last `max_len` columns of a batch's histories, int64, on the model's device.
 
         With `least`, left columns that are padding in every row are cut off, until so many
         remain. Waits once for the device that the histories come from, which is seldom a GPU.
@@ -180,7 +180,7 @@ def trim_padding(tokens: Tensor) -> Tensor:
 
 
 def take(x: Tensor, positions: Tensor | None) -> Tensor:
-    """x (N, T, D) at `positions` (N, Q) int64: (N, Q, D); all of x for None."""
+    """Take x (N, T, D) at `positions` (N, Q) int64: (N, Q, D); all of x for None."""
     if positions is None:
         return x
     return x.gather(1, positions.unsqueeze(2).expand(-1, -1, x.shape[2]))

@@ -90,12 +90,12 @@ class BERT4Rec(SequenceEncoder):
         return self.final_norm(self.blocks[-1](x, padding, positions))
 
     def append_mask(self, history: Tensor) -> Tensor:
-        """The mask token after `history` (N, T); a full row loses its oldest item."""
+        """Append the mask token to `history` (N, T); a full row loses its oldest item."""
         history = history[:, -(self.max_len - 1) :] if self.max_len > 1 else history[:, :0]
         return F.pad(history, (0, 1), value=self.mask_token)
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) of the mask token after each history; see `SequenceEncoder` for the batch.
+        """Encode h (N, D) at a mask token after each history; see `SequenceEncoder` for the batch.
 
         Equals `transform(states(append_mask(history))[:, -1])`. A history of padding
         alone is allowed. Raises InputError as `read_history` does.

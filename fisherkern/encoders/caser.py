@@ -76,7 +76,7 @@ class Caser(SequenceEncoder):
         self.initialize(init_std)
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """h of the window that ends at each column, (N, T, D); or at `positions` (N, Q) alone.
+        """Return h of the window that ends at each column, (N, T, D), or at `positions` (N, Q).
 
         `tokens` (N, T <= max_len) int64. Every filter runs over the sequence once, whatever
         the number of windows it is in. Allocates N T D L (L + 1) / 2 numbers for the filters.
@@ -86,7 +86,7 @@ class Caser(SequenceEncoder):
         return self.dense(self.dropout(features)).relu()
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) of the last `window` items of each history; see `SequenceEncoder`.
+        """Encode h (N, D) of the last `window` items of each history; see `SequenceEncoder`.
 
         Equals `transform(states(read_history(batch))[:, -1])`, but for one window only.
         """

@@ -84,7 +84,7 @@ class GRU4Rec(SequenceEncoder):
         return self.dense(take(steps, number if positions is None else number.gather(1, positions)))
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) after the last item of each history; see `SequenceEncoder` for the batch.
+        """Encode h (N, D) after the last item of each history; see `SequenceEncoder`.
 
         Equals `transform(states(read_history(batch))[:, -1])`; takes as many steps as the
         longest history has items.
@@ -95,7 +95,7 @@ class GRU4Rec(SequenceEncoder):
 
 
 def _without_padding(tokens: Tensor, number: Tensor) -> Tensor:
-    """The items of each row moved to its left end, (N, longest row's number of items or 1).
+    """Move the items of each row to its left end, (N, longest row's number of items or 1).
 
     `number` (N, T) int64 counts the items of a row up to each column.
     """

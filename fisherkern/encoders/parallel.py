@@ -114,10 +114,12 @@ class ParallelEncoders(SequenceEncoder):
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
+        """Whether all members are causal."""
         return all(member.causal for member in self.networks)
 
     @property
     def item_ids(self) -> list[str] | None:
+        """The external ids, which are the members' too."""
         return self._item_ids
 
     @item_ids.setter
@@ -128,11 +130,11 @@ class ParallelEncoders(SequenceEncoder):
                 member.item_ids = item_ids
 
     def split(self, h: Tensor) -> tuple[Tensor, ...]:
-        """The members' parts of a state or h (.., Σ D_n): N views (.., D_n)."""
+        """Return the members' parts of a state or h (.., Σ D_n): N views (.., D_n)."""
         return h.split([member.dim for member in self.networks], dim=-1)
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The members' states side by side, (N, T, Σ D_n) or (N, Q, Σ D_n) at `positions`."""
+        """Return the members' states side by side, (N, T or Q, Σ D_n); Q with `positions`."""
         unmasked = tokens.masked_fill(tokens == self.mask_id, 0)
         found = []
         for member in self.networks:
@@ -141,16 +143,16 @@ class ParallelEncoders(SequenceEncoder):
         return torch.cat(found, dim=-1)
 
     def transform(self, states: Tensor) -> Tensor:  # type: ignore[override]
-        """h (.., Σ D_n) of states (.., Σ D_n): every member's transform of its part."""
+        """Return h (.., Σ D_n) of states (.., Σ D_n): every member's transform of its part."""
         parts = zip(self.networks, self.split(states), strict=True)
         return torch.cat([member.transform(part) for member, part in parts], dim=-1)
 
     def encode(self, batch: Batch) -> Tensor:
-        """The members' h side by side, (N, Σ D_n). Raises as their `encode`."""
+        """Encode the members' h side by side, (N, Σ D_n). Raises as their `encode`."""
         return torch.cat([member.encode(batch) for member in self.networks], dim=-1)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean of the members' logits, (N, V); column c is item c + 1."""
+        """Return the mean of the members' logits, (N, V); column c is item c + 1."""
         logits = self.networks[0](batch)
         for member in self.networks[1:]:
             logits = logits + member(batch)
@@ -164,6 +166,7 @@ class ParallelEncoders(SequenceEncoder):
         return weight, torch.stack(biases).sum(dim=0) / len(heads) if biases else None
 
     def item_parameters(self) -> dict[str, int]:
+        """Return the members' item parameters under their names here."""
         return {
             f"members.{index}.{name}": row
             for index, member in enumerate(self.networks)
@@ -171,6 +174,7 @@ class ParallelEncoders(SequenceEncoder):
         }
 
     def mask_items(self, tokens: Tensor, positions: Tensor, chosen: Tensor) -> Tensor:
+        """Hide items behind the mask token, where all members have one."""
         if not hasattr(self, "mask_token"):
             return super().mask_items(tokens, positions, chosen)
         return self.networks[0].mask_items(tokens, positions, chosen)

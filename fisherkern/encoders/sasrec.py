@@ -110,7 +110,7 @@ class SASRec(SequenceEncoder):
         return self.final_norm(self.blocks[-1](x, hidden, positions))
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) of the last item of each history; see `SequenceEncoder` for the batch.
+        """Encode h (N, D) of the last item of each history; see `SequenceEncoder`.
 
         Equals `transform(states(read_history(batch))[:, -1])`, but computes the last block
         there alone, and nothing for padding that the whole batch shares.

@@ -31,7 +31,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
-        """`queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1, 1 or Q, T)."""
+        """Let `queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1 or Q, T)."""
         if queries.shape[1] == 1 and not self.training:
             return self._of_one(queries[:, 0], x, hidden[:, :, 0])[:, None]
         q, k, v = (self._split(s) for s in (self.query(queries), self.key(x), self.value(x)))
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         return self.output(context.transpose(1, 2).flatten(2))
 
     def _of_one(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
-        """The same for one query a sequence, (N, D), without the keys and values of T positions.
+        """Compute the same for one query a sequence, (N, D), without T keys and values.
 
         qᵀ(K x_t + c) = (Kᵀq)ᵀx_t + qᵀc and Σ_t a_t (V x_t + d) = V Σ_t a_t x_t + d, head by
         head: D·heads products a position in place of 2 D², forward and backward.
@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
 
 
 def _lowest(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """What takes the scores out of the softmax where `hidden`, zero elsewhere.
+    """Return what takes the scores out of the softmax where `hidden`, zero elsewhere.
 
     The lowest finite number, not -inf: a row that is all padding must not become NaN.
     """
@@ -86,6 +86,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (.., D) to (.., D)."""
         return self.outer(self.activation(self.inner(x)))
 
 

@@ -45,7 +45,7 @@ class Comparison(Mapping[str, Difference]):
         return {**asdict(self.protocol), "num_users": self.num_users, "differences": metrics}
 
     def table(self) -> str:
-        """The protocol in a line, then a row for each metric: difference, error, interval."""
+        """Return the protocol, then a row for each metric: difference, error, interval."""
         lines = [f"{self.protocol}, {self.num_users:,} users, paired"]
         lines.append(f"{'':<9}{'difference':>12}{'std. error':>12}{'95 % interval':>22}")
         for metric, d in self.items():
@@ -55,7 +55,7 @@ class Comparison(Mapping[str, Difference]):
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """The paired differences a minus b for every metric that both reports have.
+    """Compare two reports user by user: the paired differences a minus b of every metric.
 
     With d_u = a_u - b_u over n users: mean(d), standard error sd(d) / sqrt(n) with the
     n - 1 denominator in sd, and the interval mean +- 1.96 standard errors (normal

@@ -31,6 +31,7 @@ class ScoreEnsemble(nn.Module):
         self.max_len = max(_max_len(member) for member in members)
 
     def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Return the mean of the log-probabilities, (N, V_out)."""
         total: Tensor | None = None
         for index, member in enumerate(self.members):
             scores = member(_last(batch, _max_len(member))).log_softmax(dim=-1)

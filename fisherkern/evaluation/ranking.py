@@ -120,7 +120,7 @@ def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndar
 
 
 def item_scores(model: Any, batch: dict[str, Tensor], num_items: int) -> Tensor:
-    """The model's scores of items 1..V for a batch: (N, V), pad and mask columns cut off.
+    """Return the scores of items 1..V for a batch, (N, V), pad and mask columns cut off.
 
     Column c of `model(batch)` is item c + model.first_item (0 where the model has no
     such attribute). Raises InputError for a wrong shape or a NaN, naming the user.

@@ -79,26 +79,30 @@ class Report(Mapping[str, float]):
 
     @property
     def num_users(self) -> int:
+        """How many users were ranked."""
         return len(self.users)
 
     @property
     def split(self) -> str:
+        """The split of the protocol."""
         return self.protocol.split
 
     @property
     def candidates(self) -> str:
+        """The candidates of the protocol."""
         return self.protocol.candidates
 
     @property
     def seen(self) -> str:
+        """The protocol's treatment of seen items."""
         return self.protocol.seen
 
     def to_json(self) -> dict[str, Any]:
-        """The protocol and the means as plain JSON values, without the per-user arrays."""
+        """Return the protocol and the means as plain JSON values, without the per-user arrays."""
         return {**asdict(self.protocol), "num_users": self.num_users, "metrics": dict(self)}
 
     def table(self) -> str:
-        """The protocol in a line, then a row for each metric and a column for each cut-off."""
+        """Return the protocol, then a row for each metric and a column for each cut-off."""
         names = list(dict.fromkeys(metric.split("@")[0] for metric in self))
         cutoffs = list(dict.fromkeys(metric.split("@")[1] for metric in self))
         lines = [f"{self.protocol}, {self.num_users:,} users"]

@@ -93,7 +93,7 @@ class Attributes(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
         if self.table is None or self.head is None:
             raise InputError("Attributes must be bound first: objective.bind(data, max_len)")
         if self.dim != model.dim:
@@ -126,4 +126,5 @@ class Attributes(Objective):
         return dataclasses.replace(self, table=table, head=head)
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return the linear layer of a bound objective."""
         return {} if self.head is None else {"attributes": self.head}

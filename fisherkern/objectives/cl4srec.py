@@ -49,7 +49,7 @@ class CL4SRec(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0; encodes 2N rows."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0; encodes 2N rows."""
         tokens = tokens[(tokens != 0).any(dim=1)]
         if not len(tokens):
             return no_loss(model)
@@ -59,4 +59,5 @@ class CL4SRec(Objective):
         return self.loss(first, second)
 
     def columns(self, tokens: Tensor, extra: int) -> Tensor:
+        """Leave out the newest items, which another part of the sum predicts."""
         return tokens[:, : tokens.shape[1] - extra]

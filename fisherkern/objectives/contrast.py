@@ -18,8 +18,10 @@ class ContrastiveLoss(Protocol):
     """A loss of two views, rows in the same order; a frozen dataclass, for its settings."""
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
-        """0-dim loss of `first` and `second` (N, D); `same` (N, N) bool, symmetric: no negatives
-        of each other."""
+        """Return the loss, 0-dim, of `first` and `second` (N, D).
+
+        Rows that `same` (N, N) bool, symmetric, pairs are no negatives of each other.
+        """
         ...
 
 
@@ -43,6 +45,7 @@ class NTXent:
         _check("NTXent", self.temperature, self.similarity)
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        """Return the loss, 0-dim; see `ContrastiveLoss`."""
         count = first.shape[0]
         views = _scaled(torch.cat([first, second]), self.similarity)
         scores = _products(views, views) / self.temperature
@@ -82,6 +85,7 @@ class SymmetricNoiseTolerant:
         check_positive("SymmetricNoiseTolerant: weight", self.weight)
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        """Return the loss, 0-dim; see `ContrastiveLoss`."""
         first, second = _scaled(first, self.similarity), _scaled(second, self.similarity)
         scores = _products(first, second) / self.temperature
         positive = scores.diagonal()

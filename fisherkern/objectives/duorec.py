@@ -54,7 +54,7 @@ class DuoRec(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
         tokens = tokens[(tokens[:, :-1] != 0).any(dim=1)]
         if not len(tokens):
             return no_loss(model)

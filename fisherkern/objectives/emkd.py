@@ -117,7 +117,7 @@ class EMKD(Objective):
 
     @classmethod
     def released(cls, temperature: float = 1.0, **changes: Any) -> EMKD:
-        """The released code's loss: M = 8, λ = 0.01, μ = 0.001 and its variants of the equations.
+        """Return the released code's loss: M = 8, λ = 0.01, μ = 0.001, its variants of equations.
 
         Its temperature is 1 for ML-1M and 0.3 for Beauty and Toys. `changes` are other arguments.
         """
@@ -135,7 +135,7 @@ class EMKD(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
         networks = self._networks(model)
         tokens = tokens[(tokens != 0).any(dim=1)]
         if not len(tokens):
@@ -204,6 +204,7 @@ class EMKD(Objective):
         return dataclasses.replace(self, table=table, heads=tuple(heads))
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return the linear layers of a bound objective."""
         return {f"attributes{index}": head for index, head in enumerate(self.heads)}
 
     def _networks(self, model: SequenceEncoder) -> ParallelEncoders:
@@ -225,7 +226,7 @@ class EMKD(Objective):
     def _predictions(
         self, model: ParallelEncoders, seen: Sequence[Tensor], tokens: Tensor, hidden: Tensor
     ) -> list[Tensor]:
-        """The terms L_MIP + μ L_KD of each view; `seen` are N of (M, rows, T, D)."""
+        """Return the terms L_MIP + μ L_KD of each view; `seen` are N of (M, rows, T, D)."""
         heads = [network.head() for network in model.networks]
         masked = [hasattr(network, "mask_token") for network in model.networks]
         terms = []
@@ -277,7 +278,7 @@ class EMKD(Objective):
             return torch.stack(terms).sum()
 
     def _attributes(self, anchors: Sequence[Tensor], tokens: Tensor, at: Tensor) -> list[Tensor]:
-        """The terms of L_AP from N of (rows, T, D) at the positions `at` (rows, T) bool."""
+        """Return the terms of L_AP from N of (rows, T, D) at the positions `at` (rows, T) bool."""
         assert self.table is not None
         items = tokens[at].cpu()
         known = self.table.known(items)

@@ -38,7 +38,7 @@ class MaskedItems(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0.
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0.
 
         Scores the masked places only; `softmax_loss` says what it holds. `generator` is on the
         CPU, so that the draws do not depend on the model's device. Raises InputError if no row

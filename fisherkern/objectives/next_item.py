@@ -73,7 +73,7 @@ class NextItem(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T + 1) int64 left-padded with 0.
+        """Return the loss, 0-dim, of `tokens` (N, T + 1) int64 left-padded with 0.
 
         0 where no row has two items.
         """
@@ -113,7 +113,7 @@ class NextItem(Objective):
         bias: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """The loss of h (P, D) with next items `column` (P,), of the sequences `row` (P,)."""
+        """Return the loss of h (P, D) with next items `column` (P,), of sequences `row` (P,)."""
         by_row = self.negatives_per == "sequence"
         drawn, log_q = self._draw(rows if by_row else len(h), weight.shape[0], generator)
         drawn, log_q = drawn.to(h.device), log_q.to(weight)

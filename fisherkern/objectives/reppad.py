@@ -40,12 +40,13 @@ class RepPad(Objective):
 
     @property
     def lookahead(self) -> int:  # type: ignore[override]
+        """The repeated objective's."""
         return self.objective.lookahead
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
         return self.objective(model, self.repeat(tokens, generator), generator)
 
     def repeat(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,10 +65,13 @@ class RepPad(Objective):
         return filled
 
     def bind(self, data: TrainingSequences, max_len: int) -> RepPad:
+        """Bind the repeated objective."""
         return dataclasses.replace(self, objective=self.objective.bind(data, max_len))
 
     def modules(self) -> Mapping[str, nn.Module]:
+        """Return the repeated objective's modules."""
         return self.objective.modules()
 
     def columns(self, tokens: Tensor, extra: int) -> Tensor:
+        """Return the repeated objective's columns."""
         return self.objective.columns(tokens, extra)

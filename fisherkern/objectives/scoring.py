@@ -116,5 +116,5 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
 
 
 def _filled(rows: Tensor, multiple: int) -> Tensor:
-    """The rows, and so many of zeros after them that their number is a multiple."""
+    """Append so many rows of zeros that the number of rows is a multiple."""
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple))

@@ -64,7 +64,7 @@ def save_model(
 
 
 def load_model(path: PathLike) -> SequenceEncoder:
-    """The model that `save_model` wrote, on the CPU, in eval mode.
+    """Load the model that `save_model` wrote, on the CPU, in eval mode.
 
     Without the JSON file beside it `item_ids` is None. NaN values are loaded as they are.
     Raises InputError for a file that is not a model, an unknown class, item ids that are

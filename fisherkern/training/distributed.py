@@ -20,12 +20,12 @@ from fisherkern.objectives.scoring import LOCAL_SLICE
 
 
 def rank() -> int:
-    """This process's number, 0 where there is only one."""
+    """Return this process's number, 0 where there is only one."""
     return dist.get_rank() if _joined() else 0
 
 
 def world() -> int:
-    """The number of processes in the run."""
+    """Return the number of processes in the run."""
     return dist.get_world_size() if _joined() else 1
 
 
@@ -53,7 +53,7 @@ def init_distributed(device: torch.device) -> Iterator[torch.device]:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a 0-dim tensor, the same bits in every process."""
+    """Return the mean of a 0-dim tensor, the same bits in every process."""
     if world() == 1:
         return value
     value = value.detach().clone()
@@ -106,7 +106,7 @@ class BatchLoss(nn.Module):
             self.methods = {name: functools.partial(rows, own[name]) for name in own}
 
     def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T)."""
+        """Return the loss, 0-dim, of `tokens` (N, T)."""
         before = LOCAL_SLICE.set(local_slice if world() > 1 else None)
         try:
             with _shadowed(self.model, self.methods):
@@ -116,7 +116,7 @@ class BatchLoss(nn.Module):
 
 
 def local_slice(count: int) -> tuple[slice, float]:
-    """This process's share of `count` places, and the weight of their mean; see `LOCAL_SLICE`."""
+    """Return this process's share of `count` places and its mean's weight: `LOCAL_SLICE`."""
     share = -(-count // world())
     first, last = rank() * share, min((rank() + 1) * share, count)
     if first < last:

@@ -37,13 +37,14 @@ class TrainingData(Protocol):
     item_ids: Any
 
     @property
-    def num_items(self) -> int: ...
+    def num_items(self) -> int:
+        """V, the size of the catalogue."""
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return a hash of the content."""
 
-    def windows(
-        self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str
-    ) -> Any: ...
+    def windows(self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str) -> Any:
+        """Return the batches of one epoch, (N, max_len) int64 each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def train(
 def checked_settings(
     model: SequenceEncoder, data: TrainingData, validate: Validate | None, settings: dict[str, Any]
 ) -> TrainingSettings:
-    """The settings with `max_len` filled in; raises InputError where they do not fit the rest."""
+    """Fill in `max_len`; raise InputError where the settings do not fit the rest."""
     chosen = TrainingSettings(**settings)
     max_len = model.max_len if chosen.max_len is None else chosen.max_len
     chosen = dataclasses.replace(chosen, max_len=max_len)
@@ -195,6 +196,7 @@ class TrainLoop:
         self.total = settings.epochs * len(self.windows(1))
 
     def windows(self, epoch: int) -> Any:
+        """Return the epoch's batches, with the objective's lookahead."""
         return self.data.windows(
             batch_size=self.settings.batch_size,
             max_len=self.width,
@@ -204,6 +206,7 @@ class TrainLoop:
         )
 
     def go(self, show: bool) -> TrainingLog:
+        """Run the epochs that are left; with a progress bar if `show`."""
         now, settings = self.progress, self.settings
         self.scalars.resume(now.step)
         with tqdm(total=self.total, initial=now.step, unit="step", disable=not show) as bar:
@@ -222,7 +225,7 @@ class TrainLoop:
         )
 
     def epoch(self, bar: Any) -> None:
-        """The epoch after `progress.losses`, or what is left of it."""
+        """Run the epoch after `progress.losses`, or what is left of it."""
         now, epoch = self.progress, len(self.progress.losses) + 1
         self.trained.train()
         for tokens in itertools.islice(self.windows(epoch), now.batch, None):
@@ -268,6 +271,7 @@ class TrainLoop:
             self.save()
 
     def save(self) -> None:
+        """Save the state where there is a file for it; process 0 alone."""
         if self.saving.path is not None and distributed.rank() == 0:
             save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
@@ -275,13 +279,15 @@ class TrainLoop:
     def step(self, tokens: Tensor) -> float:
         """One step of the optimiser on one batch of windows; its loss."""
         settings, step = self.settings, self.progress.step
-        with self.drawing(step) as generator:
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
-            ):
-                # A compiler would have to look into it at every call, and has its own ways.
-                with contextlib.nullcontext() if settings.compile else FastCPUKernels():
-                    loss = self.loss(tokens.to(self.device), generator)
+        # A compiler would have to look into the mode at every call, and has its own ways.
+        kernels = contextlib.nullcontext() if settings.compile else FastCPUKernels()
+        bf16 = settings.precision == "bf16"
+        with (
+            self.drawing(step) as generator,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+            kernels,
+        ):
+            loss = self.loss(tokens.to(self.device), generator)
         rate = learning_rate(
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
         )
@@ -309,7 +315,7 @@ class TrainLoop:
 
     @contextlib.contextmanager
     def drawing(self, step: int) -> Iterator[torch.Generator]:
-        """The random numbers of a step: the objective's generator, and torch's own for dropout.
+        """Fix the random numbers of a step: the objective's generator, and torch's for dropout.
 
         Two streams from (seed, step): were they one, what is masked would depend on what is
         dropped. Nothing is carried over, so a resumed run needs no generator's state. Processes

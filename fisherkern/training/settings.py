@@ -71,7 +71,7 @@ class TrainingSettings:
 
 
 def learning_rate(step: int, total: int, lr: float, schedule: str, warmup_steps: int) -> float:
-    """The rate of step `step` = 0..total-1.
+    """Return the rate of step `step` = 0..total-1.
 
     lr (step + 1) / warmup_steps while that is below lr; after it lr ("constant") or
     lr (total - step) / (total - warmup_steps), zero at `total` ("linear").

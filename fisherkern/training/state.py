@@ -45,11 +45,12 @@ class TrainProgress:
         return sum(epoch > best for epoch in self.scores) >= patience
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `from_json` gives the object back."""
+        """Return the fields as JSON values; `from_json` gives the object back."""
         return dataclasses.asdict(self) | {"scores": list(self.scores.items())}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TrainProgress:
+        """Make the object that `to_json` described."""
         scores = {int(epoch): score for epoch, score in fields["scores"]}
         return cls(**{**fields, "scores": scores})
 
@@ -67,7 +68,7 @@ class TrainState:
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts' tensors themselves, as "model.item_embedding.weight"; a shared one, once."""
+        """Return the parts' tensors, as "model.item_embedding.weight"; a shared one, once."""
         seen: set[tuple[int, torch.Size]] = set()
         found = {}
         for part, module in self.parts.items():
@@ -79,7 +80,7 @@ class TrainState:
         return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimiser moves, by the names of `tensors`; one that is shared, once."""
+        """Return what the optimiser moves, by the names of `tensors`; a shared one, once."""
         seen: set[nn.Parameter] = set()
         found = {}
         for part, module in self.parts.items():
