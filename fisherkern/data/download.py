@@ -16,15 +16,26 @@ ML_1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
 
 
 def download_ml_1m(folder: Path, *, url: str = ML_1M_URL, md5: str = ML_1M_MD5) -> Path:
-    """Fetch MovieLens-1M into `folder`: ml-1m.txt, whose path is returned, and its attributes.
+    """Fetch MovieLens-1M into `folder`: ml-1m.txt and its attributes.
 
-    Movies are renumbered 1..V by first appearance in ratings.dat, as in the copies that
-    papers on sequential recommendation share. The attributes are genres, numbered from 1
-    by first appearance in movies.dat. Users keep their numbers.
+    Movies are renumbered 1..V by first appearance in ratings.dat, as in the copies that papers on
+    sequential recommendation share. The attributes are genres, numbered from 1 by first appearance
+    in movies.dat. Users keep their numbers.
 
-    Raises InputError when the archive cannot be had, its MD5 differs from `md5`, or it
-    lacks a file; nothing is left behind then. Source: F. M. Harper and J. A. Konstan,
-    The MovieLens Datasets, ACM TiiS 5(4), 2015.
+    Args:
+        folder: where the two files go.
+        url: of the archive.
+        md5: of the archive, 32 hex digits.
+
+    Returns:
+        The path of ml-1m.txt.
+
+    Raises:
+        InputError: an archive that cannot be had, has another MD5 or lacks a file; nothing is left
+            behind then.
+
+    Source:
+        F. M. Harper and J. A. Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
     """
     import pooch  # which takes requests along
 

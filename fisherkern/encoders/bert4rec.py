@@ -10,22 +10,36 @@ from fisherkern.encoders.transformer import Block, check_blocks, position_ids
 
 
 class BERT4Rec(SequenceEncoder):
-    """BERT4Rec (Sun et al., CIKM 2019), the network of the paper with learnt positions.
+    """BERT4Rec: a bidirectional Transformer that fills in masked items, with learnt positions.
 
-    x = dropout(LN(item_embedding + position_embedding)); `layers` Transformer blocks;
-    h = LN(gelu(dense(state))) at the mask token that `encode` puts after the history;
-    logits = W h + b, W the item rows of the embedding (`tied`) or a matrix of its own.
+        x = dropout(LN(item_embedding + position_embedding)),  `layers` Transformer blocks
+        h = LN(gelu(dense(state))) at the mask token that `encode` puts after the history
+        logits = W h + b
 
-    Embedding rows: 0 padding, 1..V items, V + 1 the mask token. Positions are counted
-    from the right end: the last column is always row `max_len` - 1 of the position
-    table, so a short batch, a trimmed one and a full one agree.
+    Embedding rows: 0 padding, 1..V items, V + 1 the mask token. Positions are counted from the
+    right end: the last column is always row `max_len` - 1 of the position table, so a short batch,
+    a trimmed one and a full one agree. Initial values are drawn from torch's global generator.
 
-    Arguments: `dropout` acts on embeddings and on both sub-layers' outputs,
-    `attention_dropout` (default: the same) on attention weights; `inner_dim` (default
-    4 D) is the feed-forward width; `norm` is "post" or "pre". Embeddings start from a normal
-    of deviation `init_std` truncated at two deviations, linear layers from Xavier's uniform
-    distribution, both drawn from torch's global generator. Raises InputError for sizes below
-    1, a width that `heads` does not divide, an unknown `norm`, or a dropout outside [0, 1).
+    Args:
+        num_items: V, the size of the catalogue.
+        max_len: columns of a batch, the mask token among them.
+        dim: D, the width of states and embeddings.
+        layers: Transformer blocks.
+        heads: attention heads; they divide `dim`.
+        dropout: on embeddings and on both sub-layers' outputs, in [0, 1).
+        attention_dropout: on attention weights; None: `dropout`.
+        inner_dim: width of the feed-forward layer; None: 4 D.
+        norm: "post" or "pre", where a block's layer norms stand.
+        tied: W is the item rows of the embedding, else a matrix of its own.
+        init_std: deviation of the initial embeddings, a normal truncated at two deviations. Linear
+            layers start from Xavier's uniform distribution.
+
+    Raises:
+        InputError: a size below 1, a width that `heads` does not divide, an unknown `norm`, or a
+            dropout outside [0, 1).
+
+    Source:
+        Sun et al., CIKM 2019.
     """
 
     def __init__(

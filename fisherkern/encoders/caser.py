@@ -11,7 +11,7 @@ from fisherkern.encoders.base import Batch, SequenceEncoder, take
 
 
 class Caser(SequenceEncoder):
-    """Caser (Tang and Wang, WSDM 2018) without its user embedding.
+    """Caser without its user embedding: convolutions over a window of the last items.
 
     E (L, D) are the embeddings of the last L = `window` items. With relu(a, b) elementwise:
 
@@ -19,15 +19,28 @@ class Caser(SequenceEncoder):
         vertical:                  v_k = sum_l G_kl E[l],  G_k (L,)
         h = relu(W_1 dropout([v; o]) + b_1),  logits = W h + b
 
-    with `horizontal` filters F_k (height, D) of each height and `vertical` filters G_k. The
-    paper joins an embedding of the user to h; here sequences stand for themselves, as next
-    items are asked of users never seen, so W is (V, D): a matrix of its own, as in the paper,
-    or the item rows of the embedding (`tied`), and b is left out with `bias=False`.
+    The paper joins an embedding of the user to h; here sequences stand for themselves, as next
+    items are asked of users never seen, so W is (V, D). Embedding rows: 0 padding (zero, never
+    trained), 1..V items; a history of fewer than L items has padding before it.
 
-    Embedding rows: 0 padding (zero, never trained), 1..V items; a history of fewer than L
-    items has padding before it. `max_len` only bounds what `states` is given at once.
-    `dropout` acts on the filters' results; `init_std` as in BERT4Rec, filters as linear
-    layers there. Raises InputError for sizes below 1 or a dropout outside [0, 1).
+    Args:
+        num_items: V, the size of the catalogue.
+        max_len: bounds what `states` is given at once, and nothing else.
+        dim: D, the width of embeddings and of h.
+        window: L, the last items that are read.
+        horizontal: filters F_k (height, D) of each height.
+        vertical: filters G_k (L,).
+        dropout: on the filters' results, in [0, 1).
+        tied: W is the item rows of the embedding, else a matrix of its own, as in the paper.
+        bias: whether there is a b.
+        init_std: deviation of the initial embeddings, see `BERT4Rec`; filters start as linear
+            layers there.
+
+    Raises:
+        InputError: a size below 1, or a dropout outside [0, 1).
+
+    Source:
+        Tang and Wang, WSDM 2018.
     """
 
     causal = True

@@ -18,22 +18,30 @@ from fisherkern.errors import InputError
 
 
 class ParallelEncoders(SequenceEncoder):
-    """N networks with one catalogue: logits(s) = (1/N) Σ_n logits_n(s), EMKD's inference.
+    """N networks with one catalogue, whose logits are averaged: EMKD's inference.
+
+        logits(s) = (1/N) Σ_n logits_n(s)
 
     It is one `SequenceEncoder` whose state is its members' laid side by side: h = [h_1; ..; h_N] of
-    width Σ D_n, W = [W_1, .., W_N] / N and b the mean bias (0 where there is none), so that
-    W h + b are those logits. Objectives, `evaluate` and model files take it as any other.
-    `split` gives the members' parts of a state. To merge the networks: `fk.merge(model.members)`
-    with a Fisher of each, which is fast; that of the ensemble is right, but takes the slow path.
+    width Σ D_n, W = [W_1, .., W_N] / N and b the mean bias (0 where there is none), so that W h + b
+    are those logits. Objectives, `evaluate` and model files take it as any other. `split` gives the
+    members' parts of a state. To merge the networks: `fk.merge(model.members)` with a Fisher of
+    each, which is fast; that of the ensemble is right, but takes the slow path.
 
-    In `states` the token V + 1 = `mask_id` hides an item: it is the mask token of members that
-    have one, and padding to the others. `mask_token` and what goes with it exist where all members
-    have one; `causal` is true where all are. `item_ids` are the members' too.
+    In `states` the token V + 1 = `mask_id` hides an item: it is the mask token of members that have
+    one, and padding to the others. `mask_token` and what goes with it exist where all members have
+    one; `causal` is true where all are. `item_ids` are the members' too.
 
-    members: encoders of ours, or mappings of "class" and its arguments, as in `config`. They are
-    not copied. Raises InputError for none, one that is named twice or no encoder of ours, and
-    members that differ in num_items, max_len or item_ids (None differs from nothing).
-    Source: Du et al., EMKD, SIGIR 2023, arXiv 2304.14668, whose code adds the logits up.
+    Args:
+        members: encoders of ours, or mappings of "class" and its arguments, as in `config`; they
+            are not copied.
+
+    Raises:
+        InputError: no members, one that is named twice or no encoder of ours, or members that
+            differ in num_items, max_len or item_ids (None differs from nothing).
+
+    Source:
+        Du et al., EMKD, SIGIR 2023, arXiv 2304.14668, whose code adds the logits up.
     """
 
     def __init__(self, members: Sequence[SequenceEncoder | Mapping[str, Any]]) -> None:

@@ -20,8 +20,15 @@ SPLITS = ("train", "validation", "test")
 class Protocol:
     """What was ranked against what; two reports compare only where all of it agrees.
 
-    seen: "exclude", "keep", or "last-N" for an N from 1 on. The seed matters for drawn candidates
-    alone. Raises InputError for an unknown choice.
+    Args:
+        split: "train", "validation" or "test".
+        candidates: "full", "uniform-100", "popular-100" or "top-popular-100".
+        seen: "exclude", "keep", or "last-N" for an N from 1 on.
+        seed: of the drawn candidates; it matters for those alone.
+        data_fingerprint: the data set's `fingerprint()`.
+
+    Raises:
+        InputError: an unknown choice.
     """
 
     split: str
@@ -55,8 +62,11 @@ class Protocol:
 class Report(Mapping[str, float]):
     """Means over users of the ranking metrics, by name: report["ndcg@10"].
 
-    per_user: the same names -> (num_users,) float64, aligned with `users`.
-    users, ranks: (num_users,) int64, index in the dataset, and rank of the target from 1.
+    Args:
+        per_user: the same names -> (num_users,) float64, aligned with `users`.
+        users: (num_users,) int64, indices in the data set.
+        ranks: (num_users,) int64, rank of each target from 1.
+        protocol: what was ranked against what.
     """
 
     per_user: dict[str, np.ndarray]

@@ -64,18 +64,28 @@ class AttributeTable:
 
 @dataclasses.dataclass(frozen=True)
 class Attributes(Objective):
-    """Multi-label attribute prediction (EMKD's auxiliary task, SIGIR 2023), to be added.
+    """Multi-label prediction of item attributes, EMKD's auxiliary task, to be added to another.
 
         -(1/PA) Σ_p Σ_a [ y_pa log σ(z_pa) + (1 - y_pa) log(1 - σ(z_pa)) ],  z_p = U h_p + c
 
-    over P positions, of whose items y_pa says whether they have attribute a; a mean, where
-    the paper sums over positions and attributes. Items are hidden as `MaskedItems(ratio)`
-    does; P are the items at all positions, as in the paper, or, with `positions="masked"`, the
-    hidden ones, as in its code. Items without any attribute are left out. U and c belong to
-    the objective, not to the model: `bind` makes them for a model of width `dim`, U
-    from Xavier's uniform distribution with `seed`, c zero. Holds P x A logits. Raises InputError
-    for a ratio outside (0, 1], an unknown `positions`, a model of another width or without
-    a mask token, and when not bound.
+    over P positions, of whose items y_pa says whether they have attribute a; a mean, where the
+    paper sums over positions and attributes. Items are hidden as `MaskedItems(ratio)` does. Items
+    without any attribute are left out. U and c belong to the objective, not to the model: `bind`
+    makes them, U from Xavier's uniform distribution, c zero. Holds P x A logits.
+
+    Args:
+        dim: width of the model's h.
+        ratio: share of a sequence's items that is masked, in (0, 1].
+        positions: "all", P are the items at all positions, as in the paper, or "masked", the hidden
+            ones, as in its code.
+        seed: of U.
+
+    Raises:
+        InputError: a ratio outside (0, 1], an unknown `positions`, a model of another width or
+            without a mask token, or an objective that is not bound.
+
+    Source:
+        Du et al., EMKD, SIGIR 2023, arXiv 2304.14668.
     """
 
     dim: int = 64

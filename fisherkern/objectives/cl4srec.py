@@ -17,20 +17,30 @@ from fisherkern.objectives.views import encode_views
 
 @dataclasses.dataclass(frozen=True)
 class CL4SRec(Objective):
-    """The contrastive part of CL4SRec (Xie et al., ICDE 2022, eq. 4), to be added to another.
+    """The contrastive part of CL4SRec, to be added to another objective.
 
         loss(h(a(s)), h(b(s))),  a and b two different ones of crop, mask and reorder
 
-    drawn for every sequence s of the batch; h is what the encoder scores items with. `crop` = η
-    is the share of consecutive items that is kept, `mask` = γ the share that is hidden and
-    `reorder` = β the share of consecutive items that is shuffled: floor(share n) of n items.
-    A sequence of one item is left as it is. Hidden items become the encoder's mask token;
-    an encoder without one gets padding there, and then never for the newest item.
+    drawn for every sequence s of the batch; h is what the encoder scores items with. An
+    augmentation of share x changes floor(x n) of n items. A sequence of one item is left as it is.
+    Hidden items become the encoder's mask token; an encoder without one gets padding there, and
+    then never for the newest item.
 
-    Beside `NextItem` in a sum it reads the histories, without the item to be predicted. The
-    views are new tensors: what the data set stores is never written to. Rows of padding alone
-    are left out; a batch of nothing else has loss 0. Raises InputError for `crop` outside
-    (0, 1], or `mask` or `reorder` outside [0, 1].
+    Beside `NextItem` in a sum it reads the histories, without the item to be predicted. The views
+    are new tensors: what the data set stores is never written to. Rows of padding alone are left
+    out; a batch of nothing else has loss 0.
+
+    Args:
+        crop: η, share of consecutive items that is kept, in (0, 1].
+        mask: γ, share of items that is hidden, in [0, 1].
+        reorder: β, share of consecutive items that is shuffled, in [0, 1].
+        loss: the contrastive loss, `NTXent` or `SymmetricNoiseTolerant`.
+
+    Raises:
+        InputError: a share outside its interval.
+
+    Source:
+        Xie et al., ICDE 2022, eq. 4.
     """
 
     crop: float = 0.6

@@ -27,15 +27,23 @@ class ContrastiveLoss(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class NTXent:
-    """InfoNCE over 2N views (SimCLR's NT-Xent; CL4SRec eq. 4; DuoRec eq. 10), their mean.
+    """InfoNCE over 2N views (SimCLR's NT-Xent), their mean.
 
         -(1/2N) Σ_i log( exp(s_i,i+ / τ) / Σ_{j != i} exp(s_ij / τ) )
 
-    s_ij is the dot product of views i and j or their cosine, i+ the other view of i's
-    sequence. The defaults, τ = 1 and the bare dot product, are those of the released code of
-    CL4SRec and DuoRec. Views that `same` ties are left out of each other's denominators.
-    Holds 2N x 2N similarities. Raises InputError for a temperature that is not positive and
-    finite or an unknown similarity.
+    i+ is the other view of i's sequence. The defaults, τ = 1 and the bare dot product, are those of
+    the released code of CL4SRec and DuoRec. Views that `same` ties are left out of each other's
+    denominators. Holds 2N x 2N similarities.
+
+    Args:
+        temperature: τ, positive and finite.
+        similarity: "dot", s_ij is the dot product of views i and j, or "cosine".
+
+    Raises:
+        InputError: a temperature that is not positive and finite, or an unknown similarity.
+
+    Source:
+        CL4SRec eq. 4; DuoRec eq. 10.
     """
 
     temperature: float = 1.0
@@ -61,17 +69,28 @@ class NTXent:
 
 @dataclasses.dataclass(frozen=True)
 class SymmetricNoiseTolerant:
-    """SGCL's loss against noisy views (Zhao et al., TOIS 2025, arXiv 2408.02691), mean over N.
+    """SGCL's loss against noisy views, mean over N.
 
         (1/N) Σ_i [ -exp(q s_ii) / q + (λ (exp(s_ii) + Σ_j exp(s_ij)))^q / q ]
 
-    s_ij = cos(first_i, second_j) / τ. This is the function of the authors' released code with its
-    q = 0.01, λ = 0.1 and τ = 0.2, taken from there and not from the text of the paper. It is the
-    RINCE loss (Chuang et al., CVPR 2022), which counts the positive once and not twice in the
-    second term; as q -> 0 both tend to InfoNCE, and q = 1 is symmetric in the sense of noisy
-    binary labels. Unlike `NTXent`, only rows of `second` are negatives and only rows of `first`
-    anchors. j leaves out what `same` ties to i, but not i. Holds N x N similarities. Raises
-    InputError for q outside (0, 1], or λ or a temperature that is not positive and finite.
+    s_ij = cos(first_i, second_j) / τ. It is the RINCE loss (Chuang et al., CVPR 2022), which counts
+    the positive once and not twice in the second term; as q -> 0 both tend to InfoNCE, and q = 1 is
+    symmetric in the sense of noisy binary labels. Unlike `NTXent`, only rows of `second` are
+    negatives and only rows of `first` anchors. j leaves out what `same` ties to i, but not i. Holds
+    N x N similarities.
+
+    Args:
+        q: in (0, 1].
+        weight: λ, positive and finite.
+        temperature: τ, positive and finite.
+        similarity: "cosine", or "dot" for the bare product.
+
+    Raises:
+        InputError: a number outside its interval, or an unknown similarity.
+
+    Source:
+        Zhao et al., TOIS 2025, arXiv 2408.02691: the function and the defaults of the authors'
+        released code, not of the text of the paper.
     """
 
     q: float = 0.01

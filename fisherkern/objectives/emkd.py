@@ -39,7 +39,7 @@ _KEPT = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class EMKD(Objective):
-    """Ensemble modelling with contrastive knowledge distillation (Du et al., SIGIR 2023).
+    """Ensemble modelling with contrastive knowledge distillation.
 
         L = L_MIP + attribute_weight L_AP + λ (L_ICL + L_CCL) + μ L_KD
 
@@ -62,27 +62,45 @@ class EMKD(Objective):
     `networks` networks of width `dim` from `seed`; `attribute_weight=0` needs neither these nor
     data with attributes.
 
-    Sources, equations 6 to 19: the roles of s_u (anchor, attributes), its views (positives, masked
+    The roles of s_u (anchor, attributes), its views (positives, masked
     items) and the batch (negatives), the sums over networks, pairs and views, the stopped gradient
     and τ are the paper's and its code's. Of c the paper's text was not at hand: that P belongs in
     the denominator is from notes on its eq. 12, that the M positives stand in one logarithm from
     the code. Means over sequences and hidden items stand for the paper's sums.
-
-    The code (`EMKD.released`) has other names here: `contrast="released"` is -log P + log(1 + Q),
-    with no positive below and the anchor itself as exp(0); "each" is the mean over m of one
-    InfoNCE with that positive each, in the code but not called. `distill="mean"` halves L_KD.
-    `masking="bert"` hides every item with probability `ratio`, and what is hidden is the mask token
-    8 times in 10, a random item once and itself once. `attribute_positions="masked"` are those of
-    the last view. `padding=True` lets padding's states count in <,>.
 
     Encoders without a mask token see padding where an item is hidden, and predict it from the
     state of the column before, which for them is what scores it; to give them something to predict
     from, no network has the first item of a sequence hidden. Networks may be of different kinds.
 
     Rows of padding alone are left out. Holds (M + 1) N rows' states of every network and
-    the logits of all hidden items, of one view at a time where a view has more than 2^24. Raises
-    InputError for arguments out of range, a model that is not `ParallelEncoders`, networks
-    of different widths with λ > 0, and heads that are missing or do not fit.
+    the logits of all hidden items, of one view at a time where a view has more than 2^24.
+
+    Args:
+        views: M, at least 1.
+        ratio: share of a sequence's items that a view hides, in (0, 1].
+        temperature: τ, positive and finite.
+        contrast_weight: λ, 0 or more.
+        distill_weight: μ, 0 or more.
+        attribute_weight: weight of L_AP, 0 or more.
+        similarity: "cosine" or "dot".
+        contrast: "joint" is c; "released", the code's, is -log P + log(1 + Q), with no positive
+            below and the anchor itself as exp(0); "each" is the mean over m of one InfoNCE with
+            that positive each, in the code but not called.
+        distill: "sum" is L_KD; "mean", the code's, halves it.
+        masking: "mask"; "bert" hides every item with probability `ratio`, and what is hidden is
+            the mask token 8 times in 10, a random item once and itself once.
+        attribute_positions: "all"; "masked", the code's, are those of the last view.
+        padding: let padding's states count in <,>.
+        networks: N, of the attribute heads.
+        dim: width of each network, of the attribute heads.
+        seed: of the attribute heads.
+
+    Raises:
+        InputError: an argument out of range, a model that is not `ParallelEncoders`, networks of
+            different widths with λ > 0, or heads that are missing or do not fit.
+
+    Source:
+        Du et al., SIGIR 2023, arXiv 2304.14668, equations 6 to 19.
     """
 
     views: int = 8

@@ -17,15 +17,23 @@ from fisherkern.objectives.scoring import softmax_loss
 
 @dataclasses.dataclass(frozen=True)
 class MaskedItems(Objective):
-    """Cloze loss of BERT4Rec (Sun et al., CIKM 2019, section 3.6), mean over masked places.
+    """Cloze loss of BERT4Rec: predict masked items from the rest, mean over masked places.
 
         -(1/|M|) Σ_{(n,t) in M} log softmax(W h_nt + b)[s_nt]
 
-    In a sequence of n items max(1, round(ratio n)) places, drawn uniformly, become the mask
-    token: always, never a random item or the item itself. In a fraction `last_ratio` of the
-    sequences, drawn at random, the last item alone is masked instead, which is what the
-    model is asked at inference. Raises InputError for a ratio outside (0, 1] or a
-    `last_ratio` outside [0, 1].
+    In a sequence of n items max(1, round(ratio n)) places, drawn uniformly, become the mask token:
+    always, never a random item or the item itself.
+
+    Args:
+        ratio: share of a sequence's items that is masked, in (0, 1].
+        last_ratio: share of the sequences, drawn at random, in which the last item alone is masked
+            instead, which is what the model is asked at inference; in [0, 1].
+
+    Raises:
+        InputError: a share outside its interval, or an encoder without a mask token.
+
+    Source:
+        Sun et al., CIKM 2019, section 3.6.
     """
 
     ratio: float = 0.2

@@ -31,20 +31,29 @@ class NextItem(Objective):
         "bce"              -( log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1)
         "gbce"             -( β log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1),  β = 1 - t (1 - α)
 
-    with c_k = log(K q_k) where `log_q` (the sum then is an unbiased estimate of the one over
-    all other items; Bengio and Senécal 2008) and 0 otherwise, q_k the probability of drawing
-    item k. "bce" is SASRec's loss (Kang and McAuley, ICDM 2018) divided by K + 1. "gbce" is that of
-    gSASRec (Petrov and Macdonald, RecSys 2023, eq. 10 and 14), α = K / (V - 1).
+    with c_k = log(K q_k) where `log_q` (the sum then is an unbiased estimate of the one over all
+    other items) and 0 otherwise, q_k the probability of drawing item k, and α = K / (V - 1).
+    Negatives are drawn with replacement; one that is the next item itself does not count, in K + 1
+    neither. The full softmax holds what `softmax_loss` says.
 
-    K = `negatives` are drawn with replacement, `sampling` "uniform" or by "popularity" in the
-    training part, once for each "position", as in both papers, or once for each "sequence"
-    (`negatives_per`), which holds N x K x D values, not P x K x D. A negative that is the next item
-    itself does not count, in K + 1 neither. The full softmax holds what `softmax_loss` says.
+    Args:
+        loss: "softmax", "sampled_softmax", "bce" or "gbce".
+        negatives: K, at least 1; below V with "gbce".
+        t: calibration of "gbce", in [0, 1].
+        log_q: correct "sampled_softmax" for the draw's probabilities.
+        sampling: "uniform", or "popularity" in the training part, which needs `bind`.
+        negatives_per: "sequence", which holds N x K x D values, or "position", as in the papers,
+            which holds P x K x D.
+        last_only: predict the last item of the window from those before it, with any encoder, by
+            `encode`; all positions need a causal one.
 
-    All positions need a causal encoder. `last_only` predicts the last item of the window from
-    those before it, with any encoder, by way of `encode`. Raises InputError for an unknown
-    name, K < 1, t outside [0, 1], `log_q` with a loss that has no use for it, K >= V with
-    "gbce", an encoder that is not causal, and "popularity" when not bound.
+    Raises:
+        InputError: an unknown name, a number out of range, `log_q` with another loss, an encoder
+            that is not causal, or "popularity" when not bound.
+
+    Source:
+        "bce": Kang and McAuley, SASRec, ICDM 2018, divided by K + 1. "gbce": Petrov and Macdonald,
+        gSASRec, RecSys 2023, eq. 10 and 14. `log_q`: Bengio and Senécal, 2008.
     """
 
     loss: str = "softmax"

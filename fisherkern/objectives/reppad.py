@@ -16,16 +16,25 @@ from fisherkern.objectives.base import Objective, TrainingSequences
 
 @dataclasses.dataclass(frozen=True)
 class RepPad(Objective):
-    """`objective` on windows whose padding is filled by repetition (Dang et al., RecSys 2024).
+    """An objective on windows whose padding is filled by repetition.
 
         0 0 0 0 0 0 a b c   becomes   b c 0 a b c 0 a b c   cut on the left to the same width
 
-    with a 0 between the copies, which no objective predicts or predicts from. `repeats` "fill"
-    goes on to the left end; "random" adds 1 to floor(T / n) copies, drawn for every row
-    of n items, as the released code does. That code repeats inputs and targets apart, so the
-    newest item never is an input; here the copies are of the whole window, and it is. For
-    objectives over all or masked positions: raises InputError for one that reads a row as a
-    single sequence (`CL4SRec`, `DuoRec`), and for an unknown `repeats`.
+    with a 0 between the copies, which no objective predicts or predicts from. The released code
+    repeats inputs and targets apart, so the newest item never is an input; here the copies are of
+    the whole window, and it is.
+
+    Args:
+        objective: one over all or masked positions.
+        repeats: "fill" goes on to the left end; "random" adds 1 to floor(T / n) copies, drawn for
+            every row of n items, as the released code does.
+
+    Raises:
+        InputError: an objective that reads a row as a single sequence (`CL4SRec`, `DuoRec`), or an
+            unknown `repeats`.
+
+    Source:
+        Dang et al., RecSys 2024.
     """
 
     objective: Objective

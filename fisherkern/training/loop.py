@@ -51,9 +51,13 @@ class TrainingData(Protocol):
 class TrainingLog:
     """What a run was like.
 
-    losses: each epoch's mean loss over its steps. seconds: wall time of this call. scores:
-    validation score by epoch, counted from 1. best_epoch: the one whose weights the model has, None
-    without validation. ema: the averaged weights as a model of their own, None without `ema`.
+    Args:
+        losses: each epoch's mean loss over its steps.
+        seconds: wall time of this call.
+        steps: steps made, by earlier calls too.
+        scores: validation score by epoch, counted from 1.
+        best_epoch: the epoch whose weights the model has; None without validation.
+        ema: the averaged weights as a model of their own; None without `ema`.
     """
 
     losses: list[float]
@@ -96,29 +100,45 @@ def train(
     progress: bool = True,
     **settings: Any,
 ) -> TrainingLog:
-    """Minimise `objective` (default `MaskedItems(0.2)`) over the windows of `data` with AdamW.
+    """Minimise `objective` over the windows of `data` with AdamW.
 
-    `settings` are the fields of `TrainingSettings`, `epochs` among them. `validate(model)` gives
-    the score of an epoch, higher being better; at the end the model has the weights of the best
-    epoch. `on_epoch(epoch, model, mean_loss)`, epochs counted from 1, is called before the epoch's
-    state is saved. `log_dir` is for TensorBoard: loss, learning rate and gradient norm of each
-    step, the score of each validation.
-
-    With `state`, the run is saved to that file every `save_every` epochs, and inside of them
-    every `save_every_steps` steps or `save_every_seconds` seconds, and goes on from it if it
-    exists: the file's tensors replace those of the model and the objective's modules, and the
-    bits are those of a run never interrupted (same machine, threads, processes and versions; with
-    `compile`, as far as the compiler repeats itself). A finished run returns at once. Random
+    The step's loss is the objective's mean over a batch of windows, its gradient clipped. Random
     numbers depend on (seed, step) alone; the caller's generators are left untouched. Sets
-    `model.item_ids`; leaves the model in eval mode.
+    `model.item_ids` and leaves the model in eval mode.
+
+    With `state` an interrupted run goes on from that file: its tensors replace those of the model
+    and of the objective's modules, and the bits are those of a run never interrupted (same machine,
+    threads, processes and versions; with `compile`, as far as the compiler repeats itself). A
+    finished run returns at once.
 
     Where `torch.distributed` is initialised, every process calls this with the same arguments, a
     step's `batch_size` windows are shared out, and gradients are averaged by
     DistributedDataParallel: to rounding, the single process's result where nothing is dropped out
     (see `BatchLoss`). Process 0 alone calls `validate` and `on_epoch` and writes; all read `state`.
 
-    Raises InputError for settings out of range, data of another catalogue size, the state of
-    another run, a missing TensorBoard, and a loss, gradient or score that is not finite.
+    Args:
+        model: the encoder to train, in place.
+        data: the sequences; their catalogue is the model's.
+        objective: the loss; None: `MaskedItems(0.2)`.
+        validate: gives the score of an epoch, validate(model), higher being better; at the end the
+            model has the weights of the best epoch. None: of the last.
+        on_epoch: called as on_epoch(epoch, model, mean_loss), epochs counted from 1, before the
+            epoch's state is saved.
+        state: file to save the run to, and to go on from if it exists.
+        save_every: epochs between saves.
+        save_every_steps: steps between saves inside an epoch; None: none.
+        save_every_seconds: seconds between saves inside an epoch; None: none.
+        log_dir: folder for TensorBoard: loss, learning rate and gradient norm of every step, the
+            score of every validation.
+        progress: show a progress bar.
+        **settings: the fields of `TrainingSettings`, `epochs` among them.
+
+    Returns:
+        Losses, scores, steps and seconds, and the averaged model with `ema`.
+
+    Raises:
+        InputError: settings out of range, data of another catalogue size, the state of another run,
+            a missing TensorBoard, or a loss, gradient or score that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)

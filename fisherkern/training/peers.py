@@ -127,9 +127,13 @@ def entropy(weights: Tensor, bins: int) -> float:
 class PeersLog:
     """What a run of `train_peers` was like.
 
-    model: the network to keep. peer: "a" or "b", which one it is. losses, scores: as in
-    `TrainingLog`, of a and of b. best_epoch: the one whose weights `model` has, None
-    without validation. seconds: wall time of this call.
+    Args:
+        model: the network to keep.
+        peer: "a" or "b", which one it is.
+        losses: each epoch's mean loss, of a and of b.
+        scores: validation score by epoch, of a and of b.
+        best_epoch: the epoch whose weights `model` has; None without validation.
+        seconds: wall time of this call.
     """
 
     model: SequenceEncoder
@@ -159,25 +163,44 @@ def train_peers(
     progress: bool = True,
     **settings: Any,
 ) -> PeersLog:
-    """PCRec: train two networks of one kind, let them cooperate after every epoch, keep one.
+    """Train two networks of one kind, let them cooperate after every epoch, and keep one (PCRec).
 
-    Each epoch both peers pass over the data, as `train` does with the same `objective` (default
-    `MaskedItems(0.2)`) and `settings`, except that `model_b` has the learning rate `peer_lr`
-    (default: half of lr, the released code's) and draws its windows, their order, dropout and masks
-    from `peer_seed` (default: seed + 1). Then `validate` scores them, and then they
-    cooperate (see `Cooperation` for the other arguments), but not after the last epoch. With
-    `validate` both models end with the weights of their best epochs, and the result is the one with
-    the higher score, `model_a` if they are equal; without it, `model_a`. `patience` counts
-    validations without a new best of either.
-
-    With `state` the run is saved to that file after every epoch and goes on from it if it exists,
-    to the same bits as one never interrupted. The caller's generators are left untouched. Sets both
+    Each epoch both peers pass over the data as `train` does. Then `validate` scores them, and then
+    they cooperate (see `Cooperation`), but not after the last epoch. With `validate` both models
+    end with the weights of their best epochs. The caller's generators are left untouched. Sets both
     models' `item_ids`.
 
-    Raises InputError as `train` and `Cooperation` do, for models of different kinds or that share
-    tensors, peers with the same learning rate and seed, and for `ema`.
-    Source: Sun et al., PCRec, arXiv 2111.00429. Its peers are two processes that wait for each
-    other's files; which one is reported is not said in the code.
+    Args:
+        model_a: the first peer, trained in place.
+        model_b: the second, of the same class and config, sharing no tensor.
+        data: the sequences.
+        objective: the loss of both; None: `MaskedItems(0.2)`.
+        cooperation: "layer" or "parameter".
+        criterion: "entropy" or "l1", which layer is the better.
+        alpha: how sharply the criterion decides.
+        bins: of the entropy's histogram.
+        percent: percentile of |θ| below which "parameter" takes the other's weight.
+        threshold: the same as a number; None: by `percent`.
+        peer_lr: model_b's learning rate; None: half of lr, the released code's.
+        peer_seed: model_b's seed of windows, order, dropout and masks; None: seed + 1.
+        validate: gives the score of an epoch, validate(model), higher being better.
+        state: file to save the run to after every epoch, and to go on from if it exists, to the
+            same bits as a run never interrupted.
+        progress: show a progress bar.
+        **settings: the fields of `TrainingSettings`; `patience` counts validations without a new
+            best of either peer.
+
+    Returns:
+        The peer with the higher validation score, model_a if they are equal or without `validate`,
+        and what the run was like.
+
+    Raises:
+        InputError: what `train` and `Cooperation` refuse, models of different kinds or that share
+            tensors, peers with the same learning rate and seed, and `ema`.
+
+    Source:
+        Sun et al., PCRec, arXiv 2111.00429. Its peers are two processes that wait for each other's
+        files; which one is reported is not said in the code.
     """
     started = time.perf_counter()
     rule = Cooperation(cooperation, criterion, alpha, bins, percent, threshold)

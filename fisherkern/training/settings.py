@@ -18,20 +18,29 @@ CHOICES = {"schedule": ("constant", "linear"), "precision": ("fp32", "bf16")}
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """What, with model, data and objective, decides a run: the keyword arguments of `train`.
+    """What decides a run beside model, data and objective: the keyword arguments of `train`.
 
-    epochs: passes over the data. batch_size: windows in a step, of all processes together.
-    lr, schedule, warmup_steps: see `learning_rate`. weight_decay: AdamW's, on matrices only.
-    clip: the gradient over all parameters is scaled to a norm of at most this; None: never.
-    betas: AdamW's. seed: of the windows and their order, dropout and the objective's draws.
-    crop, max_len: for `data.windows`; max_len None is the model's.
-    validate_every: epochs between validations; the last epoch is always validated. patience: stop
-    after so many validations in a row without a new best score; None: never.
-    precision: "bf16" computes the loss under autocast, in "fp32" nothing is; weights, gradients
-    and AdamW's moments keep their type. compile: the encoder's `states` go through torch.compile,
-    with the backend named if it is a string. ema: see `WeightAverage`; None: no average.
+    Args:
+        epochs: passes over the data.
+        batch_size: windows in a step, of all processes together.
+        lr: AdamW's learning rate; see `learning_rate`.
+        schedule: "constant", or "linear" to zero at the last step.
+        warmup_steps: steps in which the rate rises to `lr`.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the gradient over all parameters; None: no limit.
+        betas: AdamW's two, each in [0, 1).
+        seed: of the windows and their order, dropout and the objective's draws.
+        crop: how windows are cut, see `SequenceDataset.windows`: "random", "last" or "all".
+        max_len: items in a window; None: the model's.
+        validate_every: epochs between validations; the last epoch is always validated.
+        patience: validations in a row without a new best score after which to stop; None: never.
+        precision: "fp32", or "bf16" to compute the loss under autocast. Weights, gradients and
+            AdamW's moments keep their type.
+        compile: send the encoder's `states` through torch.compile; a string names the backend.
+        ema: decay of the average of the weights, see `WeightAverage`; None: no average.
 
-    Raises InputError for what is out of range.
+    Raises:
+        InputError: a value out of range.
     """
 
     epochs: int
