@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor
@@ -89,7 +90,15 @@ def _gone(process: int) -> bool:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, allow_nan=False, default=_number)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _number(value: Any) -> Any:
+    """Python's number for one of NumPy's, which sizes, seeds and metrics may be."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -108,7 +117,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors and metadata (any JSON values) as safetensors; for inside `atomic_path`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Sorted and compact, so that the same content is the same bytes.
-    header = {"fisherkern": json.dumps(metadata, sort_keys=True, allow_nan=False)}
+    header = {"fisherkern": json.dumps(metadata, sort_keys=True, allow_nan=False, default=_number)}
     safetensors.torch.save_file(plain, path, metadata=header)
 
 

@@ -52,8 +52,22 @@ def base_path(path: Path) -> Path:
 
 
 def number_ids(values: NDArray[Any], *, by_appearance: bool) -> tuple[NDArray[np.int32], list[str]]:
-    """Codes 0.. of integer ids, in numerical order or in order of first appearance."""
-    if not by_appearance:
+    """Give integer ids codes 0.., in numerical order or in order of first appearance.
+
+    Where they are few against their number, by tables of their range in place of a sort.
+    """
+    count = len(values)
+    if count and values.min() >= 0 and values.max() < 4 * count:
+        values = values.astype(np.int64, copy=False)
+        first = np.full(int(values.max()) + 1, count)
+        first[values[::-1]] = np.arange(count)[::-1]  # of equal ids the first row is written last
+        distinct = np.flatnonzero(first < count)
+        if by_appearance:
+            distinct = distinct[np.argsort(first[distinct])]
+        rank = np.empty(len(first), np.int32)
+        rank[distinct] = np.arange(len(distinct), dtype=np.int32)
+        codes = rank[values]
+    elif not by_appearance:
         distinct, codes = np.unique(values, return_inverse=True)
     else:
         distinct, first, codes = np.unique(values, return_index=True, return_inverse=True)
@@ -61,7 +75,7 @@ def number_ids(values: NDArray[Any], *, by_appearance: bool) -> tuple[NDArray[np
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         distinct, codes = distinct[order], rank[codes]
-    return codes.astype(np.int32), [str(value) for value in distinct.tolist()]
+    return codes.astype(np.int32, copy=False), [str(value) for value in distinct.tolist()]
 
 
 def assemble(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fisherkern.data import from_frame, load
+from fisherkern.data.actions import number_ids
 from fisherkern.errors import InputError
 
 # User 9 comes first, item 30 too; user 2's rows are out of time order, with a tie (7 before 30).
@@ -114,3 +115,15 @@ def test_text_in_blocks_gives_the_same_codes(monkeypatch):
     monkeypatch.setattr(frames, "_BLOCK_ROWS", 2)
     assert from_frame(arrow.table(columns(user_id=ids))).fingerprint() == whole.fingerprint()
     assert whole.user_ids == ("u9", "u2")
+
+
+@pytest.mark.parametrize("by_appearance", [False, True])
+@pytest.mark.parametrize("ids", [[], [0], [3, 1, 3, 0, 1], [10**17, 5, 10**17, 0], [-2, 7, -2]])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint64])
+def test_ids_are_numbered_the_same_by_tables_and_by_sorting(ids, dtype, by_appearance):
+    if dtype != np.int64 and ids and (min(ids) < 0 or max(ids) > 2**31):
+        pytest.skip("the type does not hold them")
+    distinct = list(dict.fromkeys(ids)) if by_appearance else sorted(set(ids))
+    codes, names = number_ids(np.array(ids, dtype), by_appearance=by_appearance)
+    assert codes.dtype == np.int32 and codes.tolist() == [distinct.index(i) for i in ids]
+    assert names == [str(i) for i in distinct]
