@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise InputError(f"{name} must {bound}, got {value}")
 
 
-def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Raise InputError unless `value` is one of the strings `choices`."""
-    if not isinstance(value, str) or value not in choices:
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise InputError unless `value` is one of `choices`."""
+    choices = list(choices)  # in which a value that has no hash is looked for as well
+    if value not in choices:
         raise InputError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
