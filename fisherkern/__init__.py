@@ -1,9 +1,7 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fisherkern.alignment import align
-from fisherkern.data import SequenceDataset, load, synthetic
+from fisherkern.data import SequenceDataset, from_frame, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
@@ -34,21 +32,19 @@ from fisherkern.postmerge import (
     representation_surgery,
     weight_ensemble,
 )
+from fisherkern.provenance import package_version
 from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
 
-try:
-    __version__ = version("fisherkern")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "unknown"
+__version__ = package_version()
 
 __all__ = [
+    "EMKD",
     "Attributes",
     "BERT4Rec",
     "CL4SRec",
     "Caser",
     "DiagFisher",
     "DuoRec",
-    "EMKD",
     "GRU4Rec",
     "InputError",
     "LinearGrams",
@@ -72,6 +68,7 @@ __all__ = [
     "diag_fisher",
     "evaluate",
     "fisher_product",
+    "from_frame",
     "linear_grams",
     "load",
     "load_model",

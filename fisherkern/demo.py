@@ -70,13 +70,14 @@ def run(data: fk.SequenceDataset, out: Path, *, seed: int, progress: bool) -> di
 
 
 def path_of(out: Path, name: str, ending: str) -> Path:
+    """Return the file of a model or a Fisher in the folder `out`."""
     return out / f"{name.replace(' ', '-')}{ending}"
 
 
 def trained(
     out: Path, progress: bool, name: str, start: Any, data: fk.SequenceDataset, **settings: Any
 ) -> Any:
-    """The model `name` of the folder `out`: a copy of `start`, trained if it is not there."""
+    """Load the model `name` of the folder `out`: a copy of `start`, trained if it is not there."""
     path, state = path_of(out, name, ".safetensors"), path_of(out, name, ".state.safetensors")
     if not path.exists():
         if progress:
@@ -89,7 +90,7 @@ def trained(
 
 
 def comparison(reports: Mapping[str, fk.Report], best: str) -> str:
-    """A Markdown table of NDCG@10, HR@10 and the gains over two models, with their intervals."""
+    """Make a Markdown table of NDCG@10, HR@10 and the gains over two models, with intervals."""
     test = reports[best]
     heads = ("model", "NDCG@10", "HR@10", "over the best member", f"over {CONTROL}")
     lines = [

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fisherkern.errors import InputError
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block succeeds.
+    """Give a temporary name beside `path`, renamed to `path` when the block succeeds.
 
     The temporary file is removed when it does not, so a reader sees the old file
     or the new one and never a part; what a killed process left is removed by the next
@@ -42,10 +43,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp makes the file private; give it the mode a plain open() would.
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{target}: could not be written: {reason}") from error
@@ -56,9 +57,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @functools.cache
 def _machine() -> str:
-    """What process ids are counted by: a folder may be shared by hosts and containers."""
+    """Return what process ids are counted by: hosts and containers may share a folder."""
     try:
-        namespace = os.readlink("/proc/self/ns/pid")
+        namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         namespace = ""
     return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
@@ -70,10 +71,10 @@ def _remove_stale(target: Path) -> None:
         return
     prefix = f".{target.name}.{_machine()}."
     with contextlib.suppress(OSError):
-        for name in os.listdir(target.parent):
-            process, dot, _ = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and dot and process.isdecimal() and _gone(int(process)):
-                (target.parent / name).unlink(missing_ok=True)
+        for path in target.parent.iterdir():
+            process, dot, _ = path.name.removeprefix(prefix).partition(".")
+            if path.name.startswith(prefix) and dot and process.isdecimal() and _gone(int(process)):
+                path.unlink(missing_ok=True)
 
 
 def _gone(process: int) -> bool:
@@ -89,7 +90,15 @@ def _gone(process: int) -> bool:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=1, allow_nan=False, default=_number)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _number(value: Any) -> Any:
+    """Python's number for one of NumPy's, which sizes, seeds and metrics may be."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -108,7 +117,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors and metadata (any JSON values) as safetensors; for inside `atomic_path`."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Sorted and compact, so that the same content is the same bytes.
-    header = {"fisherkern": json.dumps(metadata, sort_keys=True, allow_nan=False)}
+    header = {"fisherkern": json.dumps(metadata, sort_keys=True, allow_nan=False, default=_number)}
     safetensors.torch.save_file(plain, path, metadata=header)
 
 
@@ -131,7 +140,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: not a whole safetensors file: {error}") from error
     try:

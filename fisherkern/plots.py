@@ -48,7 +48,7 @@ def plot_sorted_probabilities(curves: Mapping[str, ArrayLike], path: StrPath) ->
 
 
 def plot_fisher_cost(rows: Sequence[Mapping[str, Any]], path: StrPath) -> None:
-    """What each Fisher estimate costs and how wrong it is (arXiv 2307.05476, Fig. 2).
+    """Draw what each Fisher estimate costs and how wrong it is (arXiv 2307.05476, Fig. 2).
 
     rows: mappings with "sampler" (or "provider", or both), "k" (items or probes),
     "seconds" and "error" (relative, against the exact diagonal; may be 0). Left: seconds
@@ -88,7 +88,7 @@ def plot_plane(
     label: str,
     path: StrPath,
 ) -> None:
-    """A metric on the plane through three members, with the merges (arXiv 2307.05476, Fig. 3).
+    """Draw a metric on the plane through three members, with the merges (same paper, Fig. 3).
 
     points: name -> (x, y) in plane coordinates; grid_x (nx,) and grid_y (ny,) rising;
     values (ny, nx) the metric there, NaN where it was not measured; label: its name, for

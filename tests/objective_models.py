@@ -11,6 +11,7 @@ from fisherkern.encoders.base import SequenceEncoder
 from fisherkern.objectives import Objective
 
 V, T = 11, 5  # of `models.bert`
+NAMES = [f"i{v}" for v in range(1, V + 1)]  # item ids
 
 
 def causal(name: str = "SASRec", tied: bool = True, max_len: int = T) -> SequenceEncoder:

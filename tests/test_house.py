@@ -37,12 +37,15 @@ LEVELS = {
     "_C": 1,
     "files": 0,
     "errors": 0,
+    "checks": 0,
+    "provenance": 0,
     "fingerprint": 0,
     "modes": 0,
 }
 SIDEWAYS = {
     ("objectives", "encoders"),
     ("files", "errors"),
+    ("checks", "errors"),
     ("fingerprint", "errors"),
     ("fingerprint", "files"),
 }

@@ -29,7 +29,7 @@ from fisherkern.objectives import (
     Objective,
     from_settings,
 )
-from fisherkern.training import TrainingSettings, load_model, processes, save_model, train
+from fisherkern.training import TrainingSettings, distributed, load_model, save_model, train
 from fisherkern.training.settings import CHOICES
 
 CONTRASTIVE: dict[str, Callable[[], Objective]] = {"cl4srec": CL4SRec, "duorec": DuoRec}
@@ -91,8 +91,8 @@ def _train(options: argparse.Namespace) -> None:
         for field in dataclasses.fields(TrainingSettings)
         if field.name not in ("max_len", "validate_every")
     }
-    with processes.torchrun(_device(options.device)) as device:
-        rank = processes.rank()
+    with distributed.init_distributed(_device(options.device)) as device:
+        rank = distributed.rank()
         log = train(
             model.to(device),
             data,

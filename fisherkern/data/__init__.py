@@ -3,6 +3,7 @@
 from fisherkern.data.batching import HistoryBatches, WindowBatches
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.download import download_ml_1m
+from fisherkern.data.frames import from_frame
 from fisherkern.data.loading import cache_folder, load
 from fisherkern.data.reading import FORMATS, read_file, write_seqrec
 from fisherkern.data.synthetic import synthetic
@@ -14,6 +15,7 @@ __all__ = [
     "WindowBatches",
     "cache_folder",
     "download_ml_1m",
+    "from_frame",
     "load",
     "read_file",
     "synthetic",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,17 +33,41 @@ class Actions:
     item_ids: list[str]
     unit: str = "line"
 
-    def place(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """Where row number `row` stands, to follow the path in a message: ":12"."""
         line = int(self.lines[row])
         return f":{line}" if self.unit == "line" else f": {self.unit} {line}"
 
 
-def number_ids(
-    values: NDArray[np.int64], *, by_appearance: bool
-) -> tuple[NDArray[np.int32], list[str]]:
-    """Codes 0.. of integer ids, in numerical order or in order of first appearance."""
-    if not by_appearance:
+def open_binary(path: Path) -> BinaryIO:
+    """Open the file's bytes, unpacked where its first two say that it is a gzip file."""
+    with path.open("rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")
+
+
+def base_path(path: Path) -> Path:
+    """Return the path without .gz, which gives a file its format, name and attributes."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
+def number_ids(values: NDArray[Any], *, by_appearance: bool) -> tuple[NDArray[np.int32], list[str]]:
+    """Give integer ids codes 0.., in numerical order or in order of first appearance.
+
+    Where they are few against their number, by tables of their range in place of a sort.
+    """
+    count = len(values)
+    if count and values.min() >= 0 and values.max() < 4 * count:
+        values = values.astype(np.int64, copy=False)
+        first = np.full(int(values.max()) + 1, count)
+        first[values[::-1]] = np.arange(count)[::-1]  # of equal ids the first row is written last
+        distinct = np.flatnonzero(first < count)
+        if by_appearance:
+            distinct = distinct[np.argsort(first[distinct])]
+        rank = np.empty(len(first), np.int32)
+        rank[distinct] = np.arange(len(distinct), dtype=np.int32)
+        codes = rank[values]
+    elif not by_appearance:
         distinct, codes = np.unique(values, return_inverse=True)
     else:
         distinct, first, codes = np.unique(values, return_index=True, return_inverse=True)
@@ -50,7 +75,7 @@ def number_ids(
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         distinct, codes = distinct[order], rank[codes]
-    return codes.astype(np.int32), [str(value) for value in distinct.tolist()]
+    return codes.astype(np.int32, copy=False), [str(value) for value in distinct.tolist()]
 
 
 def assemble(
@@ -61,7 +86,7 @@ def assemble(
         raise InputError(f"{path}:1: the file holds no interactions")
     if actions.times is not None and not np.isfinite(actions.times).all():
         row = int(np.argmin(np.isfinite(actions.times)))
-        raise InputError(f"{path}{actions.place(row)}: the time is not a finite number")
+        raise InputError(f"{path}{actions.location(row)}: the time is not a finite number")
     users, items, times = actions.users, actions.items, actions.times
     user_ids, item_ids = actions.user_ids, actions.item_ids
     counts = np.bincount(users, minlength=len(user_ids))
@@ -87,7 +112,7 @@ def assemble(
         np.concatenate([[0], np.cumsum(counts)]),
         item_ids,
         user_ids,
-        read_attributes(path.with_suffix(".attributes.json"), frozenset(item_ids)),
+        read_attributes(base_path(path).with_suffix(".attributes.json"), frozenset(item_ids)),
     )
 
 
@@ -127,7 +152,7 @@ def _short_user(actions: Actions, path: Path, counts: NDArray[np.int64], min_act
     user = int(actions.users[row])
     number = int(counts[user])
     return (
-        f"{path}{actions.place(row)}: user {actions.user_ids[user]} has only {number} "
+        f"{path}{actions.location(row)}: user {actions.user_ids[user]} has only {number} "
         f"action{'s' if number > 1 else ''} and {min_actions} are needed; "
         f"drop_short=True leaves out the {int((counts < min_actions).sum())} such users"
     )

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fisherkern.errors import InputError, check_choice
+from fisherkern.checks import check_choice, check_count
+from fisherkern.errors import InputError
 
 Split = Literal["train", "validation", "test"]
 Crop = Literal["random", "last", "all"]
@@ -19,12 +20,6 @@ Crop = Literal["random", "last", "all"]
 # Items held out after a split's target: seq = s_1..s_n has target s_n for test,
 # s_{n-1} for validation and s_{n-2} for train.
 _AFTER_TARGET = {"test": 0, "validation": 1, "train": 2}
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
 def target_positions(offsets: NDArray[np.int64], split: str) -> NDArray[np.int64]:
@@ -40,14 +35,14 @@ def target_positions(offsets: NDArray[np.int64], split: str) -> NDArray[np.int64
 def left_padded(
     items: NDArray[np.int32], start: NDArray[np.int64], stop: NDArray[np.int64], max_len: int
 ) -> NDArray[np.int64]:
-    """The last `max_len` of items[start:stop] for every row, (N, max_len) int64, 0 on the left."""
+    """Return the last `max_len` of items[start:stop], (N, max_len) int64, 0 on the left."""
     position = stop[:, None] - max_len + np.arange(max_len)
     inside = position >= start[:, None]
     return np.where(inside, items[np.maximum(position, 0)], 0).astype(np.int64)
 
 
 def gather_ranges(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The positions start[0]..stop[0]-1, start[1]..stop[1]-1, ... one after another, int64."""
+    """Return the positions start[0]..stop[0]-1, start[1]..stop[1]-1, ..., joined, int64."""
     lengths = stop - start
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if ends.size else 0

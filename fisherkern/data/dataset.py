@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fisherkern.checks import check_count
 from fisherkern.data.batching import (
     HistoryBatches,
     WindowBatches,
-    check_count,
     gather_ranges,
     history_batches,
     target_positions,
@@ -26,15 +26,18 @@ from fisherkern.errors import InputError
 class SequenceDataset:
     """Every user's items, oldest first, stored once; nothing is ever expanded to prefixes.
 
-    Attributes (all immutable):
+    All attributes are immutable.
+
+    Args:
         name: what the data are called, for tables and file names.
         items: (num_actions,) int32, internal ids 1..V, one user after another. 0 is padding.
         offsets: (num_users + 1,) int64; user u owns items[offsets[u]:offsets[u+1]].
         item_ids: V external ids; internal id v is item_ids[v-1].
         user_ids: num_users external ids.
-        attributes: external item id -> attribute numbers, or None where there are none.
+        attributes: external item id -> attribute numbers; None where there are none.
 
-    Raises InputError when the arrays do not fit together.
+    Raises:
+        InputError: arrays that do not fit together.
     """
 
     name: str
@@ -114,7 +117,7 @@ class SequenceDataset:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     def subset(self, users: ArrayLike) -> SequenceDataset:
-        """The same catalogue with only these users, (n,) integers, in the order given."""
+        """Return the same catalogue with only these users, (n,) integers, in the order given."""
         rows = self._check_users(users)
         start, stop = self.offsets[rows], self.offsets[rows + 1]
         return SequenceDataset(
@@ -127,7 +130,9 @@ class SequenceDataset:
         )
 
     def with_items(self, item_ids: Sequence[str]) -> SequenceDataset:
-        """The same sequences over another catalogue, `item_ids` by internal id, that holds theirs.
+        """Return the same sequences over another catalogue that holds theirs.
+
+        `item_ids` are its items by internal id.
 
         For evaluating a model whose catalogue is a union of several. Raises InputError
         naming an item that the other catalogue lacks.
@@ -172,16 +177,25 @@ class SequenceDataset:
         max_len: int = 50,
         limit: int | None = None,
     ) -> HistoryBatches:
-        """One (history, next item) pair per user: what to compute a Fisher or a metric on.
+        """Give one (history, next item) pair per user: what to compute a Fisher or a metric on.
 
-        For seq = s_1..s_n the pair is s_1..s_{n-3} -> s_{n-2} ("train"), s_1..s_{n-2} ->
-        s_{n-1} ("validation") or s_1..s_{n-1} -> s_n ("test"). A history is cut to its
-        last `max_len` items. Users whose history would be empty are left out. `limit`
-        takes that many users, evenly spread over all of them.
+        For seq = s_1..s_n the pair is s_1..s_{n-3} -> s_{n-2} ("train"), s_1..s_{n-2} -> s_{n-1}
+        ("validation") or s_1..s_{n-1} -> s_n ("test"). Users whose history would be empty are left
+        out.
 
-        Returns a re-iterable with len() that yields {"history": (N, max_len) int64 torch
-        tensor, left-padded with 0; "target": (N,) int64; "user": (N,) int64, the index in
-        this dataset}. Raises InputError for a bad argument, or when no user has a pair.
+        Args:
+            split: "train", "validation" or "test".
+            batch_size: pairs in a batch.
+            max_len: items of a history, its last ones.
+            limit: so many users, evenly spread over all of them; None: all.
+
+        Returns:
+            A re-iterable with len() that yields {"history": (N, max_len) int64 torch tensor,
+            left-padded with 0; "target": (N,) int64; "user": (N,) int64, the index in
+            this dataset}.
+
+        Raises:
+            InputError: a bad argument, or no user that has a pair.
         """
         return history_batches(
             self.items,
@@ -195,15 +209,23 @@ class SequenceDataset:
     def windows(
         self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str = "random"
     ) -> WindowBatches:
-        """Training material of one epoch, cut from s_1..s_{n-2} of every user.
+        """Cut the training material of one epoch from s_1..s_{n-2} of every user.
 
-        crop="random": one uniformly drawn window of `max_len` consecutive items per user
-        (all items when there are fewer); "last": the last `max_len`; "all": windows that
-        do not overlap and cover everything, counted from the end. The order is shuffled
-        by (seed, epoch), and the same pair gives the same batches.
+        Args:
+            batch_size: windows in a batch.
+            max_len: items of a window.
+            seed: with `epoch` it fixes the windows and their order.
+            epoch: the same (seed, epoch) gives the same batches.
+            crop: "random": one uniformly drawn window of `max_len` consecutive items per user (all
+                items when there are fewer); "last": the last `max_len`; "all": windows that do not
+                overlap and cover everything, counted from the end.
 
-        Returns a re-iterable with len() that yields (N, max_len) int64 torch tensors,
-        left-padded with 0. Raises InputError for a bad argument, or when nothing is left.
+        Returns:
+            A re-iterable with len() that yields (N, max_len) int64 torch tensors, left-padded
+            with 0.
+
+        Raises:
+            InputError: a bad argument, or nothing left to train on.
         """
         return window_batches(
             self.items,
@@ -218,7 +240,7 @@ class SequenceDataset:
     def first_windows(
         self, count: int, *, batch_size: int, max_len: int, seed: int
     ) -> list[torch.Tensor]:
-        """The first `count` batches of random `windows`, of as many epochs as that takes."""
+        """Return the first `count` batches of random `windows`, of as many epochs as that takes."""
         check_count("count", count)
         epochs = (
             self.windows(batch_size=batch_size, max_len=max_len, seed=seed, epoch=epoch)
@@ -229,7 +251,7 @@ class SequenceDataset:
     def seen(
         self, users: ArrayLike, split: str, last: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The distinct items of whole histories, or of their `last` places, as CSR.
+        """Return the distinct items of whole histories, or of their `last` places, as CSR.
 
         `users` are (n,) integers. Returns (indptr (n+1,) int64, items int64, ascending in
         every row); the row of a user without a history in `split` is empty.

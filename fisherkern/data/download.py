@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import tempfile
-import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.reading import read_file, write_seqrec
 from fisherkern.errors import InputError
-from fisherkern.files import atomic_path
 
 ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 ML_1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
-_PIECE_BYTES = 1 << 18
-_TIMEOUT_SECONDS = 30
 
 
 def download_ml_1m(folder: Path, *, url: str = ML_1M_URL, md5: str = ML_1M_MD5) -> Path:
-    """Fetch MovieLens-1M into `folder`: ml-1m.txt, whose path is returned, and its attributes.
+    """Fetch MovieLens-1M into `folder`: ml-1m.txt and its attributes.
 
-    Movies are renumbered 1..V by first appearance in ratings.dat, as in the copies that
-    papers on sequential recommendation share. The attributes are genres, numbered from 1
-    by first appearance in movies.dat. Users keep their numbers.
+    Movies are renumbered 1..V by first appearance in ratings.dat, as in the copies that papers on
+    sequential recommendation share. The attributes are genres, numbered from 1 by first appearance
+    in movies.dat. Users keep their numbers.
 
-    Raises InputError when the archive cannot be had, its MD5 differs from `md5`, or it
-    lacks a file; nothing is left behind then. Source: F. M. Harper and J. A. Konstan,
-    The MovieLens Datasets, ACM TiiS 5(4), 2015.
+    Args:
+        folder: where the two files go.
+        url: of the archive.
+        md5: of the archive, 32 hex digits.
+
+    Returns:
+        The path of ml-1m.txt.
+
+    Raises:
+        InputError: an archive that cannot be had, has another MD5 or lacks a file; nothing is left
+            behind then.
+
+    Source:
+        F. M. Harper and J. A. Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015.
     """
+    import pooch  # which takes requests along
+
     target = folder / "ml-1m.txt"
     with tempfile.TemporaryDirectory(prefix="fisherkern-") as scratch:
-        archive = Path(scratch) / "ml-1m.zip"
-        fetch(url, archive, md5=md5)
+        try:
+            archive = pooch.retrieve(
+                url, f"md5:{md5}", fname="ml-1m.zip", path=scratch, progressbar=True
+            )
+        except (OSError, ValueError) as error:  # requests' errors are the system's
+            raise InputError(
+                f"{url}: could not be downloaded: {error}; "
+                "a copy in the folder FISHERKERN_DATA would be used instead"
+            ) from error
         ratings, movies = Path(scratch) / "ratings.dat", Path(scratch) / "movies.dat"
         try:
             with zipfile.ZipFile(archive) as members:
@@ -58,33 +70,6 @@ def download_ml_1m(folder: Path, *, url: str = ML_1M_URL, md5: str = ML_1M_MD5) 
         )
         write_seqrec(renumbered, target)
     return target
-
-
-def fetch(url: str, target: Path, *, md5: str) -> None:
-    """Download `url` to `target`, with a progress bar, whole and verified or not at all.
-
-    Raises InputError when the transfer fails or the MD5 of what came is not `md5`.
-    """
-    digest = hashlib.md5(usedforsecurity=False)
-    with atomic_path(target) as temporary, temporary.open("wb") as file:
-        try:
-            # Read errors are the network's; atomic_path would call them errors of writing.
-            with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-                size = int(response.headers.get("Content-Length") or 0) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
-                    while piece := response.read(_PIECE_BYTES):
-                        digest.update(piece)
-                        file.write(piece)
-                        bar.update(len(piece))
-        except (OSError, http.client.HTTPException) as error:
-            raise InputError(
-                f"{url}: could not be downloaded: {error}; "
-                "a copy in the folder FISHERKERN_DATA would be used instead"
-            ) from error
-        if digest.hexdigest() != md5:
-            raise InputError(
-                f"{url}: the download's MD5 is {digest.hexdigest()}, not {md5}; nothing was kept"
-            )
 
 
 def _read_genres(movies: Path) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkern.data.actions import Actions, number_ids
+from fisherkern.data.actions import Actions, number_ids, open_binary
 from fisherkern.errors import InputError
 
 _BLOCK_BYTES = 1 << 22
@@ -50,7 +50,7 @@ def read_movielens(path: Path) -> Actions:
 
 
 def read_integers(path: Path, layout: Layout) -> tuple[list[NDArray[np.int64]], NDArray[np.int32]]:
-    """The wanted columns, each (num_lines,) int64, and the lines' numbers; blank lines are skipped.
+    """Read the wanted columns, each (num_lines,) int64, and the numbers of lines not blank.
 
     Raises InputError with file and line for a wrong number of columns or a value that
     is not an integer from 0 to 10^18 - 1.
@@ -58,7 +58,7 @@ def read_integers(path: Path, layout: Layout) -> tuple[list[NDArray[np.int64]], 
     blocks: list[list[NDArray[np.int64]]] = []
     numbers: list[NDArray[np.int32]] = []
     line = 1
-    with path.open("rb") as stream:
+    with open_binary(path) as stream:
         while block := stream.read(_BLOCK_BYTES):
             block += stream.readline()
             if not block.endswith(b"\n"):

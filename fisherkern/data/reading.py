@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from fisherkern.data.actions import assemble
-from fisherkern.data.batching import check_count
+from fisherkern.checks import check_choice, check_count
+from fisherkern.data.actions import assemble, base_path, open_binary
 from fisherkern.data.dataset import SequenceDataset
+from fisherkern.data.frames import read_parquet
 from fisherkern.data.integers import read_movielens, read_seqrec
-from fisherkern.data.tables import Columns, read_csv, read_parquet, read_recbole
-from fisherkern.errors import InputError, check_choice
+from fisherkern.data.tables import Column, Columns, read_csv, read_recbole
+from fisherkern.errors import InputError
 from fisherkern.files import atomic_path, write_json
 
 FORMATS = ("seqrec", "movielens", "csv", "recbole", "parquet")
 _FORMAT_OF_SUFFIX = {
     ".dat": "movielens",
     ".csv": "csv",
+    ".tsv": "csv",
     ".inter": "recbole",
     ".parquet": "parquet",
 }
@@ -31,9 +34,10 @@ def read_file(
     name: str | None = None,
     min_actions: int = 3,
     drop_short: bool = False,
-    user_col: str = "user_id",
-    item_col: str = "item_id",
-    time_col: str | None = "timestamp",
+    user: Column = "user_id",
+    item: Column = "item_id",
+    time: Column | None = "timestamp",
+    separator: str | None = None,
 ) -> SequenceDataset:
     """Read one file of interactions; the arguments and errors are those of `load`."""
     path = Path(path)
@@ -41,7 +45,7 @@ def read_file(
     check_count("min_actions", min_actions)
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    columns = Columns(user_col, item_col, time_col)
+    columns = Columns(user, item, time)
     try:
         match detect_format(path) if format == "auto" else format:
             case "seqrec":
@@ -49,27 +53,29 @@ def read_file(
             case "movielens":
                 actions = read_movielens(path)
             case "csv":
-                actions = read_csv(path, columns)
+                actions = read_csv(path, columns, separator)
             case "recbole":
                 actions = read_recbole(path, columns)
             case _:
                 actions = read_parquet(path, columns)
-    except OSError as error:
-        raise InputError(f"{path}: could not be read: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: could not be read: {reason}") from error
     return assemble(
         actions,
         path,
-        name=path.stem if name is None else name,
+        name=base_path(path).stem if name is None else name,
         min_actions=min_actions,
         drop_short=drop_short,
     )
 
 
 def detect_format(path: Path) -> str:
-    """The format that the file's suffix names, or that its first line looks like."""
-    if path.suffix in _FORMAT_OF_SUFFIX:
-        return _FORMAT_OF_SUFFIX[path.suffix]
-    with path.open("rb") as stream:
+    """Return the format that the suffix names, or that the first line looks like."""
+    suffix = base_path(path).suffix
+    if suffix in _FORMAT_OF_SUFFIX:
+        return _FORMAT_OF_SUFFIX[suffix]
+    with open_binary(path) as stream:
         first = stream.readline(1 << 16)
     if b"::" in first:
         return "movielens"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkern.data.batching import check_count
+from fisherkern.checks import check_count, check_not_negative, check_unit
 from fisherkern.data.dataset import SequenceDataset
-from fisherkern.errors import InputError
 
 _BLOCK_USERS = 1024  # bounds the memory for what each user has seen
 
@@ -24,21 +23,33 @@ def synthetic(
     order: float = 0.8,
     skew: float = 1.0,
 ) -> SequenceDataset:
-    """Sequences over a clustered catalogue with popularity skew and order-2 transitions.
+    """Make sequences over a clustered catalogue with popularity skew and order-2 transitions.
 
-    The item of popularity rank r has weight r^-skew (Zipf), and every item is in one of
-    `clusters` clusters of equal size, drawn at random. Let a and b be the clusters of a
-    user's last and last-but-one item. With probability `order` the next item's cluster
-    is a + 1 (cyclic) when a = b, and a otherwise: two of a cluster, then on to the next.
-    So a alone leaves two clusters about equally likely, and b decides. Else the cluster is
-    one of the user's `tastes` favourites, drawn by weight once per user: those make
-    the set of a user's items tell something, without which a Transformer takes far longer
-    to find the order. Inside the cluster, items are drawn by weight among those the user
-    has not had yet (among all, once there are none). Lengths are uniform in
-    min_length..max_length.
+    The item of popularity rank r has weight r^-skew (Zipf), and every item is in one of `clusters`
+    clusters of equal size, drawn at random. Let a and b be the clusters of a user's last and
+    last-but-one item. With probability `order` the next item's cluster is a + 1 (cyclic) when a =
+    b, and a otherwise: two of a cluster, then on to the next. So a alone leaves two clusters about
+    equally likely, and b decides. Else the cluster is one of the user's `tastes` favourites, drawn
+    by weight once per user: without them a Transformer takes far longer to find the order. Inside
+    the cluster, items are drawn by weight among those the user has not had yet (among all, once
+    there are none).
 
-    Item ids are "1".."V", user ids "1".., attributes {item: [cluster from 1]}. The same
-    arguments give the same data. Raises InputError for impossible sizes.
+    Args:
+        num_users: sequences.
+        num_items: V, at least `clusters`.
+        seed: the same arguments give the same data.
+        clusters: at least 2, and at least `tastes`.
+        tastes: favourite clusters of a user.
+        min_length: shortest sequence, at least 3; lengths are uniform.
+        max_length: longest sequence.
+        order: probability in [0, 1] that the last two items decide the next cluster.
+        skew: exponent of the popularity, 0 or more.
+
+    Returns:
+        The sequences: item ids "1".."V", user ids "1".., attributes {item: [cluster from 1]}.
+
+    Raises:
+        InputError: impossible sizes.
     """
     for name, value, least in (
         ("num_users", num_users, 1),
@@ -50,10 +61,8 @@ def synthetic(
         ("max_length", max_length, min_length),
     ):
         check_count(name, value, least)
-    if not 0 <= order <= 1:
-        raise InputError(f"order must be a probability, not {order}")
-    if not 0 <= skew < np.inf:
-        raise InputError(f"skew must be 0 or more, not {skew}")
+    check_unit("order", order)
+    check_not_negative("skew", skew)
     random = np.random.default_rng(seed)
     cluster = random.permutation(np.arange(num_items) % clusters)
     log_weight = -skew * np.log1p(random.permutation(num_items))

@@ -16,14 +16,14 @@ MODELS: dict[str, type[SequenceEncoder]] = {**ENCODERS, "ParallelEncoders": Para
 FORMER_NAMES = {"Calibrated": "SurgeryEncoder"}
 
 __all__ = [
+    "ENCODERS",
+    "FORMER_NAMES",
+    "MODELS",
+    "AxisSpec",
     "BERT4Rec",
     "Batch",
     "Caser",
-    "AxisSpec",
-    "ENCODERS",
-    "FORMER_NAMES",
     "GRU4Rec",
-    "MODELS",
     "ParallelEncoders",
     "SASRec",
     "SequenceEncoder",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherkern.checks import check_count
 from fisherkern.errors import InputError
 
 Batch = Tensor | Mapping[str, Any]
@@ -53,7 +54,7 @@ class SequenceEncoder(nn.Module):
     def __init__(self, num_items: int, max_len: int, dim: int) -> None:
         super().__init__()
         for name, value in (("num_items", num_items), ("max_len", max_len), ("dim", dim)):
-            check_size(type(self), name, value)
+            check_count(f"{type(self).__name__}: {name}", value)
         self.num_items = num_items
         self.max_len = max_len
         self.dim = dim
@@ -69,7 +70,7 @@ class SequenceEncoder(nn.Module):
         raise NotImplementedError
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) at the prediction position, of histories of any length.
+        """Encode h (N, D) at the prediction position, of histories of any length.
 
         Where there is no mask token it equals `transform(states(read_history(batch))[:, -1])`,
         by a shorter way. A history of padding alone is allowed. Raises as `read_history` does.
@@ -77,7 +78,7 @@ class SequenceEncoder(nn.Module):
         raise NotImplementedError
 
     def add_output(self, tied: bool, bias: bool) -> None:
-        """The output layer: the item rows of the embedding or a matrix of its own, and a bias."""
+        """Add the output layer: the embedding's item rows or a matrix of its own, and a bias."""
         shape = (self.num_items, self.dim)
         self.output_embedding = None if tied else nn.Parameter(torch.empty(shape))
         self.output_bias = nn.Parameter(torch.zeros(self.num_items)) if bias else None
@@ -134,7 +135,7 @@ class SequenceEncoder(nn.Module):
             raise InputError(f"tokens has {width} columns, more than max_len = {self.max_len}")
 
     def read_history(self, batch: Batch, *, least: int | None = None) -> Tensor:
-        """The last `max_len` columns of a batch's histories, int64, on the model's device.
+        """Read the last `max_len` columns of a batch's histories, int64, on the model's device.
 
         With `least`, left columns that are padding in every row are cut off, until so many
         remain. Waits once for the device that the histories come from, which is seldom a GPU.
@@ -173,18 +174,6 @@ class SequenceEncoder(nn.Module):
         return history.to(next(self.parameters()).device, non_blocking=True)
 
 
-def check_size(owner: type, name: str, value: int) -> None:
-    """Raise InputError unless `value` is at least 1."""
-    if value < 1:
-        raise InputError(f"{owner.__name__}: {name} must be at least 1, got {value}")
-
-
-def check_dropout(owner: type, name: str, value: float) -> None:
-    """Raise InputError unless `value` is in [0, 1)."""
-    if not 0 <= value < 1:
-        raise InputError(f"{owner.__name__}: {name} must be in [0, 1), got {value}")
-
-
 def trim_padding(tokens: Tensor) -> Tensor:
     """`tokens` (N, T) without the left columns that are padding in every row; one at least."""
     used = (tokens != 0).any(dim=0)
@@ -201,7 +190,7 @@ def prediction_tokens(model: SequenceEncoder, batch: Batch) -> Tensor:
 
 
 def take(x: Tensor, positions: Tensor | None) -> Tensor:
-    """x (N, T, D) at `positions` (N, Q) int64: (N, Q, D); all of x for None."""
+    """Take x (N, T, D) at `positions` (N, Q) int64: (N, Q, D); all of x for None."""
     if positions is None:
         return x
     return x.gather(1, positions.unsqueeze(2).expand(-1, -1, x.shape[2]))

@@ -11,28 +11,42 @@ from fisherkern.encoders.transformer import (
     Block,
     check_blocks,
     has_constant_gain,
-    places,
+    position_ids,
     transformer_symmetries,
 )
 
 
 class BERT4Rec(SequenceEncoder):
-    """BERT4Rec (Sun et al., CIKM 2019), the network of the paper with learnt positions.
+    """BERT4Rec: a bidirectional Transformer that fills in masked items, with learnt positions.
 
-    x = dropout(LN(item_embedding + position_embedding)); `layers` Transformer blocks;
-    h = LN(gelu(dense(state))) at the mask token that `encode` puts after the history;
-    logits = W h + b, W the item rows of the embedding (`tied`) or a matrix of its own.
+        x = dropout(LN(item_embedding + position_embedding)),  `layers` Transformer blocks
+        h = LN(gelu(dense(state))) at the mask token that `encode` puts after the history
+        logits = W h + b
 
-    Embedding rows: 0 padding, 1..V items, V + 1 the mask token. Positions are counted
-    from the right end: the last column is always row `max_len` - 1 of the position
-    table, so a short batch, a trimmed one and a full one agree.
+    Embedding rows: 0 padding, 1..V items, V + 1 the mask token. Positions are counted from the
+    right end: the last column is always row `max_len` - 1 of the position table, so a short batch,
+    a trimmed one and a full one agree. Initial values are drawn from torch's global generator.
 
-    Arguments: `dropout` acts on embeddings and on both sub-layers' outputs,
-    `attention_dropout` (default: the same) on attention weights; `inner_dim` (default
-    4 D) is the feed-forward width; `norm` is "post" or "pre". Embeddings start from a normal
-    of deviation `init_std` truncated at two deviations, linear layers from Xavier's uniform
-    distribution, both drawn from torch's global generator. Raises InputError for sizes below
-    1, a width that `heads` does not divide, an unknown `norm`, or a dropout outside [0, 1).
+    Args:
+        num_items: V, the size of the catalogue.
+        max_len: columns of a batch, the mask token among them.
+        dim: D, the width of states and embeddings.
+        layers: Transformer blocks.
+        heads: attention heads; they divide `dim`.
+        dropout: on embeddings and on both sub-layers' outputs, in [0, 1).
+        attention_dropout: on attention weights; None: `dropout`.
+        inner_dim: width of the feed-forward layer; None: 4 D.
+        norm: "post" or "pre", where a block's layer norms stand.
+        tied: W is the item rows of the embedding, else a matrix of its own.
+        init_std: deviation of the initial embeddings, a normal truncated at two deviations. Linear
+            layers start from Xavier's uniform distribution.
+
+    Raises:
+        InputError: a size below 1, a width that `heads` does not divide, an unknown `norm`, or a
+            dropout outside [0, 1).
+
+    Source:
+        Sun et al., CIKM 2019.
     """
 
     def __init__(
@@ -65,7 +79,7 @@ class BERT4Rec(SequenceEncoder):
             "tied": tied,
             "init_std": init_std,
         }
-        check_blocks(type(self), self.config)
+        check_blocks("BERT4Rec", self.config)
         self.mask_token = num_items + 1
         self.item_embedding = nn.Embedding(num_items + 2, dim)
         self.position_embedding = nn.Embedding(max_len, dim)
@@ -87,7 +101,9 @@ class BERT4Rec(SequenceEncoder):
         query, output and feed-forward for them only.
         """
         self.check_width(tokens)
-        x = self.item_embedding(tokens) + self.position_embedding(places(tokens, self.max_len))
+        x = self.item_embedding(tokens) + self.position_embedding(
+            position_ids(tokens, self.max_len)
+        )
         x = self.dropout(self.embedding_norm(x))
         padding = (tokens == 0)[:, None, None, :]
         for block in self.blocks[:-1]:
@@ -95,12 +111,12 @@ class BERT4Rec(SequenceEncoder):
         return self.final_norm(self.blocks[-1](x, padding, positions))
 
     def append_mask(self, history: Tensor) -> Tensor:
-        """The mask token after `history` (N, T); a full row loses its oldest item."""
+        """Append the mask token to `history` (N, T); a full row loses its oldest item."""
         history = history[:, -(self.max_len - 1) :] if self.max_len > 1 else history[:, :0]
         return F.pad(history, (0, 1), value=self.mask_token)
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) of the mask token after each history; see `SequenceEncoder` for the batch.
+        """Encode h (N, D) at a mask token after each history; see `SequenceEncoder` for the batch.
 
         Equals `transform(states(append_mask(history))[:, -1])`. A history of padding
         alone is allowed. Raises InputError as `read_history` does.

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+from fisherkern.checks import check_count, check_unit
+from fisherkern.encoders.base import Batch, SequenceEncoder, take
 from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
 
 class Caser(SequenceEncoder):
-    """Caser (Tang and Wang, WSDM 2018) without its user embedding.
+    """Caser without its user embedding: convolutions over a window of the last items.
 
     E (L, D) are the embeddings of the last L = `window` items. With relu(a, b) elementwise:
 
@@ -19,15 +20,28 @@ class Caser(SequenceEncoder):
         vertical:                  v_k = sum_l G_kl E[l],  G_k (L,)
         h = relu(W_1 dropout([v; o]) + b_1),  logits = W h + b
 
-    with `horizontal` filters F_k (height, D) of each height and `vertical` filters G_k. The
-    paper joins an embedding of the user to h; here sequences stand for themselves, as next
-    items are asked of users never seen, so W is (V, D): a matrix of its own, as in the paper,
-    or the item rows of the embedding (`tied`), and b is left out with `bias=False`.
+    The paper joins an embedding of the user to h; here sequences stand for themselves, as next
+    items are asked of users never seen, so W is (V, D). Embedding rows: 0 padding (zero, never
+    trained), 1..V items; a history of fewer than L items has padding before it.
 
-    Embedding rows: 0 padding (zero, never trained), 1..V items; a history of fewer than L
-    items has padding before it. `max_len` only bounds what `states` is given at once.
-    `dropout` acts on the filters' results; `init_std` as in BERT4Rec, filters as linear
-    layers there. Raises InputError for sizes below 1 or a dropout outside [0, 1).
+    Args:
+        num_items: V, the size of the catalogue.
+        max_len: bounds what `states` is given at once, and nothing else.
+        dim: D, the width of embeddings and of h.
+        window: L, the last items that are read.
+        horizontal: filters F_k (height, D) of each height.
+        vertical: filters G_k (L,).
+        dropout: on the filters' results, in [0, 1).
+        tied: W is the item rows of the embedding, else a matrix of its own, as in the paper.
+        bias: whether there is a b.
+        init_std: deviation of the initial embeddings, see `BERT4Rec`; filters start as linear
+            layers there.
+
+    Raises:
+        InputError: a size below 1, or a dropout outside [0, 1).
+
+    Source:
+        Tang and Wang, WSDM 2018.
     """
 
     causal = True
@@ -59,8 +73,8 @@ class Caser(SequenceEncoder):
             "init_std": init_std,
         }
         for name in ("window", "horizontal", "vertical"):
-            check_size(type(self), name, self.config[name])
-        check_dropout(type(self), "dropout", dropout)
+            check_count(f"Caser: {name}", self.config[name])
+        check_unit("Caser: dropout", dropout, "[0, 1)")
         self.window = window
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
         # A filter is a linear map of the embeddings it covers, laid side by side.
@@ -76,7 +90,7 @@ class Caser(SequenceEncoder):
         self.initialize(init_std)
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """h of the window that ends at each column, (N, T, D); or at `positions` (N, Q) alone.
+        """Return h of the window that ends at each column, (N, T, D), or at `positions` (N, Q).
 
         `tokens` (N, T <= max_len) int64. Every filter runs over the sequence once, whatever
         the number of windows it is in. Allocates N T D L (L + 1) / 2 numbers for the filters.
@@ -86,7 +100,7 @@ class Caser(SequenceEncoder):
         return self.dense(self.dropout(features)).relu()
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) of the last `window` items of each history; see `SequenceEncoder`.
+        """Encode h (N, D) of the last `window` items of each history; see `SequenceEncoder`.
 
         Equals `transform(states(read_history(batch))[:, -1])`, but for one window only.
         """

@@ -5,28 +5,42 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import Batch, SequenceEncoder, check_dropout, check_size, take
+from fisherkern.checks import check_count, check_unit
+from fisherkern.encoders.base import Batch, SequenceEncoder, take
 from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
 
 class GRU4Rec(SequenceEncoder):
-    """GRU4Rec (Hidasi et al., ICLR 2016) with item embeddings, as RecBole has it.
+    """GRU4Rec with item embeddings: a recurrent network, as RecBole has it.
 
     x_t = dropout(item_embedding); s_0 = 0 and, in each of `layers` layers of width H,
 
         z = sigmoid(W_z x_t + U_z s_{t-1}),  r = sigmoid(W_r x_t + U_r s_{t-1})
         c = tanh(W_c x_t + r * (U_c s_{t-1})),  s_t = z * s_{t-1} + (1 - z) * c
+        h = dense(s_T),  logits = W h + b
 
-    h = dense(s_T), logits = W h, W the item rows of the embedding (`tied`) or a matrix of its
-    own, plus b with `bias`. The paper has one-hot items for x_t, an output layer of its own,
-    U_c (r * s_{t-1}) where torch's GRU has r * (U_c s_{t-1}), and z where this has 1 - z. The
-    GRU has no biases, as in the paper's equations. Padding is stepped over: it leaves s as
-    it was, and s is zero before the first item.
+    The paper has one-hot items for x_t, an output layer of its own, U_c (r * s_{t-1}) where torch's
+    GRU has r * (U_c s_{t-1}), and z where this has 1 - z. The GRU has no biases, as in the paper's
+    equations. Padding is stepped over: it leaves s as it was, and s is zero before the first item.
+    Embedding rows: 0 padding (zero, never trained), 1..V items.
 
-    Embedding rows: 0 padding (zero, never trained), 1..V items. Arguments: `hidden_dim` H
-    (default 2 D); `dropout` acts on the embeddings; `init_std` as in BERT4Rec, the GRU's six
-    matrices as linear layers there. Raises InputError for sizes below 1 or a dropout outside
-    [0, 1).
+    Args:
+        num_items: V, the size of the catalogue.
+        max_len: items of a history that are read, its last ones.
+        dim: D, the width of embeddings and of h.
+        layers: recurrent layers.
+        hidden_dim: H; None: 2 D.
+        dropout: on the embeddings, in [0, 1).
+        tied: W is the item rows of the embedding, else a matrix of its own.
+        bias: whether there is a b.
+        init_std: deviation of the initial embeddings, see `BERT4Rec`; the GRU's six matrices start
+            as linear layers there.
+
+    Raises:
+        InputError: a size below 1, or a dropout outside [0, 1).
+
+    Source:
+        Hidasi et al., ICLR 2016.
     """
 
     causal = True
@@ -56,9 +70,9 @@ class GRU4Rec(SequenceEncoder):
             "bias": bias,
             "init_std": init_std,
         }
-        check_size(type(self), "layers", layers)
-        check_size(type(self), "hidden_dim", hidden_dim)
-        check_dropout(type(self), "dropout", dropout)
+        check_count("GRU4Rec: layers", layers)
+        check_count("GRU4Rec: hidden_dim", hidden_dim)
+        check_unit("GRU4Rec: dropout", dropout, "[0, 1)")
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
         self.dropout = nn.Dropout(dropout)
         self.gru = nn.GRU(dim, hidden_dim, layers, bias=False, batch_first=True)
@@ -84,7 +98,7 @@ class GRU4Rec(SequenceEncoder):
         return self.dense(take(steps, number if positions is None else number.gather(1, positions)))
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) after the last item of each history; see `SequenceEncoder` for the batch.
+        """Encode h (N, D) after the last item of each history; see `SequenceEncoder`.
 
         Equals `transform(states(read_history(batch))[:, -1])`; takes as many steps as the
         longest history has items.
@@ -122,7 +136,7 @@ class GRU4Rec(SequenceEncoder):
 
 
 def _without_padding(tokens: Tensor, number: Tensor) -> Tensor:
-    """The items of each row moved to its left end, (N, longest row's number of items or 1).
+    """Move the items of each row to its left end, (N, longest row's number of items or 1).
 
     `number` (N, T) int64 counts the items of a row up to each column.
     """

@@ -11,28 +11,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_not_negative
 from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.registry import ENCODERS
 from fisherkern.errors import InputError
 
 
 class ParallelEncoders(SequenceEncoder):
-    """N networks with one catalogue: logits(s) = (1/N) Σ_n logits_n(s), EMKD's inference.
+    """N networks with one catalogue, whose logits are averaged: EMKD's inference.
+
+        logits(s) = (1/N) Σ_n logits_n(s)
 
     It is one `SequenceEncoder` whose state is its members' laid side by side: h = [h_1; ..; h_N] of
-    width Σ D_n, W = [W_1, .., W_N] / N and b the mean bias (0 where there is none), so that
-    W h + b are those logits. Objectives, `evaluate` and model files take it as any other.
-    `split` gives the members' parts of a state. To merge the networks: `fk.merge(model.members)`
-    with a Fisher of each, which is fast; that of the ensemble is right, but takes the slow path.
+    width Σ D_n, W = [W_1, .., W_N] / N and b the mean bias (0 where there is none), so that W h + b
+    are those logits. Objectives, `evaluate` and model files take it as any other. `split` gives the
+    members' parts of a state. To merge the networks: `fk.merge(model.members)` with a Fisher of
+    each, which is fast; that of the ensemble is right, but takes the slow path.
 
-    In `states` the token V + 1 = `hidden_item` hides an item: it is the mask token of members that
-    have one, and padding to the others. `mask_token` and what goes with it exist where all members
-    have one; `causal` is true where all are. `item_ids` are the members' too.
+    In `states` the token V + 1 = `mask_id` hides an item: it is the mask token of members that have
+    one, and padding to the others. `mask_token` and what goes with it exist where all members have
+    one; `causal` is true where all are. `item_ids` are the members' too.
 
-    members: encoders of ours, or mappings of "class" and its arguments, as in `config`. They are
-    not copied. Raises InputError for none, one that is named twice or no encoder of ours, and
-    members that differ in num_items, max_len or item_ids (None differs from nothing).
-    Source: Du et al., EMKD, SIGIR 2023, arXiv 2304.14668, whose code adds the logits up.
+    Args:
+        members: encoders of ours, or mappings of "class" and its arguments, as in `config`; they
+            are not copied.
+
+    Raises:
+        InputError: no members, one that is named twice or no encoder of ours, or members that
+            differ in num_items, max_len or item_ids (None differs from nothing).
+
+    Source:
+        Du et al., EMKD, SIGIR 2023, arXiv 2304.14668, whose code adds the logits up.
     """
 
     one_network = False
@@ -57,9 +66,9 @@ class ParallelEncoders(SequenceEncoder):
         self.config = {"members": [{"class": type(own).__name__, **own.config} for own in networks]}
         self.members = nn.ModuleList(networks)
         self.item_ids = item_ids
-        self.hidden_item = self.num_items + 1
+        self.mask_id = self.num_items + 1
         if all(hasattr(own, "mask_token") for own in networks):
-            self.mask_token = self.hidden_item
+            self.mask_token = self.mask_id
 
     @classmethod
     def seeded(
@@ -95,8 +104,7 @@ class ParallelEncoders(SequenceEncoder):
         padding's embedding stays. Without noise they part by dropout alone. Raises InputError for
         a noise that is negative.
         """
-        if not noise >= 0:
-            raise InputError(f"ParallelEncoders: noise must not be negative, got {noise}")
+        check_not_negative("ParallelEncoders: noise", noise)
         branches = [copy.deepcopy(model) for _ in range(networks)]
         for index, branch in enumerate(branches if noise else ()):
             state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
@@ -116,10 +124,12 @@ class ParallelEncoders(SequenceEncoder):
 
     @property
     def causal(self) -> bool:  # type: ignore[override]
+        """Whether all members are causal."""
         return all(member.causal for member in self.networks)
 
     @property
     def item_ids(self) -> list[str] | None:
+        """The external ids, which are the members' too."""
         return self._item_ids
 
     @item_ids.setter
@@ -130,12 +140,12 @@ class ParallelEncoders(SequenceEncoder):
                 member.item_ids = item_ids
 
     def split(self, h: Tensor) -> tuple[Tensor, ...]:
-        """The members' parts of a state or h (.., Σ D_n): N views (.., D_n)."""
+        """Return the members' parts of a state or h (.., Σ D_n): N views (.., D_n)."""
         return h.split([member.dim for member in self.networks], dim=-1)
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """The members' states side by side, (N, T, Σ D_n) or (N, Q, Σ D_n) at `positions`."""
-        unmasked = tokens.masked_fill(tokens == self.hidden_item, 0)
+        """Return the members' states side by side, (N, T or Q, Σ D_n); Q with `positions`."""
+        unmasked = tokens.masked_fill(tokens == self.mask_id, 0)
         found = []
         for member in self.networks:
             own = tokens if hasattr(member, "mask_token") else unmasked
@@ -143,16 +153,16 @@ class ParallelEncoders(SequenceEncoder):
         return torch.cat(found, dim=-1)
 
     def transform(self, states: Tensor) -> Tensor:  # type: ignore[override]
-        """h (.., Σ D_n) of states (.., Σ D_n): every member's transform of its part."""
+        """Return h (.., Σ D_n) of states (.., Σ D_n): every member's transform of its part."""
         parts = zip(self.networks, self.split(states), strict=True)
         return torch.cat([member.transform(part) for member, part in parts], dim=-1)
 
     def encode(self, batch: Batch) -> Tensor:
-        """The members' h side by side, (N, Σ D_n). Raises as their `encode`."""
+        """Encode the members' h side by side, (N, Σ D_n). Raises as their `encode`."""
         return torch.cat([member.encode(batch) for member in self.networks], dim=-1)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The mean of the members' logits, (N, V); column c is item c + 1."""
+        """Return the mean of the members' logits, (N, V); column c is item c + 1."""
         logits = self.networks[0](batch)
         for member in self.networks[1:]:
             logits = logits + member(batch)
@@ -166,6 +176,7 @@ class ParallelEncoders(SequenceEncoder):
         return weight, torch.stack(biases).sum(dim=0) / len(heads) if biases else None
 
     def item_parameters(self) -> dict[str, int]:
+        """Return the members' item parameters under their names here."""
         return {
             f"members.{index}.{name}": row
             for index, member in enumerate(self.networks)
@@ -173,6 +184,7 @@ class ParallelEncoders(SequenceEncoder):
         }
 
     def mask_items(self, tokens: Tensor, positions: Tensor, chosen: Tensor) -> Tensor:
+        """Hide items behind the mask token, where all members have one."""
         if not hasattr(self, "mask_token"):
             return super().mask_items(tokens, positions, chosen)
         return self.networks[0].mask_items(tokens, positions, chosen)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_choice
 from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.symmetry import Symmetries
 from fisherkern.encoders.transformer import (
@@ -14,35 +15,51 @@ from fisherkern.encoders.transformer import (
     Block,
     check_blocks,
     has_constant_gain,
-    places,
+    position_ids,
     transformer_symmetries,
 )
-from fisherkern.errors import check_choice
 
 
 class SASRec(SequenceEncoder):
-    """SASRec (Kang and McAuley, ICDM 2018).
+    """SASRec: a causal Transformer that predicts the next item at every position.
 
-    x = dropout(sqrt(D) item_embedding + position_embedding); `layers` Transformer blocks in
-    which a position attends to itself and the items before it; h = LN(state), logits = W h,
-    W the item rows of the embedding (`tied`) or a matrix of its own, plus b with `bias`.
+        x = dropout(sqrt(D) item_embedding + position_embedding)
+        `layers` blocks in which a position attends to itself and the items before it
+        h = LN(state),  logits = W h + b
 
-    The defaults are the paper's network: one head, x + dropout(g(LN(x))) for both
-    sub-layers g (`norm` "pre"), and outer(relu(inner(x))) of width `inner_dim` = D. As in
-    torch's attention there are biases and an output projection, which the paper has not; its
-    TensorFlow code adds g to LN(x) rather than to x. RecBole's and DuoRec's network is
-    `norm="post", activation="gelu", inner_dim=4 * dim, heads=2, scaled=False`: x is normed
-    before dropout, each sum after its sub-layer, and the state is h.
+    The defaults are the paper's network: one head, x + dropout(g(LN(x))) for both sub-layers g
+    (`norm` "pre"), and outer(relu(inner(x))) of width `inner_dim` = D. As in torch's attention
+    there are biases and an output projection, which the paper has not; its TensorFlow code adds g
+    to LN(x) rather than to x. RecBole's and DuoRec's network is `norm="post", activation="gelu",
+    inner_dim=4 * dim, heads=2, scaled=False`: x is normed before dropout, each sum after its
+    sub-layer, and the state is h.
 
-    Embedding rows: 0 padding (zero, never trained), 1..V items. Positions are counted from
-    the right end: the last column is always row `max_len` - 1 of the position table, so a
-    short batch, a trimmed one and a full one agree.
+    Embedding rows: 0 padding (zero, never trained), 1..V items. Positions are counted from the
+    right end: the last column is always row `max_len` - 1 of the position table, so a short batch,
+    a trimmed one and a full one agree.
 
-    Other arguments: `dropout` acts on embeddings and on both sub-layers' outputs,
-    `attention_dropout` (default: the same) on attention weights; `scaled=False` leaves out
-    the factor sqrt(D); `init_std` as in BERT4Rec. Raises InputError for sizes below 1, a
-    width that `heads` does not divide, an unknown `norm` or `activation`, or a dropout
-    outside [0, 1).
+    Args:
+        num_items: V, the size of the catalogue.
+        max_len: items of a history that are read, its last ones.
+        dim: D, the width of states and embeddings.
+        layers: Transformer blocks.
+        heads: attention heads; they divide `dim`.
+        dropout: on embeddings and on both sub-layers' outputs, in [0, 1).
+        attention_dropout: on attention weights; None: `dropout`.
+        inner_dim: width of the feed-forward layer; None: D.
+        norm: "pre" or "post", where a block's layer norms stand.
+        activation: "relu" or "gelu", of the feed-forward layer.
+        scaled: multiply item embeddings by sqrt(D).
+        tied: W is the item rows of the embedding, else a matrix of its own.
+        bias: whether there is a b.
+        init_std: deviation of the initial embeddings, see `BERT4Rec`.
+
+    Raises:
+        InputError: a size below 1, a width that `heads` does not divide, an unknown `norm` or
+            `activation`, or a dropout outside [0, 1).
+
+    Source:
+        Kang and McAuley, ICDM 2018.
     """
 
     causal = True
@@ -83,8 +100,8 @@ class SASRec(SequenceEncoder):
             "bias": bias,
             "init_std": init_std,
         }
-        check_blocks(type(self), self.config)
-        check_choice(f"{type(self).__name__}: activation", activation, list(ACTIVATIONS))
+        check_blocks("SASRec", self.config)
+        check_choice("SASRec: activation", activation, ACTIVATIONS)
         pre = norm == "pre"
         self.scale = dim**0.5 if scaled else 1.0
         self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
@@ -109,7 +126,7 @@ class SASRec(SequenceEncoder):
         """
         self.check_width(tokens)
         x = self.scale * self.item_embedding(tokens)
-        x = x + self.position_embedding(places(tokens, self.max_len))
+        x = x + self.position_embedding(position_ids(tokens, self.max_len))
         x = self.dropout(self.embedding_norm(x))
         columns = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = _hidden(tokens, columns[None])
@@ -120,7 +137,7 @@ class SASRec(SequenceEncoder):
         return self.final_norm(self.blocks[-1](x, hidden, positions))
 
     def encode(self, batch: Batch) -> Tensor:
-        """h (N, D) of the last item of each history; see `SequenceEncoder` for the batch.
+        """Encode h (N, D) of the last item of each history; see `SequenceEncoder`.
 
         Equals `transform(states(read_history(batch))[:, -1])`, but computes the last block
         there alone, and nothing for padding that the whole batch shares.

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.encoders.base import check_dropout, check_size, take
+from fisherkern.checks import check_choice, check_count, check_unit
+from fisherkern.encoders.base import take
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup, whole
-from fisherkern.errors import InputError, check_choice
+from fisherkern.errors import InputError
 
 #: Feed-forward activations by name.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
-        """`queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1, 1 or Q, T)."""
+        """Let `queries` (N, Q, D) attend to `x` (N, T, D) except where `hidden` (N, 1 or Q, T)."""
         if queries.shape[1] == 1 and not self.training:
             return self._of_one(queries[:, 0], x, hidden[:, :, 0])[:, None]
         q, k, v = (self._split(s) for s in (self.query(queries), self.key(x), self.value(x)))
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
         return self.output(context.transpose(1, 2).flatten(2))
 
     def _of_one(self, queries: Tensor, x: Tensor, hidden: Tensor) -> Tensor:
-        """The same for one query a sequence, (N, D), without the keys and values of T positions.
+        """Compute the same for one query a sequence, (N, D), without T keys and values.
 
         qᵀ(K x_t + c) = (Kᵀq)ᵀx_t + qᵀc and Σ_t a_t (V x_t + d) = V Σ_t a_t x_t + d, head by
         head: D·heads products a position in place of 2 D², forward and backward.
@@ -71,7 +72,7 @@ class SelfAttention(nn.Module):
 
 
 def _lowest(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """What takes the scores out of the softmax where `hidden`, zero elsewhere.
+    """Return what takes the scores out of the softmax where `hidden`, zero elsewhere.
 
     The lowest finite number, not -inf: a row that is all padding must not become NaN.
     """
@@ -88,6 +89,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (.., D) to (.., D)."""
         return self.outer(self.activation(self.inner(x)))
 
 
@@ -130,23 +132,23 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
-def places(tokens: Tensor, max_len: int) -> Tensor:
+def position_ids(tokens: Tensor, max_len: int) -> Tensor:
     """Rows of the position table, (N, T): the last column is always row `max_len` - 1."""
     width = tokens.shape[1]
     return torch.arange(max_len - width, max_len, device=tokens.device).expand_as(tokens)
 
 
-def check_blocks(owner: type, config: Mapping[str, Any]) -> None:
+def check_blocks(owner: str, config: Mapping[str, Any]) -> None:
     """Raise InputError for arguments of `owner` that no `Block` can be made of."""
     for name in ("layers", "heads", "inner_dim"):
-        check_size(owner, name, config[name])
+        check_count(f"{owner}: {name}", config[name])
     if config["dim"] % config["heads"]:
         raise InputError(
-            f"{owner.__name__}: heads = {config['heads']} does not divide dim = {config['dim']}"
+            f"{owner}: heads = {config['heads']} does not divide dim = {config['dim']}"
         )
-    check_choice(f"{owner.__name__}: norm", config["norm"], ("post", "pre"))
+    check_choice(f"{owner}: norm", config["norm"], ("post", "pre"))
     for name in ("dropout", "attention_dropout"):
-        check_dropout(owner, name, config[name])
+        check_unit(f"{owner}: {name}", config[name], "[0, 1)")
 
 
 def transformer_symmetries(model: Any, kind: str) -> Symmetries:

@@ -45,7 +45,7 @@ class Comparison(Mapping[str, Difference]):
         return {**asdict(self.protocol), "num_users": self.num_users, "differences": metrics}
 
     def table(self) -> str:
-        """The protocol in a line, then a row for each metric: difference, error, interval."""
+        """Return the protocol, then a row for each metric: difference, error, interval."""
         lines = [f"{self.protocol}, {self.num_users:,} users, paired"]
         lines.append(f"{'':<9}{'difference':>12}{'std. error':>12}{'95 % interval':>22}")
         for metric, d in self.items():
@@ -55,12 +55,33 @@ class Comparison(Mapping[str, Difference]):
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """The paired differences a minus b for every metric that both reports have.
+    """Compare two reports user by user: a minus b, for every metric that both have.
 
-    With d_u = a_u - b_u over n users: mean(d), standard error sd(d) / sqrt(n) with the
-    n - 1 denominator in sd, and the interval mean +- 1.96 standard errors (normal
-    approximation). Raises InputError when the reports differ in users or protocol,
-    have no metric in common, or hold fewer than two users.
+    With d_u = a_u - b_u over n users: mean(d), its standard error sd(d) / sqrt(n) with n - 1 in sd,
+    and the 95 % interval mean(d) ± 1.96 standard errors (normal approximation).
+
+    Args:
+        a: the report whose model is claimed to be better.
+        b: the report it is compared with, of the same users and protocol.
+
+    Returns:
+        The differences by metric name, comparison["ndcg@10"].low, and their table.
+
+    Raises:
+        InputError: reports that differ in users or protocol, have no metric in common, or hold
+            fewer than two users.
+
+    Examples:
+        >>> import torch
+        >>> import fisherkern as fk
+        >>> data = fk.synthetic(num_users=50, num_items=30, seed=0)
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator object at ...>
+        >>> model = fk.SASRec(data.num_items, max_len=10, dim=8, layers=1)
+        >>> a = fk.evaluate(model, data, seen="keep")
+        >>> difference = fk.compare(a, a)["ndcg@10"]
+        >>> difference.mean, difference.low, difference.high
+        (0.0, 0.0, 0.0)
     """
     drawn = a.candidates in ("uniform-100", "popular-100")
     for field in fields(Protocol):

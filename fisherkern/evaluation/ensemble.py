@@ -11,14 +11,19 @@ from fisherkern.errors import InputError
 
 
 class ScoreEnsemble(nn.Module):
-    """Mean over members of log softmax(z_m): the normalised geometric mean, up to a constant.
+    """The members' scores averaged: what a merged model is measured against, at M times the cost.
 
-    A member is a module that maps a batch, (N, T) int64 or a mapping with "history", to
-    logits (N, V_out) as in `evaluate`. Each one is given the last `member.max_len`
-    positions of the history. Softmax is over all V_out columns; -inf stays -inf.
+        score(s) = (1/M) Σ_m log softmax(z_m(s))
 
-    Raises InputError for no members, or members that differ in first_item or item_ids;
-    on a call, for logits whose shapes differ.
+    the normalised geometric mean, up to a constant. Softmax is over all V_out columns; -inf stays.
+
+    Args:
+        members: modules that map a batch, (N, T) int64 or a mapping with "history", to logits
+            (N, V_out) as in `evaluate`; each gets the last `member.max_len` columns (50 without).
+
+    Raises:
+        InputError: no members, members that differ in first_item or item_ids, or, on a call,
+            logits whose shapes differ.
     """
 
     def __init__(self, members: Sequence[nn.Module]):
@@ -31,6 +36,7 @@ class ScoreEnsemble(nn.Module):
         self.max_len = max(_max_len(member) for member in members)
 
     def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Return the mean of the log-probabilities, (N, V_out)."""
         total: Tensor | None = None
         for index, member in enumerate(self.members):
             scores = member(_last(batch, _max_len(member))).log_softmax(dim=-1)

@@ -32,26 +32,55 @@ def evaluate(
 ) -> Report:
     """Rank every user's held-out item: leave-one-out evaluation.
 
-    rank = 1 + number of candidates, the target left out, that score at least as high:
-    ties count against the model. HR@k = [rank <= k], NDCG@k = [rank <= k] / log2(1 + rank),
-    MRR@k = [rank <= k] / rank, all averaged over users.
+        rank = 1 + #{candidates, the target left out, that score at least as high}
+        HR@k = [rank <= k],  NDCG@k = [rank <= k] / log2(1 + rank),  MRR@k = [rank <= k] / rank
 
-    model: called on {"history": (N, T), "target": (N,), "user": (N,)} int64, gives scores
-        (N, V_out); column c is item c + model.first_item (0 without that attribute).
-        T = model.max_len, 50 without. In eval mode meanwhile, its modes restored after.
-    candidates: "full" (the whole catalogue), "uniform-100" or "popular-100" (100 draws,
-        fixed by the seed and the user), "top-popular-100" (the 100 most popular); the
-        sampled ones are never items of the user's history.
-    seen: "exclude" takes the items of the user's whole history (but not the target) out of
-        the full ranking, "keep" leaves them in, as DuoRec's code does; "last-N" takes out those
-        of its last N places alone, as EMKD's does with its input's T - 1.
-    users: indices of the users to evaluate, all by default. Users without a history in
-        the split are left out; `report.users` says who is in.
+    averaged over users; ties count against the model. Allocates a few (batch_size, V) tensors.
 
-    Allocates a few (batch_size, V) tensors. Raises InputError for an unknown split,
-    candidates or seen, a NaN score, scores that do not cover the catalogue, a model of
-    another catalogue, users that are unknown or named twice or all without a history,
-    or a user with fewer than 100 unseen items to draw.
+    Args:
+        model: called on {"history": (N, T), "target": (N,), "user": (N,)} int64, gives scores
+            (N, V_out); column c is item c + model.first_item (0 without that attribute).
+            T = model.max_len, 50 without. In eval mode meanwhile, its modes restored after.
+        data: the sequences; the model's catalogue must be theirs.
+        split: "test" (the last item of every user), "validation" (the last but one) or "train"
+            (the last but two).
+        k: cut-off or cut-offs, positive integers.
+        candidates: "full" (the whole catalogue), "uniform-100" or "popular-100" (100 draws,
+            fixed by the seed and the user), "top-popular-100" (the 100 most popular). Sampled
+            candidates are never items of the user's history.
+        seen: what a full ranking leaves out: "exclude" the items of the user's whole history (but
+            not the target), "keep" none of them, as DuoRec's code, "last-N" the items of the last
+            N places of the history, as EMKD's code with N = T - 1.
+        batch_size: users scored at once.
+        seed: of the drawn candidates.
+        users: (n,) indices of the users to evaluate; None: all. Users without a history in the
+            split are left out, and `report.users` says who is in.
+        progress: show a progress bar.
+
+    Returns:
+        The means over users by name, report["ndcg@10"], with every user's values and ranks.
+
+    Raises:
+        InputError: an unknown split, candidates or seen, a NaN score, scores that do not cover the
+            catalogue, a model of another catalogue, users that are unknown, named twice or all
+            without a history, or a user with fewer than 100 unseen items to draw.
+
+    Examples:
+        A model that scores every item by its popularity:
+
+        >>> import torch
+        >>> import fisherkern as fk
+        >>> data = fk.synthetic(num_users=50, num_items=30, seed=0)
+        >>> scores = torch.from_numpy(data.popularity()).float()
+        >>> class Popular(torch.nn.Module):
+        ...     first_item = 1
+        ...     def forward(self, batch):
+        ...         return scores.expand(len(batch["history"]), -1)
+        >>> report = fk.evaluate(Popular(), data, k=10)
+        >>> sorted(report)
+        ['hr@10', 'mrr@10', 'ndcg@10']
+        >>> 0 < report["ndcg@10"] < report["hr@10"] < 1
+        True
     """
     protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
     cutoffs = _cutoffs(k)
@@ -120,7 +149,7 @@ def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndar
 
 
 def item_scores(model: Any, batch: dict[str, Tensor], num_items: int) -> Tensor:
-    """The model's scores of items 1..V for a batch: (N, V), pad and mask columns cut off.
+    """Return the scores of items 1..V for a batch, (N, V), pad and mask columns cut off.
 
     Column c of `model(batch)` is item c + model.first_item (0 where the model has no
     such attribute). Raises InputError for a wrong shape or a NaN, naming the user.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fisherkern.checks import check_choice
 from fisherkern.errors import InputError
 from fisherkern.evaluation.candidates import CANDIDATES
 
@@ -19,8 +20,15 @@ SPLITS = ("train", "validation", "test")
 class Protocol:
     """What was ranked against what; two reports compare only where all of it agrees.
 
-    seen: "exclude", "keep", or "last-N" for an N from 1 on. The seed matters for drawn candidates
-    alone. Raises InputError for an unknown choice.
+    Args:
+        split: "train", "validation" or "test".
+        candidates: "full", "uniform-100", "popular-100" or "top-popular-100".
+        seen: "exclude", "keep", or "last-N" for an N from 1 on.
+        seed: of the drawn candidates; it matters for those alone.
+        data_fingerprint: the data set's `fingerprint()`.
+
+    Raises:
+        InputError: an unknown choice.
     """
 
     split: str
@@ -30,14 +38,10 @@ class Protocol:
     data_fingerprint: str
 
     def __post_init__(self) -> None:
-        choices = {"split": SPLITS, "candidates": CANDIDATES}
-        for field, known in choices.items():
-            if getattr(self, field) not in known:
-                raise InputError(
-                    f"{field}: expected one of {', '.join(known)}, got {getattr(self, field)!r}"
-                )
+        check_choice("split", self.split, SPLITS)
+        check_choice("candidates", self.candidates, CANDIDATES)
         if self.seen not in ("exclude", "keep") and self.last is None:
-            raise InputError(f"seen: expected exclude, keep or last-N, got {self.seen!r}")
+            raise InputError(f"seen must be 'exclude' or 'keep' or 'last-N', got {self.seen!r}")
 
     @property
     def last(self) -> int | None:
@@ -58,8 +62,11 @@ class Protocol:
 class Report(Mapping[str, float]):
     """Means over users of the ranking metrics, by name: report["ndcg@10"].
 
-    per_user: the same names -> (num_users,) float64, aligned with `users`.
-    users, ranks: (num_users,) int64, index in the dataset, and rank of the target from 1.
+    Args:
+        per_user: the same names -> (num_users,) float64, aligned with `users`.
+        users: (num_users,) int64, indices in the data set.
+        ranks: (num_users,) int64, rank of each target from 1.
+        protocol: what was ranked against what.
     """
 
     per_user: dict[str, np.ndarray]
@@ -82,26 +89,30 @@ class Report(Mapping[str, float]):
 
     @property
     def num_users(self) -> int:
+        """How many users were ranked."""
         return len(self.users)
 
     @property
     def split(self) -> str:
+        """The split of the protocol."""
         return self.protocol.split
 
     @property
     def candidates(self) -> str:
+        """The candidates of the protocol."""
         return self.protocol.candidates
 
     @property
     def seen(self) -> str:
+        """The protocol's treatment of seen items."""
         return self.protocol.seen
 
     def to_json(self) -> dict[str, Any]:
-        """The protocol and the means as plain JSON values, without the per-user arrays."""
+        """Return the protocol and the means as plain JSON values, without the per-user arrays."""
         return {**asdict(self.protocol), "num_users": self.num_users, "metrics": dict(self)}
 
     def table(self) -> str:
-        """The protocol in a line, then a row for each metric and a column for each cut-off."""
+        """Return the protocol, then a row for each metric and a column for each cut-off."""
         names = list(dict.fromkeys(metric.split("@")[0] for metric in self))
         cutoffs = list(dict.fromkeys(metric.split("@")[1] for metric in self))
         lines = [f"{self.protocol}, {self.num_users:,} users"]

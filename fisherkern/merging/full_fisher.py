@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ Product = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Vector = NDArray[np.float64]
 
 
-class _Done(Exception):
+class _ConvergedError(Exception):
     """Ends conjugate gradients."""
 
 
@@ -77,19 +78,19 @@ def solve_full_fisher(
         # Every step begins here, so the residuals of all steps are seen.
         history.append(float(np.linalg.norm(residual)) / first)
         if len(history) > steps or history[-1] <= tol:
-            raise _Done
+            raise _ConvergedError
         zeros = np.zeros_like(residual)
         scaled = np.divide(residual, space.diagonal, out=zeros, where=space.diagonal > 0)
         # The square of a residual that is all but 0 underflows.
         if residual @ scaled <= 0:
-            raise _Done
+            raise _ConvergedError
         return scaled
 
     def multiply(direction: Vector) -> Vector:
         image = operator(direction)
         # Rounding alone is left once the curvature is not positive.
         if direction @ image <= 0:
-            raise _Done
+            raise _ConvergedError
         return image
 
     def keep(solution: Vector) -> None:
@@ -98,10 +99,8 @@ def solve_full_fisher(
     shape = (len(right), len(right))
     matrix = LinearOperator(shape, matvec=multiply, dtype=right.dtype)
     inverse = LinearOperator(shape, matvec=precondition, dtype=right.dtype)
-    try:
+    with contextlib.suppress(_ConvergedError):
         cg(matrix, right, rtol=0.0, atol=0.0, maxiter=steps + 1, M=inverse, callback=keep)
-    except _Done:
-        pass
     solved = space.tensors(space.start + change)
     first_member = members.tensors[0]
     return {name: solved[name].to(first_member[name].dtype) for name in space.decided}, history

@@ -30,7 +30,7 @@ OBJECTIVES: dict[str, type] = {
 
 
 def from_settings(settings: Mapping[str, Any]) -> Objective:
-    """The objective whose `settings()` these are, unbound.
+    """Return the objective whose `settings()` these are, unbound.
 
     Raises InputError for an unknown name, or arguments that it does not have or take.
     """
@@ -56,12 +56,12 @@ def _made(value: Any) -> Any:
 
 
 __all__ = [
+    "EMKD",
     "OBJECTIVES",
     "Attributes",
     "CL4SRec",
     "ContrastiveLoss",
     "DuoRec",
-    "EMKD",
     "MaskedItems",
     "NTXent",
     "NextItem",

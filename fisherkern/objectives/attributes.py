@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
@@ -63,18 +64,28 @@ class AttributeTable:
 
 @dataclasses.dataclass(frozen=True)
 class Attributes(Objective):
-    """Multi-label attribute prediction (EMKD's auxiliary task, SIGIR 2023), to be added.
+    """Multi-label prediction of item attributes, EMKD's auxiliary task, to be added to another.
 
         -(1/PA) Σ_p Σ_a [ y_pa log σ(z_pa) + (1 - y_pa) log(1 - σ(z_pa)) ],  z_p = U h_p + c
 
-    over P positions, of whose items y_pa says whether they have attribute a; a mean, where
-    the paper sums over positions and attributes. Items are hidden as `MaskedItems(ratio)`
-    does; P are the items at all positions, as in the paper, or, with `positions="masked"`, the
-    hidden ones, as in its code. Items without any attribute are left out. U and c belong to
-    the objective, not to the model: `bind` makes them for a model of width `dim`, U
-    from Xavier's uniform distribution with `seed`, c zero. Holds P x A logits. Raises InputError
-    for a ratio outside (0, 1], an unknown `positions`, a model of another width or without
-    a mask token, and when not bound.
+    over P positions, of whose items y_pa says whether they have attribute a; a mean, where the
+    paper sums over positions and attributes. Items are hidden as `MaskedItems(ratio)` does. Items
+    without any attribute are left out. U and c belong to the objective, not to the model: `bind`
+    makes them, U from Xavier's uniform distribution, c zero. Holds P x A logits.
+
+    Args:
+        dim: width of the model's h.
+        ratio: share of a sequence's items that is masked, in (0, 1].
+        positions: "all", P are the items at all positions, as in the paper, or "masked", the hidden
+            ones, as in its code.
+        seed: of U.
+
+    Raises:
+        InputError: a ratio outside (0, 1], an unknown `positions`, a model of another width or
+            without a mask token, or an objective that is not bound.
+
+    Source:
+        Du et al., EMKD, SIGIR 2023, arXiv 2304.14668.
     """
 
     dim: int = 64
@@ -85,19 +96,14 @@ class Attributes(Objective):
     head: nn.Linear | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise InputError(f"Attributes: dim must be at least 1, got {self.dim}")
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"Attributes: ratio must be in (0, 1], got {self.ratio}")
-        if self.positions not in ("all", "masked"):
-            raise InputError(
-                f"Attributes: positions must be 'all' or 'masked', got {self.positions!r}"
-            )
+        check_count("Attributes: dim", self.dim)
+        check_unit("Attributes: ratio", self.ratio, "(0, 1]")
+        check_choice("Attributes: positions", self.positions, ("all", "masked"))
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
         if self.table is None or self.head is None:
             raise InputError("Attributes must be bound first: objective.bind(data, max_len)")
         if self.dim != model.dim:
@@ -130,4 +136,5 @@ class Attributes(Objective):
         return dataclasses.replace(self, table=table, head=head)
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return the linear layer of a bound objective."""
         return {} if self.head is None else {"attributes": self.head}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 
@@ -25,7 +25,8 @@ class TrainingSequences(Protocol):
     attributes: Any
 
     @property
-    def num_items(self) -> int: ...
+    def num_items(self) -> int:
+        """V, the size of the catalogue."""
 
 
 class Objective:
@@ -44,6 +45,7 @@ class Objective:
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
+        """Return the loss, 0-dim; see the class."""
         raise NotImplementedError
 
     def settings(self) -> dict:
@@ -55,7 +57,7 @@ class Objective:
         return {"name": type(self).__name__, **_arguments(self)}
 
     def bind(self: Self, data: TrainingSequences, max_len: int) -> Self:
-        """The objective with what it needs of the data; called once, before training."""
+        """Return the objective with what it needs of the data; called once, before training."""
         return self
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -110,22 +112,22 @@ class WeightedSum(Objective):
             if not isinstance(part, Objective):
                 raise InputError(f"WeightedSum: {part!r} is not an objective")
         for weight in self.weights:
-            if not 0 <= weight < math.inf:
-                raise InputError(
-                    f"the weight of an objective must be 0 or more and finite, got {weight}"
-                )
+            check_not_negative("the weight of an objective", weight)
 
     @property
     def lookahead(self) -> int:  # type: ignore[override]
+        """The widest part's."""
         return max(part.lookahead for part in self.parts)
 
     @property
     def contiguous(self) -> bool:  # type: ignore[override]
+        """Whether any part needs contiguous rows."""
         return any(part.contiguous for part in self.parts)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
+        """Return the weighted sum of the parts' losses, 0-dim."""
         losses = []
         for weight, part in zip(self.weights, self.parts, strict=True):
             columns = part.columns(tokens, self.lookahead - part.lookahead)
@@ -133,10 +135,12 @@ class WeightedSum(Objective):
         return torch.stack(losses).sum()
 
     def bind(self, data: TrainingSequences, max_len: int) -> WeightedSum:
+        """Bind every part."""
         bound = tuple(part.bind(data, max_len) for part in self.parts)
         return dataclasses.replace(self, parts=bound)
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return the parts' modules as part0_NAME, part1_NAME, ..."""
         return {
             f"part{index}_{name}": module
             for index, part in enumerate(self.parts)
@@ -145,7 +149,7 @@ class WeightedSum(Objective):
 
 
 def no_loss(model: SequenceEncoder) -> Tensor:
-    """A zero that can be differentiated, for a batch with nothing to learn from."""
+    """Return a zero that can be differentiated, for a batch with nothing to learn from."""
     return model.head()[0].sum() * 0.0
 
 

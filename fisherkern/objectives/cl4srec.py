@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
 from fisherkern.objectives.augment import two_views
 from fisherkern.objectives.base import Objective, no_loss
 from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, check_loss
@@ -17,20 +17,30 @@ from fisherkern.objectives.views import encode_views
 
 @dataclasses.dataclass(frozen=True)
 class CL4SRec(Objective):
-    """The contrastive part of CL4SRec (Xie et al., ICDE 2022, eq. 4), to be added to another.
+    """The contrastive part of CL4SRec, to be added to another objective.
 
         loss(h(a(s)), h(b(s))),  a and b two different ones of crop, mask and reorder
 
-    drawn for every sequence s of the batch; h is what the encoder scores items with. `crop` = η
-    is the share of consecutive items that is kept, `mask` = γ the share that is hidden and
-    `reorder` = β the share of consecutive items that is shuffled: floor(share n) of n items.
-    A sequence of one item is left as it is. Hidden items become the encoder's mask token;
-    an encoder without one gets padding there, and then never for the newest item.
+    drawn for every sequence s of the batch; h is what the encoder scores items with. An
+    augmentation of share x changes floor(x n) of n items. A sequence of one item is left as it is.
+    Hidden items become the encoder's mask token; an encoder without one gets padding there, and
+    then never for the newest item.
 
-    Beside `NextItem` in a sum it reads the histories, without the item to be predicted. The
-    views are new tensors: what the data set stores is never written to. Rows of padding alone
-    are left out; a batch of nothing else has loss 0. Raises InputError for `crop` outside
-    (0, 1], or `mask` or `reorder` outside [0, 1].
+    Beside `NextItem` in a sum it reads the histories, without the item to be predicted. The views
+    are new tensors: what the data set stores is never written to. Rows of padding alone are left
+    out; a batch of nothing else has loss 0.
+
+    Args:
+        crop: η, share of consecutive items that is kept, in (0, 1].
+        mask: γ, share of items that is hidden, in [0, 1].
+        reorder: β, share of consecutive items that is shuffled, in [0, 1].
+        loss: the contrastive loss, `NTXent` or `SymmetricNoiseTolerant`.
+
+    Raises:
+        InputError: a share outside its interval.
+
+    Source:
+        Xie et al., ICDE 2022, eq. 4.
     """
 
     crop: float = 0.6
@@ -42,16 +52,14 @@ class CL4SRec(Objective):
 
     def __post_init__(self) -> None:
         check_loss("CL4SRec", self.loss)
-        if not 0 < self.crop <= 1:
-            raise InputError(f"CL4SRec: crop must be in (0, 1], got {self.crop}")
-        for name in ("mask", "reorder"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"CL4SRec: {name} must be in [0, 1], got {getattr(self, name)}")
+        check_unit("CL4SRec: crop", self.crop, "(0, 1]")
+        check_unit("CL4SRec: mask", self.mask)
+        check_unit("CL4SRec: reorder", self.reorder)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0; encodes 2N rows."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0; encodes 2N rows."""
         tokens = tokens[(tokens != 0).any(dim=1)]
         if not len(tokens):
             return no_loss(model)
@@ -61,4 +69,5 @@ class CL4SRec(Objective):
         return self.loss(first, second)
 
     def columns(self, tokens: Tensor, extra: int) -> Tensor:
+        """Leave out the newest items, which another part of the sum predicts."""
         return tokens[:, : tokens.shape[1] - extra]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern.checks import check_choice, check_positive, check_unit
 from fisherkern.errors import InputError
 
 
@@ -17,22 +18,32 @@ class ContrastiveLoss(Protocol):
     """A loss of two views, rows in the same order; a frozen dataclass, for its settings."""
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
-        """0-dim loss of `first` and `second` (N, D); `same` (N, N) bool, symmetric: no negatives
-        of each other."""
+        """Return the loss, 0-dim, of `first` and `second` (N, D).
+
+        Rows that `same` (N, N) bool, symmetric, pairs are no negatives of each other.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class NTXent:
-    """InfoNCE over 2N views (SimCLR's NT-Xent; CL4SRec eq. 4; DuoRec eq. 10), their mean.
+    """InfoNCE over 2N views (SimCLR's NT-Xent), their mean.
 
         -(1/2N) Σ_i log( exp(s_i,i+ / τ) / Σ_{j != i} exp(s_ij / τ) )
 
-    s_ij is the dot product of views i and j or their cosine, i+ the other view of i's
-    sequence. The defaults, τ = 1 and the bare dot product, are those of the released code of
-    CL4SRec and DuoRec. Views that `same` ties are left out of each other's denominators.
-    Holds 2N x 2N similarities. Raises InputError for a temperature that is not positive and
-    finite or an unknown similarity.
+    i+ is the other view of i's sequence. The defaults, τ = 1 and the bare dot product, are those of
+    the released code of CL4SRec and DuoRec. Views that `same` ties are left out of each other's
+    denominators. Holds 2N x 2N similarities.
+
+    Args:
+        temperature: τ, positive and finite.
+        similarity: "dot", s_ij is the dot product of views i and j, or "cosine".
+
+    Raises:
+        InputError: a temperature that is not positive and finite, or an unknown similarity.
+
+    Source:
+        CL4SRec eq. 4; DuoRec eq. 10.
     """
 
     temperature: float = 1.0
@@ -42,6 +53,7 @@ class NTXent:
         _check("NTXent", self.temperature, self.similarity)
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        """Return the loss, 0-dim; see `ContrastiveLoss`."""
         count = first.shape[0]
         views = _scaled(torch.cat([first, second]), self.similarity)
         scores = _products(views, views) / self.temperature
@@ -57,17 +69,28 @@ class NTXent:
 
 @dataclasses.dataclass(frozen=True)
 class SymmetricNoiseTolerant:
-    """SGCL's loss against noisy views (Zhao et al., TOIS 2025, arXiv 2408.02691), mean over N.
+    """SGCL's loss against noisy views, mean over N.
 
         (1/N) Σ_i [ -exp(q s_ii) / q + (λ (exp(s_ii) + Σ_j exp(s_ij)))^q / q ]
 
-    s_ij = cos(first_i, second_j) / τ. This is the function of the authors' released code with its
-    q = 0.01, λ = 0.1 and τ = 0.2, taken from there and not from the text of the paper. It is the
-    RINCE loss (Chuang et al., CVPR 2022), which counts the positive once and not twice in the
-    second term; as q -> 0 both tend to InfoNCE, and q = 1 is symmetric in the sense of noisy
-    binary labels. Unlike `NTXent`, only rows of `second` are negatives and only rows of `first`
-    anchors. j leaves out what `same` ties to i, but not i. Holds N x N similarities. Raises
-    InputError for q outside (0, 1], or λ or a temperature that is not positive and finite.
+    s_ij = cos(first_i, second_j) / τ. It is the RINCE loss (Chuang et al., CVPR 2022), which counts
+    the positive once and not twice in the second term; as q -> 0 both tend to InfoNCE, and q = 1 is
+    symmetric in the sense of noisy binary labels. Unlike `NTXent`, only rows of `second` are
+    negatives and only rows of `first` anchors. j leaves out what `same` ties to i, but not i. Holds
+    N x N similarities.
+
+    Args:
+        q: in (0, 1].
+        weight: λ, positive and finite.
+        temperature: τ, positive and finite.
+        similarity: "cosine", or "dot" for the bare product.
+
+    Raises:
+        InputError: a number outside its interval, or an unknown similarity.
+
+    Source:
+        Zhao et al., TOIS 2025, arXiv 2408.02691: the function and the defaults of the authors'
+        released code, not of the text of the paper.
     """
 
     q: float = 0.01
@@ -77,14 +100,11 @@ class SymmetricNoiseTolerant:
 
     def __post_init__(self) -> None:
         _check("SymmetricNoiseTolerant", self.temperature, self.similarity)
-        if not 0 < self.q <= 1:
-            raise InputError(f"SymmetricNoiseTolerant: q must be in (0, 1], got {self.q}")
-        if not 0 < self.weight < math.inf:
-            raise InputError(
-                f"SymmetricNoiseTolerant: weight must be positive and finite, got {self.weight}"
-            )
+        check_unit("SymmetricNoiseTolerant: q", self.q, "(0, 1]")
+        check_positive("SymmetricNoiseTolerant: weight", self.weight)
 
     def __call__(self, first: Tensor, second: Tensor, same: Tensor | None = None) -> Tensor:
+        """Return the loss, 0-dim; see `ContrastiveLoss`."""
         first, second = _scaled(first, self.similarity), _scaled(second, self.similarity)
         scores = _products(first, second) / self.temperature
         positive = scores.diagonal()
@@ -114,7 +134,5 @@ def _products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _check(name: str, temperature: float, similarity: str) -> None:
-    if not 0 < temperature < math.inf:
-        raise InputError(f"{name}: temperature must be positive and finite, got {temperature}")
-    if similarity not in ("dot", "cosine"):
-        raise InputError(f"{name}: similarity must be 'dot' or 'cosine', got {similarity!r}")
+    check_positive(f"{name}: temperature", temperature)
+    check_choice(f"{name}: similarity", similarity, ("dot", "cosine"))

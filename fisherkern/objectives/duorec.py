@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.checks import check_choice
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
@@ -19,11 +20,11 @@ MODES = ("unsupervised", "supervised", "both", "us_x")
 
 @dataclasses.dataclass(frozen=True)
 class DuoRec(Objective):
-    """The contrastive part of DuoRec (Qiu et al., WSDM 2022), to be added to another.
+    """The contrastive part of DuoRec, to be added to another objective.
 
-    The target of a window is its last item, s its items before. With h and h' two passes over
-    s that differ by dropout, and h+ a pass over another training sequence, drawn uniformly,
-    with the same target (s itself where there is none):
+    The target of a window is its last item, s its items before. With h and h' two passes over s
+    that differ by dropout, and h+ a pass over another training sequence, drawn uniformly, with the
+    same target (s itself where there is none):
 
         "unsupervised"  loss(h, h')                   the model-level augmentation, eq. 9
         "supervised"    loss(h, h+)                   the semantic augmentation, eq. 10
@@ -31,12 +32,22 @@ class DuoRec(Objective):
         "us_x"          loss(h', h+)                  what the released code runs by default
 
     The released code takes h from the main objective's pass where its mode is "supervised" and a
-    pass of its own where it is "us_x". Here the main objective is another term of the sum and
-    every pass is this one's own, so the two names mean one computation. All passes are
-    one batch of 2N rows, 3N for "both". `mask_same_target=True` keeps rows with the same target
-    out of each other's negatives, which the released code does not. All but "unsupervised" need
-    `bind`, which `train` calls. A window of one item has no history and is left out; a batch of
-    nothing else has loss 0. Raises InputError for an unknown mode, or when not bound.
+    pass of its own where it is "us_x". Here the main objective is another term of the sum and every
+    pass is this one's own, so the two names mean one computation. All passes are one batch of 2N
+    rows, 3N for "both". All but "unsupervised" need `bind`, which `train` calls. A window of one
+    item has no history and is left out; a batch of nothing else has loss 0.
+
+    Args:
+        mode: one of the names above.
+        loss: the contrastive loss, `NTXent` or `SymmetricNoiseTolerant`.
+        mask_same_target: keep rows with the same target out of each other's negatives, which the
+            released code does not.
+
+    Raises:
+        InputError: an unknown mode, or an objective that is not bound.
+
+    Source:
+        Qiu et al., WSDM 2022.
     """
 
     mode: str = "us_x"
@@ -48,13 +59,12 @@ class DuoRec(Objective):
 
     def __post_init__(self) -> None:
         check_loss("DuoRec", self.loss)
-        if self.mode not in MODES:
-            raise InputError(f"DuoRec: mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        check_choice("DuoRec: mode", self.mode, MODES)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
         tokens = tokens[(tokens[:, :-1] != 0).any(dim=1)]
         if not len(tokens):
             return no_loss(model)

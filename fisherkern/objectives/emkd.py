@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fisherkern.checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_unit,
+)
 from fisherkern.encoders import ParallelEncoders, SequenceEncoder
 from fisherkern.encoders.base import trim_padding
 from fisherkern.errors import InputError
@@ -32,7 +39,7 @@ _KEPT = 1 << 24
 
 @dataclasses.dataclass(frozen=True)
 class EMKD(Objective):
-    """Ensemble modelling with contrastive knowledge distillation (Du et al., SIGIR 2023).
+    """Ensemble modelling with contrastive knowledge distillation.
 
         L = L_MIP + attribute_weight L_AP + λ (L_ICL + L_CCL) + μ L_KD
 
@@ -55,27 +62,45 @@ class EMKD(Objective):
     `networks` networks of width `dim` from `seed`; `attribute_weight=0` needs neither these nor
     data with attributes.
 
-    Sources, equations 6 to 19: the roles of s_u (anchor, attributes), its views (positives, masked
+    The roles of s_u (anchor, attributes), its views (positives, masked
     items) and the batch (negatives), the sums over networks, pairs and views, the stopped gradient
     and τ are the paper's and its code's. Of c the paper's text was not at hand: that P belongs in
     the denominator is from notes on its eq. 12, that the M positives stand in one logarithm from
     the code. Means over sequences and hidden items stand for the paper's sums.
-
-    The code (`EMKD.released`) has other names here: `contrast="released"` is -log P + log(1 + Q),
-    with no positive below and the anchor itself as exp(0); "each" is the mean over m of one
-    InfoNCE with that positive each, in the code but not called. `distill="mean"` halves L_KD.
-    `masking="bert"` hides every item with probability `ratio`, and what is hidden is the mask token
-    8 times in 10, a random item once and itself once. `attribute_positions="masked"` are those of
-    the last view. `padding=True` lets padding's states count in <,>.
 
     Encoders without a mask token see padding where an item is hidden, and predict it from the
     state of the column before, which for them is what scores it; to give them something to predict
     from, no network has the first item of a sequence hidden. Networks may be of different kinds.
 
     Rows of padding alone are left out. Holds (M + 1) N rows' states of every network and
-    the logits of all hidden items, of one view at a time where a view has more than 2^24. Raises
-    InputError for arguments out of range, a model that is not `ParallelEncoders`, networks
-    of different widths with λ > 0, and heads that are missing or do not fit.
+    the logits of all hidden items, of one view at a time where a view has more than 2^24.
+
+    Args:
+        views: M, at least 1.
+        ratio: share of a sequence's items that a view hides, in (0, 1].
+        temperature: τ, positive and finite.
+        contrast_weight: λ, 0 or more.
+        distill_weight: μ, 0 or more.
+        attribute_weight: weight of L_AP, 0 or more.
+        similarity: "cosine" or "dot".
+        contrast: "joint" is c; "released", the code's, is -log P + log(1 + Q), with no positive
+            below and the anchor itself as exp(0); "each" is the mean over m of one InfoNCE with
+            that positive each, in the code but not called.
+        distill: "sum" is L_KD; "mean", the code's, halves it.
+        masking: "mask"; "bert" hides every item with probability `ratio`, and what is hidden is
+            the mask token 8 times in 10, a random item once and itself once.
+        attribute_positions: "all"; "masked", the code's, are those of the last view.
+        padding: let padding's states count in <,>.
+        networks: N, of the attribute heads.
+        dim: width of each network, of the attribute heads.
+        seed: of the attribute heads.
+
+    Raises:
+        InputError: an argument out of range, a model that is not `ParallelEncoders`, networks of
+            different widths with λ > 0, or heads that are missing or do not fit.
+
+    Source:
+        Du et al., SIGIR 2023, arXiv 2304.14668, equations 6 to 19.
     """
 
     views: int = 8
@@ -100,26 +125,17 @@ class EMKD(Objective):
 
     def __post_init__(self) -> None:
         for name in ("views", "networks", "dim"):
-            if getattr(self, name) < 1:
-                raise InputError(f"EMKD: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"EMKD: ratio must be in (0, 1], got {self.ratio}")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(
-                f"EMKD: temperature must be positive and finite, got {self.temperature}"
-            )
+            check_count(f"EMKD: {name}", getattr(self, name))
+        check_unit("EMKD: ratio", self.ratio, "(0, 1]")
+        check_positive("EMKD: temperature", self.temperature)
         for name in ("contrast_weight", "distill_weight", "attribute_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                value = getattr(self, name)
-                raise InputError(f"EMKD: {name} must be 0 or more and finite, got {value}")
+            check_not_negative(f"EMKD: {name}", getattr(self, name))
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = " or ".join(map(repr, choices))
-                raise InputError(f"EMKD: {name} must be {known}, got {getattr(self, name)!r}")
+            check_choice(f"EMKD: {name}", getattr(self, name), choices)
 
     @classmethod
     def released(cls, temperature: float = 1.0, **changes: Any) -> EMKD:
-        """The released code's loss: M = 8, λ = 0.01, μ = 0.001 and its variants of the equations.
+        """Return the released code's loss: M = 8, λ = 0.01, μ = 0.001, its variants of equations.
 
         Its temperature is 1 for ML-1M and 0.3 for Beauty and Toys. `changes` are other arguments.
         """
@@ -137,7 +153,7 @@ class EMKD(Objective):
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
         networks = self._networks(model)
         tokens = tokens[(tokens != 0).any(dim=1)]
         if not len(tokens):
@@ -173,7 +189,7 @@ class EMKD(Objective):
             fate = torch.rand(shape, generator=generator).to(tokens.device)
             others = torch.randint(1, networks.num_items + 1, shape, generator=generator)
             changed = torch.where(fate < 0.9, others.to(tokens.device), everywhere)
-            changed = changed.masked_fill(fate < 0.8, networks.hidden_item)
+            changed = changed.masked_fill(fate < 0.8, networks.mask_id)
             return hidden, torch.where(hidden, changed, everywhere)
         # In float64, as Python computes it.
         counts = (items.sum(dim=1).double() * self.ratio).ceil().long()
@@ -182,7 +198,7 @@ class EMKD(Objective):
         first = torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
         hidden = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
         hidden = hidden.scatter(2, order, first.expand(shape))
-        return hidden, everywhere.masked_fill(hidden, networks.hidden_item)
+        return hidden, everywhere.masked_fill(hidden, networks.mask_id)
 
     def bind(self, data: TrainingSequences, max_len: int) -> EMKD:
         """With the attribute table of `data` and a head for each network.
@@ -206,6 +222,7 @@ class EMKD(Objective):
         return dataclasses.replace(self, table=table, heads=tuple(heads))
 
     def modules(self) -> dict[str, nn.Module]:
+        """Return the linear layers of a bound objective."""
         return {f"attributes{index}": head for index, head in enumerate(self.heads)}
 
     def _networks(self, model: SequenceEncoder) -> ParallelEncoders:
@@ -227,7 +244,7 @@ class EMKD(Objective):
     def _predictions(
         self, model: ParallelEncoders, seen: Sequence[Tensor], tokens: Tensor, hidden: Tensor
     ) -> list[Tensor]:
-        """The terms L_MIP + μ L_KD of each view; `seen` are N of (M, rows, T, D)."""
+        """Return the terms L_MIP + μ L_KD of each view; `seen` are N of (M, rows, T, D)."""
         heads = [network.head() for network in model.networks]
         masked = [hasattr(network, "mask_token") for network in model.networks]
         terms = []
@@ -279,7 +296,7 @@ class EMKD(Objective):
             return torch.stack(terms).sum()
 
     def _attributes(self, anchors: Sequence[Tensor], tokens: Tensor, at: Tensor) -> list[Tensor]:
-        """The terms of L_AP from N of (rows, T, D) at the positions `at` (rows, T) bool."""
+        """Return the terms of L_AP from N of (rows, T, D) at the positions `at` (rows, T) bool."""
         assert self.table is not None
         items = tokens[at].cpu()
         known = self.table.known(items)

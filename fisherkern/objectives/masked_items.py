@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective
@@ -16,30 +17,36 @@ from fisherkern.objectives.scoring import softmax_loss
 
 @dataclasses.dataclass(frozen=True)
 class MaskedItems(Objective):
-    """Cloze loss of BERT4Rec (Sun et al., CIKM 2019, section 3.6), mean over masked places.
+    """Cloze loss of BERT4Rec: predict masked items from the rest, mean over masked places.
 
         -(1/|M|) Σ_{(n,t) in M} log softmax(W h_nt + b)[s_nt]
 
-    In a sequence of n items max(1, round(ratio n)) places, drawn uniformly, become the mask
-    token: always, never a random item or the item itself. In a fraction `last_ratio` of the
-    sequences, drawn at random, the last item alone is masked instead, which is what the
-    model is asked at inference. Raises InputError for a ratio outside (0, 1] or a
-    `last_ratio` outside [0, 1].
+    In a sequence of n items max(1, round(ratio n)) places, drawn uniformly, become the mask token:
+    always, never a random item or the item itself.
+
+    Args:
+        ratio: share of a sequence's items that is masked, in (0, 1].
+        last_ratio: share of the sequences, drawn at random, in which the last item alone is masked
+            instead, which is what the model is asked at inference; in [0, 1].
+
+    Raises:
+        InputError: a share outside its interval, or an encoder without a mask token.
+
+    Source:
+        Sun et al., CIKM 2019, section 3.6.
     """
 
     ratio: float = 0.2
     last_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1:
-            raise InputError(f"MaskedItems: ratio must be in (0, 1], got {self.ratio}")
-        if not 0 <= self.last_ratio <= 1:
-            raise InputError(f"MaskedItems: last_ratio must be in [0, 1], got {self.last_ratio}")
+        check_unit("MaskedItems: ratio", self.ratio, "(0, 1]")
+        check_unit("MaskedItems: last_ratio", self.last_ratio)
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0.
+        """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0.
 
         Scores the masked places only; `softmax_loss` says what it holds. `generator` is on the
         CPU, so that the draws do not depend on the model's device. Raises InputError if no row

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
@@ -30,20 +31,29 @@ class NextItem(Objective):
         "bce"              -( log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1)
         "gbce"             -( β log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1),  β = 1 - t (1 - α)
 
-    with c_k = log(K q_k) where `log_q` (the sum then is an unbiased estimate of the one over
-    all other items; Bengio and Senécal 2008) and 0 otherwise, q_k the probability of drawing
-    item k. "bce" is SASRec's loss (Kang and McAuley, ICDM 2018) divided by K + 1. "gbce" is that of
-    gSASRec (Petrov and Macdonald, RecSys 2023, eq. 10 and 14), α = K / (V - 1).
+    with c_k = log(K q_k) where `log_q` (the sum then is an unbiased estimate of the one over all
+    other items) and 0 otherwise, q_k the probability of drawing item k, and α = K / (V - 1).
+    Negatives are drawn with replacement; one that is the next item itself does not count, in K + 1
+    neither. The full softmax holds what `softmax_loss` says.
 
-    K = `negatives` are drawn with replacement, `sampling` "uniform" or by "popularity" in the
-    training part, once for each "position", as in both papers, or once for each "sequence"
-    (`negatives_per`), which holds N x K x D values, not P x K x D. A negative that is the next item
-    itself does not count, in K + 1 neither. The full softmax holds what `softmax_loss` says.
+    Args:
+        loss: "softmax", "sampled_softmax", "bce" or "gbce".
+        negatives: K, at least 1; below V with "gbce".
+        t: calibration of "gbce", in [0, 1].
+        log_q: correct "sampled_softmax" for the draw's probabilities.
+        sampling: "uniform", or "popularity" in the training part, which needs `bind`.
+        negatives_per: "sequence", which holds N x K x D values, or "position", as in the papers,
+            which holds P x K x D.
+        last_only: predict the last item of the window from those before it, with any encoder, by
+            `encode`; all positions need a causal one.
 
-    All positions need a causal encoder. `last_only` predicts the last item of the window from
-    those before it, with any encoder, by way of `encode`. Raises InputError for an unknown
-    name, K < 1, t outside [0, 1], `log_q` with a loss that has no use for it, K >= V with
-    "gbce", an encoder that is not causal, and "popularity" when not bound.
+    Raises:
+        InputError: an unknown name, a number out of range, `log_q` with another loss, an encoder
+            that is not causal, or "popularity" when not bound.
+
+    Source:
+        "bce": Kang and McAuley, SASRec, ICDM 2018, divided by K + 1. "gbce": Petrov and Macdonald,
+        gSASRec, RecSys 2023, eq. 10 and 14. `log_q`: Bengio and Senécal, 2008.
     """
 
     loss: str = "softmax"
@@ -63,22 +73,16 @@ class NextItem(Objective):
             ("sampling", ("uniform", "popularity")),
             ("negatives_per", ("position", "sequence")),
         ):
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"NextItem: {name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}"
-                )
-        if self.negatives < 1:
-            raise InputError(f"NextItem: negatives must be at least 1, got {self.negatives}")
-        if not 0 <= self.t <= 1:
-            raise InputError(f"NextItem: t must be in [0, 1], got {self.t}")
+            check_choice(f"NextItem: {name}", getattr(self, name), choices)
+        check_count("NextItem: negatives", self.negatives)
+        check_unit("NextItem: t", self.t)
         if self.log_q and self.loss != "sampled_softmax":
             raise InputError(f"NextItem: log_q corrects 'sampled_softmax', not {self.loss!r}")
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T + 1) int64 left-padded with 0.
+        """Return the loss, 0-dim, of `tokens` (N, T + 1) int64 left-padded with 0.
 
         0 where no row has two items.
         """
@@ -118,7 +122,7 @@ class NextItem(Objective):
         bias: Tensor | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """The loss of h (P, D) with next items `column` (P,), of the sequences `row` (P,)."""
+        """Return the loss of h (P, D) with next items `column` (P,), of sequences `row` (P,)."""
         by_row = self.negatives_per == "sequence"
         drawn, log_q = self._draw(rows if by_row else len(h), weight.shape[0], generator)
         drawn, log_q = drawn.to(h.device), log_q.to(weight)

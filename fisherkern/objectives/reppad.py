@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_choice
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives.base import Objective, TrainingSequences
@@ -15,24 +16,32 @@ from fisherkern.objectives.base import Objective, TrainingSequences
 
 @dataclasses.dataclass(frozen=True)
 class RepPad(Objective):
-    """`objective` on windows whose padding is filled by repetition (Dang et al., RecSys 2024).
+    """An objective on windows whose padding is filled by repetition.
 
         0 0 0 0 0 0 a b c   becomes   b c 0 a b c 0 a b c   cut on the left to the same width
 
-    with a 0 between the copies, which no objective predicts or predicts from. `repeats` "fill"
-    goes on to the left end; "random" adds 1 to floor(T / n) copies, drawn for every row
-    of n items, as the released code does. That code repeats inputs and targets apart, so the
-    newest item never is an input; here the copies are of the whole window, and it is. For
-    objectives over all or masked positions: raises InputError for one that reads a row as a
-    single sequence (`CL4SRec`, `DuoRec`), and for an unknown `repeats`.
+    with a 0 between the copies, which no objective predicts or predicts from. The released code
+    repeats inputs and targets apart, so the newest item never is an input; here the copies are of
+    the whole window, and it is.
+
+    Args:
+        objective: one over all or masked positions.
+        repeats: "fill" goes on to the left end; "random" adds 1 to floor(T / n) copies, drawn for
+            every row of n items, as the released code does.
+
+    Raises:
+        InputError: an objective that reads a row as a single sequence (`CL4SRec`, `DuoRec`), or an
+            unknown `repeats`.
+
+    Source:
+        Dang et al., RecSys 2024.
     """
 
     objective: Objective
     repeats: str = "fill"
 
     def __post_init__(self) -> None:
-        if self.repeats not in ("fill", "random"):
-            raise InputError(f"RepPad: repeats must be 'fill' or 'random', got {self.repeats!r}")
+        check_choice("RepPad: repeats", self.repeats, ("fill", "random"))
         if not isinstance(self.objective, Objective) or self.objective.contiguous:
             raise InputError(
                 f"RepPad: {type(self.objective).__name__} cannot read repeated sequences"
@@ -40,12 +49,13 @@ class RepPad(Objective):
 
     @property
     def lookahead(self) -> int:  # type: ignore[override]
+        """The repeated objective's."""
         return self.objective.lookahead
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
+        """Return the loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
         return self.objective(model, self.repeat(tokens, generator), generator)
 
     def repeat(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
@@ -64,10 +74,13 @@ class RepPad(Objective):
         return filled
 
     def bind(self, data: TrainingSequences, max_len: int) -> RepPad:
+        """Bind the repeated objective."""
         return dataclasses.replace(self, objective=self.objective.bind(data, max_len))
 
     def modules(self) -> Mapping[str, nn.Module]:
+        """Return the repeated objective's modules."""
         return self.objective.modules()
 
     def columns(self, tokens: Tensor, extra: int) -> Tensor:
+        """Return the repeated objective's columns."""
         return self.objective.columns(tokens, extra)

@@ -27,8 +27,8 @@ _ROWS = 64
 #: Of P places, those that this process scores and what their mean counts for: several processes
 #: that train one model set it, each for its own share, so that the mean over the processes is
 #: the loss of all places. None: all of them.
-OWN_PLACES: ContextVar[Callable[[int], tuple[slice, float]] | None]
-OWN_PLACES = ContextVar("OWN_PLACES", default=None)
+LOCAL_SLICE: ContextVar[Callable[[int], tuple[slice, float]] | None]
+LOCAL_SLICE = ContextVar("LOCAL_SLICE", default=None)
 
 
 def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,7 +39,7 @@ def softmax_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None)
     and its gradient with it, so a step costs the same three products and holds 2^21 logits (2^22;
     one row where V is larger) and the gradients of h, W and b; it can be differentiated once.
     """
-    share = OWN_PLACES.get()
+    share = LOCAL_SLICE.get()
     if share is not None:
         places, factor = share(h.shape[0])
         return factor * _mean_loss(h[places], column[places], weight, bias)
@@ -116,5 +116,5 @@ class _TiledSoftmaxLoss(torch.autograd.Function):
 
 
 def _filled(rows: Tensor, multiple: int) -> Tensor:
-    """The rows, and so many of zeros after them that their number is a multiple."""
+    """Append so many rows of zeros that the number of rows is a multiple."""
     return F.pad(rows, (0, 0, 0, -len(rows) % multiple))

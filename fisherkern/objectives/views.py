@@ -12,7 +12,7 @@ _GROUPS = 3
 
 
 def encode_views(model: SequenceEncoder, tokens: Tensor) -> Tensor:
-    """h (N, D) of histories `tokens` (N, T) int64, which may hold the encoder's mask token.
+    """Encode histories `tokens` (N, T) int64, which may hold the mask token, to h (N, D).
 
     Rows go through the encoder in three groups by length, each without the padding it shares:
     cropped views are short, and so are most sequences of many data sets. To rounding, and but

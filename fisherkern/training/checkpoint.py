@@ -20,7 +20,7 @@ from fisherkern.files import (
     write_tensors,
 )
 from fisherkern.fingerprint import item_ids_sha256
-from fisherkern.training.provenance import versions
+from fisherkern.provenance import versions
 
 PathLike = str | os.PathLike[str]
 
@@ -32,12 +32,21 @@ def save_model(
     metrics: Mapping[str, float] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model` as `x.safetensors` (tensors, class, config) and `x.json` beside it.
+    """Write a model as `x.safetensors` (tensors, class, config) and `x.json` beside it.
 
-    The JSON holds item ids, `metrics`, `extra` (JSON values), versions and the commit of
-    fisherkern's source where it is known. Both files are complete before either takes its name,
-    the JSON first, so a model file is never without its item ids and a full disk leaves both as
-    they were. Raises InputError for another suffix or a class that `load_model` could not rebuild.
+    The JSON holds item ids, `metrics`, `extra`, versions and the commit of fisherkern's source
+    where it is known. Both files are complete before either takes its name, the JSON first, so a
+    model file is never without its item ids and a full disk leaves both as they were.
+
+    Args:
+        model: an encoder of ours.
+        path: the file, ending in .safetensors.
+        metrics: numbers by name.
+        extra: any JSON values by name.
+
+    Raises:
+        InputError: another suffix, a class that `load_model` could not rebuild, or a system that
+            refuses to write.
     """
     path = _model_path(path)
     name = type(model).__name__
@@ -63,11 +72,17 @@ def save_model(
 
 
 def load_model(path: PathLike) -> SequenceEncoder:
-    """The model that `save_model` wrote, on the CPU, in eval mode.
+    """Load the model that `save_model` wrote, on the CPU, in eval mode.
 
-    Without the JSON file beside it `item_ids` is None. NaN values are loaded as they are.
-    Raises InputError for a file that is not a model, an unknown class, item ids that are
-    another model's, or a tensor that is missing, unexpected or of the wrong shape or type.
+    Args:
+        path: the .safetensors file. Without the JSON file beside it `item_ids` is None.
+
+    Returns:
+        The encoder; NaN values are loaded as they are.
+
+    Raises:
+        InputError: a file that is not a model, an unknown class, item ids that are another model's,
+            or a tensor that is missing, unexpected or of the wrong shape or type.
     """
     path = _model_path(path)
     tensors, header = load_tensors(path)

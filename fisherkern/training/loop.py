@@ -9,22 +9,23 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fisherkern.checks import check_count, check_positive
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
-from fisherkern.training import processes
-from fisherkern.training.averaging import WeightAverage
-from fisherkern.training.on_cpu import OnCPU, backward
-from fisherkern.training.scalars import Scalars
+from fisherkern.training import distributed
+from fisherkern.training.cpu_kernels import FastCPUKernels, backward
 from fisherkern.training.settings import TrainingSettings, learning_rate
-from fisherkern.training.state import PathLike, Progress, Trainee, load_state, save_state
+from fisherkern.training.state import PathLike, TrainProgress, TrainState, load_state, save_state
+from fisherkern.training.tensorboard import TensorBoardLogger
+from fisherkern.training.weight_average import WeightAverage
 
 OnEpoch = Callable[[int, SequenceEncoder, float], None]
 Validate = Callable[[SequenceEncoder], float]
@@ -36,22 +37,27 @@ class TrainingData(Protocol):
     item_ids: Any
 
     @property
-    def num_items(self) -> int: ...
+    def num_items(self) -> int:
+        """V, the size of the catalogue."""
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return a hash of the content."""
 
-    def windows(
-        self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str
-    ) -> Any: ...
+    def windows(self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str) -> Any:
+        """Return the batches of one epoch, (N, max_len) int64 each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLog:
     """What a run was like.
 
-    losses: each epoch's mean loss over its steps. seconds: wall time of this call. scores:
-    validation score by epoch, counted from 1. best_epoch: the one whose weights the model has, None
-    without validation. ema: the averaged weights as a model of their own, None without `ema`.
+    Args:
+        losses: each epoch's mean loss over its steps.
+        seconds: wall time of this call.
+        steps: steps made, by earlier calls too.
+        scores: validation score by epoch, counted from 1.
+        best_epoch: the epoch whose weights the model has; None without validation.
+        ema: the averaged weights as a model of their own; None without `ema`.
     """
 
     losses: list[float]
@@ -63,8 +69,8 @@ class TrainingLog:
 
 
 @dataclasses.dataclass(frozen=True)
-class Saving:
-    """Where the state goes, and when."""
+class CheckpointPolicy:
+    """Where the state goes (None: nowhere), and after how many epochs, steps or seconds."""
 
     path: PathLike | None
     every: int
@@ -72,11 +78,11 @@ class Saving:
     every_seconds: float | None
 
     def __post_init__(self) -> None:
-        for name in ("every", "every_steps", "every_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (value >= 1 or name == "every_seconds" and value > 0):
-                least = "positive" if name == "every_seconds" else "at least 1"
-                raise InputError(f"save_{name} must be {least}, got {value}")
+        check_count("save_every", self.every)
+        if self.every_steps is not None:
+            check_count("save_every_steps", self.every_steps)
+        if self.every_seconds is not None:
+            check_positive("save_every_seconds", self.every_seconds)
 
 
 def train(
@@ -94,42 +100,58 @@ def train(
     progress: bool = True,
     **settings: Any,
 ) -> TrainingLog:
-    """Minimise `objective` (default `MaskedItems(0.2)`) over the windows of `data` with AdamW.
+    """Minimise `objective` over the windows of `data` with AdamW.
 
-    `settings` are the fields of `TrainingSettings`, `epochs` among them. `validate(model)` gives
-    the score of an epoch, higher being better; at the end the model has the weights of the best
-    epoch. `on_epoch(epoch, model, mean_loss)`, epochs counted from 1, is called before the epoch's
-    state is saved. `log_dir` is for TensorBoard: loss, learning rate and gradient norm of each
-    step, the score of each validation.
-
-    With `state`, the run is saved to that file every `save_every` epochs, and inside of them
-    every `save_every_steps` steps or `save_every_seconds` seconds, and goes on from it if it
-    exists: the file's tensors replace those of the model and the objective's modules, and the
-    bits are those of a run never interrupted (same machine, threads, processes and versions; with
-    `compile`, as far as the compiler repeats itself). A finished run returns at once. Random
+    The step's loss is the objective's mean over a batch of windows, its gradient clipped. Random
     numbers depend on (seed, step) alone; the caller's generators are left untouched. Sets
-    `model.item_ids`; leaves the model in eval mode.
+    `model.item_ids` and leaves the model in eval mode.
+
+    With `state` an interrupted run goes on from that file: its tensors replace those of the model
+    and of the objective's modules, and the bits are those of a run never interrupted (same machine,
+    threads, processes and versions; with `compile`, as far as the compiler repeats itself). A
+    finished run returns at once.
 
     Where `torch.distributed` is initialised, every process calls this with the same arguments, a
     step's `batch_size` windows are shared out, and gradients are averaged by
     DistributedDataParallel: to rounding, the single process's result where nothing is dropped out
     (see `BatchLoss`). Process 0 alone calls `validate` and `on_epoch` and writes; all read `state`.
 
-    Raises InputError for settings out of range, data of another catalogue size, the state of
-    another run, a missing TensorBoard, and a loss, gradient or score that is not finite.
+    Args:
+        model: the encoder to train, in place.
+        data: the sequences; their catalogue is the model's.
+        objective: the loss; None: `MaskedItems(0.2)`.
+        validate: gives the score of an epoch, validate(model), higher being better; at the end the
+            model has the weights of the best epoch. None: of the last.
+        on_epoch: called as on_epoch(epoch, model, mean_loss), epochs counted from 1, before the
+            epoch's state is saved.
+        state: file to save the run to, and to go on from if it exists.
+        save_every: epochs between saves.
+        save_every_steps: steps between saves inside an epoch; None: none.
+        save_every_seconds: seconds between saves inside an epoch; None: none.
+        log_dir: folder for TensorBoard: loss, learning rate and gradient norm of every step, the
+            score of every validation.
+        progress: show a progress bar.
+        **settings: the fields of `TrainingSettings`, `epochs` among them.
+
+    Returns:
+        Losses, scores, steps and seconds, and the averaged model with `ema`.
+
+    Raises:
+        InputError: settings out of range, data of another catalogue size, the state of another run,
+            a missing TensorBoard, or a loss, gradient or score that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
-    saving = Saving(state, save_every, save_every_steps, save_every_seconds)
+    saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    with Scalars(log_dir if processes.rank() == 0 else None) as scalars:
-        run = Run(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and processes.rank() == 0)
+    with TensorBoardLogger(log_dir if distributed.rank() == 0 else None) as scalars:
+        run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
+        return run.go(progress and distributed.rank() == 0)
 
 
 def checked_settings(
     model: SequenceEncoder, data: TrainingData, validate: Validate | None, settings: dict[str, Any]
 ) -> TrainingSettings:
-    """The settings with `max_len` filled in; raises InputError where they do not fit the rest."""
+    """Fill in `max_len`; raise InputError where the settings do not fit the rest."""
     chosen = TrainingSettings(**settings)
     max_len = model.max_len if chosen.max_len is None else chosen.max_len
     chosen = dataclasses.replace(chosen, max_len=max_len)
@@ -142,7 +164,7 @@ def checked_settings(
     return chosen
 
 
-class Run:
+class TrainLoop:
     """A model on its way: one call of `train`, or one of the peers in `train_peers`."""
 
     def __init__(
@@ -153,8 +175,8 @@ class Run:
         settings: TrainingSettings,
         validate: Validate | None,
         on_epoch: OnEpoch | None,
-        saving: Saving,
-        scalars: Scalars,
+        saving: CheckpointPolicy,
+        scalars: TensorBoardLogger,
     ) -> None:
         self.started = time.perf_counter()
         max_len = settings.max_len or model.max_len
@@ -170,9 +192,9 @@ class Run:
         self.trained = nn.ModuleList(parts.values())
         self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
         if self.average is not None:
-            parts["ema"] = self.average.model
+            parts["ema"] = self.average.module
         self.optimizer = _optimizer(self.trained, settings)
-        self.trainee = Trainee(parts, self.optimizer)
+        self.state = TrainState(parts, self.optimizer)
         self.identity = {
             **dataclasses.asdict(settings),
             "betas": list(settings.betas),  # as JSON gives it back
@@ -181,19 +203,20 @@ class Run:
             "data": data.fingerprint(),
             "validation": validate is not None,
         }
-        self.progress = Progress()
+        self.progress = TrainProgress()
         if saving.path is not None and Path(saving.path).exists():
-            self.progress = load_state(saving.path, self.trainee, self.identity)
-        processes.check_same_start(self.progress.step, self.device)
+            self.progress = load_state(saving.path, self.state, self.identity)
+        distributed.check_same_start(self.progress.step, self.device)
         compiled = {}
         if settings.compile:
             compiled["states"] = torch.compile(model.states, backend=_backend(settings.compile))
-        self.loss = processes.in_parallel(processes.BatchLoss(model, objective, modules, compiled))
+        self.loss = distributed.wrap_ddp(distributed.BatchLoss(model, objective, modules, compiled))
         for part in (model, parts.get("ema", model)):
             part.item_ids = list(data.item_ids)
         self.total = settings.epochs * len(self.windows(1))
 
     def windows(self, epoch: int) -> Any:
+        """Return the epoch's batches, with the objective's lookahead."""
         return self.data.windows(
             batch_size=self.settings.batch_size,
             max_len=self.width,
@@ -203,13 +226,14 @@ class Run:
         )
 
     def go(self, show: bool) -> TrainingLog:
+        """Run the epochs that are left; with a progress bar if `show`."""
         now, settings = self.progress, self.settings
         self.scalars.resume(now.step)
         with tqdm(total=self.total, initial=now.step, unit="step", disable=not show) as bar:
             while len(now.losses) < settings.epochs and not now.out_of_patience(settings.patience):
                 bar.set_description(f"epoch {len(now.losses) + 1}/{settings.epochs}")
                 self.epoch(bar)
-        self.trainee.restore_best()
+        self.state.restore_best()
         self.trained.eval()
         return TrainingLog(
             list(now.losses),
@@ -217,11 +241,11 @@ class Run:
             now.step,
             dict(now.scores),
             now.best_epoch,
-            None if self.average is None else self.average.model,
+            None if self.average is None else cast(SequenceEncoder, self.average.module),
         )
 
     def epoch(self, bar: Any) -> None:
-        """The epoch after `progress.losses`, or what is left of it."""
+        """Run the epoch after `progress.losses`, or what is left of it."""
         now, epoch = self.progress, len(self.progress.losses) + 1
         self.trained.train()
         for tokens in itertools.islice(self.windows(epoch), now.batch, None):
@@ -237,7 +261,7 @@ class Run:
         last = epoch == self.settings.epochs
         if self.validate is not None and (last or epoch % self.settings.validate_every == 0):
             self.score(epoch)
-        if self.on_epoch is not None and processes.rank() == 0:
+        if self.on_epoch is not None and distributed.rank() == 0:
             self.on_epoch(epoch, self.model, now.losses[-1])
         last = last or now.out_of_patience(self.settings.patience)
         if last or epoch % self.saving.every == 0:
@@ -247,16 +271,16 @@ class Run:
         """Validate, and keep the weights if they are the best so far."""
         self.trained.eval()
         score = 0.0
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             assert self.validate is not None
             score = float(self.validate(self.model))
-        score = processes.from_first_process(score, self.device)
+        score = distributed.from_first_process(score, self.device)
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")
         self.progress.scores[epoch] = score
         self.scalars.add("validation", score, self.progress.step - 1)
         if self.progress.best_epoch == epoch:
-            self.trainee.keep_best()
+            self.state.keep_best()
 
     def save_inside(self) -> None:
         """Save between two steps of an epoch, when it is time."""
@@ -267,20 +291,23 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        if self.saving.path is not None and processes.rank() == 0:
-            save_state(self.saving.path, self.trainee, self.progress, self.identity)
+        """Save the state where there is a file for it; process 0 alone."""
+        if self.saving.path is not None and distributed.rank() == 0:
+            save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 
     def step(self, tokens: Tensor) -> float:
         """One step of the optimiser on one batch of windows; its loss."""
         settings, step = self.settings, self.progress.step
-        with self.drawing(step) as generator:
-            with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"
-            ):
-                # A compiler would have to look into it at every call, and has its own ways.
-                with contextlib.nullcontext() if settings.compile else OnCPU():
-                    loss = self.loss(tokens.to(self.device), generator)
+        # A compiler would have to look into the mode at every call, and has its own ways.
+        kernels = contextlib.nullcontext() if settings.compile else FastCPUKernels()
+        bf16 = settings.precision == "bf16"
+        with (
+            self.drawing(step) as generator,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+            kernels,
+        ):
+            loss = self.loss(tokens.to(self.device), generator)
         rate = learning_rate(
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
         )
@@ -291,7 +318,7 @@ class Run:
             backward(loss)
         limit = math.inf if settings.clip is None else settings.clip
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
-        value, size = processes.mean_over_processes(loss).item(), norm.item()
+        value, size = distributed.mean_over_processes(loss).item(), norm.item()
         if not math.isfinite(value + size):
             raise InputError(
                 f"training diverged at step {step} with lr = {rate:g}: "
@@ -308,7 +335,7 @@ class Run:
 
     @contextlib.contextmanager
     def drawing(self, step: int) -> Iterator[torch.Generator]:
-        """The random numbers of a step: the objective's generator, and torch's own for dropout.
+        """Fix the random numbers of a step: the objective's generator, and torch's for dropout.
 
         Two streams from (seed, step): were they one, what is masked would depend on what is
         dropped. Nothing is carried over, so a resumed run needs no generator's state. Processes
@@ -316,7 +343,7 @@ class Run:
         """
         seed = self.settings.seed
         _, draws = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64)
-        dropout = np.random.SeedSequence([seed, step, processes.rank()])
+        dropout = np.random.SeedSequence([seed, step, distributed.rank()])
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
             yield torch.Generator().manual_seed(int(draws))

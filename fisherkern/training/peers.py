@@ -14,21 +14,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError, check_choice
+from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
-from fisherkern.training import processes
+from fisherkern.training import distributed
 from fisherkern.training.loop import (
-    Run,
-    Saving,
+    CheckpointPolicy,
     TrainingData,
+    TrainLoop,
     Validate,
     checked_settings,
 )
-from fisherkern.training.scalars import Scalars
-from fisherkern.training.state import PathLike, Progress, check_run, contents, restore
+from fisherkern.training.state import PathLike, TrainProgress, check_run, contents, restore
+from fisherkern.training.tensorboard import TensorBoardLogger
 
 NAMES = ("a", "b")
 
@@ -65,10 +66,8 @@ class Cooperation:
     def __post_init__(self) -> None:
         for name, known in (("kind", ("layer", "parameter")), ("criterion", ("entropy", "l1"))):
             check_choice("cooperation" if name == "kind" else name, getattr(self, name), known)
-        if not 0 <= self.alpha < math.inf:
-            raise InputError(f"alpha must be 0 or more and finite, got {self.alpha}")
-        if self.bins < 1:
-            raise InputError(f"bins must be at least 1, got {self.bins}")
+        check_not_negative("alpha", self.alpha)
+        check_count("bins", self.bins)
         if not 0 <= self.percent <= 100:
             raise InputError(f"percent must be in [0, 100], got {self.percent}")
         if self.threshold is not None and not self.threshold >= 0:
@@ -120,9 +119,13 @@ def weight_entropy(weights: Tensor, bins: int) -> float:
 class PeersLog:
     """What a run of `train_peers` was like.
 
-    model: the network to keep. peer: "a" or "b", which one it is. losses, scores: as in
-    `TrainingLog`, of a and of b. best_epoch: the one whose weights `model` has, None
-    without validation. seconds: wall time of this call.
+    Args:
+        model: the network to keep.
+        peer: "a" or "b", which one it is.
+        losses: each epoch's mean loss, of a and of b.
+        scores: validation score by epoch, of a and of b.
+        best_epoch: the epoch whose weights `model` has; None without validation.
+        seconds: wall time of this call.
     """
 
     model: SequenceEncoder
@@ -152,25 +155,44 @@ def train_peers(
     progress: bool = True,
     **settings: Any,
 ) -> PeersLog:
-    """PCRec: train two networks of one kind, let them cooperate after every epoch, keep one.
+    """Train two networks of one kind, let them cooperate after every epoch, and keep one (PCRec).
 
-    Each epoch both peers pass over the data, as `train` does with the same `objective` (default
-    `MaskedItems(0.2)`) and `settings`, except that `model_b` has the learning rate `peer_lr`
-    (default: half of lr, the released code's) and draws its windows, their order, dropout and masks
-    from `peer_seed` (default: seed + 1). Then `validate` scores them, and then they
-    cooperate (see `Cooperation` for the other arguments), but not after the last epoch. With
-    `validate` both models end with the weights of their best epochs, and the result is the one with
-    the higher score, `model_a` if they are equal; without it, `model_a`. `patience` counts
-    validations without a new best of either.
-
-    With `state` the run is saved to that file after every epoch and goes on from it if it exists,
-    to the same bits as one never interrupted. The caller's generators are left untouched. Sets both
+    Each epoch both peers pass over the data as `train` does. Then `validate` scores them, and then
+    they cooperate (see `Cooperation`), but not after the last epoch. With `validate` both models
+    end with the weights of their best epochs. The caller's generators are left untouched. Sets both
     models' `item_ids`.
 
-    Raises InputError as `train` and `Cooperation` do, for models of different kinds or that share
-    tensors, peers with the same learning rate and seed, and for `ema`.
-    Source: Sun et al., PCRec, arXiv 2111.00429. Its peers are two processes that wait for each
-    other's files; which one is reported is not said in the code.
+    Args:
+        model_a: the first peer, trained in place.
+        model_b: the second, of the same class and config, sharing no tensor.
+        data: the sequences.
+        objective: the loss of both; None: `MaskedItems(0.2)`.
+        cooperation: "layer" or "parameter".
+        criterion: "entropy" or "l1", which layer is the better.
+        alpha: how sharply the criterion decides.
+        bins: of the entropy's histogram.
+        percent: percentile of |θ| below which "parameter" takes the other's weight.
+        threshold: the same as a number; None: by `percent`.
+        peer_lr: model_b's learning rate; None: half of lr, the released code's.
+        peer_seed: model_b's seed of windows, order, dropout and masks; None: seed + 1.
+        validate: gives the score of an epoch, validate(model), higher being better.
+        state: file to save the run to after every epoch, and to go on from if it exists, to the
+            same bits as a run never interrupted.
+        progress: show a progress bar.
+        **settings: the fields of `TrainingSettings`; `patience` counts validations without a new
+            best of either peer.
+
+    Returns:
+        The peer with the higher validation score, model_a if they are equal or without `validate`,
+        and what the run was like.
+
+    Raises:
+        InputError: what `train` and `Cooperation` refuse, models of different kinds or that share
+            tensors, peers with the same learning rate and seed, and `ema`.
+
+    Source:
+        Sun et al., PCRec, arXiv 2111.00429. Its peers are two processes that wait for each other's
+        files; which one is reported is not said in the code.
     """
     started = time.perf_counter()
     rule = Cooperation(cooperation, criterion, alpha, bins, percent, threshold)
@@ -186,13 +208,13 @@ def train_peers(
     if (other.lr, other.seed) == (chosen.lr, chosen.seed):
         raise InputError("peer_lr and peer_seed are those of the first peer; one must differ")
     objective = MaskedItems(0.2) if objective is None else objective
-    with Scalars(None) as scalars:
-        quiet = Saving(None, 1, None, None)
+    with TensorBoardLogger(None) as scalars:
+        quiet = CheckpointPolicy(None, 1, None, None)
         pair = [
-            Run(model, data, objective, own, validate, None, quiet, scalars)
+            TrainLoop(model, data, objective, own, validate, None, quiet, scalars)
             for model, own in ((model_a, chosen), (model_b, other))
         ]
-        _Pair(pair, rule, state).go(progress and processes.rank() == 0)
+        _Pair(pair, rule, state).go(progress and distributed.rank() == 0)
     reached = [run.progress for run in pair]
     best = [-math.inf if p.best_epoch is None else p.scores[p.best_epoch] for p in reached]
     kept = 1 if best[1] > best[0] else 0
@@ -209,7 +231,7 @@ def train_peers(
 class _Pair:
     """Two runs, what they do to each other, and the file they go on from."""
 
-    def __init__(self, runs: list[Run], rule: Cooperation, path: PathLike | None) -> None:
+    def __init__(self, runs: list[TrainLoop], rule: Cooperation, path: PathLike | None) -> None:
         self.runs, self.rule, self.path = runs, rule, path
         self.settings = runs[0].settings
         self.identity = dataclasses.asdict(rule)
@@ -230,7 +252,7 @@ class _Pair:
                     self.rule(self.runs[0].model, self.runs[1].model)
                 self.save()
         for run in self.runs:
-            run.trainee.restore_best()
+            run.state.restore_best()
             run.trained.eval()
 
     def finished(self) -> bool:
@@ -240,12 +262,12 @@ class _Pair:
         )
 
     def save(self) -> None:
-        if self.path is None or processes.rank() != 0:
+        if self.path is None or distributed.rank() != 0:
             return
         tensors = {
             f"{name}.{key}": tensor
             for name, run in zip(NAMES, self.runs, strict=True)
-            for key, tensor in contents(run.trainee).items()
+            for key, tensor in contents(run.state).items()
         }
         reached = [run.progress.to_json() for run in self.runs]
         about = {"kind": "peers", "run": self.identity, "progress": reached}
@@ -262,9 +284,9 @@ class _Pair:
                 for key, tensor in tensors.items()
                 if key.startswith(f"{name}.")
             }
-            restore(path, run.trainee, own)
-            run.progress = Progress.from_json(reached)
-            processes.check_same_start(run.progress.step, run.device)
+            restore(path, run.state, own)
+            run.progress = TrainProgress.from_json(reached)
+            distributed.check_same_start(run.progress.step, run.device)
 
 
 def _check_pair(a: SequenceEncoder, b: SequenceEncoder) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
+from fisherkern.checks import (
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_positive,
+    check_unit,
+)
 from fisherkern.errors import InputError
 
 CHOICES = {"schedule": ("constant", "linear"), "precision": ("fp32", "bf16")}
@@ -12,20 +18,29 @@ CHOICES = {"schedule": ("constant", "linear"), "precision": ("fp32", "bf16")}
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """What, with model, data and objective, decides a run: the keyword arguments of `train`.
+    """What decides a run beside model, data and objective: the keyword arguments of `train`.
 
-    epochs: passes over the data. batch_size: windows in a step, of all processes together.
-    lr, schedule, warmup_steps: see `learning_rate`. weight_decay: AdamW's, on matrices only.
-    clip: the gradient over all parameters is scaled to a norm of at most this; None: never.
-    betas: AdamW's. seed: of the windows and their order, dropout and the objective's draws.
-    crop, max_len: for `data.windows`; max_len None is the model's.
-    validate_every: epochs between validations; the last epoch is always validated. patience: stop
-    after so many validations in a row without a new best score; None: never.
-    precision: "bf16" computes the loss under autocast, in "fp32" nothing is; weights, gradients
-    and AdamW's moments keep their type. compile: the encoder's `states` go through torch.compile,
-    with the backend named if it is a string. ema: see `WeightAverage`; None: no average.
+    Args:
+        epochs: passes over the data.
+        batch_size: windows in a step, of all processes together.
+        lr: AdamW's learning rate; see `learning_rate`.
+        schedule: "constant", or "linear" to zero at the last step.
+        warmup_steps: steps in which the rate rises to `lr`.
+        weight_decay: AdamW's, on matrices only.
+        clip: largest norm of the gradient over all parameters; None: no limit.
+        betas: AdamW's two, each in [0, 1).
+        seed: of the windows and their order, dropout and the objective's draws.
+        crop: how windows are cut, see `SequenceDataset.windows`: "random", "last" or "all".
+        max_len: items in a window; None: the model's.
+        validate_every: epochs between validations; the last epoch is always validated.
+        patience: validations in a row without a new best score after which to stop; None: never.
+        precision: "fp32", or "bf16" to compute the loss under autocast. Weights, gradients and
+            AdamW's moments keep their type.
+        compile: send the encoder's `states` through torch.compile; a string names the backend.
+        ema: decay of the average of the weights, see `WeightAverage`; None: no average.
 
-    Raises InputError for what is out of range.
+    Raises:
+        InputError: a value out of range.
     """
 
     epochs: int
@@ -48,27 +63,24 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_len", "validate_every", "patience"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        for name in ("seed", "warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+            if value is not None:
+                check_count(name, value)
+        for name in ("seed", "warmup_steps"):
+            check_count(name, getattr(self, name), least=0)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = " or ".join(map(repr, choices))
-                raise InputError(f"{name} must be {known}, got {getattr(self, name)!r}")
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
+            check_choice(name, getattr(self, name), choices)
+        check_positive("lr", self.lr)
+        check_not_negative("weight_decay", self.weight_decay)
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"clip must be positive or None, got {self.clip}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise InputError(f"ema must be in [0, 1) or None, got {self.ema}")
+        if self.ema is not None:
+            check_unit("ema", self.ema, "[0, 1)")
 
 
 def learning_rate(step: int, total: int, lr: float, schedule: str, warmup_steps: int) -> float:
-    """The rate of step `step` = 0..total-1.
+    """Return the rate of step `step` = 0..total-1.
 
     lr (step + 1) / warmup_steps while that is below lr; after it lr ("constant") or
     lr (total - step) / (total - warmup_steps), zero at `total` ("linear").

@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainProgress:
     """How far a run is.
 
     step: steps made. losses: mean loss of each whole epoch. batch, batch_losses: steps made in
@@ -45,17 +45,18 @@ class Progress:
         return sum(epoch > best for epoch in self.scores) >= patience
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; `from_json` gives the object back."""
+        """Return the fields as JSON values; `from_json` gives the object back."""
         return dataclasses.asdict(self) | {"scores": list(self.scores.items())}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Progress:
+    def from_json(cls, fields: Mapping[str, Any]) -> TrainProgress:
+        """Make the object that `to_json` described."""
         scores = {int(epoch): score for epoch, score in fields["scores"]}
         return cls(**{**fields, "scores": scores})
 
 
 @dataclasses.dataclass
-class Trainee:
+class TrainState:
     """Everything tensor-valued that a run changes.
 
     parts: the modules by name, "model", "objective.NAME" and perhaps "ema". best: their tensors,
@@ -67,7 +68,7 @@ class Trainee:
     best: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts' tensors themselves, as "model.item_embedding.weight"; a shared one, once."""
+        """Return the parts' tensors, as "model.item_embedding.weight"; a shared one, once."""
         seen: set[tuple[int, torch.Size]] = set()
         found = {}
         for part, module in self.parts.items():
@@ -79,7 +80,7 @@ class Trainee:
         return found
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimiser moves, by the names of `tensors`; one that is shared, once."""
+        """Return what the optimiser moves, by the names of `tensors`; a shared one, once."""
         seen: set[nn.Parameter] = set()
         found = {}
         for part, module in self.parts.items():
@@ -102,18 +103,18 @@ class Trainee:
 
 
 def save_state(
-    path: PathLike, trainee: Trainee, progress: Progress, run: Mapping[str, Any]
+    path: PathLike, state: TrainState, progress: TrainProgress, run: Mapping[str, Any]
 ) -> None:
     """Write all that `load_state` needs to go on; `run` says, in JSON values, what run it is.
 
     No clock time is in the file: the same run gives the same bytes.
     """
     about = {"kind": "training", "run": run, "progress": progress.to_json()}
-    save_tensors(path, contents(trainee), about)
+    save_tensors(path, contents(state), about)
 
 
-def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Progress:
-    """Put a saved run into `trainee`; how far it is.
+def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> TrainProgress:
+    """Put a saved run into `state`; how far it is.
 
     Raises InputError if the file is no training state, or that of a run with other settings, model,
     objective or data.
@@ -122,16 +123,16 @@ def load_state(path: PathLike, trainee: Trainee, run: Mapping[str, Any]) -> Prog
     if header.get("kind") != "training" or "progress" not in header:
         raise InputError(f"{path}: not a training state")
     check_run(path, header["run"], run)
-    restore(path, trainee, tensors)
-    return Progress.from_json(header["progress"])
+    restore(path, state, tensors)
+    return TrainProgress.from_json(header["progress"])
 
 
-def contents(trainee: Trainee) -> dict[str, Tensor]:
+def contents(state: TrainState) -> dict[str, Tensor]:
     """All tensors that `restore` needs, by name."""
-    tensors = trainee.tensors()
-    tensors |= {f"best.{name}": tensor for name, tensor in trainee.best.items()}
-    for name, parameter in trainee.parameters().items():
-        moments = trainee.optimizer.state[parameter]
+    tensors = state.tensors()
+    tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
+    for name, parameter in state.parameters().items():
+        moments = state.optimizer.state[parameter]
         tensors |= {f"{key}.{name}": moments[key] for key in MOMENTS if key in moments}
         if "step" in moments:
             tensors[f"steps.{name}"] = moments["step"]
@@ -148,9 +149,9 @@ def check_run(path: PathLike, saved: Mapping[str, Any], run: Mapping[str, Any]) 
             )
 
 
-def restore(path: PathLike, trainee: Trainee, tensors: Mapping[str, Tensor]) -> None:
-    """Put `contents` from a file into `trainee`; raises InputError if they do not fit."""
-    own, parameters = trainee.tensors(), trainee.parameters()
+def restore(path: PathLike, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    """Put `contents` from a file into `state`; raises InputError if they do not fit."""
+    own, parameters = state.tensors(), state.parameters()
     expected = dict(own)
     if any(name.startswith("best.") for name in tensors):
         expected |= {f"best.{name}": tensor for name, tensor in own.items()}
@@ -163,9 +164,9 @@ def restore(path: PathLike, trainee: Trainee, tensors: Mapping[str, Tensor]) -> 
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
             if f"best.{name}" in tensors:
-                trainee.best[name] = tensors[f"best.{name}"].to(tensor.device)
+                state.best[name] = tensors[f"best.{name}"].to(tensor.device)
     for name in stepped:
         parameter = parameters[name]
         moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
         moments["step"] = tensors[f"steps.{name}"].to(parameter.device)
-        trainee.optimizer.state[parameter] = moments
+        state.optimizer.state[parameter] = moments

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fisherkern as fk
 from benchmarks.speed.trainers.protocol import Trainer, serve
-from fisherkern.training.loop import Run, Saving, checked_settings
-from fisherkern.training.scalars import Scalars
+from fisherkern.training.loop import CheckpointPolicy, TrainLoop, checked_settings
+from fisherkern.training.tensorboard import TensorBoardLogger
 
 
 def model_and_objective(
@@ -25,12 +25,14 @@ def model_and_objective(
     return fk.SASRec(num_items, **sizes, **network), fk.NextItem()
 
 
-def training_run(model: Any, objective: Any, data: fk.SequenceDataset, batch_size: int) -> Run:
+def training_run(
+    model: Any, objective: Any, data: fk.SequenceDataset, batch_size: int
+) -> TrainLoop:
     settings = checked_settings(
         model, data, None, {"epochs": 1000, "batch_size": batch_size, "lr": 1e-3, "seed": 0}
     )
-    saving = Saving(None, 1, None, None)
-    run = Run(model, data, objective, settings, None, None, saving, Scalars(None))
+    saving = CheckpointPolicy(None, 1, None, None)
+    run = TrainLoop(model, data, objective, settings, None, None, saving, TensorBoardLogger(None))
     run.trained.train()
     return run
 

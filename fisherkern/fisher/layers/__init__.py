@@ -27,4 +27,4 @@ HANDLERS: Handlers = {
     **activations.HANDLERS,
 }
 
-__all__ = ["HANDLERS", "LinearGrad", "EmbeddingGrad"]
+__all__ = ["HANDLERS", "EmbeddingGrad", "LinearGrad"]

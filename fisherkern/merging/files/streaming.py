@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from fisherkern.merging.files.tensor_files import (
     write_header,
 )
 from fisherkern.merging.rules import MergeBlock, MergeMethod, average
+from fisherkern.provenance import package_version
 
 PathLike = str | os.PathLike[str]
 
@@ -128,7 +128,7 @@ def merge_files(
             "fishers": None if merge.fishers is None else merge.fishers.identities(),
             "base": members.base_identity(),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
-            "versions": {"fisherkern": _version(), "torch": str(torch.__version__)},
+            "versions": {"fisherkern": package_version(), "torch": str(torch.__version__)},
         }
         _write(out, merge, provenance)
     return provenance
@@ -263,13 +263,6 @@ class StreamingMerge:
 def _there(index: Tensor) -> Tensor:
     """`index` of what has been read in its order: the row itself, -1 for none."""
     return torch.where(index < 0, -1, torch.arange(len(index)))
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("fisherkern")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _write(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:

@@ -70,13 +70,13 @@ def test_clusters_smaller_than_the_sequences_make_items_repeat():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_users": 0}, "num_users must be an integer of at least 1"),
-        ({"num_items": 15}, "num_items must be an integer of at least 16"),
-        ({"clusters": 2}, "clusters must be an integer of at least 3"),
-        ({"min_length": 2}, "min_length must be an integer of at least 3"),
-        ({"max_length": 10}, "max_length must be an integer of at least 20"),
-        ({"order": 1.2}, "order must be a probability, not 1.2"),
-        ({"skew": float("nan")}, "skew must be 0 or more, not nan"),
+        ({"num_users": 0}, "num_users must be at least 1"),
+        ({"num_items": 15}, "num_items must be at least 16"),
+        ({"clusters": 2}, "clusters must be at least 3"),
+        ({"min_length": 2}, "min_length must be at least 3"),
+        ({"max_length": 10}, "max_length must be at least 20"),
+        ({"order": 1.2}, r"order must be in \[0, 1\], got 1.2"),
+        ({"skew": float("nan")}, "skew must be 0 or more and finite, got nan"),
     ],
 )
 def test_impossible_sizes_are_named(arguments, message):

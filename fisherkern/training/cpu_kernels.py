@@ -16,10 +16,10 @@ from fisherkern.ops.products import Linear, rows_for_onednn, suits, suits_linear
 _VALUES = 1 << 16
 
 
-class OnCPU(TorchFunctionMode):
-    """Inside it F.linear multiplies by oneDNN and F.dropout draws 16 bits an element.
+class FastCPUKernels(TorchFunctionMode):
+    """A mode in which F.linear multiplies by oneDNN and F.dropout draws 16 bits an element.
 
-    Any module's calls are seen, ours or not. A BERT4Rec step takes two thirds of the time
+    It sees the calls of any module, ours or not. A BERT4Rec step takes two thirds of the time
     (ML-1M, T = 50, D = 64, batch 256, one thread of an AMD EPYC). Everything else, other types and
     devices, and linear layers whose number of rows is no multiple of 8, are PyTorch's as ever.
     """
@@ -36,13 +36,13 @@ class OnCPU(TorchFunctionMode):
 
 
 def backward(loss: Tensor) -> None:
-    """loss.backward() inside `OnCPU`: what is checkpointed is computed again there, as it was.
+    """Run loss.backward() inside `FastCPUKernels`.
 
-    Both public ways to call it leave every mode first, and the engine's threads have those of its
-    call; so it is called itself, as `torch.autograd.backward` does.
+    `Tensor.backward` disables every TorchFunctionMode; what is checkpointed needs this one when it
+    is computed again, so the engine is called directly, as `torch.autograd.backward` does.
     """
     engine = torch.autograd.Variable._execution_engine
-    with OnCPU():
+    with FastCPUKernels():
         engine.run_backward(
             (loss,), (torch.ones_like(loss),), False, False, (), True, accumulate_grad=True
         )

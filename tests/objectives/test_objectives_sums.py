@@ -211,7 +211,7 @@ def test_wrong_use_is_named():
         from_settings({"name": "Other"})
     with pytest.raises(fk.InputError, match="arguments of MaskedItems do not fit.*share"):
         from_settings({"name": "MaskedItems", "share": 1})
-    with pytest.raises(fk.InputError, match="arguments of MaskedItems do not fit"):
+    with pytest.raises(fk.InputError, match="ratio must be in .*, got .much"):
         from_settings({"name": "MaskedItems", "ratio": "much"})
     for settings in ({"name": "NTXent"}, [], "MaskedItems", None):
         with pytest.raises(fk.InputError, match="settings of an objective are a mapping"):

@@ -9,7 +9,7 @@ from fisherkern.errors import InputError
 from fisherkern.training.state import PathLike
 
 
-class Scalars:
+class TensorBoardLogger:
     """Writes scalars to the folder `log_dir`, or nothing for None; a context manager.
 
     Raises InputError if TensorBoard is not installed.
@@ -30,7 +30,7 @@ class Scalars:
         if self.writer is not None:
             self.writer.add_scalar(name, value, step)
 
-    def __enter__(self) -> Scalars:
+    def __enter__(self) -> TensorBoardLogger:
         return self
 
     def __exit__(

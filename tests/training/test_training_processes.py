@@ -20,8 +20,8 @@ from training_runs import Cycles, T, V, bits, new_model, run
 from fisherkern.encoders import GRU4Rec, SASRec
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.objectives import CL4SRec, MaskedItems, NextItem
-from fisherkern.objectives.scoring import OWN_PLACES, softmax_loss
-from fisherkern.training import TrainingLog, processes
+from fisherkern.objectives.scoring import LOCAL_SLICE, softmax_loss
+from fisherkern.training import TrainingLog, distributed
 
 
 class WithHead(MaskedItems):
@@ -180,15 +180,15 @@ def test_places_are_shared_out(world: int, count: int, monkeypatch: pytest.Monke
     whole = softmax_loss(h, column, weight, None)
     (expected,) = torch.autograd.grad(whole, h)
     losses, gradients, scored = [], [], []
-    monkeypatch.setattr(processes, "world", lambda: world)
-    token = OWN_PLACES.set(processes.own_places)
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    token = LOCAL_SLICE.set(distributed.local_slice)
     for rank in range(world):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         losses.append(softmax_loss(h, column, weight, None))
         gradients += torch.autograd.grad(losses[-1], h)
-        places, factor = processes.own_places(count)
+        places, factor = distributed.local_slice(count)
         scored += list(range(count))[places] if factor else []
-    OWN_PLACES.reset(token)
+    LOCAL_SLICE.reset(token)
     assert scored == list(range(count))
     assert torch.allclose(torch.stack(losses).mean(), whole, rtol=1e-12)
     assert torch.allclose(torch.stack(gradients).mean(dim=0), expected, rtol=1e-12)

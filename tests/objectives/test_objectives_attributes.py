@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 from models import bert
-from objective_models import T, V, check_gradient, encoder, generator, padded
+from objective_models import NAMES, T, V, check_gradient, encoder, generator, padded
 
 import fisherkern as fk
 
-NAMES = [f"i{v}" for v in range(1, V + 1)]
 # Item 4 has none, item 5 is not mentioned, item 3 names one twice.
 ATTRIBUTES = {f"i{v}": [10 * v, 7] for v in range(6, V + 1)} | {
     "i1": [30],

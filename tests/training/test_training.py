@@ -174,7 +174,7 @@ def test_a_file_that_is_no_state_is_refused(tmp_path):
         ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
         ({"schedule": "cosine"}, "got 'cosine'"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more and finite, got -0.1"),
         ({"seed": -1}, "seed must not be negative"),
         ({"clip": 0.0}, "clip must be positive or None"),
         ({"betas": (0.9, 1.0)}, "betas must be two numbers"),

@@ -279,10 +279,10 @@ class Foreign(Coarse):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "dev"}, "split: expected one of train, validation, test, got 'dev'"),
-        ({"candidates": "random"}, "candidates: expected one of full, uniform-100"),
-        ({"seen": True}, "seen: expected exclude, keep or last-N, got True"),
-        ({"seen": "last-0"}, "seen: expected exclude, keep or last-N, got 'last-0'"),
+        ({"split": "dev"}, "split must be 'train' or 'validation' or 'test', got 'dev'"),
+        ({"candidates": "random"}, "candidates must be 'full' or 'uniform-100'"),
+        ({"seen": True}, "seen must be 'exclude' or 'keep' or 'last-N', got True"),
+        ({"seen": "last-0"}, "seen must be 'exclude' or 'keep' or 'last-N', got 'last-0'"),
         ({"k": (5, 0)}, "k: expected positive integers"),
         ({"k": ()}, "k: expected positive integers"),
         ({"users": [3, 3]}, "users: an index occurs twice"),

@@ -16,16 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import Objective
-from fisherkern.objectives.scoring import OWN_PLACES
+from fisherkern.objectives.scoring import LOCAL_SLICE
 
 
 def rank() -> int:
-    """This process's number, 0 where there is only one."""
+    """Return this process's number, 0 where there is only one."""
     return dist.get_rank() if _joined() else 0
 
 
 def world() -> int:
-    """The number of processes in the run."""
+    """Return the number of processes in the run."""
     return dist.get_world_size() if _joined() else 1
 
 
@@ -34,7 +34,7 @@ def _joined() -> bool:
 
 
 @contextlib.contextmanager
-def torchrun(device: torch.device) -> Iterator[torch.device]:
+def init_distributed(device: torch.device) -> Iterator[torch.device]:
     """Join the other processes where torchrun started this one; the device to work on.
 
     NCCL between GPUs, one per process of a machine; gloo otherwise.
@@ -53,7 +53,7 @@ def torchrun(device: torch.device) -> Iterator[torch.device]:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a 0-dim tensor, the same bits in every process."""
+    """Return the mean of a 0-dim tensor, the same bits in every process."""
     if world() == 1:
         return value
     value = value.detach().clone()
@@ -106,26 +106,26 @@ class BatchLoss(nn.Module):
             self.methods = {name: functools.partial(rows, own[name]) for name in own}
 
     def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """The loss, 0-dim, of `tokens` (N, T)."""
-        before = OWN_PLACES.set(own_places if world() > 1 else None)
+        """Return the loss, 0-dim, of `tokens` (N, T)."""
+        before = LOCAL_SLICE.set(local_slice if world() > 1 else None)
         try:
             with _shadowed(self.model, self.methods):
                 return self.objective(self.model, tokens, generator)
         finally:
-            OWN_PLACES.reset(before)
+            LOCAL_SLICE.reset(before)
 
 
-def own_places(count: int) -> tuple[slice, float]:
-    """This process's of `count` places, and what their mean counts for; see `OWN_PLACES`."""
+def local_slice(count: int) -> tuple[slice, float]:
+    """Return this process's share of `count` places and its mean's weight: `LOCAL_SLICE`."""
     share = -(-count // world())
     first, last = rank() * share, min((rank() + 1) * share, count)
     if first < last:
         return slice(first, last), (last - first) * world() / count
-    # None is left for it. It scores one to no effect: gradients wait for every process.
+    # This process has no position left; it scores one with weight 0 so that DDP does not hang.
     return slice(0, 1), 0.0
 
 
-def in_parallel(loss: BatchLoss) -> nn.Module:
+def wrap_ddp(loss: BatchLoss) -> nn.Module:
     """`loss`, whose gradients are averaged over the processes while backward runs."""
     if world() == 1:
         return loss
@@ -180,6 +180,9 @@ class _Rows:
 
 class _GatherRows(torch.autograd.Function):
     """All processes' rows, one process's after another's.
+
+    Not `torch.distributed.nn.functional.all_gather`: PyTorch deprecates it, and it adds bfloat16
+    gradients up in bfloat16.
 
     What goes back to a row is the sum of its gradients in all processes' losses: averaged over
     the processes with everything else, that is its gradient in the mean of their losses.

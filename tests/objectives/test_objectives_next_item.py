@@ -245,9 +245,9 @@ def test_it_learns_what_follows_what():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"loss": "ce"}, "loss must be one of softmax, .*, got 'ce'"),
-        ({"sampling": "all"}, "sampling must be one of"),
-        ({"negatives_per": "batch"}, "negatives_per must be one of"),
+        ({"loss": "ce"}, "loss must be 'softmax' or .*, got 'ce'"),
+        ({"sampling": "all"}, "sampling must be 'uniform' or"),
+        ({"negatives_per": "batch"}, "negatives_per must be 'position' or"),
         ({"negatives": 0}, "negatives must be at least 1"),
         ({"t": -0.1}, r"t must be in \[0, 1\]"),
         ({"t": math.nan}, r"t must be in \[0, 1\]"),

@@ -85,11 +85,11 @@ def test_validation_changes_no_step():
         ({"validate_every": 0}, "validate_every must be at least 1"),
         ({"validate": by_epoch([float("nan")])}, "validate gave nan after epoch 1"),
         ({"validate": by_epoch([0.5, float("inf")])}, "validate gave inf after epoch 2"),
-        ({"ema": 1.0}, r"ema must be in \[0, 1\) or None, got 1.0"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"ema": -0.1}, "ema must be in"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
         ({"save_every_steps": 0}, "save_every_steps must be at least 1, got 0"),
-        ({"save_every_seconds": 0.0}, "save_every_seconds must be positive, got 0.0"),
+        ({"save_every_seconds": 0.0}, "save_every_seconds must be positive and finite, got 0.0"),
         ({"compile": "nonesuch"}, "compile: 'nonesuch' is no backend of torch.compile"),
     ],
 )

@@ -57,12 +57,12 @@ def test_csv_takes_named_columns_quotes_and_dates(tmp_path):
         f'"{u}","{i}",2024-01-{t:02}T00:00:00\n' for u, i, t in EVENTS
     )
     path = put(tmp_path, "b.csv", text)
-    check_events(load(path, user_col="who", item_col="what, then", time_col="day"))
+    check_events(load(path, user="who", item="what, then", time="day"))
 
 
 def test_csv_in_time_order_needs_no_time(tmp_path):
     text = "user_id,item_id\n" + "x,a b\ny,c\nx,d\nx,c\ny,d\ny,a b\n"
-    data = load(put(tmp_path, "a.csv", text), time_col=None)
+    data = load(put(tmp_path, "a.csv", text), time=None)
     assert rows(data) == {"x": ["a b", "d", "c"], "y": ["c", "d", "a b"]}
 
 
@@ -72,7 +72,7 @@ def test_recbole_inter_strips_types_and_takes_any_token(tmp_path):
     check_events(load(put(tmp_path, "a.inter", text)))
     check_events(load(put(tmp_path, "a", text)))
     text = 'user_id:token\titem_id:token\n"u\tB00\n"u\té"\n"u\tB00\n'
-    assert rows(load(put(tmp_path, "b.inter", text), time_col=None)) == {'"u': ["B00", 'é"', "B00"]}
+    assert rows(load(put(tmp_path, "b.inter", text), time=None)) == {'"u': ["B00", 'é"', "B00"]}
 
 
 def test_parquet(tmp_path):
@@ -85,7 +85,7 @@ def test_parquet(tmp_path):
     dated = arrow.array(times, arrow.timestamp("s"))
     texts = arrow.array([str(item) for item in items]).dictionary_encode()
     parquet.write_table(arrow.table({"u": users, "i": texts, "t": dated}), path)
-    check_events(load(path, user_col="u", item_col="i", time_col="t"))
+    check_events(load(path, user="u", item="i", time="t"))
     with pytest.raises(InputError, match=r"a\.parquet: no column 'user_id' among u, i, t"):
         load(path)
     holed = arrow.table({"user_id": users, "item_id": [30, None, 1, 1, 1, 1], "timestamp": times})
@@ -97,7 +97,7 @@ def test_parquet(tmp_path):
         load(path)
     parquet.write_table(arrow.table({"user_id": [1, 1, 1, 2], "item_id": [1, 2, 3, 4]}), path)
     with pytest.raises(InputError, match=r"a\.parquet: row 4: user 2 has only 1 action"):
-        load(path, time_col=None)
+        load(path, time=None)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -163,8 +163,8 @@ INTER = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n"
         ("a.csv", HEAD + "u,a,nan\n", ":5: the time is not a finite number"),
         ("a.csv", HEAD + "v,a,1\n", ":5: user v has only 1 action "),
         ("a.csv", HEAD.encode() + b"u,\xff,1\n", ":5: not UTF-8 text"),
-        ("a.csv", "user,item_id,timestamp\n", ":1: no column 'user_id' among .* with user_col"),
-        ("a.csv", "user_id,item_id\nu,a\n", ":1: no column 'timestamp' among .* time_col, or None"),
+        ("a.csv", "user,item_id,timestamp\n", ":1: no column 'user_id' among .* with user="),
+        ("a.csv", "user_id,item_id\nu,a\n", ":1: no column 'timestamp' among .* time=, or None"),
         ("a.inter", INTER + "u\tb\n", ":3: 2 columns, but the header names 3"),
         ("a.inter", "user_id\titem_id:token\n", ":1: header cell 'user_id' has no type"),
         ("a.inter", "user_id:token\n", ":1: no column 'item_id' among user_id"),

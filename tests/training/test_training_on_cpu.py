@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fisherkern as fk
 from fisherkern.objectives import emkd
 from fisherkern.ops.products import suits
-from fisherkern.training.on_cpu import OnCPU, dropout
+from fisherkern.training.cpu_kernels import FastCPUKernels, dropout
 
 P = 0.1
 KEPT = 1 - round(P * 65536) / 65536
@@ -82,7 +82,7 @@ def test_a_model_of_others_is_served_without_being_changed() -> None:
     for rows, served in ((8, True), (24, True), (7, False)):
         x = torch.randn(rows, 3)
         expected = model(x)
-        with OnCPU():
+        with FastCPUKernels():
             found = model(x)
             with torch.no_grad():
                 assert torch.equal(model(x), expected)
@@ -100,7 +100,7 @@ def test_gradients_of_an_encoder_are_those_of_float64(encoder: type) -> None:
     found = []
     for dtype in (torch.float32, torch.float64):
         model.to(dtype)
-        with OnCPU():
+        with FastCPUKernels():
             loss = F.cross_entropy(model(history), torch.arange(5))
         found.append(torch.autograd.grad(loss, list(model.parameters())))
     for one, other in zip(*found, strict=True):
@@ -115,7 +115,7 @@ def test_train_enters_it(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(p)
         return F.dropout(input, p, **rest)
 
-    monkeypatch.setattr("fisherkern.training.on_cpu.dropout", counting)
+    monkeypatch.setattr("fisherkern.training.cpu_kernels.dropout", counting)
     data = fk.load("synthetic")
     for compiled, calls in ((False, True), ("eager", False)):
         seen.clear()

@@ -64,7 +64,7 @@ def test_download_numbers_movies_by_appearance_and_keeps_genres(tmp_path, serve,
     assert path.read_text() == "1 2\n1 3\n1 1\n2 3\n2 4\n2 1\n"
     assert load(path).attributes == {"1": [3, 1], "2": [2, 1], "3": [3], "4": [1]}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ml-1m.attributes.json", "ml-1m.txt"]
-    assert "ml-1m.zip: 100%" in capsys.readouterr().err
+    assert "100%" in capsys.readouterr().err
 
 
 def test_a_download_that_is_not_what_it_should_be_leaves_nothing(tmp_path, serve):
@@ -73,8 +73,11 @@ def test_a_download_that_is_not_what_it_should_be_leaves_nothing(tmp_path, serve
     whole = archive()
     md5 = hashlib.md5(whole).hexdigest()
     corrupt = whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
-    for body, announced in ((corrupt, None), (whole[:-9], len(whole))):
-        with pytest.raises(InputError, match=f"MD5 is [0-9a-f]{{32}}, not {md5}"):
+    for body, announced, said in (
+        (corrupt, None, f"MD5 .*{md5}.* but got .*[0-9a-f]{{32}}"),
+        (whole[:-9], len(whole), f"{len(whole) - 9} bytes read, 9 more expected"),
+    ):
+        with pytest.raises(InputError, match=f"could not be downloaded: .*{said}"):
             download_ml_1m(folder, url=serve(body, announced)[0], md5=md5)
     with pytest.raises(InputError, match="not the MovieLens-1M archive"):
         url, md5 = serve(b"not a zip")

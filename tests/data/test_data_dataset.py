@@ -137,7 +137,7 @@ def test_first_windows_are_those_of_epoch_after_epoch():
     found = data.first_windows(5, **how)
     assert len(epochs) == 6 and len(found) == 5
     assert all(torch.equal(one, other) for one, other in zip(found, epochs, strict=False))
-    with pytest.raises(InputError, match="count must be an integer of at least 1"):
+    with pytest.raises(InputError, match="count must be at least 1"):
         data.first_windows(0, **how)
 
 
@@ -237,10 +237,13 @@ def test_arrays_that_do_not_fit_are_refused(changes, message):
     ("call", "message"),
     [
         (lambda d: d.loader(split="dev"), "split must be 'train' or 'validation' or 'test'"),
-        (lambda d: d.loader(batch_size=0), "batch_size must be an integer of at least 1, not 0"),
-        (lambda d: d.loader(max_len=2.0), "max_len must be an integer"),
+        (lambda d: d.loader(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda d: d.loader(max_len=2.0), "max_len must be an integer, got 2.0"),
         (lambda d: d.loader(split="test", limit=0), "limit must be"),
-        (lambda d: d.windows(batch_size=1, max_len=1, seed=-1, epoch=0), "seed must be"),
+        (
+            lambda d: d.windows(batch_size=1, max_len=1, seed=-1, epoch=0),
+            "seed must not be negative, got -1",
+        ),
         (lambda d: d.windows(batch_size=1, max_len=1, seed=0, epoch=0, crop="x"), "crop must be"),
         (lambda d: d.sequence(1), "user 1 is not in 0..0"),
         (lambda d: d.seen([-1], "test"), "user -1 is not in 0..0"),

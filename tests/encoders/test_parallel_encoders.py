@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from models import HISTORIES
-from objective_models import T, V, generator
+from objective_models import NAMES, T, V, generator
 from parallel_models import ensemble, member
-from test_objectives_attributes import NAMES
 from training_runs import assert_same_bits, bits
 
 import fisherkern as fk

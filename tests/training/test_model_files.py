@@ -3,14 +3,16 @@
 import json
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
+import fisherkern as fk
 from fisherkern.encoders import BERT4Rec
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
+from fisherkern.provenance import source_commit
 from fisherkern.training import load_model, save_model
-from fisherkern.training.provenance import source_commit
 
 V, T = 20, 8
 ITEM_IDS = [f"item {v}" for v in range(1, V + 1)]
@@ -166,3 +168,17 @@ def test_the_commit_is_that_of_the_source_and_of_nothing_else(tmp_path, monkeypa
     source_commit.cache_clear()
     assert source_commit(package) is None
     source_commit.cache_clear()
+
+
+def test_numpys_numbers_are_sizes_seeds_and_metrics(tmp_path):
+    data = fk.synthetic(np.int64(30), np.int32(20), np.int64(1))
+    model = fk.SASRec(np.int64(data.num_items), max_len=np.int32(8), dim=np.int64(4), layers=1)
+    settings = {"epochs": np.int64(1), "batch_size": np.int32(16), "seed": np.int64(3)}
+    state = tmp_path / "state"
+    first = fk.train(model, data, state=state, progress=False, objective=fk.NextItem(), **settings)
+    again = fk.train(model, data, state=state, progress=False, objective=fk.NextItem(), **settings)
+    assert again.losses == first.losses
+    fk.save_model(model, tmp_path / "a.safetensors", metrics={"ndcg@10": np.float32(0.5)})
+    assert fk.load_model(tmp_path / "a.safetensors").config == model.config
+    with pytest.raises(TypeError, match="object is no JSON value"):
+        fk.save_model(model, tmp_path / "a.safetensors", extra={"x": object()})

@@ -10,17 +10,22 @@ from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def package_version() -> str:
+    """Return the installed version, "unknown" for a source tree that is only on the path."""
+    try:
+        return importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def versions() -> dict[str, str | None]:
     """Versions of fisherkern, torch and Python, and `source_commit()`."""
-    try:
-        own = importlib.metadata.version("fisherkern")
-    except importlib.metadata.PackageNotFoundError:
-        own = "unknown"
     return {
-        "fisherkern": own,
+        "fisherkern": package_version(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "commit": source_commit(),
@@ -29,7 +34,7 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def source_commit(package: Path = PACKAGE) -> str | None:
-    """The git commit of `package`'s source, with "-dirty" after it if files differ from it.
+    """Return the git commit of `package`'s source, with "-dirty" if files differ from it.
 
     None without git, or where the package lies outside a checkout of its own: one installed
     into a virtual environment inside somebody's project is not that project's commit.
