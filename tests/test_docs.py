@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkern as fk
+from fisherkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -174,6 +175,42 @@ def test_every_environment_variable_is_documented():
     assert used - MACROS == set(VARIABLE.findall(text_of("docs/environment.md")))
 
 
+def commands(name: str) -> list[list[str]]:
+    """The words of every command line of a page's blocks without a language."""
+    code = "".join(code for language, code in FENCE.findall(text_of(name)) if not language)
+    lines = code.replace("\\\n", " ").split("\n")
+    return [line.partition("#")[0].split() for line in lines]
+
+
+COMMANDS = [words for name in NAMES for words in commands(name) if words]
+
+
+@pytest.mark.parametrize(
+    "words", [w for w in COMMANDS if w[0] == "fisherkern"], ids=lambda words: " ".join(words)
+)
+def test_commands_and_their_flags_exist(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        status = main([words[1], "--help"])
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr().out
+    assert not status
+    flags = [word for word in words if word.startswith("--")]
+    assert [flag for flag in flags if not re.search(rf"{flag}\b", shown)] == []
+
+
+def test_scripts_and_targets_exist():
+    makefile = text_of("Makefile")
+    for words in COMMANDS:
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+        elif words[0] == "python":
+            module = words[2].replace(".", "/") if words[1] == "-m" else words[1]
+            found = [ROOT / module, ROOT / f"{module}.py"]
+            assert any(path.exists() for path in found), words
+
+
 PUBLIC = re.compile(r"\bfk\.([A-Za-z_]\w*)")
 
 
@@ -181,6 +218,14 @@ PUBLIC = re.compile(r"\bfk\.([A-Za-z_]\w*)")
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "CHANGELOG.md"])
 def test_public_names_exist(name):
     assert {n for n in PUBLIC.findall(text_of(name)) if not hasattr(fk, n)} == set()
+
+
+PATH = re.compile(r"`((?:fisherkern|benchmarks|tests|docs|examples|csrc)/[\w./-]*\w/?)`")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_exist(name):
+    assert [path for path in PATH.findall(text_of(name)) if not (ROOT / path).exists()] == []
 
 
 def test_sentences_are_told_apart():
