@@ -34,7 +34,7 @@ def draw_figure(data: str, max_len: int, sequences: int) -> Path:
 
     Estimates of ours on another number of sequences are left out.
     """
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for row in latest_fisher_rows(data=data, T=str(max_len)):
@@ -59,6 +59,9 @@ def draw_figure(data: str, max_len: int, sequences: int) -> Path:
         axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+    # Sizes span a decade or two, where powers of ten alone would leave few labels.
+    left.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     path = RESULTS / f"fisher_{data}_T{max_len}.png"
     _save(figure, path)

@@ -7,7 +7,10 @@ or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each
 or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
 `fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
 or the whole is `summary`, a line for each experiment on merging, `starts`, a line for each
-distance between members' starts, or `kernels`, a line for each op's kernel, of proven.json.
+distance between members' starts, `markets`, two markets' models and their merges, `kernels`, a
+line for each op's kernel, of proven.json, or `gpu`, the sentence above that table.
+
+Tables stand in README.md and in the Markdown files of docs/.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from benchmarks.experiments.splits import CONTROL as ALL_DATA
 from benchmarks.experiments.splits import WEIGHTED
 from benchmarks.experiments.tables import INTERVAL, comparison_table, difference
 from benchmarks.figures import latest_fisher_rows, read_rows
+from benchmarks.market_table import market_rows
 from fisherkern.files import atomic_path, read_json
 from fisherkern.ops import proven
 
@@ -38,7 +42,7 @@ def fisher_rows(**chosen: str) -> str:
     lines = [
         "| estimate | K or R | sequences | time, batch-wise K = 10 is 1"
         " | batch-wise of the same K is 1 | error, best-scaled"
-        " | off its own definition | on the tied table | tensors missing |",
+        " | vs. brute force | tied table vs. brute force | tensors missing |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in latest_fisher_rows(**chosen):
@@ -287,17 +291,22 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
     return "\n".join(found)
 
 
+def gpu_line(results: Path = HERE / "results") -> str:
+    """The runs on a GPU that results are stored of, in one sentence."""
+    runs = [f"`{path.name}`" for path in sorted(results.glob("gpu_*")) if path.is_dir()]
+    if runs:
+        return f"Runs on a GPU, in benchmarks/results: {', '.join(runs)}."
+    return "Nothing has run on a GPU yet: no kernel, and no op's path in PyTorch."
+
+
 def kernel_rows(rows: Sequence[proven.Row] | None = None, results: Path = HERE / "results") -> str:
     """What ran on a GPU, and which calls take it there by default: the rows of proven.json.
 
-    RowBuilders of kernels that have changed do not pass the tests, so what stands there is today's.
+    Rows of kernels that have changed do not pass the tests, so what stands there is today's.
     """
     rows = proven.rows() if rows is None else rows
-    runs = [f"`{path.name}`" for path in sorted(results.glob("gpu_*")) if path.is_dir()]
     lines = [
-        f"Runs on a GPU, in benchmarks/results: {', '.join(runs)}."
-        if runs
-        else "Nothing has run on a GPU yet: no kernel, and no op's path in PyTorch.",
+        gpu_line(results),
         "",
         '| op | kernel | ran, and was right, on | `backend="auto"` on a GPU takes |',
         "|---|---|---|---|",
@@ -315,7 +324,13 @@ CSV_TABLES = {
 }
 
 
-WHOLE = {"summary": summary_rows, "starts": start_rows, "kernels": kernel_rows}
+WHOLE = {
+    "summary": summary_rows,
+    "starts": start_rows,
+    "markets": market_rows,
+    "kernels": kernel_rows,
+    "gpu": gpu_line,
+}
 
 
 def table(match: re.Match[str]) -> str:
@@ -332,11 +347,23 @@ def table(match: re.Match[str]) -> str:
     return f"{match[1]}{text}\n{match[4]}"
 
 
+def pages() -> list[Path]:
+    """The files that tables stand in."""
+    root = HERE.parent
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def current(text: str) -> str:
+    """The text of a page with its tables made anew."""
+    return BLOCK.sub(table, text)
+
+
 def main() -> None:
-    readme = HERE.parent / "README.md"
-    text = BLOCK.sub(table, readme.read_text(encoding="utf-8"))
-    with atomic_path(readme) as path:
-        path.write_text(text, encoding="utf-8")
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (made := current(text)) != text:
+            with atomic_path(page) as path:
+                path.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":
