@@ -1,7 +1,5 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from fisherkern.data import SequenceDataset, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
@@ -38,11 +36,7 @@ from fisherkern.objectives import (
     SymmetricNoiseTolerant,
 )
 from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
-
-try:
-    __version__ = version("fisherkern")
-except PackageNotFoundError:  # a source tree on the path, not installed
-    __version__ = "unknown"
+from fisherkern.version import __version__
 
 __all__ = [
     "Attributes",
@@ -70,6 +64,7 @@ __all__ = [
     "TrainingSettings",
     "WeightEnsemble",
     "adapt",
+    "__version__",
     "align",
     "calibrate",
     "compare",

@@ -33,6 +33,8 @@ LEVELS = {
     "files": 0,
     "errors": 0,
     "fingerprint": 0,
+    "progress": 0,
+    "version": 0,
 }
 SIDEWAYS = {
     ("objectives", "encoders"),

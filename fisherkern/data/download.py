@@ -10,12 +10,11 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.reading import read_file, write_seqrec
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
+from fisherkern.progress import progress_bar
 
 ML_1M_URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 ML_1M_MD5 = "c4d9eecfca2ab87c1945afe126590906"
@@ -71,7 +70,7 @@ def fetch(url: str, target: Path, *, md5: str) -> None:
             # Read errors are the network's; atomic_path would call them errors of writing.
             with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
                 size = int(response.headers.get("Content-Length") or 0) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
+                with progress_bar(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
                     while piece := response.read(_PIECE_BYTES):
                         digest.update(piece)
                         file.write(piece)

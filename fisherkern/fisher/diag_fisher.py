@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
@@ -18,6 +17,7 @@ from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.samplers import SAMPLERS, Settings
 from fisherkern.fisher.subject import Subject, batch_size, batch_slice, evaluation_mode
 from fisherkern.ops._dispatch import use_backend
+from fisherkern.progress import progress_bar
 
 DEFAULT_SKETCH_PROBES = 16
 
@@ -95,7 +95,7 @@ def diag_fisher(
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
     count = 0
-    bar = tqdm(loader, desc=f"Fisher ({sampler})", unit="batch", disable=not progress)
+    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
     with use_backend(backend), evaluation_mode(subject.module):
         for batch in bar:
             n = batch_size(batch)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkern.encoders.transformer import SelfAttention
 from fisherkern.errors import InputError
@@ -18,6 +17,7 @@ from fisherkern.fisher.plan import make_plan, usable_sites
 from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.rules import RULES, LinearWeight
 from fisherkern.fisher.subject import Subject, batch_size, evaluation_mode, model_input
+from fisherkern.progress import progress_bar
 
 
 class LinearGrams(NamedTensors):
@@ -55,7 +55,7 @@ def linear_grams(
             # For one query it multiplies keys' and values' weights by other things than inputs.
             if isinstance(module, SelfAttention):
                 module.training = True
-        for batch in tqdm(loader, desc="Gram matrices", unit="batch", disable=not progress):
+        for batch in progress_bar(loader, desc="Gram matrices", unit="batch", show=progress):
             n = batch_size(batch)
             for part, which in chunks(subject, batch, n, chunk or max(n, 1)):
                 collector.add(part, count + int(which[0]))

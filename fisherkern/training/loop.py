@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
+from fisherkern.progress import progress_bar
 from fisherkern.training import processes
 from fisherkern.training.averaging import WeightAverage
 from fisherkern.training.on_cpu import OnCPU, backward
@@ -205,7 +205,7 @@ class Run:
     def go(self, show: bool) -> TrainingLog:
         now, settings = self.progress, self.settings
         self.scalars.resume(now.step)
-        with tqdm(total=self.total, initial=now.step, unit="step", disable=not show) as bar:
+        with progress_bar(total=self.total, initial=now.step, unit="step", show=show) as bar:
             while len(now.losses) < settings.epochs and not now.out_of_patience(settings.patience):
                 bar.set_description(f"epoch {len(now.losses) + 1}/{settings.epochs}")
                 self.epoch(bar)

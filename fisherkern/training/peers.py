@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.objectives import MaskedItems, Objective
+from fisherkern.progress import progress_bar
 from fisherkern.training import processes
 from fisherkern.training.loop import (
     Run,
@@ -231,7 +231,7 @@ class _Pair:
 
     def go(self, show: bool) -> None:
         total, initial = sum(r.total for r in self.runs), sum(r.progress.step for r in self.runs)
-        with tqdm(total=total, initial=initial, unit="step", disable=not show) as bar:
+        with progress_bar(total=total, initial=initial, unit="step", show=show) as bar:
             while not self.finished():
                 epoch = len(self.runs[0].progress.losses) + 1
                 for name, run in zip(NAMES, self.runs, strict=True):
