@@ -2,64 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
+from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import weights_from
+from fisherkern.cli.run import Run, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.merging import calibrate
-from fisherkern.training import load_model, save_model
+from fisherkern.training import save_model
 
 
-def add_calibrate(commands: Any) -> None:
-    parser = command(
-        commands,
-        "calibrate",
-        _calibrate,
-        "a merged model brought back towards its members",
-    )
-    add_merged(parser)
-    parser.add_argument(
-        "--version", type=int, default=1, help="2: after every Transformer block as well"
-    )
-    parser.add_argument("--rank", type=int, default=16, help="of a correction (default: 16)")
-    parser.add_argument("--steps", type=int, default=500, help="of Adam (default: 500)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="(default: 0.001)")
+@command("calibrate", calibrate)
+def calibrate_checkpoint(
+    run: Run,
+    checkpoint: Path,
+    *,
+    members: list[Path],
+    weights: str | None = None,
+    batch_size: int = 128,
+) -> None:
+    """Train low-rank corrections that move a merged model's representations to its members'.
 
-
-def add_merged(parser: argparse.ArgumentParser) -> None:
-    """A merged model, and what it was merged from."""
-    parser.add_argument("checkpoint", type=Path, help="the merged model")
-    parser.add_argument("--members", type=Path, nargs="+", required=True)
-    parser.add_argument("--weights", help="of the members, comma-separated (default: equal)")
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    data = load_data(options.data)
-    merged = load_model(options.checkpoint)
+    Args:
+        checkpoint: the merged model.
+        members: the models it was merged from.
+        weights: one number per member, comma-separated (default: equal).
+        version: 1 corrects the final state, 2 also after every Transformer block.
+        targets: numbers of the members to move towards (default: all).
+        rank: of a correction.
+        steps: of Adam.
+        lr: learning rate of Adam.
+        batch_size: histories in a batch.
+    """
+    data = run.data()
+    merged = run.model(checkpoint)
 
     def histories(model: SequenceEncoder) -> Iterable[Any]:
-        own = over_catalogue_of(model, data, options.checkpoint)
-        return own.loader(split="train", batch_size=128, max_len=model.max_len)
+        own = over_catalogue_of(model, data, checkpoint)
+        return run.batches(model, own, split="train", batch_size=batch_size)
 
-    calibrated = calibrate(
-        merged,
-        [load_model(path) for path in options.members],
-        histories,
-        version=options.version,
-        weights=weights_from(options.weights),  # type: ignore[arg-type]  # a word is refused there
-        rank=options.rank,
-        steps=options.steps,
-        lr=options.lr,
-        seed=options.seed,
-    )
-    out = out_folder(options, "calibrate")
+    models = [run.model(path) for path in members]
+    given = {**run.of(calibrate), "members": models, "weights": weights_from(weights)}
+    calibrated = calibrate(merged, loader=histories, **given)
+    out = run.out("calibrate")
     path = out / "calibrated.safetensors"
     save_model(calibrated, path, extra={"losses": calibrated.losses})
-    finish(out, options, {"losses": calibrated.losses})
+    run.finish(out, {"losses": calibrated.losses})
     if calibrated.losses:
         print(f"distance to the members: {calibrated.losses[0]:.4g} before the first step,")
         print(f"                         {calibrated.losses[-1]:.4g} before the last")

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-from typing import Any
 
-from fisherkern.cli.common import command, out_folder
-from fisherkern.experiments import DEMO, MEMBERS, run
-
-
-def add_demo(commands: Any) -> None:
-    parser = command(commands, "demo", _demo, "the whole story on made-up data, in minutes")
-    parser.add_argument("--members", choices=MEMBERS, default=DEMO.members)
-    # Its tensors are small: a second thread mostly waits for the first.
-    parser.set_defaults(data="synthetic", threads=1)
+from fisherkern.cli.arguments import command
+from fisherkern.cli.run import Run
+from fisherkern.experiments import DEMO, MEMBERS
+from fisherkern.experiments import run as run_story
 
 
-def _demo(options: argparse.Namespace) -> None:
-    story = dataclasses.replace(DEMO, data=options.data, members=options.members, seed=options.seed)
-    run(story, out_folder(options, f"demo-{story.members}"), progress=not options.quiet)
+@command("demo", choices={"members": MEMBERS})
+def demo(
+    run: Run, *, members: str = DEMO.members, data: str = "synthetic", threads: int = 1
+) -> None:
+    """Train, merge and compare a few small models on made-up data, in minutes.
+
+    Args:
+        members: how the members differ.
+        data: synthetic, ml-1m, beauty, or a file.
+        threads: CPU threads; the tensors are small, so a second one mostly waits.
+    """
+    story = dataclasses.replace(DEMO, data=data, members=members, seed=run.seed)
+    run_story(story, run.out(f"demo-{members}"), progress=run.progress)
