@@ -1,5 +1,7 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from fisherkern.data import SequenceDataset, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
@@ -36,7 +38,11 @@ from fisherkern.objectives import (
     SymmetricNoiseTolerant,
 )
 from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
-from fisherkern.version import __version__
+
+try:
+    __version__ = version("fisherkern")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "unknown"
 
 __all__ = [
     "Attributes",
@@ -64,7 +70,6 @@ __all__ = [
     "TrainingSettings",
     "WeightEnsemble",
     "adapt",
-    "__version__",
     "align",
     "calibrate",
     "compare",

@@ -34,7 +34,7 @@ LEVELS = {
     "errors": 0,
     "fingerprint": 0,
     "progress": 0,
-    "version": 0,
+    "tables": 0,
 }
 SIDEWAYS = {
     ("objectives", "encoders"),

@@ -56,6 +56,7 @@ class Command:
     name: str
     run: Callable[..., None]
     signature: inspect.Signature
+    data_arguments: tuple[str, ...]  # those that go to `load`, which others' names go before
 
     def stub(self) -> Callable[..., None]:
         """What cyclopts is given: the signature and the help of the command, to be read."""
@@ -92,6 +93,7 @@ def command(
 
     def make(function: Callable[..., Any]) -> Command:
         found: dict[str, inspect.Parameter] = {}
+        of_data: list[str] = []
         groups: list[tuple[Group, Callable[..., Any]]] = [(OPTIONS, function)]
         groups += [*((OPTIONS, source) for source in sources), (DATA, load), (GENERAL, _general)]
         for group, source in groups:
@@ -100,13 +102,16 @@ def command(
             skipped |= {"name_or_path", "name"} if source is load else set()
             parameters = _parameters(source)
             names = {parameter.name for parameter in parameters}
-            help_of = {**argument_help(source, names), **argument_help(function, names)}
+            help_of: dict[str, str] = {}
+            for described in (_general, source, function):
+                help_of |= argument_help(described, names)
             for parameter in parameters:
                 if parameter.name in found or parameter.name in skipped:
                     continue
                 flag = _flag(parameter, group, help_of, choices or {}, positional=own)
                 if flag is not None:
                     found[parameter.name] = flag
+                    of_data += [parameter.name] if source is load else []
         for place, (title, extra) in enumerate((more or {}).items()):
             group = Group(title, sort_key=10 + place)
             for own_name, parameter in extra.items():
@@ -114,7 +119,7 @@ def command(
                 if flag is not None and own_name not in found:
                     found[own_name] = flag
         ordered = sorted(found.values(), key=lambda parameter: parameter.kind)
-        return Command(name, function, inspect.Signature(ordered))
+        return Command(name, function, inspect.Signature(ordered), tuple(of_data))
 
     return make
 
@@ -168,6 +173,7 @@ def flag_type(annotation: Any) -> Any:
             kinds = [kind for kind in kinds if kind is not str]
         elif lists:  # int | Sequence[int]: a list of one
             kinds = lists
+        kinds.sort(key=lambda kind: kind is str)  # a word is what reads as nothing else
         if type(None) in inner and kinds:
             kinds.append(type(None))
         return Union[tuple(kinds)] if kinds else None  # noqa: UP007

@@ -14,11 +14,11 @@ from cyclopts import App, CoercionError, CycloptsError, Parameter, UnusedCliToke
 from cyclopts.config import Dict
 from rich.console import Console
 
+from fisherkern import __version__
 from fisherkern.cli.arguments import Command
 from fisherkern.cli.run import Run
 from fisherkern.errors import InputError
 from fisherkern.files import read_json
-from fisherkern.version import __version__
 
 # Lists take the words up to the next flag; of a flag given twice the last value counts.
 REPEATABLE: dict[str, Any] = {
@@ -69,7 +69,7 @@ def parse(app: App, words: Sequence[str]) -> tuple[Command, Run] | None:
     given = dict(bound.arguments)
     parameters = command.signature.parameters
     values = {name: given.get(name, parameter.default) for name, parameter in parameters.items()}
-    return command, Run(command.name, values, frozenset(given))
+    return command, Run(command.name, values, command.data_arguments, frozenset(given))
 
 
 def _one_line(error: CycloptsError) -> str:
@@ -78,8 +78,10 @@ def _one_line(error: CycloptsError) -> str:
     else:
         text = re.sub(r'^Command "[^"]*" parameter ', "", " ".join(str(error).split()))
         text = text.partition(" Available commands:")[0].rstrip(".")
-    name = "" if error.argument is None else error.argument.name
-    if not {name, name.strip("-").replace("-", "_")}.intersection(re.split(r"[^\w-]+", text)):
+    name = None if error.argument is None else error.argument.name
+    if name and not {name, name.strip("-").replace("-", "_")}.intersection(
+        re.split(r"[^\w-]+", text)
+    ):
         text = f"{name}: {text}"
     return f"{text} (--help lists the options)"
 
@@ -117,12 +119,20 @@ def _check_values(app: App, commands: tuple[str, ...], arguments: Any) -> None:
     """What cyclopts would take otherwise: 1.5 for a whole number, "none" for a word."""
     for argument in arguments:
         kinds = _scalars(argument.hint)
+        whole = int in kinds and float not in kinds
         for place, token in enumerate(argument.tokens):
             none = type(None) in kinds and token.value.lower() in ("none", "null")
             if none and str in kinds and _set(argument.field_info.default):
                 argument.tokens[place] = token.evolve(implicit_value=None)
-            elif int in kinds and not none and not re.fullmatch(r"[+-]?\d+", token.value):
+            elif whole and not none and _no_integer(token.value, words=str in kinds):
                 raise CoercionError(argument=argument, token=token, target_type=int)
+
+
+def _no_integer(text: str, *, words: bool) -> bool:
+    """Whether `text` is no whole number; where words may be given too, another number."""
+    if re.fullmatch(r"[+-]?\d+", text):
+        return False
+    return not words or bool(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text))
 
 
 def _scalars(hint: Any) -> set[Any]:

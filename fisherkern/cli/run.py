@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from fisherkern import data as data_package
-from fisherkern.data import SequenceDataset
+from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, evaluate
@@ -30,11 +29,13 @@ class Run:
     Args:
         command: its name.
         values: all its arguments by name.
+        data_arguments: the names of those that say how data is read.
         given: the names of those that flags or the --config file gave.
     """
 
     command: str
     values: Mapping[str, Any]
+    data_arguments: tuple[str, ...] = ()
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -78,8 +79,7 @@ class Run:
         name = self.values["data"] if name is None else name
         if name is None:
             raise InputError("--data: name a data set (ml-1m, beauty, synthetic) or a file")
-        given = {key: value for key, value in self.of(data_package.load).items() if key != "name"}
-        return data_package.load(name, **given)
+        return load(name, **{key: self.values[key] for key in self.data_arguments})
 
     def model(self, path: Path) -> SequenceEncoder:
         """The model of a checkpoint, on the run's device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,6 @@ from fisherkern.merging.tensor_files import (
     spans,
     write_header,
 )
-from fisherkern.version import __version__
 
 PathLike = str | os.PathLike[str]
 
@@ -117,7 +117,7 @@ def merge_files(
             "fishers": None if job.fishers is None else job.fishers.identities(),
             "base": members.base_identity(),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
-            "versions": {"fisherkern": __version__, "torch": str(torch.__version__)},
+            "versions": {"fisherkern": _version(), "torch": str(torch.__version__)},
         }
         _write(out, job, provenance)
     return provenance
@@ -252,6 +252,13 @@ class _Job:
 def _there(index: Tensor) -> Tensor:
     """`index` of what has been read in its order: the row itself, -1 for none."""
     return torch.where(index < 0, -1, torch.arange(len(index)))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _write(out: Path, job: _Job, provenance: dict[str, Any]) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
-from fisherkern.version import __version__
-
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def versions() -> dict[str, str | None]:
     """Versions of fisherkern, torch and Python, and `source_commit()`."""
+    try:
+        own = importlib.metadata.version("fisherkern")
+    except importlib.metadata.PackageNotFoundError:
+        own = "unknown"
     return {
-        "fisherkern": __version__,
+        "fisherkern": own,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "commit": source_commit(),
