@@ -41,6 +41,8 @@ LEVELS = {
     "provenance": 0,
     "fingerprint": 0,
     "modes": 0,
+    "progress": 0,
+    "tables": 0,
 }
 SIDEWAYS = {
     ("objectives", "encoders"),

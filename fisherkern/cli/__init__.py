@@ -2,87 +2,66 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 
-from fisherkern.cli.align import add_align
-from fisherkern.cli.data import add_data
-from fisherkern.cli.demo import add_demo
-from fisherkern.cli.evaluate import add_evaluate
-from fisherkern.cli.fisher import add_fisher
-from fisherkern.cli.merge import add_merge
-from fisherkern.cli.options import flags_from
-from fisherkern.cli.preflight import add_preflight
-from fisherkern.cli.repair import add_repair
-from fisherkern.cli.representation_surgery import add_representation_surgery
-from fisherkern.cli.train import add_train
+from fisherkern.cli import (
+    align,
+    data,
+    demo,
+    evaluate,
+    fisher,
+    merge,
+    preflight,
+    repair,
+    representation_surgery,
+    train,
+)
+from fisherkern.cli.parsing import make_app, parse
 from fisherkern.errors import InputError
 
 COMMANDS = (
-    add_demo,
-    add_train,
-    add_preflight,
-    add_align,
-    add_fisher,
-    add_merge,
-    add_repair,
-    add_representation_surgery,
-    add_evaluate,
-    add_data,
+    demo.show_demo,
+    data.data,
+    train.train_encoder,
+    fisher.fisher,
+    preflight.preflight_checkpoints,
+    align.align_checkpoints,
+    merge.merge_checkpoints,
+    repair.repair_checkpoint,
+    representation_surgery.correct_checkpoint,
+    evaluate.evaluate_checkpoint,
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0, or 2 after one line on stderr that names what was wrong."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        words: the command and its arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, 2 after one line on stderr that names what was wrong, or 130 where
+        the user interrupted.
+    """
     logging.basicConfig(format="%(message)s")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if words is None else words
+    name = next((command.name for command in COMMANDS if command.name in words[:1]), None)
     try:
-        if getattr(options, "config", None) is not None:
-            flags = flags_from(options.config, options)
-            options = parser.parse_args([options.command, *flags, *arguments[1:]])
-        _check_shared(options)
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        options.run(options)
+        parsed = parse(make_app(COMMANDS), words)
+        if parsed is not None:
+            command, run = parsed
+            if run.values["threads"] is not None:
+                torch.set_num_threads(run.values["threads"])
+            own = run.of(command.run)
+            command.run(run=run, **own)
     except InputError as error:
-        print(f"fisherkern {options.command}: {error}", file=sys.stderr)
+        print(f"fisherkern{' ' + name if name else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is stored", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
-
-
-def _check_shared(options: argparse.Namespace) -> None:
-    """What all commands take; a folder that cannot be written is said before the work."""
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"--threads: must be at least 1, got {options.threads}")
-    if options.out is not None:
-        there = next(path for path in (options.out, *options.out.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise InputError(f"{options.out}: no folder can be written there")
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="fisherkern", description="Fisher-weighted merging of next-item recommenders."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in COMMANDS:
-        add(commands)
-    return parser

@@ -2,69 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from fisherkern.alignment import align
 from fisherkern.alignment.align import BY
-from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
+from fisherkern.cli.arguments import command
+from fisherkern.cli.run import Run, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.objectives import MaskedItems, NextItem, Objective
-from fisherkern.training import load_model, save_model
+from fisherkern.tables import print_table
+from fisherkern.training import save_model
 
 
-def add_align(commands: Any) -> None:
-    parser = command(
-        commands,
-        "align",
-        _align,
-        "align checkpoints to the first one without changing their predictions",
-    )
-    parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument(
-        "--no-rotate", action="store_true", help="outside attention heads, permute only"
-    )
-    parser.add_argument("--sweeps", type=int, default=100, help="at most (default: 100)")
-    parser.add_argument(
-        "--by",
-        choices=list(BY),
-        default="weights",
-        help="weights; activations: match channels that do the same on histories of --data; loss:"
-        " rotate until the average of the members has a low training loss there",
-    )
-    parser.add_argument(
-        "--limit", type=int, default=512, help="histories, by activations (default: 512)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=500, help="of 64 windows each, by loss (default: 500)"
-    )
+@command("align", align, choices={"by": BY})
+def align_checkpoints(
+    run: Run, checkpoints: list[Path], *, limit: int = 512, batch_size: int | None = None
+) -> None:
+    """Align checkpoints to the first one without changing their predictions.
 
-
-def _align(options: argparse.Namespace) -> None:
-    models = [load_model(path) for path in options.checkpoints]
-    aligned = align(
-        models,
-        rotate=not options.no_rotate,
-        sweeps=options.sweeps,
-        by=options.by,
-        seed=options.seed,
-        **_from_data(options, models[0]),
-    )
-    out = out_folder(options, "align")
+    Args:
+        checkpoints: model files.
+        reference: number of the checkpoint that the others are aligned to.
+        rotate: also rotate and flip; --no-rotate only permutes, outside attention heads.
+        by: what is matched: weights; activations on histories of --data; or loss, which then
+            minimises the training loss of the members' average on --data.
+        limit: histories to match activations on.
+        steps: training steps, by loss.
+        batch_size: sequences in a batch (default: 128 by activations, 64 by loss).
+    """
+    models = [run.model(path) for path in checkpoints]
+    aligned = align(models, **{**run.of(align), **_from_data(run, models)})
+    out = run.out("align")
     members = []
-    for number, (path, model) in enumerate(zip(options.checkpoints, aligned, strict=True), start=1):
+    for number, (path, model) in enumerate(zip(checkpoints, aligned, strict=True), start=1):
         # Members of several runs are often all called model.safetensors.
         target = out / f"aligned-{number}.safetensors"
         report: dict[str, Any] = model.align_report  # type: ignore[assignment]
         save_model(model, target, extra={"align_report": report})
         members.append({"member": str(path), "aligned": str(target), **report})
-    finish(out, options, {"members": members})
-    width = max(len(member["aligned"]) for member in members)
-    print(f"{'written to':<{width}}  distance before   after")
-    for member in members:
-        before, after = member["distance_before"], member["distance_after"]
-        print(f"{member['aligned']:<{width}}  {before:15.4g} {after:7.4g}")
+    run.finish(out, {"members": members})
+    _show(members)
+
+
+def _show(members: list[dict[str, Any]]) -> None:
+    print_table(
+        [
+            {
+                "written to": member["aligned"],
+                "distance before": member["distance_before"],
+                "after": member["distance_after"],
+            }
+            for member in members
+        ],
+        digits=".4g",
+    )
     for member in members:
         for group, (before, after) in member.get("agreement", {}).items():
             print(
@@ -75,20 +67,23 @@ def _align(options: argparse.Namespace) -> None:
         print(f"training loss of the average: {before:.4f} matched by weights, now {after:.4f}")
 
 
-def _from_data(options: argparse.Namespace, model: SequenceEncoder) -> dict[str, Any]:
+def _from_data(run: Run, models: list[SequenceEncoder]) -> dict[str, Any]:
     """What `align` looks at beside the weights."""
-    if options.by == "weights":
+    by, reference, size = (run.values[name] for name in ("by", "reference", "batch_size"))
+    if by == "weights":
         return {}
-    data = over_catalogue_of(model, load_data(options.data), options.checkpoints[0])
-    if options.by == "activations":
-        loader = data.loader(batch_size=128, max_len=model.max_len, limit=options.limit)
-        return {"loader": loader}
+    number = reference if 0 <= reference < len(models) else 0  # `align` refuses any other
+    model = models[number]
+    data = over_catalogue_of(model, run.data(), run.values["checkpoints"][number])
+    if by == "activations":
+        how = {"batch_size": 128 if size is None else size, "limit": run.values["limit"]}
+        return {"loader": run.batches(model, data, **how)}
     masks = hasattr(model, "mask_token")
     objective: Objective = MaskedItems() if masks else NextItem(last_only=not model.causal)
     windows = data.first_windows(
-        max(1, options.steps),
-        batch_size=64,
+        max(1, run.values["steps"]),
+        batch_size=64 if size is None else size,
         max_len=model.max_len + objective.lookahead,
-        seed=options.seed,
+        seed=run.seed,
     )
-    return {"loader": windows, "objective": objective, "steps": options.steps}
+    return {"loader": windows, "objective": objective}

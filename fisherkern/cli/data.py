@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
-from fisherkern.cli.common import command, finish, load_data, out_folder
-
-
-def add_data(commands: Any) -> None:
-    command(commands, "data", _data, "read a data set and say what is in it")
+from fisherkern.cli.arguments import command
+from fisherkern.cli.run import Run
+from fisherkern.tables import print_table
 
 
-def _data(options: argparse.Namespace) -> None:
-    data = load_data(options.data)
-    lengths = data.offsets[1:] - data.offsets[:-1]
+@command("data")
+def data(run: Run) -> None:
+    """Read a data set and show what is in it."""
+    found = run.data()
+    lengths = found.offsets[1:] - found.offsets[:-1]
     result = {
-        "name": data.name,
-        "users": data.num_users,
-        "items": data.num_items,
-        "actions": data.num_actions,
+        "name": found.name,
+        "users": found.num_users,
+        "items": found.num_items,
+        "actions": found.num_actions,
         "length": {
             "min": int(lengths.min()),
             "mean": float(lengths.mean()),
             "max": int(lengths.max()),
         },
-        "attributes": None if data.attributes is None else len(data.attributes),
-        "fingerprint": data.fingerprint(),
+        "attributes": None if found.attributes is None else len(found.attributes),
+        "fingerprint": found.fingerprint(),
     }
-    finish(out_folder(options, f"data-{data.name}"), options, result)
-    for name, value in result.items():
-        print(f"{name:<12} {value}")
+    run.finish(run.out(f"data-{found.name}"), result)
+    print_table([{"data set": name, "value": str(value)} for name, value in result.items()])

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from fisherkern import demo
-from fisherkern.cli.common import command, finish, load_data, out_folder
+from fisherkern.cli.arguments import command
+from fisherkern.cli.run import Run
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path, read_json, write_json
 
 
-def add_demo(commands: Any) -> None:
-    parser = command(commands, "demo", _demo, "merge three models of made-up data, in minutes")
-    # Its tensors are small: a second thread mostly waits for the first.
-    parser.set_defaults(data="synthetic", threads=1)
+@command("demo")
+def show_demo(run: Run, *, data: str = "synthetic", threads: int = 1) -> None:
+    """Merge three models of made-up data, in minutes.
 
-
-def _demo(options: argparse.Namespace) -> None:
-    data, out = load_data(options.data), out_folder(options, "demo")
-    settings = {"data_fingerprint": data.fingerprint(), "seed": options.seed}
+    Args:
+        data: synthetic, ml-1m, beauty, or a file.
+        threads: CPU threads; the tensors are small, so a second one mostly waits.
+    """
+    sequences, out = run.data(), run.out("demo")
+    settings = {"data_fingerprint": sequences.fingerprint(), "seed": run.seed}
     path = out / "config.json"
     if path.exists() and read_json(path) != settings:
         raise InputError(
             f"{path}: holds a run with other data or another seed; choose another --out"
         )
     write_json(path, settings)
-    result = demo.run(data, out, seed=options.seed, progress=not options.quiet)
+    result = demo.run(sequences, out, seed=run.seed, progress=run.progress)
     with atomic_path(out / "table.md") as temporary:
         temporary.write_text(f"{result['table']}\n", encoding="utf-8")
     print(result.pop("table"))
-    finish(out, options, result)
+    run.finish(out, result)
     print(f"\nwritten to {out}: merged.safetensors ({result['merged']}), result.json, table.md")

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fisherkern.cli.common import (
-    command,
-    finish,
-    load_data,
-    on_validation,
-    out_folder,
-    over_catalogue_of,
-)
-from fisherkern.cli.recipe import Recipe, from_file, from_flags
+from fisherkern.cli.arguments import command
+from fisherkern.cli.recipe import RECIPE_FIELDS, Recipe, from_file, option_from, weights_from
+from fisherkern.cli.run import Run, on_validation, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
@@ -24,56 +17,85 @@ from fisherkern.members.options import check_options
 from fisherkern.merging import METHODS, merge, merge_files
 from fisherkern.postmerge import weight_ensemble
 from fisherkern.postmerge.weight_ensemble import OPTIONS
-from fisherkern.training import load_model, save_model
+from fisherkern.tables import print_table
+from fisherkern.training import save_model
 
 # What gives more than one network's weights, and is no method of `merge`.
 ENSEMBLE = "weight_ensemble"
 
-# Flags that a recipe has keys for; --data and --out may still be given beside it.
-IN_RECIPE = ("checkpoints", "fisher", "base", "method", "weights", "option", "floor", "steps")
+# Flags that may be given beside a recipe; they go before its keys.
+BESIDE_RECIPE = ("data", "out", "seed", "limit", "batch_size")
 
 
-def add_merge(commands: Any) -> None:
-    parser = command(commands, "merge", _merge, "one model out of several checkpoints")
-    parser.add_argument("checkpoints", type=Path, nargs="*")
-    parser.add_argument("--recipe", type=Path, help="a YAML file that says what to merge and how")
-    parser.add_argument("--fisher", type=Path, nargs="+", help="one per checkpoint")
-    parser.add_argument("--base", type=Path, help="the checkpoint that the members started from")
-    parser.add_argument(
-        "--method", choices=[*METHODS, "auto", ENSEMBLE], help="default: what the files imply"
-    )
-    parser.add_argument("--weights", help="comma-separated, or 'search' (needs --data)")
-    parser.add_argument(
-        "--option", action="append", metavar="NAME=VALUE", help="of the method; may be repeated"
-    )
-    parser.add_argument("--floor", type=float, help="relative to the mean Fisher (default: 0.1)")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help="search draws, gradient steps or CG iterations, depending on --method",
-    )
-    parser.add_argument(
-        "--limit", type=int, help="sequences that regmean and full_fisher look at (default: 512)"
-    )
-    parser.add_argument(
-        "--stream", action="store_true", help="a block of rows at a time, in little memory"
-    )
+@command("merge", merge, choices={"method": [*METHODS, "auto", ENSEMBLE]})
+def merge_checkpoints(
+    run: Run,
+    checkpoints: list[Path] = (),  # type: ignore[assignment]  # none where there is a recipe
+    *,
+    recipe: Path | None = None,
+    method: str | None = None,
+    fisher: list[Path] | None = None,
+    base: Path | None = None,
+    weights: str | None = None,
+    option: list[str] | None = None,
+    stream: bool = False,
+    limit: int = Recipe.limit,
+    batch_size: int = Recipe.batch_size,
+) -> None:
+    """Merge several checkpoints into one model.
 
-
-def _merge(options: argparse.Namespace) -> None:
-    recipe = _recipe(options)
-    out = out_folder(options, "merge") if recipe.out is None else recipe.out
+    Args:
+        checkpoints: the members' model files.
+        recipe: a YAML file that says what to merge and how, in place of the flags below.
+        method: default: fisher with --fisher, else weighted or uniform.
+        fisher: one Fisher file per checkpoint.
+        base: the checkpoint that the members started from.
+        weights: one number per member, comma-separated, or search (needs --data).
+        option: name=value, an option of the method; may be repeated.
+        steps: search draws, gradient steps or CG iterations, depending on --method.
+        stream: merge from disk, a block of rows at a time, in little memory.
+        limit: sequences that regmean and full_fisher look at.
+        batch_size: sequences in a batch.
+    """
+    plan = _recipe(run)
+    out = run.out("merge") if plan.out is None else plan.out
     path = out / "merged.safetensors"
-    if options.stream:
-        report = _streamed(recipe, path)
-    elif recipe.method == ENSEMBLE:
-        report = _weight_ensemble(recipe, path)
+    if stream:
+        report = _streamed(plan, path)
+    elif plan.method == ENSEMBLE:
+        report = _weight_ensemble(run, plan, path)
     else:
-        report = _in_memory(recipe, path, options)
-    members = [str(path) for path in recipe.members]
-    finish(out, options, {"members": members, "report": report})
-    _print_weights(members, report["weights"])
+        report = _in_memory(run, plan, path)
+    members = [str(path) for path in plan.members]
+    run.finish(out, {"members": members, "report": report})
+    print_table(_weight_rows(members, report["weights"]))
     print(f"written to {path}")
+
+
+def _recipe(run: Run) -> Recipe:
+    """The recipe that --recipe names, or the flags describe."""
+    values = run.values
+    if values["recipe"] is None:
+        if not values["checkpoints"]:
+            raise InputError("checkpoints: name the members' files, or a --recipe")
+        given = {name: values[name] for name in RECIPE_FIELDS if name in values}
+        return Recipe(
+            **{
+                **given,
+                "members": values["checkpoints"],
+                "fishers": values["fisher"] or [],
+                "weights": weights_from(values["weights"]),
+                "options": dict(option_from(text) for text in values["option"] or []),
+            }
+        )
+    for name in ("checkpoints", "fisher", "option", *RECIPE_FIELDS):
+        if name in run.given and name not in BESIDE_RECIPE:
+            flag = name if name == "checkpoints" else "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: the --recipe says it; give one or the other")
+    recipe = from_file(values["recipe"])
+    for name in run.given.intersection(BESIDE_RECIPE):
+        setattr(recipe, name, values[name])
+    return recipe
 
 
 def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
@@ -82,38 +104,30 @@ def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
     return merge_files(
         recipe.members,
         path,
-        method=recipe.method,
         weights=recipe.weights,  # type: ignore[arg-type]  # a word is refused there
         fishers=recipe.fishers or None,
         base=recipe.base,
-        options=recipe.options or None,
-        floor=recipe.floor,
-        normalize=recipe.normalize,
-        seed=recipe.seed,
+        **recipe.settings(),
     )
 
 
-def _in_memory(recipe: Recipe, path: Path, options: argparse.Namespace) -> dict[str, Any]:
-    models = [load_model(path) for path in recipe.members]
+def _in_memory(run: Run, recipe: Recipe, path: Path) -> dict[str, Any]:
+    models = [run.model(path) for path in recipe.members]
     merged = merge(
         models,
-        method=recipe.method,
         weights=recipe.weights,
         fishers=[DiagFisher.load(path) for path in recipe.fishers] or None,
-        base=None if recipe.base is None else load_model(recipe.base),
-        options=recipe.options or None,
-        floor=recipe.floor,
-        normalize=recipe.normalize,
+        base=None if recipe.base is None else run.model(recipe.base),
         steps=recipe.steps,
-        seed=recipe.seed,
-        **_from_data(recipe, models, progress=not options.quiet),
+        **recipe.settings(),
+        **_from_data(run, recipe, models),
     )
     assert merged.merge_report is not None
     save_model(merged, path, extra={"merge_report": merged.merge_report})
     return merged.merge_report
 
 
-def _weight_ensemble(recipe: Recipe, path: Path) -> dict[str, Any]:
+def _weight_ensemble(run: Run, recipe: Recipe, path: Path) -> dict[str, Any]:
     """Option density makes it the efficient one: pruned task vectors, one router."""
     for name, value in (("weights", recipe.weights), ("fishers", recipe.fishers)):
         if value:
@@ -121,11 +135,11 @@ def _weight_ensemble(recipe: Recipe, path: Path) -> dict[str, Any]:
     if recipe.base is None:
         raise InputError(f"method {ENSEMBLE!r} needs base: the model that the members started from")
     settings = check_options(ENSEMBLE, OPTIONS, recipe.options)
-    data = load_data(recipe.data)
+    data = run.data(recipe.data)
     ensemble = weight_ensemble(
-        [load_model(path) for path in recipe.members],
-        base=load_model(recipe.base),
-        loader=_validation(data, recipe),
+        [run.model(path) for path in recipe.members],
+        base=run.model(recipe.base),
+        loader=_validation(run, data, recipe),
         efficient="density" in recipe.options,
         steps=1000 if recipe.steps is None else recipe.steps,
         seed=recipe.seed,
@@ -136,24 +150,7 @@ def _weight_ensemble(recipe: Recipe, path: Path) -> dict[str, Any]:
     return ensemble.merge_report
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    if options.recipe is None:
-        return from_flags(options)
-    for name in IN_RECIPE:
-        if getattr(options, name):
-            flag = name if name == "checkpoints" else f"--{name}"
-            raise InputError(f"{flag}: the --recipe says it; give one or the other")
-    recipe = from_file(options.recipe)
-    recipe.data = options.data or recipe.data
-    recipe.out = options.out or recipe.out
-    recipe.seed = options.seed or recipe.seed
-    recipe.limit = options.limit or recipe.limit
-    return recipe
-
-
-def _from_data(
-    recipe: Recipe, models: Sequence[SequenceEncoder], *, progress: bool
-) -> dict[str, Any]:
+def _from_data(run: Run, recipe: Recipe, models: Sequence[SequenceEncoder]) -> dict[str, Any]:
     """The arguments of `merge` that the method takes from data: validation split or training."""
     inputs = METHODS[recipe.method].inputs if recipe.method in METHODS else {}
     wanted = {name for name in ("score", "validation", "grams", "products") if name in inputs}
@@ -163,51 +160,48 @@ def _from_data(
         wanted.add("score")
     if not wanted:
         return {}
-    data = load_data(recipe.data)
+    data = run.data(recipe.data)
     found: dict[str, Any] = {}
     if "score" in wanted:
-        found["score"] = lambda model: on_validation(model, data)["ndcg@10"]
+        found["score"] = lambda model: on_validation(model, data, recipe.batch_size)["ndcg@10"]
     if "validation" in wanted:
-        found["validation"] = _validation(data, recipe)
+        found["validation"] = _validation(run, data, recipe)
     for name, make in (
-        ("grams", lambda model, loader: linear_grams(model, loader, progress=progress)),
+        ("grams", lambda model, loader: linear_grams(model, loader, progress=run.progress)),
         ("products", fisher_product),
     ):
         if name in wanted:
             found[name] = [
-                make(model, _histories(model, data, path, recipe))
+                make(model, _histories(run, model, data, path, recipe))
                 for model, path in zip(models, recipe.members, strict=True)
             ]
     return found
 
 
 def _validation(
-    data: SequenceDataset, recipe: Recipe
+    run: Run, data: SequenceDataset, recipe: Recipe
 ) -> Callable[[SequenceEncoder], Iterable[Any]]:
     def batches(model: SequenceEncoder) -> Iterable[Any]:
         own = over_catalogue_of(model, data, Path("the merged model"))
-        return own.loader(split="validation", batch_size=recipe.batch_size, max_len=model.max_len)
+        return run.batches(model, own, split="validation", batch_size=recipe.batch_size)
 
     return batches
 
 
 def _histories(
-    model: SequenceEncoder, data: SequenceDataset, path: Path, recipe: Recipe
+    run: Run, model: SequenceEncoder, data: SequenceDataset, path: Path, recipe: Recipe
 ) -> Iterable[Any]:
-    return over_catalogue_of(model, data, path).loader(
-        split="train", batch_size=recipe.batch_size, max_len=model.max_len, limit=recipe.limit
-    )
+    own = over_catalogue_of(model, data, path)
+    size = recipe.batch_size
+    return run.batches(model, own, split="train", batch_size=size, limit=recipe.limit)
 
 
-def _print_weights(members: Sequence[str], weights: Any) -> None:
-    """A table of lambda: a column of numbers, or one per tensor where they were learned so."""
+def _weight_rows(members: Sequence[str], weights: Any) -> list[dict[str, Any]]:
+    """A row of each member, or of each tensor where the weights were learned so."""
     if isinstance(weights, list):
-        print(f"{'member':<40} weight")
-        for path, weight in zip(members, weights, strict=True):
-            print(f"{path:<40} {weight:.4f}")
-        return
-    width = max(map(len, weights))
-    print(f"{'tensor':<{width}}  {'  '.join(members)}")
-    for name, own in weights.items():
-        columns = (f"{w:{max(6, len(path))}.4f}" for w, path in zip(own, members, strict=True))
-        print(f"{name:<{width}}  {'  '.join(columns)}")
+        return [
+            {"member": path, "weight": weight}
+            for path, weight in zip(members, weights, strict=True)
+        ]
+    heads = [f"{number}: {path}" for number, path in enumerate(members)]  # a path may be twice
+    return [{"tensor": name, **dict(zip(heads, own, strict=True))} for name, own in weights.items()]

@@ -2,69 +2,84 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fisherkern.cli.common import command, finish, load_data, on_validation, out_folder
+from fisherkern.cli.arguments import command
+from fisherkern.cli.run import Run, on_validation
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.evaluation import Report
-from fisherkern.merging import preflight
-from fisherkern.training import load_model
+from fisherkern.merging import Preflight, preflight
+from fisherkern.tables import print_table
 
 
-def add_preflight(commands: Any) -> None:
-    parser = command(commands, "preflight", _preflight, "what to expect of a merge")
-    parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--base", type=Path, help="the checkpoint that the members started from")
-    parser.add_argument(
-        "--points", type=int, default=3, help="models between two members (default: 3; with --data)"
-    )
+@command("preflight", preflight)
+def preflight_checkpoints(
+    run: Run, checkpoints: list[Path], *, base: Path | None = None, batch_size: int = 256
+) -> None:
+    """Tell what to expect of a merge: how far the members are apart, and what to do.
 
-
-def _preflight(options: argparse.Namespace) -> None:
-    models = [load_model(path) for path in options.checkpoints]
-    known: dict[str, Any] = {"points": options.points}
-    if options.base is not None:
-        known["base"] = load_model(options.base)
-    if options.data is not None:
-        data = load_data(options.data)
-        # A member's score and hits are both asked for, and are of one evaluation.
-        members, reports = {id(model) for model in models}, dict[int, Report]()
-
-        def report(model: SequenceEncoder) -> Report:
-            found = reports.get(id(model)) or on_validation(model, data)
-            if id(model) in members:
-                reports[id(model)] = found
-            return found
-
-        known["score"] = lambda model: report(model)["ndcg@10"]
-        known["hits"] = lambda model: report(model).per_user["hr@10"]
+    Args:
+        checkpoints: model files.
+        base: the checkpoint that the members started from.
+        batch_size: users ranked at once.
+    """
+    models = [run.model(path) for path in checkpoints]
+    known: dict[str, Any] = run.of(preflight)
+    known["base"] = None if base is None else run.model(base)
+    if run.values["data"] is not None:
+        known |= _measures(run, models)
     found = preflight(models, **known)
-    finish(out_folder(options, "preflight"), options, found.to_dict())
-    for number, path in enumerate(options.checkpoints):
-        score = "" if found.scores is None else f"  validation NDCG@10 {found.scores[number]:.4f}"
-        print(f"member {number}: {path}{score}")
-    _print_matrix("cosine of weights", found.cosine)
-    _print_matrix("cosine of changes from the base", found.task_cosine)
-    _print_matrix(
-        "share of users that exactly one of the two models gets right in its top 10",
-        found.inconsistency,
-    )
+    run.finish(run.out("preflight"), found.to_dict())
+    _show(found, checkpoints)
+
+
+def _measures(run: Run, models: Sequence[SequenceEncoder]) -> dict[str, Any]:
+    """A member's score and hits are both asked for, and are of one evaluation."""
+    data, size = run.data(), run.values["batch_size"]
+    members, reports = {id(model) for model in models}, dict[int, Report]()
+
+    def report(model: SequenceEncoder) -> Report:
+        found = reports.get(id(model)) or on_validation(model, data, size)
+        if id(model) in members:
+            reports[id(model)] = found
+        return found
+
+    return {
+        "score": lambda model: report(model)["ndcg@10"],
+        "hits": lambda model: report(model).per_user["hr@10"],
+    }
+
+
+def _show(found: Preflight, checkpoints: Sequence[Path]) -> None:
+    rows: list[dict[str, Any]]
+    rows = [{"member": number, "file": str(path)} for number, path in enumerate(checkpoints)]
+    for row, score in zip(rows, found.scores or [], strict=False):
+        row["validation NDCG@10"] = score
+    print_table(rows)
+    for title, matrix in (
+        ("cosine of weights", found.cosine),
+        ("cosine of changes from the base", found.task_cosine),
+        (
+            "share of users that exactly one of the two models gets right in its top 10",
+            found.inconsistency,
+        ),
+    ):
+        if matrix is not None:
+            print(f"{title}:")
+            print_table(
+                [
+                    {"member": a, **{str(b): value for b, value in enumerate(row)}}
+                    for a, row in enumerate(matrix)
+                ],
+                digits=".3f",
+            )
     for path in found.paths or []:
         a, b = path["members"]
         scores = " ".join(f"{score:.4f}" for score in path["scores"])
-        print(f"from {a} to {b}: {scores}")
+        print(f"validation NDCG@10 on the line from {a} to {b}: {scores}")
     print(found.verdict)
     first = "align, then " if found.recipe["align"] else ""
     last = ", then train on" if found.recipe["fine_tune"] else ""
     print(f"recipe: {first}merge by {found.recipe['merge']['method']}{last}")
-
-
-def _print_matrix(title: str, matrix: Sequence[Sequence[float]] | None) -> None:
-    if matrix is None:
-        return
-    print(f"{title}:")
-    for row in matrix:
-        print("  " + " ".join(f"{value:7.3f}" for value in row))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+import typing
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import yaml
 
 from fisherkern.errors import InputError
@@ -15,92 +16,96 @@ from fisherkern.errors import InputError
 
 @dataclass
 class Recipe:
-    """The members and everything that `fisherkern merge` hands to `merge`."""
+    """The members and everything that `fisherkern merge` hands to `merge`.
+
+    Its fields are the keys of a recipe, except that `fishers` stand beside the members there.
+    """
 
     members: list[Path]
     fishers: list[Path] = field(default_factory=list)
     base: Path | None = None
     method: str | None = None
-    weights: list[float] | str | None = None
+    weights: list[float] | Literal["search"] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     floor: float = 0.1
     normalize: str | None = "mean"
-    steps: int | None = None
+    check_fingerprint: bool = True
+    steps: Annotated[int, msgspec.Meta(ge=0)] | None = None
     seed: int = 0
     data: str | None = None
-    limit: int = 512
-    batch_size: int = 128
+    limit: Annotated[int, msgspec.Meta(ge=1)] = 512
+    batch_size: Annotated[int, msgspec.Meta(ge=1)] = 128
     out: Path | None = None
 
-
-KEYS = tuple(name for name in Recipe.__dataclass_fields__ if name != "fishers")
-MEMBER_KEYS = ("model", "fisher", "weight")
-
-
-def from_flags(options: argparse.Namespace) -> Recipe:
-    """The recipe that the command's flags describe."""
-    if not options.checkpoints:
-        raise InputError("checkpoints: name the members' files, or a --recipe")
-    return Recipe(
-        members=options.checkpoints,
-        fishers=options.fisher or [],
-        base=options.base,
-        method=options.method,
-        weights=weights_from(options.weights),
-        options=dict(_assignment(text) for text in options.option or []),
-        floor=Recipe.floor if options.floor is None else options.floor,
-        steps=options.steps,
-        seed=options.seed,
-        data=options.data,
-        limit=Recipe.limit if options.limit is None else options.limit,
-        out=options.out,
-    )
+    def settings(self) -> dict[str, Any]:
+        """The arguments that `merge` and `merge_files` take alike."""
+        names = ("method", "floor", "normalize", "check_fingerprint", "seed")
+        return {"options": self.options or None, **{name: getattr(self, name) for name in names}}
 
 
-def weights_from(text: str | None) -> list[float] | str | None:
+@dataclass
+class _Member:
+    model: Path
+    fisher: Path | None = None
+    weight: float | None = None
+
+
+RECIPE_FIELDS = tuple(own.name for own in fields(Recipe))
+KEYS = tuple(name for name in RECIPE_FIELDS if name != "fishers")
+MEMBER_KEYS = tuple(own.name for own in fields(_Member))
+
+
+def weights_from(text: str | None) -> list[float] | Literal["search"] | None:
+    """The weights that --weights gives."""
     if text is None or text == "search":
-        return text
+        return text  # type: ignore[return-value]  # mypy narrows no str to a Literal
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"--weights: {text!r} is neither numbers nor 'search'") from None
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def option_from(text: str) -> tuple[str, Any]:
+    """The name and the value that --option gives, the value as a recipe would read it."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise InputError(f"--option: {text!r} is not like density=0.2")
-    return name, _number_or_text(value)
-
-
-def _number_or_text(value: Any) -> Any:
-    """Text that stands for a number as that: YAML takes 1e-3 for text."""
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-    return value
+    try:
+        return name, yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise InputError(f"--option: {value!r} of {name!r} is not a plain value") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of plain values, in which no key may stand twice."""
+    """YAML of plain values, in which no key may stand twice and 1e-3 is a number."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
+class _Mapping(dict[str, Any]):
+    """A mapping that knows the line of each key."""
+
+    lines: dict[str, int]
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> _Mapping:
+    lines: dict[str, int] = {}
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise InputError(f":{key_node.start_mark.line + 1}: the key {key!r} is not a word")
-        if key in seen:
-            raise InputError(f":{key_node.start_mark.line + 1}: the key {key!r} stands here twice")
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+            raise InputError(f":{line}: the key {key!r} is not a word")
+        if key in lines:
+            raise InputError(f":{line}: the key {key!r} stands here twice")
+        lines[key] = line
+    mapping = _Mapping(loader.construct_mapping(node, deep=True))
+    mapping.lines = lines
+    return mapping
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
 
 
 def from_file(path: Path) -> Recipe:
@@ -115,26 +120,30 @@ def from_file(path: Path) -> Recipe:
         data: ml-1m
         out: merged
 
-    Raises InputError, naming the file and the key, for anything else.
+    Raises InputError, naming the file, the line, the key and the value, for anything else.
     """
     content = _read(path)
-    for key in content:
-        if key not in KEYS:
-            raise InputError(f"{path}: there is no key {key!r}; it may have {', '.join(KEYS)}")
+    _check_keys(content, KEYS, str(path), "there is no key {!r}; it may have {}")
     if "members" not in content:
         raise InputError(f"{path}: it has no key 'members', the list of models to merge")
-    recipe = Recipe([])
-    weights = _read_members(path, content.pop("members"), recipe)
-    if weights and "weights" in content:
-        raise InputError(f"{path}: 'weights' and the members' 'weight' say the same; keep one")
-    if weights:
-        recipe.weights = weights
-    for key, value in content.items():
-        setattr(recipe, key, _checked(path, key, value))
-    return recipe
+    members = _members(path, content.pop("members"))
+    lists = {key: [getattr(own, key) for own in members] for key in ("fisher", "weight")}
+    for key, values in lists.items():
+        if len({value is None for value in values}) == 2:
+            raise InputError(f"{path}: some of 'members' have a {key!r} and some have none")
+    given = {key: _converted(path, content, key, Recipe) for key in content}
+    if lists["weight"][0] is not None:
+        if "weights" in given:
+            raise InputError(f"{path}: 'weights' and the members' 'weight' say the same; keep one")
+        given["weights"] = lists["weight"]
+    if lists["fisher"][0] is not None:
+        given["fishers"] = lists["fisher"]
+    if given.get("data") is not None and (path.parent / given["data"]).exists():
+        given["data"] = str(path.parent / given["data"])  # else a data set's name
+    return Recipe([own.model for own in members], **given)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _Mapping:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
@@ -148,75 +157,64 @@ def _read(path: Path) -> dict[str, Any]:
         line = "" if mark is None else f":{mark.line + 1}"
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{path}{line}: not valid YAML: {reason}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, _Mapping):
         raise InputError(f"{path}: must hold a mapping with the keys {', '.join(KEYS)}")
     return content
 
 
-def _read_members(path: Path, members: Any, recipe: Recipe) -> list[float]:
-    """Fill in members and fishers; the members' weights, [] where they have none."""
-    if not isinstance(members, list) or not members:
+def _check_keys(mapping: _Mapping, known: tuple[str, ...], path: str, sentence: str) -> None:
+    for key, line in mapping.lines.items():
+        if key not in known:
+            raise InputError(f"{path}:{line}: {sentence.format(key, ', '.join(known))}")
+
+
+def _members(path: Path, content: Any) -> list[_Member]:
+    if not isinstance(content, list) or not content:
         raise InputError(f"{path}: 'members' must be a list of files or of mappings")
-    weights = []
-    for number, member in enumerate(members):
+    members = []
+    for number, entry in enumerate(content):
         where = f"'members' entry {number}"
-        member = {"model": member} if isinstance(member, str) else member
-        if not isinstance(member, dict) or "model" not in member:
-            raise InputError(f"{path}: {where} must be a file or have a key 'model'")
-        for key, value in member.items():
-            if key not in MEMBER_KEYS:
-                known = ", ".join(MEMBER_KEYS)
-                raise InputError(f"{path}: {where} has a key {key!r}; it may have {known}")
-            if key != "weight" and not isinstance(value, str):
-                raise InputError(f"{path}: {key!r} of {where} is {value!r}, not a file's name")
-        recipe.members.append(path.parent / member["model"])
-        if "fisher" in member:
-            recipe.fishers.append(path.parent / member["fisher"])
-        if "weight" in member:
-            weights.append(_real(path, f"'weight' of {where}", member["weight"]))
-    for what, found in (("fisher", recipe.fishers), ("weight", weights)):
-        if found and len(found) != len(members):
-            raise InputError(f"{path}: some of 'members' have a {what!r} and some have none")
-    return weights
+        if isinstance(entry, str):
+            members.append(_Member(path.parent / entry))
+            continue
+        if not isinstance(entry, _Mapping) or "model" not in entry:
+            raise InputError(f"{path}: {where} must be a file or have a key 'model', is {entry!r}")
+        _check_keys(entry, MEMBER_KEYS, str(path), where + " has a key {!r}; it may have {}")
+        given = {key: _converted(path, entry, key, _Member, f" of {where}") for key in entry}
+        members.append(_Member(**given))
+    return members
 
 
-def _checked(path: Path, key: str, value: Any) -> Any:
-    """A key's value as the recipe's field; what `merge` checks is left to it."""
-    if key in ("base", "out", "data", "method"):
-        if not isinstance(value, str):
-            raise InputError(f"{path}: {key!r} is {value!r} where a word was expected")
-        if key == "data":
-            # A data set's name, unless there is such a file.
-            return str(path.parent / value) if (path.parent / value).exists() else value
-        return value if key == "method" else path.parent / value
-    if key == "options":
-        if not isinstance(value, Mapping):
-            raise InputError(f"{path}: 'options' is {value!r} where a mapping was expected")
-        return {name: _number_or_text(own) for name, own in value.items()}
-    if key == "weights":
-        if value == "search":
-            return value
-        if not isinstance(value, list):
-            raise InputError(f"{path}: 'weights' is {value!r}, neither a list nor 'search'")
-        return [_real(path, "'weights'", own) for own in value]
-    if key == "normalize":
-        return value
-    if key == "floor":
-        return _real(path, "'floor'", value)
-    value = _number_or_text(value)
-    least = {"limit": 1, "batch_size": 1, "steps": 0, "seed": None}[key]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or (least is not None and value < least)
-    ):
-        bound = "" if least is None else f" of at least {least}"
-        raise InputError(f"{path}: {key!r} is {value!r} where an integer{bound} was expected")
-    return value
+def _converted(path: Path, mapping: _Mapping, key: str, kind: type, where: str = "") -> Any:
+    """A key's value as the type of the field: strictly, so that true is no number."""
+
+    def path_from(wanted: type, value: Any) -> Any:
+        if wanted is Path and isinstance(value, str):
+            return path.parent / value
+        raise msgspec.ValidationError("Expected `str`")
+
+    value, hint = mapping[key], typing.get_type_hints(kind, include_extras=True)[key]
+    try:
+        return msgspec.convert(value, hint, dec_hook=path_from)
+    except msgspec.ValidationError as error:
+        shown = f"{path}:{mapping.lines[key]}: {key!r}{where} is {value!r}"
+        raise InputError(f"{shown} where {_wanted(str(error))} was expected") from None
 
 
-def _real(path: Path, what: str, value: Any) -> float:
-    value = _number_or_text(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{path}: {what} is {value!r} where a number was expected")
-    return float(value)
+WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a word",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a mapping",
+}
+
+
+def _wanted(message: str) -> str:
+    """In English what msgspec says that it expected."""
+    match = re.match(r"Expected `([^`]*)`(?: >= (\d+))?", message)
+    if match is None:  # the one word that is neither a list nor a number
+        return "a list of numbers or 'search'"
+    words = " or ".join(WORDS[kind] for kind in match[1].split(" | ") if kind in WORDS)
+    return words + (f" of at least {match[2]}" if match[2] else "")

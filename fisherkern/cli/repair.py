@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from pathlib import Path
 
-from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
+from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import weights_from
-from fisherkern.cli.representation_surgery import add_merged
+from fisherkern.cli.run import Run, over_catalogue_of
 from fisherkern.postmerge import repair
-from fisherkern.training import load_model, save_model
+from fisherkern.training import save_model
 
 
-def add_repair(commands: Any) -> None:
-    parser = command(
-        commands,
-        "repair",
-        _repair,
-        "refit a merged model's layer norms to its members' statistics; inference costs the same",
-    )
-    add_merged(parser)
-    parser.add_argument("--limit", type=int, help="histories of --data (default: one of each user)")
+@command("repair", repair)
+def repair_checkpoint(
+    run: Run,
+    checkpoint: Path,
+    *,
+    members: list[Path],
+    weights: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+) -> None:
+    """Refit a merged model's layer norms to its members' statistics, at no cost in inference.
 
-
-def _repair(options: argparse.Namespace) -> None:
-    merged = load_model(options.checkpoint)
-    data = over_catalogue_of(merged, load_data(options.data), options.checkpoint)
-    repaired = repair(
-        merged,
-        [load_model(path) for path in options.members],
-        data.loader(split="train", max_len=merged.max_len, limit=options.limit),
-        weights=weights_from(options.weights),  # type: ignore[arg-type]  # a word is refused there
-    )
-    out = out_folder(options, "repair")
+    Args:
+        checkpoint: the merged model.
+        members: the models it was merged from.
+        weights: one number per member, comma-separated (default: equal).
+        limit: histories of --data (default: one of each user).
+        batch_size: histories in a batch.
+    """
+    merged = run.model(checkpoint)
+    data = over_catalogue_of(merged, run.data(), checkpoint)
+    loader = run.batches(merged, data, split="train", batch_size=batch_size, limit=limit)
+    models = [run.model(path) for path in members]
+    given = {**run.of(repair), "members": models, "weights": weights_from(weights)}
+    repaired = repair(merged, loader=loader, **given)
+    out = run.out("repair")
     path = out / "repaired.safetensors"
-    about = {"merged": str(options.checkpoint), "members": [str(own) for own in options.members]}
+    about = {"merged": str(checkpoint), "members": [str(own) for own in members]}
     save_model(repaired, path, extra={"repaired": about})
-    finish(out, options, {})
+    run.finish(out, {})
     print(f"written to {path}")

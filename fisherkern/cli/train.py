@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
-from fisherkern.cli.common import command, finish, load_data, out_folder, over_catalogue_of
-from fisherkern.cli.options import add_flag
+from fisherkern.cli.arguments import command
+from fisherkern.cli.evaluate import show_report
+from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
 from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
@@ -29,91 +29,111 @@ from fisherkern.objectives import (
     Objective,
     from_settings,
 )
-from fisherkern.training import TrainingSettings, distributed, load_model, save_model, train
+from fisherkern.training import (
+    TrainingLog,
+    TrainingSettings,
+    load_model,
+    save_model,
+    train,
+)
 from fisherkern.training.settings import CHOICES
 
 CONTRASTIVE: dict[str, Callable[[], Objective]] = {"cl4srec": CL4SRec, "duorec": DuoRec}
-# Those of the settings that the command line has under other names, or not at all.
-LEFT_OUT = ("epochs", "seed", "max_len", "validate_every")
-
-
-def add_train(commands: Any) -> None:
-    parser = command(commands, "train", _train, "train an encoder; resumes if interrupted")
-    parser.add_argument("--config", type=Path, help="arguments by name in JSON, as in result.json")
-    parser.add_argument("--init", type=Path, help="a checkpoint to start from")
-    parser.add_argument("--encoder", choices=list(ENCODERS), help="default: BERT4Rec")
-    parser.add_argument(
-        "--networks", type=int, help="train so many in parallel, each from a seed, or from --init"
-    )
-    parser.add_argument("--noise", type=float, default=0.0, help="of --networks from --init")
-    group = parser.add_argument_group("arguments of the encoder, with its own defaults")
-    for name, parameter in encoder_arguments().items():
-        add_flag(group, name, str(parameter.annotation), None)
-    group = parser.add_argument_group("objective")
-    group.add_argument(
-        "--objective",
-        help="masked, next, emkd, or an objective's settings in JSON "
-        "(default: what suits the encoder; emkd with --networks)",
-    )
-    group.add_argument("--mask-ratio", type=float, default=0.2, help="of --objective masked")
-    group.add_argument("--contrastive", choices=list(CONTRASTIVE), help="added to the objective")
-    group.add_argument("--contrastive-weight", type=float, default=0.1)
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=int, default=60)
-    for field in dataclasses.fields(TrainingSettings):
-        if field.name not in LEFT_OUT:
-            choices = {**CHOICES, "crop": get_args(Crop)}.get(field.name)
-            add_flag(group, field.name, str(field.type), field.default, choices)
-    group.add_argument("--validate-every", type=int, help="epochs; default: 1 with --patience")
-    group.add_argument("--score", default="ndcg@10", help="of validations, full ranking")
-    group.add_argument("--save-every-seconds", type=float, default=60.0)
-    group.add_argument("--log-dir", type=Path, help="folder for TensorBoard")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def encoder_arguments() -> dict[str, inspect.Parameter]:
-    """The arguments of all encoders but the catalogue's size, by name."""
+    """The arguments of all encoders but the catalogue's size, None where not given."""
     return {
-        name: parameter
+        name: parameter.replace(default=None, annotation=parameter.annotation | None)
         for encoder in ENCODERS.values()
-        for name, parameter in inspect.signature(encoder).parameters.items()
+        for name, parameter in inspect.signature(encoder, eval_str=True).parameters.items()
         if name != "num_items"
     }
 
 
-def _train(options: argparse.Namespace) -> None:
-    data = load_data(options.data)
-    out = out_folder(options, f"train-{data.name}")
-    model, data = _model(options, data)
-    validating = options.patience is not None or options.validate_every is not None
-    settings = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(TrainingSettings)
-        if field.name not in ("max_len", "validate_every")
-    }
-    with distributed.init_distributed(_device(options.device)) as device:
+@command(
+    "train",
+    train,
+    TrainingSettings,
+    without=("state", "max_len"),  # the folder's own, and the encoder's
+    choices={
+        "encoder": ENCODERS,
+        "contrastive": CONTRASTIVE,
+        "crop": get_args(Crop),
+        **CHOICES,
+    },
+    more={"Encoder (each encoder has its own defaults)": encoder_arguments()},
+)
+def train_encoder(
+    run: Run,
+    *,
+    encoder: str | None = None,
+    init: Path | None = None,
+    networks: int | None = None,
+    noise: float = 0.0,
+    objective: str | None = None,
+    mask_ratio: float = 0.2,
+    contrastive: str | None = None,
+    contrastive_weight: float = 0.1,
+    epochs: int = 60,
+    validate_every: int | None = None,
+    score: str = "ndcg@10",
+    save_every_seconds: float | None = 60.0,
+    device: str = BEST_DEVICE,
+) -> None:
+    """Train an encoder; the same command resumes an interrupted run.
+
+    Args:
+        encoder: default: BERT4Rec.
+        init: a checkpoint to start from.
+        networks: number of networks to train jointly (EMKD); each gets its own seed, or a copy
+            of --init.
+        noise: standard deviation of the noise on the copies of --init.
+        objective: masked, next, emkd, or an objective's settings in JSON (default: what suits
+            the encoder; emkd with --networks).
+        mask_ratio: share of masked items, of the objective masked.
+        contrastive: a loss added to the objective.
+        contrastive_weight: factor of the added loss.
+        validate_every: epochs between validations (default: 1 with --patience).
+        score: validation metric for early stopping, e.g. ndcg@10.
+        device: cpu, cuda or cuda:1.
+    """
+    data = run.data()
+    out = run.out(f"train-{data.name}")
+    model, data = _model(run, data)
+    validating = run.values["patience"] is not None or validate_every is not None
+    settings = {name: run.values[name] for name in _settings()}
+    with distributed.init_distributed(run.device) as own_device:
         rank = distributed.rank()
-        log = train(
-            model.to(device),
-            data,
-            objective=_objective(options, model, data),
-            validate=_score(options, data) if validating else None,
-            validate_every=options.validate_every or 1,
-            state=out / "state.safetensors",
-            save_every_seconds=options.save_every_seconds,
-            log_dir=options.log_dir,
-            progress=not options.quiet,
+        given = {
+            **run.of(train),
             **settings,
-        )
-    if rank != 0:
-        return
-    report = evaluate(model, data, split="validation", progress=not options.quiet)
+            "data": data,
+            "objective": _objective(run, model, data),
+            "validate": _score(score, data) if validating else None,
+            "validate_every": validate_every or 1,
+            "state": out / "state.safetensors",
+        }
+        log = train(model.to(own_device), **given)
+    if rank == 0:
+        _save(run, out, model, data, log)
+
+
+def _settings() -> list[str]:
+    return [field.name for field in dataclasses.fields(TrainingSettings) if field.name != "max_len"]
+
+
+def _save(
+    run: Run, out: Path, model: SequenceEncoder, data: SequenceDataset, log: TrainingLog
+) -> None:
+    """Write the model and what belongs to it, and tell its validation metrics."""
+    report = evaluate(model, data, split="validation", progress=run.progress)
     save_model(model, out / "model.safetensors", metrics=dict(report))
     if isinstance(model, ParallelEncoders):
         for index, member in enumerate(model.networks):
             save_model(member, out / f"member{index}.safetensors")
     if log.ema is not None:
-        averaged = evaluate(log.ema, data, split="validation", progress=not options.quiet)
+        averaged = evaluate(log.ema, data, split="validation", progress=run.progress)
         save_model(log.ema, out / "ema.safetensors", metrics=dict(averaged))
     (out / "state.safetensors").unlink(missing_ok=True)
     result = {
@@ -122,59 +142,49 @@ def _train(options: argparse.Namespace) -> None:
         "best_epoch": log.best_epoch,
         "validation": report.to_json(),
     }
-    finish(out, options, result)
-    print(report.table())
+    run.finish(out, result)
+    show_report(report)
     print(f"written to {out / 'model.safetensors'}")
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device: {name!r} is not like cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: there is no CUDA device here")
-    return device
-
-
-def _model(
-    options: argparse.Namespace, data: SequenceDataset
-) -> tuple[SequenceEncoder, SequenceDataset]:
+def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDataset]:
     """The encoder to train, and the data over its catalogue."""
-    given = {name: getattr(options, name) for name in encoder_arguments()}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.init is not None:
-        model = load_model(options.init)
+    init, name, networks = (run.values[key] for key in ("init", "encoder", "networks"))
+    given = {key: run.values[key] for key in encoder_arguments()}
+    given = {key: value for key, value in given.items() if value is not None}
+    if init is not None:
+        model = load_model(init)
         found = {"encoder": type(model).__name__, **model.config}
-        asked = given if options.encoder is None else {"encoder": options.encoder, **given}
-        for name, value in asked.items():
-            if found.get(name) != value:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag}: {options.init} has {found.get(name)}, not {value}")
-        if options.networks is not None:
-            model = ParallelEncoders.copies(model, options.networks, options.noise, options.seed)
-        return model, over_catalogue_of(model, data, options.init)
-    encoder = ENCODERS[options.encoder or "BERT4Rec"]
+        asked = given if name is None else {"encoder": name, **given}
+        for key, value in asked.items():
+            if found.get(key) != value:
+                raise InputError(f"{_flag(key)}: {init} has {found.get(key)}, not {value}")
+        if networks is not None:
+            model = ParallelEncoders.copies(model, networks, run.values["noise"], run.seed)
+        return model, over_catalogue_of(model, data, init)
+    encoder = ENCODERS[name or "BERT4Rec"]
     known = inspect.signature(encoder).parameters
-    for name in given:
-        if name not in known:
-            raise InputError(f"--{name.replace('_', '-')}: {encoder.__name__} has no {name}")
-    if options.networks is not None:
+    for key in given:
+        if key not in known:
+            raise InputError(f"{_flag(key)}: {encoder.__name__} has no {key}")
+    if networks is not None:
 
         def make() -> SequenceEncoder:
             return encoder(data.num_items, **given)
 
-        return ParallelEncoders.seeded(make, options.networks, options.seed), data
-    torch.manual_seed(options.seed)
+        return ParallelEncoders.seeded(make, networks, run.seed), data
+    torch.manual_seed(run.seed)
     return encoder(data.num_items, **given), data
 
 
-def _objective(
-    options: argparse.Namespace, model: SequenceEncoder, data: SequenceDataset
-) -> Objective:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _objective(run: Run, model: SequenceEncoder, data: SequenceDataset) -> Objective:
     parallel = isinstance(model, ParallelEncoders)
     fitting = "masked" if hasattr(model, "mask_token") else "next"
-    text = options.objective or ("emkd" if parallel else fitting)
+    text = run.values["objective"] or ("emkd" if parallel else fitting)
     if text == "emkd":
         if not isinstance(model, ParallelEncoders):
             raise InputError("--objective: emkd trains several networks; give --networks")
@@ -184,7 +194,7 @@ def _objective(
             dim=model.networks[0].dim,
         )
     elif text == "masked":
-        objective = MaskedItems(options.mask_ratio)
+        objective = MaskedItems(run.values["mask_ratio"])
     elif text == "next":
         objective = NextItem(last_only=not getattr(model, "causal", False))
     else:
@@ -196,21 +206,20 @@ def _objective(
             known = "masked, next, emkd"
             raise InputError(f"--objective: {text!r} is neither {known}, nor a JSON object")
         objective = from_settings(settings)
-    if options.contrastive is not None:
-        objective = objective + options.contrastive_weight * CONTRASTIVE[options.contrastive]()
+    contrastive = run.values["contrastive"]
+    if contrastive is not None:
+        objective = objective + run.values["contrastive_weight"] * CONTRASTIVE[contrastive]()
     return objective
 
 
-def _score(
-    options: argparse.Namespace, data: SequenceDataset
-) -> Callable[[SequenceEncoder], float]:
+def _score(metric: str, data: SequenceDataset) -> Callable[[SequenceEncoder], float]:
     """The validation score --score of a model."""
-    match = re.fullmatch(r"(?:hr|mrr|ndcg)@([1-9]\d*)", options.score)
+    match = re.fullmatch(r"(?:hr|mrr|ndcg)@([1-9]\d*)", metric)
     if match is None:
-        raise InputError(f"--score: {options.score!r} is not like ndcg@10, hr@5 or mrr@20")
+        raise InputError(f"--score: {metric!r} is not like ndcg@10, hr@5 or mrr@20")
     k = int(match[1])
 
     def score(model: SequenceEncoder) -> float:
-        return evaluate(model, data, split="validation", k=(k,))[options.score]
+        return evaluate(model, data, split="validation", k=(k,))[metric]
 
     return score

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
 from fisherkern.modes import eval_mode
+from fisherkern.progress import progress_bar
 
 
 def evaluate(
@@ -93,7 +93,7 @@ def evaluate(
     popularity = data.popularity()
     kept_users, ranks = [], []
     with torch.no_grad(), eval_mode(model):
-        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=not progress):
+        for batch in progress_bar(loader, desc="evaluate", unit="batch", show=progress):
             batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
             scores = item_scores(model, batch, data.num_items)
             ranks.append(_ranks(scores, batch, data, protocol, popularity).cpu())

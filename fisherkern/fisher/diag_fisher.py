@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
@@ -16,6 +15,7 @@ from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops.backend import use_backend
+from fisherkern.progress import progress_bar
 
 
 def diag_fisher(
@@ -105,7 +105,7 @@ def diag_fisher(
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
     count = 0
-    bar = tqdm(loader, desc=f"Fisher ({sampler})", unit="batch", disable=not progress)
+    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
     with use_backend(backend), evaluation_mode(adapter.module):
         for batch in bar:
             count += engine.add_batch(batch, count)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
@@ -18,6 +17,7 @@ from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
+from fisherkern.progress import progress_bar
 
 
 class LinearGrams(NamedTensors):
@@ -66,7 +66,7 @@ def linear_grams(
             # Such attention multiplies weights by other things than inputs, but not in training.
             if getattr(module, "absorbs_projections", False):
                 module.training = True
-        for batch in tqdm(loader, desc="Gram matrices", unit="batch", disable=not progress):
+        for batch in progress_bar(loader, desc="Gram matrices", unit="batch", show=progress):
             n = batch_size(batch)
             for part, index in schedule.length_buckets(adapter, batch, n):
                 collector.add(part, count + int(index[0]))

@@ -14,12 +14,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fisherkern.checks import check_count, check_positive
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, Objective
+from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
 from fisherkern.training.cpu_kernels import FastCPUKernels, backward
 from fisherkern.training.settings import TrainingSettings, learning_rate
@@ -229,7 +229,7 @@ class TrainLoop:
         """Run the epochs that are left; with a progress bar if `show`."""
         now, settings = self.progress, self.settings
         self.scalars.resume(now.step)
-        with tqdm(total=self.total, initial=now.step, unit="step", disable=not show) as bar:
+        with progress_bar(total=self.total, initial=now.step, unit="step", show=show) as bar:
             while len(now.losses) < settings.epochs and not now.out_of_patience(settings.patience):
                 bar.set_description(f"epoch {len(now.losses) + 1}/{settings.epochs}")
                 self.epoch(bar)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
@@ -20,6 +19,7 @@ from fisherkern.errors import InputError
 from fisherkern.files import load_tensors, save_tensors
 from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
+from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
 from fisherkern.training.loop import (
     CheckpointPolicy,
@@ -242,7 +242,7 @@ class _Pair:
 
     def go(self, show: bool) -> None:
         total, initial = sum(r.total for r in self.runs), sum(r.progress.step for r in self.runs)
-        with tqdm(total=total, initial=initial, unit="step", disable=not show) as bar:
+        with progress_bar(total=total, initial=initial, unit="step", show=show) as bar:
             while not self.finished():
                 epoch = len(self.runs[0].progress.losses) + 1
                 for name, run in zip(NAMES, self.runs, strict=True):

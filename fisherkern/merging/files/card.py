@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fisherkern.merging.rules import METHODS
+from fisherkern.tables import markdown_table
 
 
 def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
@@ -29,11 +30,13 @@ def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any
         f"{kind}, merged from {len(members)} members by fisherkern "
         f"{provenance['versions']['fisherkern']} (method `{method.name}`: {title}).",
         "",
-        "| member | weight | sha256 |",
-        "|---|---|---|",
+        markdown_table(
+            [
+                {"member": own["file"], "weight": weight, "sha256": f"`{own['sha256']}`"}
+                for own, weight in zip(members, weights, strict=True)
+            ]
+        ),
     ]
-    for own, weight in zip(members, weights, strict=True):
-        lines.append(f"| {_cell(own['file'])} | {weight:.6g} | `{own['sha256']}` |")
     catalogue = provenance["catalogue"]
     if catalogue is not None and len(catalogue["owners"]) > 1:
         owners = ", ".join(
@@ -41,40 +44,40 @@ def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any
             for number, count in catalogue["owners"].items()
         )
         lines += ["", f"The members' catalogues are united: {catalogue['items']} items, {owners}."]
-    for title, files in (
-        ("Fishers", provenance["fishers"]),
-        ("Base", [provenance["base"]] if provenance["base"] else None),
-    ):
-        if files:
-            lines += ["", f"## {title}", "", "| file | made with | sha256 |", "|---|---|---|"]
-            for own in files:
-                made = ", ".join(f"{k}={v}" for k, v in own.get("made", {}).items())
-                lines.append(f"| {_cell(own['file'])} | {_cell(made)} | `{own['sha256']}` |")
     settings = {
         **provenance["options"],
         **{key: provenance[key] for key in ("floor", "normalize", "seed")},
     }
-    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {_cell(value)} |" for key, value in settings.items()]
-    rows = [("this model", provenance["metrics"])]
-    rows += [(own["file"], own["metrics"]) for own in members]
-    names = sorted({metric for _, metrics in rows for metric in metrics})
-    if names:
-        lines += ["", "## Metrics", "", f"| | {' | '.join(map(_cell, names))} |"]
-        lines.append("|---" * (len(names) + 1) + "|")
-        for owner, metrics in rows:
-            values = [_cell(metrics.get(metric, "")) for metric in names]
-            lines.append(f"| {_cell(owner)} | {' | '.join(values)} |")
-    if about.get("config"):
-        lines += ["", "## Configuration", "", "| argument | value |", "|---|---|"]
-        lines += [f"| {key} | {_cell(value)} |" for key, value in about["config"].items()]
+    for title, rows in (
+        ("Fishers", [_file(own) for own in provenance["fishers"] or ()]),
+        ("Base", [_file(own) for own in [provenance["base"]] if own]),
+        ("Settings", [{"setting": key, "value": value} for key, value in settings.items()]),
+        ("Metrics", _metrics(provenance)),
+        (
+            "Configuration",
+            [{"argument": key, "value": value} for key, value in about.get("config", {}).items()],
+        ),
+    ):
+        if rows:
+            lines += ["", f"## {title}", "", markdown_table(rows)]
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: Any) -> str:
-    """`value` as one table cell."""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+def _file(own: Mapping[str, Any]) -> dict[str, Any]:
+    made = ", ".join(f"{key}={value}" for key, value in own.get("made", {}).items())
+    return {"file": own["file"], "made with": made, "sha256": f"`{own['sha256']}`"}
+
+
+def _metrics(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for the model and each member; none without any metric."""
+    measured = [("this model", provenance["metrics"])]
+    measured += [(own["file"], own["metrics"]) for own in provenance["members"]]
+    names = sorted({metric for _, metrics in measured for metric in metrics})
+    return [
+        {"": owner, **{name: metrics.get(name, "") for name in names}}
+        for owner, metrics in measured
+        if names
+    ]
 
 
 def _metadata(name: str, provenance: Mapping[str, Any]) -> list[str]:

@@ -149,10 +149,10 @@ def test_a_configuration_by_hand(data: str, tmp_path: Path) -> None:
         (["--patience", "0"], "patience must be at least 1"),
         (["--patience", "1", "--score", "auc"], "--score: 'auc'"),
         (["--precision", "fp8"], "--precision"),
-        (["--clip", "x"], "argument --clip: invalid float value: 'x'"),
+        (["--clip", "x"], 'Invalid value for --clip: unable to convert "x" into float'),
         (["--ema", "1"], "ema must be in [0, 1)"),
         (["--device", "tpu7"], "--device: 'tpu7'"),
-        (["--config", "CONFIG"], "unrecognized arguments: --colour=red"),
+        (["--config", "CONFIG"], "Unknown option"),
         (["--config", "LIST"], "list.json: must hold a JSON object"),
         (["--config", "NONE"], "none.json: no such file"),
         (["--init", "INIT", "--dim", "16"], "--dim: "),
@@ -174,10 +174,7 @@ def test_bad_input(
     paths["INIT"] = "init.safetensors"
     flags = [str(tmp_path / paths[flag]) if flag in paths else flag for flag in flags]
     out = tmp_path / "out"
-    try:
-        status = main(["train", "--data", data, *flags, "--quiet", "--out", str(out)])
-    except SystemExit as exit:  # argparse
-        status = int(str(exit.code))
+    status = main(["train", "--data", data, *flags, "--quiet", "--out", str(out)])
     found = capsys.readouterr()
     assert status == 2
     assert named in found.err and found.err.count("\n") == 1, found.err

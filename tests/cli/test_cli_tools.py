@@ -215,7 +215,7 @@ def test_stream_beside_a_recipe(folder: Path, tmp_path: Path) -> None:
         (["align", "m1", "gone"], "gone.safetensors: no such file"),
         (["align", "m1", "wide"], "member 1 was built with dim=12"),
         (["align", "m1", "m2", "--sweeps", "0"], "sweeps is 0"),
-        (["align"], "the following arguments are required: checkpoints"),
+        (["align"], "--checkpoints requires an argument (--help lists the options)"),
         (["preflight", "m1", "gone"], "gone.safetensors: no such file"),
         (["preflight", "m1", "wide"], "tensor '"),
         (["preflight", "m1", "m2", "--points", "0"], "points is 0"),
@@ -223,7 +223,10 @@ def test_stream_beside_a_recipe(folder: Path, tmp_path: Path) -> None:
         (["merge", "m1", "wide", "--stream"], "wide.safetensors: tensor"),
         (["align", "m1", "m2", "--by", "activations"], "--data: name a data set"),
         (["align", "m1", "m2", "--by", "activations", "--data", "no.txt"], "no.txt"),
-        (["align", "m1", "m2", "--by", "heart"], "--by: invalid choice: 'heart'"),
+        (
+            ["align", "m1", "m2", "--by", "heart"],
+            'Invalid value "heart" for --by. Choose from: "weights", "activations", "loss"',
+        ),
         (["merge", "m1", "m2", "--stream", "--method", "slerp"], "method 'slerp' is not one that"),
         (["merge", "m1", "m2", "--stream", "--weights", "search"], "takes numbers as weights"),
         (["merge", "m1", "m2", "--stream", "--steps", "3"], "--stream: it neither searches"),
@@ -239,10 +242,7 @@ def test_bad_input(
     names = {"m1", "m2", "wide", "more", "gone"}
     arguments = [str(folder / f"{a}.safetensors") if a in names else a for a in arguments]
     out = tmp_path / "out"
-    try:
-        status = main([*arguments, "--out", str(out)])
-    except SystemExit as exit:  # argparse
-        status = int(str(exit.code))
+    status = main([*arguments, "--out", str(out)])
     printed = capsys.readouterr().err
     assert status == 2 and message in printed and printed.count("\n") == 1, printed
     assert not out.exists() or not list(out.iterdir())
@@ -250,8 +250,7 @@ def test_bad_input(
 
 @pytest.mark.parametrize("command", ["align", "preflight", "merge"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main([command, "--help"])
+    assert main([command, "--help"]) == 0
     printed = capsys.readouterr().out
-    assert exit.value.code == 0 and "checkpoints" in printed
+    assert "--checkpoints" in printed
     assert {"align": "--sweeps", "preflight": "--points", "merge": "--stream"}[command] in printed

@@ -1,0 +1,54 @@
+"""Progress of long loops: a bar on a terminal or in a notebook, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.auto import tqdm as live_bar
+
+SECONDS = 30.0  # between two lines of a log
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, show: bool = True, **options: Any
+) -> Any:
+    """Wrap `iterable` in a tqdm bar that suits where stderr goes.
+
+    Args:
+        iterable: what is looped over; None for a bar that `update` moves.
+        show: False shows nothing.
+        options: of tqdm, such as `desc`, `unit` and `total`.
+
+    Returns:
+        A tqdm object, itself an iterable and a context manager.
+    """
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return (live_bar if live else _LogLines)(iterable, disable=not show, **options)
+
+
+class _LogLines(tqdm):
+    """Whole lines, at most one in `SECONDS`, and a last one: no carriage returns in a log."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._next = time.monotonic() + SECONDS
+        form = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        super().__init__(*arguments, bar_format=form, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Write a line if one is due; False tells tqdm that there is nothing to wipe."""
+        if msg is None and time.monotonic() >= self._next:
+            self._next = time.monotonic() + SECONDS
+            print(self, file=self.fp, flush=True)
+        return False
+
+    def close(self) -> None:
+        """Write the last line."""
+        if not self.disable:
+            self._next = 0.0
+            self.display()
+            self.leave = False
+        super().close()
