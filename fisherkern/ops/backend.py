@@ -126,7 +126,7 @@ def _why_not(tensors: list[Tensor]) -> str | None:
         if architecture(tensors[0].device) < _OLDEST_ARCHITECTURE:
             return "the kernels need compute capability 8.0"
         return None
-    if all(tensor.device.type == "cpu" for tensor in tensors) and _interpreted():
+    if all(tensor.device.type == "cpu" for tensor in tensors) and interpreted():
         return None
     return "the tensors are on the CPU, which takes TRITON_INTERPRET=1 set before the start"
 
@@ -142,7 +142,9 @@ def _installed() -> bool:
     return True
 
 
-def _interpreted() -> bool:
-    from fisherkern.ops.tiles_triton import INTERPRETED
+@functools.cache
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: fixed, as TRITON_INTERPRET is read once."""
+    import triton
 
-    return INTERPRETED
+    return bool(triton.knobs.runtime.interpret)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 from fisherkern.ops import counter_rng
+from fisherkern.ops.backend import interpreted
 from fisherkern.ops.launch_table import TARGET_PROGRAMS, Launch, launch
 
-# Fixed when kernels are decorated: TRITON_INTERPRET is read at import and never after.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = interpreted()
 
 # Sizes that change from batch to batch: one binary serves them all. What the binary depends on
 # is dtypes, the width of D, and whether D is a multiple of 16 where a result has D columns.

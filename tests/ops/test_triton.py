@@ -88,7 +88,7 @@ def test_cpu_tensors_take_pytorch_unless_triton_is_demanded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "_installed", lambda: True)
-    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "interpreted", lambda: False)
     one = torch.ones(1, 1)
     assert not backend.use_triton("softmax_lse", one, one)
     with backend.use_backend("triton"):
@@ -100,7 +100,7 @@ def test_cpu_tensors_take_pytorch_unless_triton_is_demanded(
             fk.diag_fisher(bert().float(), [HISTORIES], k=2, progress=False)
     with pytest.raises(fk.InputError, match="backend: 'triton' cannot be used"):
         fk.diag_fisher(bert().float(), [HISTORIES], k=2, backend="triton", progress=False)
-    monkeypatch.setattr(backend, "_interpreted", lambda: True)
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
     assert not backend.use_triton("softmax_lse", one, one)
     with backend.use_backend("triton"):
         assert backend.use_triton("softmax_lse", one, one)
