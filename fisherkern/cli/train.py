@@ -32,6 +32,7 @@ from fisherkern.objectives import (
 from fisherkern.training import (
     TrainingLog,
     TrainingSettings,
+    distributed,
     load_model,
     save_model,
     train,
