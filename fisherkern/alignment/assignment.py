@@ -65,7 +65,8 @@ def _signed(correlations: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 def _procrustes(correlation: Tensor) -> Tensor:
     """Orthogonal Q with the largest <Q, C>."""
     u, _, v = torch.linalg.svd(correlation)
-    return u @ v
+    product: Tensor = u @ v
+    return product
 
 
 def _rotation(correlation: Tensor) -> Tensor:
@@ -78,7 +79,8 @@ def complement_of_ones(size: int) -> Tensor:
     """Return (size, size - 1) float64, orthonormal columns that are orthogonal to 1."""
     basis = torch.eye(size, dtype=torch.float64)
     basis[:, 0] = 1
-    return torch.linalg.qr(basis)[0][:, 1:]
+    orthonormal: Tensor = torch.linalg.qr(basis)[0]
+    return orthonormal[:, 1:]
 
 
 def fixing_ones(inner: Tensor, complement: Tensor) -> Tensor:

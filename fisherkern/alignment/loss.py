@@ -96,7 +96,8 @@ class _Average:
 
     def __call__(self, tokens: Any) -> Tensor:
         tensors = {f"model.{name}": tensor for name, tensor in self.parameters().items()}
-        return functional_call(self.loss, tensors, (tokens, self.generator))
+        loss: Tensor = functional_call(self.loss, tensors, (tokens, self.generator))
+        return loss
 
     @torch.no_grad()
     def over(self, batches: Sequence[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import torch
@@ -93,7 +94,7 @@ class WeightPair:
         for _, spec, own, other in self._parts:
             moved = apply_transforms(other.double(), spec.labels, transforms)
             total += float((own.double() - moved).square().sum())
-        return total**0.5
+        return math.sqrt(total)
 
     def _product(self, number: int, dim: int, transforms: Transforms) -> Tensor:
         _, spec, own, other = self._parts[number]

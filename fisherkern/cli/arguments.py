@@ -105,7 +105,7 @@ def command(
             skipped |= {"name_or_path", "name"} if source is load else set()
             parameters = _parameters(source)
             help_of: dict[str, str] = {}
-            for described in (_general, source, function):
+            for described in (_general, *sources, source, function):
                 help_of |= argument_help(described)
             for parameter in parameters:
                 if parameter.name in found or parameter.name in skipped:

@@ -29,7 +29,7 @@ def symmetries_of(model: Any) -> Symmetries:
             "to align it"
         )
     _check_inherited(type(model))
-    symmetries = model.symmetries()
+    symmetries: Symmetries = model.symmetries()
     symmetries.check(model)
     return symmetries
 

@@ -153,8 +153,9 @@ def merge(
             members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
         )
     plan.write(lam, solved)
-    plan.target.merge_report = report
-    return plan.target
+    merged: ModelT = plan.target
+    merged.merge_report = report  # type: ignore[assignment]
+    return merged
 
 
 def _or(steps: int | None, default: int) -> int:
@@ -169,7 +170,7 @@ def _choose(
 
     def score_of(point: list[float]) -> float:
         plan.write(point)
-        return score(plan.target)
+        return float(score(plan.target))
 
     if plan.method.choose == "greedy":
         return greedy_weights(score_of, number)

@@ -2,7 +2,7 @@
 
 Backend "auto" takes a kernel for tensors on a GPU only where a row covers the call: its op,
 backend, architecture, dtype and width, the kernel's source as it is now, launched as the launch
-table says now, and a size from which the kernel beat PyTorch there. benchmarks/gpu/prove.py writes
+table says now, and a size from which the kernel beat PyTorch there. benchmarks.gpu.prove writes
 the rows from the results of a run; nothing else may. `status` says what "auto" does, op by op.
 """
 

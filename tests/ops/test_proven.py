@@ -274,7 +274,7 @@ def test_committed_rows_are_about_todays_kernels() -> None:
     assert not found, (
         "\n".join(found) + "\nfisherkern/ops/proven.json holds rows that prove nothing any more:"
         " run the kernels on a GPU again (python benchmarks/gpu_day.py, then"
-        " benchmarks/gpu/prove.py FOLDER), or take the rows out (python benchmarks/gpu/prove.py);"
+        " benchmarks/gpu/prove.py FOLDER), or take the rows out (python -m benchmarks.gpu.prove);"
         " then python -m benchmarks.readme_tables"
     )
 

@@ -46,7 +46,8 @@ def _inverse(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(size[:, None] * matrix * size)
     noise = len(matrix) * torch.finfo(matrix.dtype).eps * values[-1:].clamp(min=0)
     inverse = torch.where(values > noise, 1 / values, 0.0)
-    return size[:, None] * ((vectors * inverse) @ vectors.T) * size
+    scaled: Tensor = (vectors * inverse) @ vectors.T
+    return size[:, None] * scaled * size
 
 
 def input_grams(tensors: Mapping[str, TensorBlocks], options: Mapping[str, Any]) -> dict[str, Any]:
