@@ -1,0 +1,123 @@
+"""Where the tensors of a checkpoint stand among everything that was saved with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fisherkern.adapters.mapped import Slot, shown
+from fisherkern.adapters.pickles import Pairs, Stub
+from fisherkern.adapters.torch_files import Refused
+from fisherkern.errors import InputError
+
+# Where trainers keep the weights; the first that is there.
+KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
+# A whole model nests modules tens deep and has some thousands.
+MAX_MODULES = 1 << 16
+PLAIN = (int, float, str, bool, type(None))
+
+State = dict[str, Slot]
+
+
+def find_state(path: object, value: Any) -> tuple[str, State, dict[str, Any]]:
+    """(kind, tensors by name, the entries beside them) of what torch.save wrote.
+
+    Raises InputError where there are no tensors, or several places that may be meant.
+    """
+    if _is_module(value):
+        return "module", _checked(path, _module_entries(path, value)), {}
+    if not isinstance(value, Pairs):
+        raise InputError(f"{path}: holds no tensors by name, but {_described(value)}")
+    entries = value.texts()
+    holders = [key for key, entry in entries.items() if _holds_tensors(entry)]
+    if any(isinstance(entry, Slot | Refused) for entry in entries.values()) and not holders:
+        _named_by_text(path, value)
+        return "state dict", _checked(path, entries), {}
+    key = next((key for key in KEYS if key in holders), None)
+    if key is None and len(holders) > 1:
+        names = ", ".join(shown(name) for name in holders[:5])
+        raise InputError(f"{path}: holds tensors by name in several places: {names}")
+    if key is None and not holders:
+        raise InputError(f"{path}: holds no tensors by name")
+    key = key or holders[0]
+    held = entries.pop(key)
+    if _is_module(held):
+        return "module", _checked(path, _module_entries(path, held)), entries
+    _named_by_text(path, held)
+    kind = "nested state dict"
+    if "pytorch-lightning_version" in entries:
+        kind = "lightning"
+    elif key == "state_dict" and "config" in entries and "other_parameter" in entries:
+        kind = "recbole"
+    return kind, _checked(path, held.texts()), entries
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Stub):
+        return f"an object of the class {shown(getattr(value.callee, 'name', None))}"
+    return "one tensor" if isinstance(value, Slot | Refused) else f"a {type(value).__name__}"
+
+
+def _named_by_text(path: object, value: Pairs) -> None:
+    if any(type(key) is not str for key, _ in value.pairs or ()):
+        raise InputError(f"{path}: holds tensors whose names are no texts")
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a dictionary with a tensor in it, or a module."""
+    if _is_module(value):
+        return True
+    pairs = value.pairs or () if isinstance(value, Pairs) else ()
+    return any(isinstance(entry, Slot | Refused) for _, entry in pairs)
+
+
+def _checked(path: object, entries: dict[str, Any]) -> State:
+    """The tensors among entries; whatever else a model would need is refused by name."""
+    tensors: State = {}
+    for name, entry in entries.items():
+        if isinstance(entry, Slot):
+            tensors[name] = entry
+        elif isinstance(entry, Refused):
+            raise InputError(f"{path}: tensor {shown(name)} is {entry.kind}, which is not read")
+        # Counters and the like; get_extra_state is whatever a module likes.
+        elif type(entry) not in PLAIN and not name.endswith("_extra_state"):
+            raise InputError(f"{path}: {shown(name)} stands among the tensors and is none")
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors by name")
+    return tensors
+
+
+def _is_module(value: Any) -> bool:
+    """Whether this was an nn.Module, saved whole."""
+    if not isinstance(value, Stub) or not isinstance(value.state, Pairs):
+        return False
+    return {"_parameters", "_buffers", "_modules"} <= value.state.texts().keys()
+
+
+def _module_entries(path: object, module: Stub) -> dict[str, Any]:
+    """What module.state_dict() would have given, from the attributes that were saved."""
+    entries: dict[str, Any] = {}
+    waiting, visited = [("", module)], 0
+    while waiting:
+        prefix, current = waiting.pop()
+        visited += 1
+        if visited > MAX_MODULES or len(prefix) > 10_000:
+            raise InputError(f"{path}: holds modules without end")
+        state = current.state.texts()
+        transient = state.get("_non_persistent_buffers_set")
+        skipped = (transient.items or []) if isinstance(transient, Stub) else []
+        names = {name for name in skipped if type(name) is str}
+        for kind, hidden in (("_parameters", set()), ("_buffers", names)):
+            for name, entry in _texts(state[kind]).items():
+                if entry is not None and name not in hidden:
+                    entries[prefix + name] = entry
+        children = [(name, child) for name, child in _texts(state["_modules"]).items()]
+        for name, child in reversed(children):
+            if _is_module(child):
+                waiting.append((f"{prefix}{name}.", child))
+            elif child is not None:
+                raise InputError(f"{path}: {shown(prefix + name)} is a module of an unknown form")
+    return entries
+
+
+def _texts(value: Any) -> dict[str, Any]:
+    return value.texts() if isinstance(value, Pairs) else {}
