@@ -13,7 +13,7 @@ file's own size before anything is allocated; a broken or hostile file is an `In
 the whole file, so a flipped bit inside a tensor is a flipped bit in the result. Tensors are
 mapped: a file that is cut short by somebody else while its tensors are in use ends the
 process, as with every mapped file (`rows` reads and refuses instead). A program of more than
-8 million opcodes is refused. A library that loads what was written may run what stood in the
+4 million opcodes is refused. A library that loads what was written may run what stood in the
 first member's pickle, exactly as it would have run it in that member.
 """
 

@@ -68,9 +68,12 @@ class MappedFile:
         return content
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Region:
-    """`size` bytes of a file from `start` on; `deflated` bytes there where they are compressed."""
+    """`size` bytes of a file from `start` on; `deflated` bytes there where they are compressed.
+
+    Two regions are the same only if they are one object: that is how names share a storage.
+    """
 
     file: MappedFile
     start: int

@@ -13,13 +13,14 @@ the objects are bounded by MAX_OPCODES, and texts and bytes by the file.
 from __future__ import annotations
 
 import codecs
+import gc
 import mmap
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# A million item ids are two million opcodes.
-MAX_OPCODES = 1 << 23
+# A million item ids are two million opcodes; four million take seconds.
+MAX_OPCODES = 1 << 22
 # Torch's magic number has 10 bytes, the state of a random generator 16.
 MAX_INTEGER_BYTES = 1024
 MAX_TEXT_BYTES = 1 << 30
@@ -97,8 +98,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        for _ in range(MAX_OPCODES):
+    def run(self, limit: int) -> Any:
+        for _ in range(limit):
             opcode = self.data[self.position]
             self.position += 1
             if opcode == 0x2E:  # STOP
@@ -107,7 +108,7 @@ class _Machine:
             if step is None:
                 raise PickleError(f"has the opcode {bytes([opcode])!r}, which is never data")
             step(self)
-        raise PickleError(f"has more than {MAX_OPCODES} opcodes")
+        raise PickleError(f"has more than {limit} opcodes")
 
     # Bytes of the program.
 
@@ -167,7 +168,11 @@ class _Machine:
         raise PickleError("misses a mark")
 
     def last(self, count: int) -> tuple[Any, ...]:
-        return tuple(reversed([self.pop() for _ in range(count)]))
+        values = tuple(self.stack[-count:])
+        if len(values) < count or _MARK in values:
+            raise PickleError("takes a mark for a value")
+        del self.stack[-count:]
+        return values
 
     # What opcodes do.
 
@@ -352,12 +357,14 @@ def run(
     start: int = 0,
     functions: Functions | None = None,
     storage: Callable[[Any], Any] | None = None,
+    limit: int = MAX_OPCODES,
 ) -> tuple[Any, int]:
     """Run the pickle program in `data` from byte `start`.
 
     Args:
         functions: (module, name) -> the function of ours that a call of this name stands for.
         storage: what a persistent id stands for; None refuses every one.
+        limit: the most opcodes.
 
     Returns:
         What the program makes, of plain values, `Global`, `Pairs`, `Stub` and what `functions`
@@ -367,10 +374,16 @@ def run(
         PickleError: The program is broken or exceeds a limit.
     """
     machine = _Machine(data, start, functions or {}, storage)
+    # Millions of containers that are all kept would be searched for garbage again and again.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
-        return machine.run(), machine.position
+        return machine.run(limit), machine.position
     except PickleError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # An empty stack, an unknown memo, wrong arguments, texts that are no UTF-8.
         raise PickleError(f"is broken at byte {machine.position}") from error
+    finally:
+        if collecting:
+            gc.enable()

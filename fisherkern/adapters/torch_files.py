@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch
 
 from fisherkern.adapters import pickles
 from fisherkern.adapters.mapped import MAX_DEFLATION, MappedFile, Region, Slot, shown
-from fisherkern.adapters.pickles import Global, Pairs, PickleError, Stub
+from fisherkern.adapters.pickles import Global, Pairs, PickleError
 from fisherkern.errors import InputError
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # How every file of the old container starts: PROTO 2, then MAGIC as a LONG1.
 LEGACY_START = b"\x80\x02\x8a\x0a" + MAGIC.to_bytes(10, "little")
+HEAD = 1000  # opcodes of the small programs before the large one
 ZIP_START = b"PK\x03\x04"
 
 DTYPES = {
@@ -275,29 +276,33 @@ def _read_legacy(file: MappedFile) -> TorchFile:
         file.path.open("rb") as stream,
         mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        magic, position = pickles.run(data)
-        protocol, position = pickles.run(data, position)
-        system, position = pickles.run(data, position)
+        magic, position = pickles.run(data, limit=HEAD)
+        protocol, position = pickles.run(data, position, limit=HEAD)
+        system, position = pickles.run(data, position, limit=HEAD)
         if magic != MAGIC or protocol != PROTOCOL or not isinstance(system, Pairs):
             raise PickleError("has an unknown version")
         if system.texts().get("little_endian") is not True:
             raise InputError(f"{file.path}: was written on a big-endian machine")
-        # Where a storage lies depends on the sizes of those before, which the program tells:
-        # it runs once for the sizes and once with the places.
-        sizes: dict[str, tuple[int, int]] = {}
-        _, end = pickles.run(data, position, {}, lambda reference: _note_size(reference, sizes))
-        keys, end = pickles.run(data, end)
-        if type(keys) is not list or len(keys) != len(sizes):
-            raise PickleError("lists other storages than it uses")
-        regions: dict[str, Region] = {}
-        for key in keys:
-            if type(key) is not str or key not in sizes or key in regions:
-                raise PickleError("lists other storages than it uses")
-            regions[key] = _legacy_region(file, end, *sizes[key])
-            end = regions[key].start + regions[key].size
-        value, _ = pickles.run(
-            data, position, FUNCTIONS, lambda reference: _legacy_storage(reference, regions)
+        # Storages stand behind the program, in the order of a list behind it.
+        regions: dict[str, tuple[Region, int]] = {}
+        value, end = pickles.run(
+            data, position, FUNCTIONS, lambda reference: _legacy_storage(file, reference, regions)
         )
+        keys, end = pickles.run(data, end)
+    if type(keys) is not list or len(keys) != len(regions):
+        raise PickleError("lists other storages than it uses")
+    places = set()
+    for key in keys:
+        if type(key) is not str or key not in regions or key in places:
+            raise PickleError("lists other storages than it uses")
+        places.add(key)
+        region, count = regions[key]
+        region.start = end + 8
+        if region.start + region.size > file.size:
+            raise InputError(f"{file.path}: not whole, it ends inside a storage")
+        if int.from_bytes(file.read(end, region.start), "little") != count:
+            raise PickleError(f"expects the storage {shown(key)} to have another size")
+        end = region.start + region.size
     return TorchFile(file, value, None)
 
 
@@ -309,42 +314,27 @@ def _legacy_dtype(kind: Any) -> tuple[torch.dtype | None | Refused, int]:
     return dtype, 1 if dtype is None else dtype.itemsize
 
 
-def _note_size(reference: Any, sizes: dict[str, tuple[int, int]]) -> Any:
-    """Keep (count, bytes of one) of a storage that a program refers to."""
-    tag, kind, key, *more = reference
-    if tag == "storage":
-        _, count, _ = more
-        if type(key) is not str or type(count) is not int or not 0 <= count < 1 << 62:
-            raise PickleError("refers to something other than a storage")
-        size = (count, _legacy_dtype(kind)[1])
-        if sizes.setdefault(key, size) != size:
-            raise PickleError(f"refers to the storage {shown(key)} in two sizes")
-    return Stub(kind, ())
-
-
-def _legacy_region(file: MappedFile, start: int, count: int, itemsize: int) -> Region:
-    """The storage that is written at `start`: its count, then its elements."""
-    size = count * itemsize
-    if start + 8 + size > file.size:
-        raise InputError(f"{file.path}: not whole, it ends inside a storage")
-    if int.from_bytes(file.read(start, start + 8), "little") != count:
-        raise PickleError("expects a storage to have another size")
-    return Region(file, start + 8, size)
-
-
-def _legacy_storage(reference: Any, regions: Mapping[str, Region]) -> Any:
+def _legacy_storage(
+    file: MappedFile, reference: Any, regions: dict[str, tuple[Region, int]]
+) -> Any:
+    """The storage that a program refers to, in a region whose place is not known yet."""
     tag, kind, key, *more = reference
     if tag == "module":  # (class, its source's file, its source's text)
         return kind
+    _, count, view = more
+    if tag != "storage" or type(key) is not str or type(count) is not int:
+        raise PickleError("refers to something other than a storage")
     dtype, itemsize = _legacy_dtype(kind)
+    if not 0 <= count * itemsize <= file.size:
+        raise PickleError(f"expects the storage {shown(key)} to be larger than the file")
+    region, known = regions.setdefault(key, (Region(file, 0, count * itemsize), count))
+    if known != count or region.size != count * itemsize:
+        raise PickleError(f"refers to the storage {shown(key)} in two sizes")
     if isinstance(dtype, Refused):
         return dtype
-    view = more[2]
-    if view is None:
-        return StorageRef(regions[key], dtype)
-    _, offset, count = view
-    if type(offset) is not int or type(count) is not int or min(offset, count) < 0:
+    _, offset, length = view or (None, 0, count)
+    if type(offset) is not int or type(length) is not int or min(offset, length) < 0:
         raise PickleError("refers to something other than a storage")
-    if (offset + count) * itemsize > regions[key].size:
+    if offset + length > count:
         raise PickleError("refers to a part beyond its storage")
-    return StorageRef(regions[key], dtype, offset)
+    return StorageRef(region, dtype, offset)
