@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from fisherkern.adapters import load_tensors
 from fisherkern.data import SequenceDataset, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
@@ -79,6 +80,7 @@ __all__ = [
     "linear_grams",
     "load",
     "load_model",
+    "load_tensors",
     "merge",
     "merge_files",
     "preflight",

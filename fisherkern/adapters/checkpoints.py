@@ -164,11 +164,9 @@ def load_tensors(path: str | os.PathLike[str]) -> Checkpoint:
             return _read_folder(path)
         if path.name.endswith(".index.json") and path.is_file():
             return _read_folder(path.parent, path.name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: could not be read: {error}") from None
-    part, kind, extras = _read_file(path)
+        part, kind, extras = _read_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: could not be read: {error.strerror}") from None
     return Checkpoint(path, kind, [part], extras=extras)
 
 

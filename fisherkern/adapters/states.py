@@ -103,15 +103,12 @@ def _module_entries(path: object, module: Stub) -> dict[str, Any]:
         if visited > MAX_MODULES or len(prefix) > 10_000:
             raise InputError(f"{path}: holds modules without end")
         state = current.state.texts()
-        transient = state.get("_non_persistent_buffers_set")
-        skipped = (transient.items or []) if isinstance(transient, Stub) else []
-        names = {name for name in skipped if type(name) is str}
-        for kind, hidden in (("_parameters", set()), ("_buffers", names)):
-            for name, entry in _texts(state[kind]).items():
-                if entry is not None and name not in hidden:
-                    entries[prefix + name] = entry
-        children = [(name, child) for name, child in _texts(state["_modules"]).items()]
-        for name, child in reversed(children):
+        names = _texts_of_set(state.get("_non_persistent_buffers_set"))
+        buffers = {k: v for k, v in _texts(state["_buffers"]).items() if k not in names}
+        for name, entry in (_texts(state["_parameters"]) | buffers).items():
+            if entry is not None:
+                entries[prefix + name] = entry
+        for name, child in reversed(_texts(state["_modules"]).items()):
             if _is_module(child):
                 waiting.append((f"{prefix}{name}.", child))
             elif child is not None:
@@ -121,3 +118,12 @@ def _module_entries(path: object, module: Stub) -> dict[str, Any]:
 
 def _texts(value: Any) -> dict[str, Any]:
     return value.texts() if isinstance(value, Pairs) else {}
+
+
+def _texts_of_set(value: Any) -> set[str]:
+    """The texts of a set, which the old protocols make by a call and the new by opcodes."""
+    if not isinstance(value, Stub):
+        return set()
+    called = value.args[0] if type(value.args) is tuple and value.args else []
+    entries = [*(value.items or []), *(called if type(called) is list else [])]
+    return {entry for entry in entries if type(entry) is str}

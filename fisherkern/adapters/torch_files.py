@@ -20,8 +20,7 @@ from fisherkern.adapters.pickles import Global, Pairs, PickleError
 from fisherkern.errors import InputError
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# How every file of the old container starts: PROTO 2, then MAGIC as a LONG1.
-LEGACY_START = b"\x80\x02\x8a\x0a" + MAGIC.to_bytes(10, "little")
+MAGIC_BYTES = MAGIC.to_bytes(10, "little")
 HEAD = 1000  # opcodes of the small programs before the large one
 ZIP_START = b"PK\x03\x04"
 
@@ -181,7 +180,7 @@ def read_torch_file(file: MappedFile) -> TorchFile | None:
     start = bytes(file.read(0, min(file.size, 512)))
     if start.startswith(ZIP_START):
         reader: Callable[[MappedFile], TorchFile] = _read_zip
-    elif start.startswith(LEGACY_START):
+    elif start[:1] == b"\x80" and MAGIC_BYTES in start[:32]:
         reader = _read_legacy
     elif start[257:262] == b"ustar":
         raise InputError(f"{file.path}: a tar file, as PyTorch wrote before 2017, is not read")
