@@ -65,33 +65,48 @@ def test_damaged_files_are_read_or_refused(name, tmp_path):
     assert refused > 5
 
 
+def entry(**changes):
+    """The header of a file of one tensor, right but for `changes`."""
+    return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes})
+
+
+TWO = {"dtype": "F32", "shape": [2]}
+# name -> (header, bytes behind it, message)
 HEADERS = {
-    "deep": b"[" * 100_000,
-    "digits": b'{"a":' + b"9" * 5000 + b"}",
-    "no object": b"[1]",
-    "no shape": b'{"a":{"dtype":"F32","data_offsets":[0,8]}}',
-    "overlap": json.dumps(
-        {n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"}
-    ).encode(),
-    "size": b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
-    "type": b'{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
-    "type list": b'{"a":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}',
-    "float": b'{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}',
-    "negative": b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[8,0]}}',
-    "nan": b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,8]}}',
-    "utf": b'{"\xff":1}',
-    "metadata": b'{"__metadata__":{"a":1}}',
-    "nothing": b"{}",
-}
+    "deep": ("[" * 100_000, 8, "not valid JSON: beyond all limits"),
+    "digits": ('{"a":' + "9" * 5000 + "}", 8, "not valid JSON: beyond all limits"),
+    "broken": ('{"a"', 8, "not valid JSON: Expecting"),
+    "no text": ('{"\udcff":1}', 8, "not valid JSON"),
+    "no object": ("[1]", 8, "not a whole safetensors file"),
+    "no shape": ('{"a":{"dtype":"F32","data_offsets":[0,8]}}', 8, "not a whole"),
+    "overlap": (
+        json.dumps({name: TWO | {"data_offsets": [0, 8]} for name in "ab"}), 16, "overlap, or"
+    ),
+    "gap": (json.dumps({"a": TWO | {"data_offsets": [8, 16]}}), 16, "overlap, or leave gaps"),
+    "more bytes": (entry(), 9, "not a whole"),
+    "fewer bytes": (entry(), 7, "does not fit its place"),
+    "size": (entry(shape=[3]), 8, "tensor 'a' does not fit its place"),
+    "type": (entry(dtype="F99"), 8, "is of the unknown type 'F99'"),
+    "type list": (entry(dtype=["F32"]), 8, "is of the unknown type a list"),
+    "float": (entry(shape=[2.0]), 8, "not a whole"),
+    "negative": (entry(shape=[-2], data_offsets=[8, 0]), 8, "not a whole"),
+    "nan": (entry(shape=[float("nan")]), 8, "not a whole"),
+    "huge": (entry(shape=[1 << 62, 1 << 62]), 8, "not a whole"),
+    "dimensions": (entry(shape=[1] * 70 + [2]), 8, "has a strange shape"),
+    "metadata": ('{"__metadata__":{"a":1}}', 0, "not a whole"),
+    "nothing": ("{}", 0, "holds no tensors"),
+    "long name": (entry(dtype="x" * 9000), 8, "xxx..."),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HEADERS)
 def test_hostile_safetensors_headers(case, tmp_path):
-    header, path = HEADERS[case], tmp_path / "a.safetensors"
-    data = b"" if case in ("metadata", "nothing") else bytes(8)
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    text, count, message = HEADERS[case]
+    header, path = text.encode("utf-8", "surrogateescape"), tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(count))
     with pytest.raises(InputError) as raised:
         load_tensors(path)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
 
 
