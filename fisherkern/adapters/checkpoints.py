@@ -32,7 +32,12 @@ from torch import Tensor
 from fisherkern.adapters.item_ids import Ids, ids_of
 from fisherkern.adapters.mapped import MappedFile, Region, Slot, shown
 from fisherkern.adapters.pickles import Pairs
-from fisherkern.adapters.safetensors_files import SafetensorsFile, parse_json, read_safetensors
+from fisherkern.adapters.safetensors_files import (
+    MAX_JSON,
+    SafetensorsFile,
+    parse_json,
+    read_safetensors,
+)
 from fisherkern.adapters.states import find_state
 from fisherkern.adapters.torch_files import TorchFile, read_torch_file
 from fisherkern.errors import InputError
@@ -45,7 +50,6 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-MAX_JSON = 100_000_000
 
 
 @dataclass

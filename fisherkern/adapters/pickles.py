@@ -23,7 +23,7 @@ from typing import Any
 MAX_OPCODES = 1 << 22
 # Torch's magic number has 10 bytes, the state of a random generator 16.
 MAX_INTEGER_BYTES = 1024
-MAX_TEXT_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1 << 28
 
 
 class PickleError(ValueError):

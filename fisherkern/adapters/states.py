@@ -9,7 +9,7 @@ from fisherkern.adapters.pickles import Pairs, Stub
 from fisherkern.adapters.torch_files import Refused
 from fisherkern.errors import InputError
 
-# Where trainers keep the weights; the first that is there.
+# Where trainers keep the weights; whatever other tensors there are is theirs.
 KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
 # A whole model nests modules tens deep and has some thousands.
 MAX_MODULES = 1 << 16
@@ -25,20 +25,21 @@ def find_state(path: object, value: Any) -> tuple[str, State, dict[str, Any]]:
     """
     if _is_module(value):
         return "module", _checked(path, _module_entries(path, value)), {}
-    if not isinstance(value, Pairs):
+    if not isinstance(value, Pairs) or (isinstance(value, Stub) and not value.pairs):
         raise InputError(f"{path}: holds no tensors by name, but {_described(value)}")
     entries = value.texts()
     holders = [key for key, entry in entries.items() if _holds_tensors(entry)]
-    if any(isinstance(entry, Slot | Refused) for entry in entries.values()) and not holders:
+    known = [key for key in KEYS if key in holders]
+    if not known and any(isinstance(entry, Slot | Refused) for entry in entries.values()):
         _named_by_text(path, value)
         return "state dict", _checked(path, entries), {}
-    key = next((key for key in KEYS if key in holders), None)
-    if key is None and len(holders) > 1:
-        names = ", ".join(shown(name) for name in holders[:5])
-        raise InputError(f"{path}: holds tensors by name in several places: {names}")
-    if key is None and not holders:
+    candidates = known or holders
+    if not candidates:
         raise InputError(f"{path}: holds no tensors by name")
-    key = key or holders[0]
+    if len(candidates) > 1:
+        names = ", ".join(shown(name) for name in candidates[:5])
+        raise InputError(f"{path}: holds tensors by name in several places: {names}")
+    key = candidates[0]
     held = entries.pop(key)
     if _is_module(held):
         return "module", _checked(path, _module_entries(path, held)), entries

@@ -21,6 +21,8 @@ from fisherkern.errors import InputError
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAGIC_BYTES = MAGIC.to_bytes(10, "little")
+# A directory's entry is ten times its size in memory; 100,000 storages take 6 MB.
+MAX_DIRECTORY = 1 << 24
 HEAD = 1000  # opcodes of the small programs before the large one
 ZIP_START = b"PK\x03\x04"
 
@@ -226,9 +228,20 @@ def _read_zip(file: MappedFile) -> TorchFile:
     return TorchFile(file, value, entries)
 
 
+def _directory_size(file: MappedFile) -> int:
+    """Bytes of a zip file's directory, as its end says; 0 where that is missing."""
+    tail = file.read(max(0, file.size - (1 << 16) - 98), file.size)
+    end, long_end = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
+    size = int.from_bytes(tail[end + 12 : end + 16], "little") if end >= 0 else 0
+    long_size = int.from_bytes(tail[long_end + 40 : long_end + 48], "little")
+    return max(size, long_size) if size == 0xFFFFFFFF and long_end >= 0 else size
+
+
 def _zip_entries(file: MappedFile) -> dict[str, Region]:
     """The parts of a zip archive by name, in its order, checked against the file."""
     broken = InputError(f"{file.path}: not a whole zip file, perhaps cut short")
+    if _directory_size(file) > MAX_DIRECTORY:
+        raise InputError(f"{file.path}: a zip file of too many parts")
     try:
         with zipfile.ZipFile(file.path) as archive:
             infos = archive.infolist()

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisherkern.adapters import load_tensors, pickles
+from fisherkern.adapters import load_tensors, pickles, torch_files
 from fisherkern.errors import InputError
 
 
@@ -249,6 +249,13 @@ def test_a_compressed_archive_is_read_and_a_bomb_is_not(tmp_path):
         archive.writestr("a/data/0", bytes(1 << 22))
     with pytest.raises(InputError, match="compressed beyond all reason"):
         load_tensors(path)
+
+
+def test_an_archive_of_millions_of_parts(tmp_path, monkeypatch):
+    native.raw(tmp_path / "a.pth")
+    monkeypatch.setattr(torch_files, "MAX_DIRECTORY", 100)
+    with pytest.raises(InputError, match="too many parts"):
+        load_tensors(tmp_path / "a.pth")
 
 
 def test_entries_twice_or_one_over_the_other(tmp_path):
