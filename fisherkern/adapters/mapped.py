@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import threading
+import weakref
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,11 @@ class MappedFile:
         try:
             if not self.path.is_file():  # a pipe would never end
                 raise InputError(f"{self.path}: no such file")
-            self.size = self.path.stat().st_size
+            # Kept open: another file under the same name is not what was checked.
+            self._stream = self.path.open("rb", buffering=0)
+            weakref.finalize(self, self._stream.close)
+            self._lock = threading.Lock()
+            self.size = os.fstat(self._stream.fileno()).st_size
             self._storage = (
                 torch.UntypedStorage.from_file(str(self.path), False, self.size)
                 if self.size
@@ -56,10 +62,10 @@ class MappedFile:
         content = bytearray(stop - start)
         view, done = memoryview(content), 0
         try:
-            with self.path.open("rb", buffering=0) as stream:
-                stream.seek(start)
+            with self._lock:
+                self._stream.seek(start)
                 while done < len(view):  # one call reads at most 2 GB
-                    count = stream.readinto(view[done:])
+                    count = self._stream.readinto(view[done:])
                     if not count:
                         raise InputError(f"{self.path}: became shorter while it was read")
                     done += count

@@ -63,6 +63,19 @@ def test_changing_a_tensor_never_changes_the_file(made):
     assert all(native.same(again[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("name", ["raw.pth", "legacy.pt", "foreign.safetensors"])
+def test_another_file_under_the_same_name_changes_nothing(name, tmp_path):
+    path = tmp_path / name
+    expected = native.KINDS[name][1](path)
+    checkpoint = load_tensors(path)
+    native.KINDS[name][1](tmp_path / "other", seed=1)
+    (tmp_path / "other").rename(path)
+    for tensor_name, value in expected.items():
+        assert native.same(checkpoint[tensor_name], value)
+        length = len(value) if value.dim() else 1
+        assert native.same(checkpoint.rows(tensor_name, 0, length), value)
+
+
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32),
     *(torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
