@@ -1,5 +1,6 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
+from fisherkern.adapters import load_tensors
 from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
@@ -72,6 +73,7 @@ __all__ = [
     "linear_grams",
     "load",
     "load_model",
+    "load_tensors",
     "merge",
     "merge_files",
     "preflight",

@@ -34,14 +34,14 @@ class _LogLines(tqdm):
     """Whole lines, at most one in `SECONDS`, and a last one: no carriage returns in a log."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._next = time.monotonic() + SECONDS
+        self._next = time.perf_counter() + SECONDS
         form = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         super().__init__(*arguments, bar_format=form, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Write a line if one is due; False tells tqdm that there is nothing to wipe."""
-        if msg is None and time.monotonic() >= self._next:
-            self._next = time.monotonic() + SECONDS
+        if msg is None and time.perf_counter() >= self._next:
+            self._next = time.perf_counter() + SECONDS
             print(self, file=self.fp, flush=True)
         return False
 

@@ -29,7 +29,7 @@ LEVELS = {
     "plots": 5,
     "members": 4,
     "fisher": 4,
-    "adapters": 4,
+    "adapters": 3,
     "objectives": 3,
     "encoders": 3,
     "data": 3,

@@ -156,6 +156,8 @@ def dry() -> Iterator[Unit]:
 
     Whoever runs it may share a core with much else: only the planted hang meets its limit.
     """
+    yield Unit("planted:wrong", 60)
+    yield Unit("planted:crash", 60)
     yield Unit("planted:hang", 4)
     yield from (dataclasses.replace(unit, limit=5 * unit.limit) for unit in _dry())
 
@@ -163,8 +165,6 @@ def dry() -> Iterator[Unit]:
 def _dry() -> Iterator[Unit]:
     yield Unit("env:all", 60)
     yield Unit("build:all", 240)
-    yield Unit("planted:wrong", 60)
-    yield Unit("planted:crash", 60)
     for op in OPS:
         yield Unit(f"check:{op}:float32:20", 120)
     yield Unit("check:softmax_lse:mixed:64", 120)

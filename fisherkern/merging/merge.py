@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -153,9 +153,8 @@ def merge(
             members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
         )
     plan.write(lam, solved)
-    merged: ModelT = plan.target
-    merged.merge_report = report  # type: ignore[assignment]
-    return merged
+    plan.target.merge_report = report
+    return cast("ModelT", plan.target)
 
 
 def _or(steps: int | None, default: int) -> int:

@@ -1,0 +1,75 @@
+"""Item ids that a checkpoint carries, out of inert values."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy
+
+from fisherkern.adapters.pickles import Stub
+
+Ids = tuple[int | float | str | bool | None, ...]
+ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
+def ids_of(value: Any) -> Ids | None:
+    """A list, tuple or one-dimensional array of plain values; None for anything else."""
+    if isinstance(value, Stub):
+        value = _array(value)
+    if not isinstance(value, list | tuple):
+        return None
+    ids = [_scalar(entry) if isinstance(entry, Stub) else entry for entry in value]
+    plain = all(entry is None or type(entry) in (int, float, str, bool) for entry in ids)
+    return tuple(ids) if plain else None
+
+
+def _dtype(stub: Any) -> numpy.dtype[Any] | None:
+    """numpy.dtype("i8", False, True) with its state (3, "<", ...); no records."""
+    if not isinstance(stub, Stub) or not stub.is_call_of("numpy.dtype"):
+        return None
+    text = stub.args[0] if type(stub.args) is tuple and stub.args else None
+    order = stub.state[1] if type(stub.state) is tuple and len(stub.state) > 1 else "="
+    if type(text) is not str or not re.fullmatch(r"[iufbUSO]\d{1,6}", text):
+        return None
+    return numpy.dtype(text).newbyteorder(">" if order == ">" else "<")
+
+
+def _array(stub: Stub) -> list[Any] | None:
+    """The entries of a one-dimensional array."""
+    if stub.is_call_of(*ARRAYS) and type(stub.state) is tuple and len(stub.state) == 5:
+        _, shape, kind, _, content = stub.state
+    elif stub.is_call_of(*BUFFERS) and type(stub.args) is tuple and len(stub.args) == 4:
+        content, kind, shape, _ = stub.args
+    else:
+        return None
+    dtype = _dtype(kind)
+    if dtype is None or type(shape) is not tuple or len(shape) != 1:
+        return None
+    if dtype.hasobject:
+        return content if type(content) is list and len(content) == shape[0] else None
+    if type(content) is not bytes or type(shape[0]) is not int or not dtype.itemsize:
+        return None
+    if len(content) != math.prod(shape) * dtype.itemsize:
+        return None
+    return [e.decode("latin-1") if isinstance(e, bytes) else e for e in _entries(content, dtype)]
+
+
+def _entries(content: bytes, dtype: numpy.dtype[Any]) -> list[Any]:
+    try:
+        return numpy.frombuffer(content, dtype).tolist()
+    except ValueError:  # code points beyond Unicode
+        return [None]
+
+
+def _scalar(stub: Stub) -> Any:
+    """numpy.int64(3) and its like; the stub itself where it is something else."""
+    if stub.is_call_of(*SCALARS) and type(stub.args) is tuple and len(stub.args) == 2:
+        dtype, content = _dtype(stub.args[0]), stub.args[1]
+        if dtype is not None and not dtype.hasobject and type(content) is bytes:
+            if dtype.itemsize and len(content) == dtype.itemsize:
+                return _entries(content, dtype)[0]
+    return stub
