@@ -69,7 +69,8 @@ def _scalar(stub: Stub) -> Any:
     """numpy.int64(3) and its like; the stub itself where it is something else."""
     if stub.is_call_of(*SCALARS) and type(stub.args) is tuple and len(stub.args) == 2:
         dtype, content = _dtype(stub.args[0]), stub.args[1]
-        if dtype is not None and not dtype.hasobject and type(content) is bytes:
-            if dtype.itemsize and len(content) == dtype.itemsize:
-                return _entries(content, dtype)[0]
+        if dtype is None or dtype.hasobject or type(content) is not bytes:
+            return stub
+        if dtype.itemsize and len(content) == dtype.itemsize:
+            return _entries(content, dtype)[0]
     return stub
