@@ -18,7 +18,7 @@ import torch
 
 import fisherkern as fk
 
-SIZES: dict[str, Any] = {"max_len": 20, "dim": 64, "layers": 2, "heads": 2, "dropout": 0.1}
+_SIZES: dict[str, Any] = {"max_len": 20, "dim": 64, "layers": 2, "heads": 2, "dropout": 0.1}
 BASE_EPOCHS, MEMBER_EPOCHS = 30, 15
 TRAINING: dict[str, Any] = {"batch_size": 64, "lr": 2e-3, "warmup_steps": 100, "crop": "all"}
 CONTROL = "all users, same compute"
@@ -33,7 +33,7 @@ def run(data: fk.SequenceDataset, out: Path, *, seed: int, progress: bool) -> di
     train = partial(trained, out, progress)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        untrained = fk.BERT4Rec(data.num_items, **SIZES)
+        untrained = fk.BERT4Rec(data.num_items, **_SIZES)
     base = train("base", untrained, data, epochs=BASE_EPOCHS, seed=seed)
     tune = partial(train, start=base, epochs=MEMBER_EPOCHS, schedule="linear")
 
@@ -46,7 +46,7 @@ def run(data: fk.SequenceDataset, out: Path, *, seed: int, progress: bool) -> di
 
     fishers = []
     for name, member, users in zip(names, members, teams, strict=True):
-        histories = users.loader(split="train", batch_size=256, max_len=SIZES["max_len"])
+        histories = users.loader(split="train", batch_size=256, max_len=_SIZES["max_len"])
         fishers.append(fk.diag_fisher(member, histories, sampler="exact", progress=progress))
         fishers[-1].save(path_of(out, name, ".fisher.safetensors"))
 

@@ -129,7 +129,7 @@ def save_tensors(
         write_tensors(temporary, tensors, metadata)
 
 
-def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: (tensors on CPU, metadata).
 
     The metadata is {} for a safetensors file of someone else's. Raises InputError

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Rows = Sequence[Mapping[str, Any]]
+TableRows = Sequence[Mapping[str, Any]]
 
 
-def print_table(rows: Rows, *, digits: str = ".4f") -> None:
+def print_table(rows: TableRows, *, digits: str = ".4f") -> None:
     """Print rows with the keys of the first as heads.
 
     Args:
@@ -31,7 +31,7 @@ def print_table(rows: Rows, *, digits: str = ".4f") -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-def plain_table(rows: Rows, *, digits: str = ".4f") -> str:
+def plain_table(rows: TableRows, *, digits: str = ".4f") -> str:
     """Aligned columns two spaces apart, numbers to the right."""
     heads, cells, numeric = _cells(rows, digits)
     lines = [heads, *cells]
@@ -45,7 +45,7 @@ def plain_table(rows: Rows, *, digits: str = ".4f") -> str:
     )
 
 
-def markdown_table(rows: Rows, *, digits: str = ".6g") -> str:
+def markdown_table(rows: TableRows, *, digits: str = ".6g") -> str:
     """Make a Markdown table, numbers to the right; a pipe in a cell is escaped."""
     heads, cells, numeric = _cells(rows, digits)
     lines = [_row(heads), "|" + "|".join("---:" if right else "---" for right in numeric) + "|"]
@@ -60,7 +60,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _cells(rows: Rows, digits: str) -> tuple[list[str], list[list[str]], list[bool]]:
+def _cells(rows: TableRows, digits: str) -> tuple[list[str], list[list[str]], list[bool]]:
     """Heads, cells as text, and which columns hold numbers alone."""
     heads = list(rows[0])
     numeric = [

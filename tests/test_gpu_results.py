@@ -33,7 +33,7 @@ def proven_rows(folder: Path, *arguments: str) -> list[proven.Row]:
     if not file.exists():
         file.write_text("[]\n")
     prove.main([str(folder), *arguments], file)
-    return proven.load(file)
+    return proven.read_proven(file)
 
 
 def test_a_right_run_gives_a_row(folder: Path, capsys: Any, today: dict[str, str]) -> None:
@@ -261,11 +261,11 @@ def test_stale_rows_go_and_others_stay(folder: Path, capsys: Any, today: dict[st
     rows = proven_rows(folder)
     capsys.readouterr()
     prove.main([], file)
-    assert proven.load(file) == rows and capsys.readouterr().out == ""
+    assert proven.read_proven(file) == rows and capsys.readouterr().out == ""
     today_changed = today | {"softmax_mean/triton": "another"}
     prove.hashes_of_tree = lambda: today_changed
     prove.main([], file)
-    assert proven.load(file) == [row for row in rows if row.op == "softmax_lse"]
+    assert proven.read_proven(file) == [row for row in rows if row.op == "softmax_lse"]
     assert capsys.readouterr().out == (
         "out     softmax_mean triton float32, 33 to 64: the kernel's source has changed since\n"
     )

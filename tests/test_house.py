@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,9 @@ LEVELS = {
     "progress": 0,
     "tables": 0,
 }
+# The same thing wherever it is defined: loggers, type variables, tables of a room's handlers, the
+# block that files are read in.
+ONE_MEANING = {"log", "ModelT", "PathLike", "Self", "T", "HANDLERS", "READ"}
 SIDEWAYS = {
     ("objectives", "encoders"),
     ("files", "errors"),
@@ -162,6 +166,52 @@ def test_every_part_of_the_package_has_a_level():
 def test_arrows_point_one_way(module):
     path = ROOT / "fisherkern" / Path(*module).with_suffix(".py")
     assert wrong_arrows(path.read_text(encoding="utf-8"), module) == []
+
+
+def defined_names(source):
+    """Public functions, classes and constants at a module's top level."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")}
+
+
+def names_of_several(sources):
+    """Name -> the modules that define it, where there are several."""
+    modules = collections.defaultdict(list)
+    for module, source in sources.items():
+        for name in defined_names(source):
+            modules[name].append(module)
+    several = {name: found for name, found in modules.items() if len(found) > 1}
+    return {name: found for name, found in several.items() if name not in ONE_MEANING}
+
+
+def test_a_public_name_has_one_meaning():
+    root = ROOT / "fisherkern"
+    sources = {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for path in sorted(root.rglob("*.py"))
+    }
+    found = {
+        name: modules
+        for name, modules in names_of_several(sources).items()
+        # An op's name is also that of its kernel's launch and of its call into the extension.
+        if not all(module.startswith("ops/") for module in modules)
+    }
+    assert found == {}
+
+
+def test_a_name_of_two_meanings_is_seen():
+    sources = {
+        "a.py": "class Rows: ...\nlog = 1",
+        "b.py": "Rows: int = 3\nlog = 2",
+        "c.py": "_x = 1",
+    }
+    assert names_of_several(sources) == {"Rows": ["a.py", "b.py"]}
 
 
 def test_ops_know_no_modules():

@@ -10,7 +10,7 @@ import torch
 
 from fisherkern.evaluation import Protocol, Report
 from fisherkern.evaluation.ranking import metrics_at
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import read_tensors, save_tensors
 
 
 def save_reports(path: Path, reports: Mapping[str, Report]) -> None:
@@ -26,7 +26,7 @@ def save_reports(path: Path, reports: Mapping[str, Report]) -> None:
 
 def load_reports(path: Path) -> dict[str, Report]:
     """What `save_reports` wrote, bit for bit."""
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = read_tensors(path)
     reports = {}
     for name, about in metadata["reports"].items():
         ranks = tensors[f"{name}.ranks"].numpy()

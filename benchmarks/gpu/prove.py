@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None, file: Path = proven.FILE) -> None:
     options = parser.parse_args(arguments)
     today = hashes_of_tree()
     kept = []
-    for row in proven.load(file):
+    for row in proven.read_proven(file):
         reason = proven.stale(row, today[f"{row.op}/{row.backend}"])
         if reason is None:
             kept.append(row)

@@ -21,7 +21,7 @@ from benchmarks.gpu.day import Day
 from benchmarks.gpu.tools import extension
 from fisherkern import ops
 from fisherkern.ops import _extension
-from fisherkern.ops._extension import Split
+from fisherkern.ops._extension import LaunchSplit
 from fisherkern.ops.backend import use_backend
 
 TYPES = {
@@ -155,7 +155,7 @@ def _compiled_segments(day: Day, built: Any, about: dict[str, Any]) -> None:
                 with poisoned_memory():
                     _extension.segment_outer_square_(
                         built, fisher, delta, inputs, offsets,
-                        tf32=precision == "tf32", split=Split(splits, tile),
+                        tf32=precision == "tf32", split=LaunchSplit(splits, tile),
                     )  # fmt: skip
                 return fisher
 
@@ -180,7 +180,7 @@ def _compiled_lookups(day: Day, built: Any, about: dict[str, Any]) -> None:
                     _extension.lookup_square_(
                         built, fisher, delta, given.order, given.segment_start, given.row,
                         given.row_start, *cross, given.sequence if crossed else None,
-                        split=Split(splits),
+                        split=LaunchSplit(splits),
                     )  # fmt: skip
                 return fisher
 

@@ -53,7 +53,7 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass
-class Part:
+class CheckpointFile:
     """One file of a checkpoint and the tensors that it holds."""
 
     source: TorchFile | SafetensorsFile
@@ -85,7 +85,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self,
         path: Path,
         kind: str,
-        parts: list[Part],
+        parts: list[CheckpointFile],
         *,
         config: dict[str, Any] | None = None,
         extras: dict[str, Any] | None = None,
@@ -174,13 +174,13 @@ def load_tensors(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, kind, [part], extras=extras)
 
 
-def _read_file(path: Path) -> tuple[Part, str, dict[str, Any]]:
+def _read_file(path: Path) -> tuple[CheckpointFile, str, dict[str, Any]]:
     """One file, its kind, and what stood beside its tensors."""
     file = MappedFile(path)
     source = None if path.suffix == ".safetensors" else read_torch_file(file)
     if source is not None:
         kind, slots, extras = find_state(path, source.value)
-        return Part(source, slots), kind, extras
+        return CheckpointFile(source, slots), kind, extras
     start = bytes(file.read(0, min(file.size, 64)))
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a pointer of Git LFS in place of the file (git lfs pull)")
@@ -189,7 +189,7 @@ def _read_file(path: Path) -> tuple[Part, str, dict[str, Any]]:
     tensors = read_safetensors(file)
     if not tensors.slots:
         raise InputError(f"{path}: holds no tensors")
-    return Part(tensors, tensors.slots), "safetensors", {}
+    return CheckpointFile(tensors, tensors.slots), "safetensors", {}
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def _read_folder(folder: Path, weights: str | None = None) -> Checkpoint:
     return Checkpoint(folder, kind, [part], config=config, extras=extras)
 
 
-def _shards(folder: Path, index: Path) -> list[Part]:
+def _shards(folder: Path, index: Path) -> list[CheckpointFile]:
     """The files that an index names, each with the tensors that the index says."""
     places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:

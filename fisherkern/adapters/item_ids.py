@@ -13,7 +13,7 @@ from fisherkern.adapters.pickles import Stub
 Ids = tuple[int | float | str | bool | None, ...]
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
-SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+_SCALAR_CALLS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 
 
 def ids_of(value: Any) -> Ids | None:
@@ -67,7 +67,7 @@ def _entries(content: bytes, dtype: numpy.dtype[Any]) -> list[Any]:
 
 def _scalar(stub: Stub) -> Any:
     """numpy.int64(3) and its like; the stub itself where it is something else."""
-    if stub.is_call_of(*SCALARS) and type(stub.args) is tuple and len(stub.args) == 2:
+    if stub.is_call_of(*_SCALAR_CALLS) and type(stub.args) is tuple and len(stub.args) == 2:
         dtype, content = _dtype(stub.args[0]), stub.args[1]
         if dtype is None or dtype.hasobject or type(content) is not bytes:
             return stub

@@ -352,7 +352,7 @@ _STEPS: dict[int, Callable[[_Machine], Any]] = {
 }
 
 
-def run(
+def run_program(
     data: Bytes,
     start: int = 0,
     functions: Functions | None = None,

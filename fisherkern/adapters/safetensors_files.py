@@ -15,7 +15,7 @@ from fisherkern.errors import InputError
 
 # Texts become ten times their size in memory; 100,000 tensors take 15 MB.
 MAX_JSON = 1 << 25
-TYPES = {
+_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -76,7 +76,7 @@ def read_safetensors(file: MappedFile) -> SafetensorsFile:
             kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
             raise broken from None
-        dtype = TYPES.get(kind) if isinstance(kind, str) else None
+        dtype = _TYPES.get(kind) if isinstance(kind, str) else None
         if dtype is None:
             raise InputError(f"{path}: tensor {shown(name)} is of the unknown type {shown(kind)}")
         numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)

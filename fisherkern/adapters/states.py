@@ -10,15 +10,15 @@ from fisherkern.adapters.torch_files import Refused
 from fisherkern.errors import InputError
 
 # Where trainers keep the weights; whatever other tensors there are is theirs.
-KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
 # A whole model nests modules tens deep and has some thousands.
 MAX_MODULES = 1 << 16
 PLAIN = (int, float, str, bool, type(None))
 
-State = dict[str, Slot]
+TensorSlots = dict[str, Slot]
 
 
-def find_state(path: object, value: Any) -> tuple[str, State, dict[str, Any]]:
+def find_state(path: object, value: Any) -> tuple[str, TensorSlots, dict[str, Any]]:
     """(kind, tensors by name, the entries beside them) of what torch.save wrote.
 
     Raises InputError where there are no tensors, or several places that may be meant.
@@ -29,7 +29,7 @@ def find_state(path: object, value: Any) -> tuple[str, State, dict[str, Any]]:
         raise InputError(f"{path}: holds no tensors by name, but {_described(value)}")
     entries = value.texts()
     holders = [key for key, entry in entries.items() if _holds_tensors(entry)]
-    known = [key for key in KEYS if key in holders]
+    known = [key for key in _STATE_KEYS if key in holders]
     if not known and any(isinstance(entry, Slot | Refused) for entry in entries.values()):
         _named_by_text(path, value)
         return "state dict", _checked(path, entries), {}
@@ -71,9 +71,9 @@ def _holds_tensors(value: Any) -> bool:
     return any(isinstance(entry, Slot | Refused) for _, entry in pairs)
 
 
-def _checked(path: object, entries: dict[str, Any]) -> State:
+def _checked(path: object, entries: dict[str, Any]) -> TensorSlots:
     """The tensors among entries; whatever else a model would need is refused by name."""
-    tensors: State = {}
+    tensors: TensorSlots = {}
     for name, entry in entries.items():
         if isinstance(entry, Slot):
             tensors[name] = entry

@@ -26,7 +26,7 @@ MAX_DIRECTORY = 1 << 24
 HEAD = 1000  # opcodes of the small programs before the large one
 ZIP_START = b"PK\x03\x04"
 
-DTYPES = {
+STORAGE_DTYPES = {
     str(value).removeprefix("torch."): value
     for value in vars(torch).values()
     if isinstance(value, torch.dtype)
@@ -96,7 +96,7 @@ def _tensor_with_dtype(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
 ) -> Slot:
     """torch._utils._rebuild_tensor_v3."""
-    known = DTYPES.get(dtype.name) if dtype.module == "torch" else None
+    known = STORAGE_DTYPES.get(dtype.name) if dtype.module == "torch" else None
     if known is None:
         raise PickleError(f"has a tensor of the type {shown(dtype.name)}, unknown to PyTorch")
     return _slot(storage, known, offset, shape, stride)
@@ -224,7 +224,7 @@ def _read_zip(file: MappedFile) -> TorchFile:
         return StorageRef(region, dtype)
 
     program = bytes(entries[root + "data.pkl"].read())
-    value, _ = pickles.run(program, 0, FUNCTIONS, storage)
+    value, _ = pickles.run_program(program, 0, FUNCTIONS, storage)
     return TorchFile(file, value, entries)
 
 
@@ -288,19 +288,19 @@ def _read_legacy(file: MappedFile) -> TorchFile:
         file.path.open("rb") as stream,
         mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        magic, position = pickles.run(data, limit=HEAD)
-        protocol, position = pickles.run(data, position, limit=HEAD)
-        system, position = pickles.run(data, position, limit=HEAD)
+        magic, position = pickles.run_program(data, limit=HEAD)
+        protocol, position = pickles.run_program(data, position, limit=HEAD)
+        system, position = pickles.run_program(data, position, limit=HEAD)
         if magic != MAGIC or protocol != PROTOCOL or not isinstance(system, Pairs):
             raise PickleError("has an unknown version")
         if system.texts().get("little_endian") is not True:
             raise InputError(f"{file.path}: was written on a big-endian machine")
         # Storages stand behind the program, in the order of a list behind it.
         regions: dict[str, tuple[Region, int]] = {}
-        value, end = pickles.run(
+        value, end = pickles.run_program(
             data, position, FUNCTIONS, lambda reference: _legacy_storage(file, reference, regions)
         )
-        keys, end = pickles.run(data, end)
+        keys, end = pickles.run_program(data, end)
     if type(keys) is not list or len(keys) != len(regions):
         raise PickleError("lists other storages than it uses")
     places = set()
@@ -322,7 +322,7 @@ def _legacy_dtype(kind: Any) -> tuple[torch.dtype | Refused | None, int]:
     """The type of a storage and the bytes of one element."""
     dtype = _storage_dtype(kind)
     if isinstance(dtype, Refused):
-        return dtype, DTYPES[kind.name.removesuffix("Storage").lower()].itemsize
+        return dtype, STORAGE_DTYPES[kind.name.removesuffix("Storage").lower()].itemsize
     return dtype, 1 if dtype is None else dtype.itemsize
 
 

@@ -19,7 +19,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.checkpoints import Checkpoint, Part
+from fisherkern.adapters.checkpoints import Checkpoint, CheckpointFile
 from fisherkern.adapters.mapped import CHUNK, Region, Slot, shown
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
@@ -102,7 +102,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_part(path: Path, tensors: Mapping[str, Tensor], part: Part) -> None:
+def _write_part(path: Path, tensors: Mapping[str, Tensor], part: CheckpointFile) -> None:
     storages: dict[Region, dict[str, Slot]] = {}
     for name, slot in part.slots.items():
         storages.setdefault(slot.region, {})[name] = slot
@@ -123,7 +123,7 @@ def _write_part(path: Path, tensors: Mapping[str, Tensor], part: Part) -> None:
 def _write_zip(
     path: Path,
     tensors: Mapping[str, Tensor],
-    part: Part,
+    part: CheckpointFile,
     entries: Mapping[str, Region],
     storages: Mapping[Region, Mapping[str, Slot]],
 ) -> None:

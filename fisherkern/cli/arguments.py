@@ -26,7 +26,7 @@ FILES, OPTIONS, DATA, GENERAL = (
     Group(name, sort_key=place)
     for place, name in enumerate(("Files", "Options", "Data", "General"))
 )
-SCALARS = (bool, int, float, str, Path)
+_SCALARS = (bool, int, float, str, Path)
 NO_FLAGS = ("run", "progress")  # what a command's function is given, and what --quiet says
 
 
@@ -165,7 +165,7 @@ def flag_type(annotation: Any) -> Any:
 
     None where it can give nothing.
     """
-    if annotation in SCALARS:
+    if annotation in _SCALARS:
         return annotation
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, Union):
@@ -183,9 +183,9 @@ def flag_type(annotation: Any) -> Any:
         return Path
     if origin is Literal:
         return annotation
-    if origin is tuple and all(kind in SCALARS for kind in inner):
+    if origin is tuple and all(kind in _SCALARS for kind in inner):
         return annotation
-    if origin in (list, Sequence) and inner[0] in SCALARS:
+    if origin in (list, Sequence) and inner[0] in _SCALARS:
         return list[inner[0]]  # type: ignore[valid-type]
     return None
 

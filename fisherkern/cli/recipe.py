@@ -51,7 +51,7 @@ class _Member:
 
 
 RECIPE_FIELDS = tuple(own.name for own in fields(Recipe))
-KEYS = tuple(name for name in RECIPE_FIELDS if name != "fishers")
+_RECIPE_KEYS = tuple(name for name in RECIPE_FIELDS if name != "fishers")
 MEMBER_KEYS = tuple(own.name for own in fields(_Member))
 
 
@@ -123,7 +123,7 @@ def from_file(path: Path) -> Recipe:
     Raises InputError, naming the file, the line, the key and the value, for anything else.
     """
     content = _read(path)
-    _check_keys(content, KEYS, str(path), "there is no key {!r}; it may have {}")
+    _check_keys(content, _RECIPE_KEYS, str(path), "there is no key {!r}; it may have {}")
     if "members" not in content:
         raise InputError(f"{path}: it has no key 'members', the list of models to merge")
     members = _members(path, content.pop("members"))
@@ -158,7 +158,7 @@ def _read(path: Path) -> _Mapping:
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(content, _Mapping):
-        raise InputError(f"{path}: must hold a mapping with the keys {', '.join(KEYS)}")
+        raise InputError(f"{path}: must hold a mapping with the keys {', '.join(_RECIPE_KEYS)}")
     return content
 
 

@@ -21,7 +21,7 @@ _NEWLINE, _RETURN, _SPACE, _COLON, _ZERO = (ord(character) for character in "\n\
 
 
 @dataclass(frozen=True)
-class Layout:
+class LineLayout:
     """Columns of a line: their names, which of them are read, and whether "::" separates them."""
 
     columns: tuple[str, ...]
@@ -29,8 +29,8 @@ class Layout:
     colons: bool
 
 
-_SEQREC = Layout(("user", "item"), (0, 1), colons=False)
-_MOVIELENS = Layout(("user", "item", "rating", "timestamp"), (0, 1, 3), colons=True)
+_SEQREC = LineLayout(("user", "item"), (0, 1), colons=False)
+_MOVIELENS = LineLayout(("user", "item", "rating", "timestamp"), (0, 1, 3), colons=True)
 
 
 def read_seqrec(path: Path) -> Actions:
@@ -49,7 +49,9 @@ def read_movielens(path: Path) -> Actions:
     return Actions(users, items, values[2], lines, user_ids, item_ids)
 
 
-def read_integers(path: Path, layout: Layout) -> tuple[list[NDArray[np.int64]], NDArray[np.int32]]:
+def read_integers(
+    path: Path, layout: LineLayout
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int32]]:
     """Read the wanted columns, each (num_lines,) int64, and the numbers of lines not blank.
 
     Raises InputError with file and line for a wrong number of columns or a value that
@@ -74,7 +76,7 @@ def read_integers(path: Path, layout: Layout) -> tuple[list[NDArray[np.int64]], 
 
 
 def _parse_block(
-    block: bytes, layout: Layout, path: Path, line: int
+    block: bytes, layout: LineLayout, path: Path, line: int
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
     """(wanted columns, indices of the lines that are not blank) of whole lines."""
     data = np.frombuffer(block, np.uint8)

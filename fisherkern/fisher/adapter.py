@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fisherkern.errors import InputError
 
 # W (V, D) and b (V,) or None.
-Head = tuple[Tensor, Tensor | None]
+HeadTensors = tuple[Tensor, Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModelAdapter:
     module: nn.Module
     logits: Callable[[Any], Tensor]
     encode: Callable[[Any], Tensor] | None
-    head: Callable[[], Head] | None
+    head: Callable[[], HeadTensors] | None
     first_item: int
     target: Callable[[Any], Tensor] | None = None
 
@@ -78,7 +78,7 @@ def adapt(
     *,
     logits: Callable[[nn.Module, Any], Tensor] | None = None,
     encode: Callable[[nn.Module, Any], Tensor] | None = None,
-    head: Callable[[nn.Module], Head] | None = None,
+    head: Callable[[nn.Module], HeadTensors] | None = None,
     target: Callable[[Any], Tensor] | None = None,
     first_item: int = 0,
 ) -> ModelAdapter:

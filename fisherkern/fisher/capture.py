@@ -155,7 +155,7 @@ class OpCall:
 # A handler gives each argument that it describes with its use, and nothing for a call it
 # cannot describe. A rewrite gives NotImplemented for a call that it leaves alone.
 LayerHandler = Callable[[OpCall], Sequence[tuple[Tensor, ParamUse]]]
-Linear = Callable[..., Tensor]
+LinearFunction = Callable[..., Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

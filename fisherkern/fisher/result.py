@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import read_tensors, save_tensors
 
 Self = TypeVar("Self", bound="NamedTensors")
 
@@ -56,7 +56,7 @@ class NamedTensors(Mapping[str, Tensor]):
         Raises:
             InputError: Another kind of file, a truncated one, or one with non-finite entries.
         """
-        tensors, header = load_tensors(path)
+        tensors, header = read_tensors(path)
         if header.get("kind") != cls.KIND or not isinstance(header.get("meta"), dict):
             raise InputError(f"{path}: {cls.OTHER}")
         for name, tensor in tensors.items():

@@ -15,7 +15,7 @@ from fisherkern.merging.rules.base import MergeBlock
 # shares stay in the processor's cache: four times as fast as blocks of 4 million.
 BLOCK = 1 << 16
 
-Part = Tensor | slice
+_RowIndex = Tensor | slice
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class BlockIterator:
         for start in range(0, length, step):
             rows = slice(start, min(start + step, length))
             size = rows.stop - start
-            part: list[Part] = [rows] * self.members
+            part: list[_RowIndex] = [rows] * self.members
             if self.rows is not None:
                 part = [row[rows] for row in self.rows]
             owns = torch.stack([_present(index, size) for index in part])
             base, base_owns = None, torch.zeros(size, dtype=torch.bool)
             if self.base is not None:
-                where: Part = rows if self.base_rows is None else self.base_rows[rows]
+                where: _RowIndex = rows if self.base_rows is None else self.base_rows[rows]
                 base, base_owns = _rows_of(self.base, where, device), _present(where, size)
             yield (
                 rows,
@@ -94,7 +94,7 @@ class BlockIterator:
                 ),
             )
 
-    def _fisher(self, part: Sequence[Part], device: torch.device) -> Tensor | None:
+    def _fisher(self, part: Sequence[_RowIndex], device: torch.device) -> Tensor | None:
         if self.fishers is None:
             return None
         units = [unit for _, unit in self.fishers]
@@ -126,14 +126,14 @@ def as_table(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1) if tensor.numel() else tensor.reshape(len(tensor), 0)
 
 
-def _present(index: Part, length: int) -> Tensor:
+def _present(index: _RowIndex, length: int) -> Tensor:
     """(length,) bool: whether there is such a row."""
     if isinstance(index, slice):
         return torch.ones(length, dtype=torch.bool)
     return index >= 0
 
 
-def _rows_of(tensor: Tensor, index: Part, device: torch.device) -> Tensor:
+def _rows_of(tensor: Tensor, index: _RowIndex, device: torch.device) -> Tensor:
     """(n, c) float64 of a tensor's rows, zeros where a row is -1."""
     table = as_table(tensor)
     if isinstance(index, slice):
@@ -144,7 +144,7 @@ def _rows_of(tensor: Tensor, index: Part, device: torch.device) -> Tensor:
     return block
 
 
-def _gather(tensors: Sequence[Tensor], rows: Sequence[Part], device: torch.device) -> Tensor:
+def _gather(tensors: Sequence[Tensor], rows: Sequence[_RowIndex], device: torch.device) -> Tensor:
     """(M, n, c) float64 of the members' rows, zeros where a row is -1."""
     found = [_rows_of(tensor, index, device) for tensor, index in zip(tensors, rows, strict=True)]
     return torch.stack(found)

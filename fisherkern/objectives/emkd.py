@@ -26,7 +26,7 @@ from fisherkern.errors import InputError
 from fisherkern.objectives.attributes import AttributeTable
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
 
-CHOICES = {
+_CHOICES = {
     "similarity": ("cosine", "dot"),
     "contrast": ("joint", "each", "released"),
     "distill": ("sum", "mean"),
@@ -130,7 +130,7 @@ class EMKD(Objective):
         check_positive("EMKD: temperature", self.temperature)
         for name in ("contrast_weight", "distill_weight", "attribute_weight"):
             check_not_negative(f"EMKD: {name}", getattr(self, name))
-        for name, choices in CHOICES.items():
+        for name, choices in _CHOICES.items():
             check_choice(f"EMKD: {name}", getattr(self, name), choices)
 
     @classmethod

@@ -22,7 +22,7 @@ _TF32 = 1
 _PRODUCTS_PER_THREAD = 2**25
 
 
-class Split(NamedTuple):
+class LaunchSplit(NamedTuple):
     """How a CUDA kernel is launched: into how many sums it is cut, and the tile of F it takes."""
 
     splits: int
@@ -76,7 +76,7 @@ def segment_outer_square_(
     offsets: Tensor | int,
     *,
     tf32: bool = False,
-    split: Split | None = None,
+    split: LaunchSplit | None = None,
 ) -> None:
     """fisher += Σ_r Σ_n (Σ_{t in n} δ_rt a_tᵀ)²: segments n of the positions t, probes r.
 
@@ -143,7 +143,7 @@ def lookup_square_(
     hidden: Tensor | None = None,
     sequence: Tensor | None = None,
     *,
-    split: Split | None = None,
+    split: LaunchSplit | None = None,
 ) -> None:
     """`fisherkern.ops.lookup_square_` in the extension: fp32 sums, delta fp32 or bf16.
 
@@ -272,14 +272,14 @@ def _threads(products: int) -> int:
     return min(torch.get_num_threads(), 1 + products // _PRODUCTS_PER_THREAD)
 
 
-def _workspace(fisher: Tensor, split: Split, rows: int, columns: int) -> Tensor | None:
+def _workspace(fisher: Tensor, split: LaunchSplit, rows: int, columns: int) -> Tensor | None:
     """The splits' sums, None where there is one split or nothing to sum."""
     if split.splits == 1 or rows * columns == 0:
         return None
     return fisher.new_empty(split.splits, rows, columns)
 
 
-def _launch(fisher: Tensor, split: Split, workspace: Tensor | None) -> dict[str, int]:
+def _launch(fisher: Tensor, split: LaunchSplit, workspace: Tensor | None) -> dict[str, int]:
     # The emulated kernels of the tests take CPU tensors.
     device = fisher.device.index if fisher.is_cuda else 0
     stream = torch.cuda.current_stream(fisher.device).cuda_stream if fisher.is_cuda else 0

@@ -100,7 +100,7 @@ def _lookup_square_(
     sizes = {"width": fisher.shape[1], "size": delta.numel()}
     extension = _extension.extension_for("lookup_square_", fisher, delta, beta, hidden, **sizes)
     if extension is not None:
-        split = _extension.Split(lookup_splits(len(delta))) if fisher.is_cuda else None
+        split = _extension.LaunchSplit(lookup_splits(len(delta))) if fisher.is_cuda else None
         _extension.lookup_square_(
             extension, fisher, delta, *indices, beta, hidden, sequence, split=split
         )

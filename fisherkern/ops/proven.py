@@ -3,7 +3,8 @@
 Backend "auto" takes a kernel for tensors on a GPU only where a row covers the call: its op,
 backend, architecture, dtype and width, the kernel's source as it is now, launched as the launch
 table says now, and a size from which the kernel beat PyTorch there. benchmarks.gpu.prove writes
-the rows from the results of a run; nothing else may. `status` says what "auto" does, op by op.
+the rows from the results of a run; nothing else may. `kernel_status` says what "auto" does, op
+by op.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Row:
         )
 
 
-def load(path: Path) -> list[Row]:
+def read_proven(path: Path) -> list[Row]:
     """The rows of a file. Raises InputError where one is not what `Row` says."""
     found = []
     for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
@@ -111,7 +112,7 @@ def text_of(rows: Sequence[Row]) -> str:
 @functools.cache
 def rows() -> tuple[Row, ...]:
     """The rows that the package came with."""
-    return tuple(load(FILE))
+    return tuple(read_proven(FILE))
 
 
 def widths_of(op: str, backend: str) -> tuple[tuple[int, int], ...]:
@@ -244,7 +245,7 @@ def _when(row: Row) -> str:
     return f"sm_{row.arch} {row.dtype}, {width} {widths}{multiples}, {size}"
 
 
-def status() -> str:
+def kernel_status() -> str:
     """For a person: what backend "auto" does on a GPU with each op that has kernels, and why."""
     lines = []
     for op, backend in KERNELS:

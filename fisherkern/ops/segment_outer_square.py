@@ -93,7 +93,9 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
             _extension.segment_outer_square_(extension, fisher, d, a, positions)
             return
         pairs = probes * n
-        split = _extension.Split(*outer_split(fisher.device, delta.dtype, rows, columns, pairs))
+        split = _extension.LaunchSplit(
+            *outer_split(fisher.device, delta.dtype, rows, columns, pairs)
+        )
         tf32 = _extension.takes_tf32(delta)
         _extension.segment_outer_square_(extension, fisher, d, a, positions, tf32=tf32, split=split)
         return

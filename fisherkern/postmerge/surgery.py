@@ -272,10 +272,10 @@ def _targets(
     return found
 
 
-Head = tuple[Tensor, Tensor | None]
+_OutputLayer = tuple[Tensor, Tensor | None]
 
 
-def _translation(merged: Head, member: Head) -> tuple[Tensor, Tensor]:
+def _translation(merged: _OutputLayer, member: _OutputLayer) -> tuple[Tensor, Tensor]:
     """A (D, D) and a (D,) float64 of t(h) = h + A h + a, as in `representation_surgery`."""
     (weight, bias), (own, own_bias) = merged, member
     own = own.to(weight.device)

@@ -14,8 +14,8 @@ from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.files import (
     atomic_path,
-    load_tensors,
     read_json,
+    read_tensors,
     write_json,
     write_tensors,
 )
@@ -85,7 +85,7 @@ def load_model(path: PathLike) -> SequenceEncoder:
             or a tensor that is missing, unexpected or of the wrong shape or type.
     """
     path = _model_path(path)
-    tensors, header = load_tensors(path)
+    tensors, header = read_tensors(path)
     if header.get("kind") != "model":
         raise InputError(f"{path}: not a model file of fisherkern")
     name = header.get("class")
@@ -98,7 +98,7 @@ def load_model(path: PathLike) -> SequenceEncoder:
             model = MODELS[name](**header["config"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: its config does not fit {name}: {error}") from None
-    check_tensors(path, tensors, model.state_dict())
+    check_stored_tensors(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     about = path.with_suffix(".json")
     if about.is_file():
@@ -110,7 +110,7 @@ def load_model(path: PathLike) -> SequenceEncoder:
     return model.eval()
 
 
-def check_tensors(
+def check_stored_tensors(
     path: PathLike, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
     """Raise InputError unless `tensors` has the names, shapes and kinds of `expected`."""

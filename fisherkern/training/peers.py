@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import read_tensors, save_tensors
 from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
@@ -274,7 +274,7 @@ class _Pair:
         save_tensors(self.path, tensors, about)
 
     def load(self, path: PathLike) -> None:
-        tensors, header = load_tensors(path)
+        tensors, header = read_tensors(path)
         if header.get("kind") != "peers" or "progress" not in header:
             raise InputError(f"{path}: not a state of two peers")
         check_run(path, header["run"], self.identity)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
-from fisherkern.training.checkpoint import check_tensors
+from fisherkern.files import read_tensors, save_tensors
+from fisherkern.training.checkpoint import check_stored_tensors
 
 PathLike = str | os.PathLike[str]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -119,7 +119,7 @@ def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> Tra
     Raises InputError if the file is no training state, or that of a run with other settings, model,
     objective or data.
     """
-    tensors, header = load_tensors(path)
+    tensors, header = read_tensors(path)
     if header.get("kind") != "training" or "progress" not in header:
         raise InputError(f"{path}: not a training state")
     check_run(path, header["run"], run)
@@ -159,7 +159,7 @@ def restore(path: PathLike, state: TrainState, tensors: Mapping[str, Tensor]) ->
     for name in stepped:
         expected[f"steps.{name}"] = torch.zeros(())
         expected |= {f"{key}.{name}": parameters[name] for key in MOMENTS}
-    check_tensors(path, tensors, expected)
+    check_stored_tensors(path, tensors, expected)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -218,14 +218,14 @@ def test_the_hand_made_program_is_right_when_nothing_is_wrong(tmp_path):
 
 def test_too_many_opcodes(monkeypatch):
     with pytest.raises(pickles.PickleError, match="more than 100 opcodes"):
-        pickles.run(b"N" * 101 + b".", limit=100)
-    assert pickles.run(b"N" * 99 + b".", limit=100) == (None, 100)
+        pickles.run_program(b"N" * 101 + b".", limit=100)
+    assert pickles.run_program(b"N" * 99 + b".", limit=100) == (None, 100)
 
 
 def test_deep_nests_are_freed():
-    value, _ = pickles.run(b")" + b"\x85" * 300_000 + b".")
+    value, _ = pickles.run_program(b")" + b"\x85" * 300_000 + b".")
     del value
-    value, _ = pickles.run(b")" + b"q\x010ca\nb\nh\x01\x85R" * 50_000 + b".")
+    value, _ = pickles.run_program(b")" + b"q\x010ca\nb\nh\x01\x85R" * 50_000 + b".")
     del value
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fisherkern import ops
 from fisherkern.errors import InputError
 from fisherkern.ops import _extension, build
-from fisherkern.ops._extension import Split
+from fisherkern.ops._extension import LaunchSplit
 from fisherkern.ops.backend import use_backend
 from fisherkern.ops.lookup_square import lookup_square_reference
 from fisherkern.ops.segment_outer_square import segment_outer_square_reference
@@ -62,7 +62,7 @@ def test_a_table_of_literals(where: tuple[Any, str, bool]) -> None:
     inputs = torch.tensor([[3.0], [-3.0], [5.0]], device=device)
     offsets = torch.tensor([0, 2, 2, 3], device=device)
     fisher = torch.ones(1, 1, device=device)
-    split = Split(1) if launch else None
+    split = LaunchSplit(1) if launch else None
     _extension.segment_outer_square_(extension, fisher, delta, inputs, offsets, split=split)
     assert fisher.item() == 1 + 0 + 0 + 100 + 225
 
@@ -82,7 +82,7 @@ def test_segment_outer_square(
     before = torch.rand(rows, columns)
     expected = before.double() + brute_segments(exact[0], exact[1], starts)
     delta, inputs = to_device(delta, device), to_device(inputs, device)
-    splits = [Split(1), Split(3, 128)] if launch else [None]
+    splits = [LaunchSplit(1), LaunchSplit(3, 128)] if launch else [None]
     if launch and device == "cpu":
         emulated_extension.allow_reads(extension, delta, inputs)
     for split, index in itertools.product(splits, (torch.int32, torch.int64)):
@@ -100,7 +100,7 @@ def test_equal_lengths_need_no_offsets(where: tuple[Any, str, bool]) -> None:
     extension, device, launch = where
     delta, inputs = guarded(2, 5, 6, 4).to(device), guarded(5, 6, 12, seed=1).to(device)
     fisher = torch.zeros(4, 12, device=device)
-    split = Split(2) if launch else None
+    split = LaunchSplit(2) if launch else None
     _extension.segment_outer_square_(
         extension, fisher, delta.view(2, 30, 4), inputs.view(30, 12), 6, split=split
     )
@@ -114,7 +114,7 @@ def test_results_repeat(where: tuple[Any, str, bool]) -> None:
     found = []
     for _ in range(2):
         fisher = torch.zeros(16, 20, device=device)
-        split = Split(5) if launch else None
+        split = LaunchSplit(5) if launch else None
         _extension.segment_outer_square_(extension, fisher, delta, inputs, offsets, split=split)
         found.append(fisher)
     assert torch.equal(*found)
@@ -149,7 +149,7 @@ def test_lookup_square(
     by_pair = dict(zip(pairs, beta.tolist(), strict=True))
     shape = (case[3], case[4])
     before = torch.rand(shape)
-    splits = [Split(1), Split(3)] if launch else [None]
+    splits = [LaunchSplit(1), LaunchSplit(3)] if launch else [None]
     crosses = [(None, None, None), (to_device(beta, device), to_device(hidden, device), sequence)]
     for split, cross in itertools.product(splits, crosses):
         fisher = before.to(device, copy=True)
@@ -166,7 +166,7 @@ def test_a_row_of_minus_one_adds_nothing(where: tuple[Any, str, bool]) -> None:
     indices = ([0, 1, 2], [0, 1, 3], [-1, 1], [0, 1, 2])
     order, starts, row, row_start = (torch.tensor(x, device=device) for x in indices)
     delta = torch.tensor([[[1.0], [2.0], [3.0]]], device=device)
-    for split in [Split(1), Split(2)] if launch else [None]:
+    for split in [LaunchSplit(1), LaunchSplit(2)] if launch else [None]:
         fisher = torch.zeros(2, 1, device=device)
         _extension.lookup_square_(
             extension, fisher, delta, order, starts, row, row_start, split=split

@@ -164,7 +164,7 @@ def test_a_changed_byte_falls_back_to_pytorch(gpu: Any, copied: Path, name: str)
 def test_rows_come_from_the_file(gpu: Any, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row_of("softmax_lse"), row_of(SEGMENTS, "cuda", hash="a", dtype="tf32")]
     (copied / "proven.json").write_text(proven.text_of(rows))
-    assert sorted(proven.load(copied / "proven.json"), key=str) == sorted(rows, key=str)
+    assert sorted(proven.read_proven(copied / "proven.json"), key=str) == sorted(rows, key=str)
     assert proven.text_of(reversed_rows := rows[::-1]) == proven.text_of(rows), reversed_rows
     proven.rows.cache_clear()
     assert takes()
@@ -270,7 +270,7 @@ def complaints(rows: list[Row], today: dict[str, str]) -> list[str]:
 
 
 def test_committed_rows_are_about_todays_kernels() -> None:
-    found = complaints(proven.load(proven.FILE), prove.hashes_of_tree())
+    found = complaints(proven.read_proven(proven.FILE), prove.hashes_of_tree())
     assert not found, (
         "\n".join(found) + "\nfisherkern/ops/proven.json holds rows that prove nothing any more:"
         " run the kernels on a GPU again (python benchmarks/gpu_day.py, then"
@@ -324,7 +324,7 @@ def test_the_table_of_kernels(tmp_path: Path) -> None:
 
 def test_status_says_why(gpu: Any) -> None:
     gpu(row_of("softmax_lse"), row_of("softmax_mean", hash="", evidence="here"))
-    said = proven.status()
+    said = proven.kernel_status()
     assert (
         "softmax_lse (triton): ran on a GPU (sm_90); auto takes the kernel: sm_90 float32" in said
     )
@@ -348,7 +348,7 @@ def test_a_file_of_other_rows_is_refused(tmp_path: Path, text: str, message: str
     path = tmp_path / "proven.json"
     path.write_text(text)
     with pytest.raises(fk.InputError, match=message):
-        proven.load(path)
+        proven.read_proven(path)
 
 
 def test_the_extension_says_of_which_sources_it_is() -> None:

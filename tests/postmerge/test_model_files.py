@@ -10,7 +10,7 @@ from models import HISTORIES, NUM_ITEMS
 
 import fisherkern as fk
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors
+from fisherkern.files import read_tensors
 
 KINDS = ("BERT4Rec-post-tied", "SASRec-pre-untied-bias")
 TARGETS = torch.tensor([4, 6, 11, 1, 2])
@@ -64,7 +64,7 @@ def test_a_file_of_version_0_1_0_has_the_class_by_its_former_name(tmp_path):
     model = MADE["surgery"]()
     path = tmp_path / "model.safetensors"
     fk.save_model(model, path)
-    tensors, header = load_tensors(path)
+    tensors, header = read_tensors(path)
     assert header["class"] == "SurgeryEncoder"
     header["class"] = "Calibrated"
     safetensors.torch.save_file(tensors, path, metadata={"fisherkern": json.dumps(header)})
@@ -86,7 +86,7 @@ def test_it_can_be_trained_on_and_the_router_stays_shared(tmp_path):
 
 def rewrite(path, tensors=None, **config):
     """The file with other tensors or another config."""
-    own, header = load_tensors(path)
+    own, header = read_tensors(path)
     header["config"].update(config)
     own = {name: value for name, value in {**own, **(tensors or {})}.items() if value is not None}
     safetensors.torch.save_file(own, path, metadata={"fisherkern": json.dumps(header)})

@@ -10,7 +10,7 @@ import torch
 import fisherkern as fk
 from fisherkern.encoders import BERT4Rec
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import read_tensors, save_tensors
 from fisherkern.provenance import source_commit
 from fisherkern.training import load_model, save_model
 
@@ -105,7 +105,7 @@ def other_kind(tensors, header):
 def test_a_wrong_model_file_is_named(tmp_path, change, message):
     path = tmp_path / "a.safetensors"
     save_model(new_model(), path)
-    tensors, header = load_tensors(path)
+    tensors, header = read_tensors(path)
     change(tensors, header)
     save_tensors(path, tensors, header)
     with pytest.raises(InputError, match=f"{path}: .*{message}"):

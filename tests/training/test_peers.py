@@ -13,7 +13,7 @@ from training_runs import V as ITEMS
 
 import fisherkern as fk
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors
+from fisherkern.files import read_tensors
 from fisherkern.training import peers
 from fisherkern.training.peers import Cooperation
 
@@ -236,7 +236,7 @@ def test_resume_gives_the_same_bits(cooperation, stop, tmp_path):
 def test_a_state_of_another_run_is_refused(tmp_path):
     path = tmp_path / "s"
     run(path, epochs=1)
-    assert load_tensors(path)[1]["kind"] == "peers"
+    assert read_tensors(path)[1]["kind"] == "peers"
     with pytest.raises(InputError, match="a run with alpha = 30.0, not 2.0"):
         run(path, epochs=1, alpha=2.0)
     with pytest.raises(InputError, match="a run with b.lr = 0.002, not 0.1"):

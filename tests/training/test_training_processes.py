@@ -18,7 +18,7 @@ from torch import nn
 from training_runs import Cycles, T, V, bits, new_model, run
 
 from fisherkern.encoders import GRU4Rec, SASRec
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import read_tensors, save_tensors
 from fisherkern.objectives import CL4SRec, MaskedItems, NextItem
 from fisherkern.objectives.scoring import LOCAL_SLICE, softmax_loss
 from fisherkern.training import TrainingLog, distributed
@@ -142,7 +142,7 @@ def test_they_give_the_single_process_s_result(name: str, together: Path, tmp_pa
     expected = bits(model) | {f"ema {n}": t for n, t in log.ema.state_dict().items()}
     ranks = sorted((together / name).glob("rank*"))
     for path in ranks:
-        tensors, about = load_tensors(path)
+        tensors, about = read_tensors(path)
         assert about["losses"] == pytest.approx(log.losses, rel=1e-10)
         assert about["scores"] == list(log.scores.values()) and about["best"] == log.best_epoch == 2
         # Process 0 alone validates.
@@ -150,13 +150,13 @@ def test_they_give_the_single_process_s_result(name: str, together: Path, tmp_pa
         assert tensors.keys() == expected.keys()
         for key, tensor in tensors.items():
             assert (tensor - expected[key]).abs().max() < 1e-7, key
-    first = load_tensors(ranks[0])[0]
+    first = read_tensors(ranks[0])[0]
     for path in ranks[1:]:
-        for key, tensor in load_tensors(path)[0].items():
+        for key, tensor in read_tensors(path)[0].items():
             assert torch.equal(tensor, first[key]), key
     # The state of several is that of one, and a single process may go on from it.
-    state = load_tensors(together / name / "state")[1]
-    assert state["run"] == load_tensors(tmp_path / "state")[1]["run"]
+    state = read_tensors(together / name / "state")[1]
+    assert state["run"] == read_tensors(tmp_path / "state")[1]["run"]
     again, after, _ = train_case(name, together / name)
     assert after.steps == log.steps
     for key, tensor in bits(again).items():
@@ -164,7 +164,7 @@ def test_they_give_the_single_process_s_result(name: str, together: Path, tmp_pa
 
 
 def test_they_drop_out_apart_and_draw_alike(together: Path) -> None:
-    seeds = [load_tensors(path)[1]["seeds"] for path in sorted(together.glob("seeds*"))]
+    seeds = [read_tensors(path)[1]["seeds"] for path in sorted(together.glob("seeds*"))]
     for step in zip(*seeds, strict=True):
         dropout, draws = zip(*step, strict=True)
         assert len(set(dropout)) == len(seeds) and len(set(draws)) == 1

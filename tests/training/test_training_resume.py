@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from training_runs import Cycles, assert_same_bits, bits, new_model, run
 
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, save_tensors
+from fisherkern.files import read_tensors, save_tensors
 from fisherkern.objectives import MaskedItems
 from fisherkern.training import save_model
 
@@ -94,10 +94,10 @@ def test_saving_by_time_and_by_steps_changes_no_bit(tmp_path: Path) -> None:
     assert (tmp_path / "steps").read_bytes() == expected
     with pytest.raises(KeyboardInterrupt):
         full_run(tmp_path / "cut", 5, save_every_seconds=1e-9)
-    assert load_tensors(tmp_path / "cut")[1]["progress"]["step"] == 4
+    assert read_tensors(tmp_path / "cut")[1]["progress"]["step"] == 4
     with pytest.raises(KeyboardInterrupt):
         full_run(tmp_path / "late", 5, save_every_seconds=1e9)
-    assert load_tensors(tmp_path / "late")[1]["progress"]["step"] == 3
+    assert read_tensors(tmp_path / "late")[1]["progress"]["step"] == 3
 
 
 def test_the_state_holds_what_the_objective_trains_and_the_model_file_does_not(
@@ -107,12 +107,12 @@ def test_the_state_holds_what_the_objective_trains_and_the_model_file_does_not(
     before = objective.head.weight.detach().clone()
     model, _ = run(tmp_path / "state", objective=objective)
     assert not torch.equal(objective.head.weight, before)
-    tensors, header = load_tensors(tmp_path / "state")
+    tensors, header = read_tensors(tmp_path / "state")
     assert torch.equal(tensors["objective.head.weight"], objective.head.weight)
     assert tensors["steps.model.output_bias"].item() == 18
     assert 0 < tensors["steps.objective.head.bias"].item() < 18
     save_model(model, tmp_path / "model.safetensors")
-    assert not [name for name in load_tensors(tmp_path / "model.safetensors")[0] if "head" in name]
+    assert not [name for name in read_tensors(tmp_path / "model.safetensors")[0] if "head" in name]
     # Nothing of the time or the place is in it.
     assert set(header) == {"kind", "run", "progress"}
 
@@ -135,7 +135,7 @@ def test_the_state_holds_what_the_objective_trains_and_the_model_file_does_not(
 )
 def test_a_state_with_wrong_tensors_is_named(tmp_path: Path, change, message: str) -> None:
     full_run(tmp_path / "state")
-    tensors, header = load_tensors(tmp_path / "state")
+    tensors, header = read_tensors(tmp_path / "state")
     change(tensors)
     save_tensors(tmp_path / "state", tensors, header)
     model = new_model()
@@ -188,7 +188,7 @@ def make_and_kill(folder: Path) -> int:
         kills += 1
         state = folder / "killed" / "state"
         if state.exists():
-            load_tensors(state)  # whole, whatever the moment
+            read_tensors(state)  # whole, whatever the moment
 
 
 def test_killed_at_random_moments_the_files_end_up_the_same(tmp_path: Path) -> None:

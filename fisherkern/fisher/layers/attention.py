@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import Handlers, Linear, Rewrite
+from fisherkern.fisher.capture import Handlers, LinearFunction, Rewrite
 from fisherkern.fisher.fast_ops import apply
 
 
 def attention(
-    linear: Linear,
+    linear: LinearFunction,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -78,7 +78,7 @@ def attention(
 
 
 def _projected(
-    linear: Linear,
+    linear: LinearFunction,
     inputs: tuple[Tensor, Tensor, Tensor],
     weights: tuple[Tensor | None, ...],
     bias: Tensor | None,
@@ -131,7 +131,7 @@ def _merged(
 
 
 def scaled_dot_product(
-    linear: Linear,
+    linear: LinearFunction,
     query: Tensor,
     key: Tensor,
     value: Tensor,

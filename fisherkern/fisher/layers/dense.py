@@ -42,7 +42,7 @@ def scaled(
     return [(tensor, GainGrad(view, copies, call.first(inputs.expand(call.output.shape))))]
 
 
-def linear(call: OpCall) -> Described:
+def handle_linear(call: OpCall) -> Described:
     def bound(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Described:
         if call.dim == call.output.dim() - 1:
             return []
@@ -140,7 +140,7 @@ def mul(call: OpCall) -> Described:
 
 
 HANDLERS: Handlers = {
-    F.linear: linear,
+    F.linear: handle_linear,
     torch.addmm: addmm,
     torch.matmul: matmul,
     torch.Tensor.matmul: matmul,

@@ -22,7 +22,7 @@ def _affine(
     return [*scaled(call, weight, normalised, shape), *added(call, bias, shape)]
 
 
-def layer_norm(call: OpCall) -> Described:
+def handle_layer_norm(call: OpCall) -> Described:
     def bound(
         input: Tensor,
         normalized_shape: Sequence[int],
@@ -87,7 +87,7 @@ def group_norm(call: OpCall) -> Described:
 
 
 HANDLERS: Handlers = {
-    F.layer_norm: layer_norm,
+    F.layer_norm: handle_layer_norm,
     F.rms_norm: rms_norm,
     torch.rms_norm: rms_norm,
     F.batch_norm: batch_norm,

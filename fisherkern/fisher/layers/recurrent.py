@@ -15,32 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Handlers, Linear, Rewrite
+from fisherkern.fisher.capture import Handlers, LinearFunction, Rewrite
 from fisherkern.fisher.fast_ops import apply
 
 # The states, then the input's and the state's parts of the gates -> the next states.
-State = tuple[Tensor, ...]
-Step = Callable[[State, Tensor, Tensor], State]
+_State = tuple[Tensor, ...]
+Step = Callable[[_State, Tensor, Tensor], _State]
 
 
-def _gru(state: State, gi: Tensor, gh: Tensor) -> State:
+def _gru(state: _State, gi: Tensor, gh: Tensor) -> _State:
     (h,) = state
     (ir, iz, new), (hr, hz, hn) = gi.chunk(3, dim=-1), gh.chunk(3, dim=-1)
     candidate = torch.tanh(new + torch.sigmoid(ir + hr) * hn)
     return (candidate + torch.sigmoid(iz + hz) * (h - candidate),)
 
 
-def _lstm(state: State, gi: Tensor, gh: Tensor) -> State:
+def _lstm(state: _State, gi: Tensor, gh: Tensor) -> _State:
     i, f, g, o = (gi + gh).chunk(4, dim=-1)
     c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def _tanh(state: State, gi: Tensor, gh: Tensor) -> State:
+def _tanh(state: _State, gi: Tensor, gh: Tensor) -> _State:
     return (torch.tanh(gi + gh),)
 
 
-def _relu(state: State, gi: Tensor, gh: Tensor) -> State:
+def _relu(state: _State, gi: Tensor, gh: Tensor) -> _State:
     return (torch.relu(gi + gh),)
 
 
@@ -156,8 +156,8 @@ class _PlainStates(torch.autograd.Function):
 
 
 def _states(
-    step: Step, gi: Tensor, gh: Tensor, weight: Tensor, before: State, first: State
-) -> tuple[Tensor, State]:
+    step: Step, gi: Tensor, gh: Tensor, weight: Tensor, before: _State, first: _State
+) -> tuple[Tensor, _State]:
     """All states (N, T, H), and the last ones, with a graph to the gates and the first ones."""
     if step is _lstm:
         hidden, c = apply(_LstmStates, gi, gh, weight, *before, *first)
@@ -171,13 +171,13 @@ def _states(
 
 
 def _run(
-    linear: Linear,
+    linear: LinearFunction,
     step: Step,
     input: Tensor,
-    first: State,
+    first: _State,
     parameters: Sequence[Tensor],
     backwards: bool,
-) -> tuple[Tensor, State]:
+) -> tuple[Tensor, _State]:
     """One layer in one direction over (N, T, I): the states (N, T, H), and the last ones."""
     input_weight, state_weight, input_bias, state_bias = (*parameters, None, None)[:4]
     assert input_weight is not None and state_weight is not None
@@ -198,7 +198,7 @@ def _layer(step: Step) -> Rewrite:
     """torch.gru and its kin; NotImplemented for packed sequences and projections."""
 
     def replacement(
-        linear: Linear,
+        linear: LinearFunction,
         input: Tensor,
         state: Any,
         weights: Any,
@@ -239,7 +239,7 @@ def _cell(step: Step) -> Rewrite:
     """torch.gru_cell and its kin, used in the model's loops."""
 
     def replacement(
-        linear: Linear,
+        linear: LinearFunction,
         input: Tensor,
         state: Any,
         input_weight: Tensor,

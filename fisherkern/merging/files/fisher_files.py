@@ -17,7 +17,7 @@ from fisherkern.merging.fishers import NOISE, block_sums
 # Entries read at once, in whole blocks of `block_sums`.
 READ = 16 * BLOCK
 
-Rows = Callable[[int, int, Sequence[Tensor] | None], list[tuple[Tensor, float]]]
+FisherReader = Callable[[int, int, Sequence[Tensor] | None], list[tuple[Tensor, float]]]
 
 
 class FisherFiles:
@@ -42,7 +42,7 @@ class FisherFiles:
         common = sum(self._means) / max(1, len(self._means))
         self._units = self._means if normalize == "mean" else [common] * len(self._means)
 
-    def scaled(self, name: str) -> Rows | None:
+    def scaled(self, name: str) -> FisherReader | None:
         """Each member's Fisher of some rows and its unit; None where it is noise.
 
         A function of (start, stop, None), or of the row of each member that each of the merged
@@ -115,7 +115,7 @@ def _survey(file: TensorFile, names: Sequence[str]) -> tuple[float, dict[str, fl
     for name in names:
         shape = file.layout[name][1]
         largest[name] = -math.inf
-        # Rows in whole blocks, so that the sums are those of the tensor in memory.
+        # FisherReader in whole blocks, so that the sums are those of the tensor in memory.
         step = 16 * rows_per_block(shape, BLOCK)
         for block in file.blocks(name, step):
             if block.numel() == 0:

@@ -9,7 +9,7 @@ from helpers.merging_files import saved, saved_fisher
 
 from fisherkern.encoders import ParallelEncoders
 from fisherkern.errors import InputError
-from fisherkern.files import load_tensors, read_json, write_json
+from fisherkern.files import read_json, read_tensors, write_json
 from fisherkern.merging.files import streaming, tensor_files
 from fisherkern.merging.files.streaming import merge_files
 from fisherkern.merging.merge import merge
@@ -143,7 +143,7 @@ def test_what_came_out_merges_again_and_says_where_it_is_from(tmp_path):
     merge_files([tmp_path / "one.safetensors", paths[2]], out)
     first = merge([load_model(path) for path in paths[:2]])
     assert_same(out, merge([first, load_model(paths[2])]))
-    header = load_tensors(out)[1]
+    header = read_tensors(out)[1]
     assert header["config"]["num_items"] == 15
     assert header["merge"]["catalogue"]["owners"] == {"1": 4, "2": 11}
     card = out.with_suffix(".md").read_text()
@@ -249,7 +249,7 @@ def test_catalogues_that_cannot_be_matched(tmp_path):
 
 def test_a_table_that_is_not_the_configurations_is_named(tmp_path):
     paths = [saved(tmp_path, n, ids=IDS[n])[0] for n in range(2)]
-    tensors, header = load_tensors(paths[1])
+    tensors, header = read_tensors(paths[1])
     for change, message in (
         ({"output_bias": torch.zeros(8)}, r"m1.*: tensor 'output_bias' has shape \(8,\), not \(9,"),
         ({"output_bias": torch.zeros(9, dtype=torch.int64)}, "m1.*: tensor 'output_bias' is I64"),
