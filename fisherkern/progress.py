@@ -45,6 +45,10 @@ class _LogLines(tqdm):
             print(self, file=self.fp, flush=True)
         return False
 
+    def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
+        """Set the text before the numbers, without the colon that tqdm's own bars add."""
+        self.set_description_str(desc, refresh)
+
     def close(self) -> None:
         """Write the last line."""
         if not self.disable:
