@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -111,6 +112,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path}: could not be read: {error}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def read_into(stream: io.FileIO, view: memoryview, start: int, path: Path) -> None:
+    """Fill `view` with the file's bytes from `start` on.
+
+    Raises:
+        InputError: The file of that path cannot be read, or ends before.
+    """
+    done = 0
+    try:
+        stream.seek(start)
+        while done < len(view):  # one call reads at most 2 GB
+            count = stream.readinto(view[done:])
+            if not count:
+                raise InputError(f"{path}: became shorter while it was read")
+            done += count
+    except OSError as error:
+        raise InputError(f"{path}: could not be read: {error.strerror}") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

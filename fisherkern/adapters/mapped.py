@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.files import read_into
 
 # A storage of zeros deflates by up to 1032; nothing that was trained comes near 100.
 MAX_DEFLATION = 100
@@ -60,17 +61,8 @@ class MappedFile:
     def read(self, start: int, stop: int) -> bytearray:
         """A copy of the bytes, read rather than mapped: pages of a map count as memory in use."""
         content = bytearray(stop - start)
-        view, done = memoryview(content), 0
-        try:
-            with self._lock:
-                self._stream.seek(start)
-                while done < len(view):  # one call reads at most 2 GB
-                    count = self._stream.readinto(view[done:])
-                    if not count:
-                        raise InputError(f"{self.path}: became shorter while it was read")
-                    done += count
-        except OSError as error:
-            raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
+        with self._lock:
+            read_into(self._stream, memoryview(content), start, self.path)
         return content
 
 

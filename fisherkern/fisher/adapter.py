@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -120,22 +119,6 @@ def adapt(
         first_item=first_item,
         target=target,
     )
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside the block, each as it was afterwards."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    # cuDNN's recurrences have no backward pass in eval mode; PyTorch's own have.
-    recurrent = any(isinstance(m, nn.RNNBase) for m, _ in modes)
-    library = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    try:
-        with library:
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 @dataclasses.dataclass(frozen=True)

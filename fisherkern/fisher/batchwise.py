@@ -25,7 +25,7 @@ def add_batchwise_(
     """fisher += Σ_j (Σ_i ω_ij) (∂/∂θ Σ_i log p_i(y_ij))² over a batch's sequences i and ranks j.
 
     The paper's eq. 6. The square comes after the sum over the batch, so the cross
-    terms of different sequences stay in and the scale gstats with the batch: it is
+    terms of different sequences stay in and the scale grows with the batch: it is
     the Fisher only for batches of one sequence. Returns the names that received a
     gradient and the captured mass (N,).
     """

@@ -10,10 +10,11 @@ import torch
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.adapter import ModelAdapter, evaluation_mode
+from fisherkern.fisher.adapter import ModelAdapter
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
+from fisherkern.modes import eval_mode
 from fisherkern.ops.backend import use_backend
 from fisherkern.progress import progress_bar
 
@@ -106,7 +107,7 @@ def diag_fisher(
         raise InputError("model: it has no trainable parameter")
     count = 0
     bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
-    with use_backend(backend), evaluation_mode(adapter.module):
+    with use_backend(backend), eval_mode(adapter.module, gradients=True):
         for batch in bar:
             count += engine.add_batch(batch, count)
     if count == 0:

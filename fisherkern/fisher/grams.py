@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.adapter import ModelAdapter, batch_size, evaluation_mode, model_input
+from fisherkern.fisher.adapter import ModelAdapter, batch_size, model_input
 from fisherkern.fisher.capture import Capture, Parameters
 from fisherkern.fisher.layers import HANDLERS, LinearGrad
 from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
+from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
 
 
@@ -61,7 +62,7 @@ def linear_grams(
     adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
     collector = _Collector(adapter)
     count = 0
-    with evaluation_mode(adapter.module), torch.enable_grad():
+    with eval_mode(adapter.module, gradients=True), torch.enable_grad():
         for module in adapter.module.modules():
             # Such attention multiplies weights by other things than inputs, but not in training.
             if getattr(module, "absorbs_projections", False):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.adapter import ModelAdapter, batch_size, evaluation_mode, model_input
+from fisherkern.fisher.adapter import ModelAdapter, batch_size, model_input
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
+from fisherkern.modes import eval_mode
 
 
 class FisherProduct:
@@ -45,7 +46,7 @@ class FisherProduct:
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self._parameters.items()
         }
-        with evaluation_mode(self._model.module), torch.enable_grad():
+        with eval_mode(self._model.module, gradients=True), torch.enable_grad():
             for batch in self._batches:
                 for name, part in zip(total, self._of_batch(batch, direction), strict=True):
                     total[name] += part

@@ -150,7 +150,7 @@ def align_item_rows(
 ) -> CatalogueUnion:
     """Unite the members' catalogues: member 0's items first, then the new ones in order.
 
-    MemberSet without ids must all be without, and have the same number of items: their rows are
+    Members without ids must all be without, and have the same number of items: their rows are
     taken to mean the same item. Raises InputError otherwise, for an id listed twice, and for
     as many ids as there are not items.
     """

@@ -115,7 +115,7 @@ def _survey(file: TensorFile, names: Sequence[str]) -> tuple[float, dict[str, fl
     for name in names:
         shape = file.layout[name][1]
         largest[name] = -math.inf
-        # FisherReader in whole blocks, so that the sums are those of the tensor in memory.
+        # Rows in whole blocks, so that the sums are those of the tensor in memory.
         step = 16 * rows_per_block(shape, BLOCK)
         for block in file.blocks(name, step):
             if block.numel() == 0:

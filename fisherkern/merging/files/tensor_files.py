@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.files import read_into
 
 # Safetensors' names of the types that PyTorch computes with, and the types.
 TYPES = {
@@ -91,7 +92,7 @@ class TensorFile:
         content = bytearray((stop - start) * row)
         if not content:
             return torch.empty(shape, dtype=TYPES[kind])
-        self._read(memoryview(content), self._places[name] + start * row)
+        read_into(self._stream, memoryview(content), self._places[name] + start * row, self.path)
         return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape)
 
     def take(self, name: str, index: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class TensorFile:
                 starts.tolist(), lengths.tolist(), offsets.tolist(), strict=True
             ):
                 part = view[offset * row : (offset + length) * row]
-                self._read(part, self._places[name] + begin * row)
+                read_into(self._stream, part, self._places[name] + begin * row, self.path)
             counts = torch.tensor([cuts[i + 1] - cuts[i] for i in batch])
             shift = (offsets - starts).repeat_interleave(counts)
             found = torch.frombuffer(content, dtype=torch.uint8).view(-1, row)
@@ -146,20 +147,6 @@ class TensorFile:
                 start, total = number, 0
             total += length
         yield range(start, len(lengths))
-
-    def _read(self, view: memoryview, place: int) -> None:
-        """Fill `view` with the file's bytes from `place` on."""
-        try:
-            self._stream.seek(place)
-            # One call reads at most 2 GB.
-            done = 0
-            while done < len(view):
-                count = self._stream.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{self.path}: became shorter while it was read")
-                done += count
-        except OSError as error:
-            raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
 
     def blocks(self, name: str, step: int) -> Iterator[Tensor]:
         """Yield the tensor, `step` rows at a time."""

@@ -45,7 +45,7 @@ def slerp(block: MergeBlock) -> Tensor:
 
     For two members the second factor is sin((1-t)W)/sin(W) u_0 + sin(tW)/sin(W) u_1, t =
     lambda_1 and W the angle between them (Shoemake, SIGGRAPH 1985); for more it is one step
-    towards their mean on the sphere, whatever their order. MemberSet that point the same way (or,
+    towards their mean on the sphere, whatever their order. Members that point the same way (or,
     two of them, opposite ways), a tensor of zeros, and item rows that some member lacks, which
     do not enter the angle either, are averaged by lambda.
     """

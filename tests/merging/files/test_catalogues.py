@@ -173,13 +173,13 @@ def test_rows_that_follow_one_another_are_one_read_and_no_read_is_long(tmp_path,
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file({"x": torch.arange(4000.0).reshape(1000, 4)}, path)
     sizes = []
-    read = tensor_files.TensorFile._read
+    read = tensor_files.read_into
 
-    def counted(self, view, place):
+    def counted(stream, view, start, path):
         sizes.append(len(view))
-        read(self, view, place)
+        read(stream, view, start, path)
 
-    monkeypatch.setattr(tensor_files.TensorFile, "_read", counted)
+    monkeypatch.setattr(tensor_files, "read_into", counted)
     monkeypatch.setattr(tensor_files, "SPAN", 1600)
     with tensor_files.opened([path]) as ((file,),):
         for index, expected in (
