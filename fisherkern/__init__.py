@@ -1,6 +1,6 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
-from fisherkern.adapters import load_tensors
+from fisherkern.adapters import adapt, load_tensors
 from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
@@ -9,7 +9,6 @@ from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
 from fisherkern.fisher import (
     DiagFisher,
     LinearGrams,
-    adapt,
     diag_fisher,
     fisher_product,
     linear_grams,

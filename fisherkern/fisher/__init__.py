@@ -1,6 +1,5 @@
 """The diagonal Fisher: capture, factor, probe, accumulate."""
 
-from fisherkern.fisher.adapter import adapt
 from fisherkern.fisher.diag_fisher import diag_fisher
 from fisherkern.fisher.grams import LinearGrams, linear_grams
 from fisherkern.fisher.products import FisherProduct, fisher_product
@@ -10,7 +9,6 @@ __all__ = [
     "DiagFisher",
     "FisherProduct",
     "LinearGrams",
-    "adapt",
     "diag_fisher",
     "fisher_product",
     "linear_grams",

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.adapter import ModelAdapter, check_softmax, model_input
-from fisherkern.fisher.capture import Parameters
+from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.batches import model_input
+from fisherkern.adapters.parameters import Parameters
 from fisherkern.fisher.logit_samplers import LogitStats
-from fisherkern.fisher.samplers import sample
+from fisherkern.fisher.samplers import check_softmax, sample
 from fisherkern.fisher.settings import Settings
 
 

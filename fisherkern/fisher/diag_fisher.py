@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.adapter import ModelAdapter
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings

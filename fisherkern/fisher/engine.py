@@ -12,21 +12,17 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
+from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.adapters.parameters import Parameters, ParamView
 from fisherkern.errors import InputError
-from fisherkern.fisher.adapter import (
-    Autocast,
-    ModelAdapter,
-    batch_size,
-    batch_slice,
-    check_softmax,
-)
+from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.batchwise import add_batchwise_
-from fisherkern.fisher.capture import Parameters, ParamView
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.forward_backward import CapturedForward, ForwardBackward
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
 from fisherkern.fisher.plan import TiedEmbeddingGrad, tied_embedding_grads
-from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
+from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
 

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkern.adapters.batches import batch_slice, model_input
+from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
-from fisherkern.fisher.adapter import Autocast, batch_slice, model_input
-from fisherkern.fisher.capture import Capture, CapturedOp, Parameters, structure_of
+from fisherkern.fisher.autocast import Autocast
+from fisherkern.fisher.capture import Capture, CapturedOp, structure_of
 from fisherkern.fisher.factor import ProbeVectors
 from fisherkern.fisher.layers import HANDLERS
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.batches import batch_size, model_input
+from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.adapter import ModelAdapter, batch_size, model_input
-from fisherkern.fisher.capture import Capture, Parameters
+from fisherkern.fisher.capture import Capture
 from fisherkern.fisher.layers import HANDLERS, LinearGrad
 from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops as kernels
-from fisherkern.fisher.capture import CapturedOp, Parameters, ParamUse, ParamView, params_outside
+from fisherkern.adapters.parameters import Parameters, ParamView
+from fisherkern.fisher.capture import CapturedOp, ParamUse, params_outside
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.layers.grads import EmbeddingGrad, Joinable
 from fisherkern.fisher.samplers import SoftmaxStats

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.batches import batch_size, model_input
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.adapter import ModelAdapter, batch_size, model_input
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
 from fisherkern.modes import eval_mode

@@ -117,6 +117,15 @@ def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFact
     return _from_items(stats, ids, omega, mass)
 
 
+def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:
+    """Raise InputError unless values (N,), of the softmaxes of `sequence_ids`, are finite."""
+    if not bool((fine := values.isfinite()).all()):
+        raise InputError(
+            f"model: the logits of sequence number {int(sequence_ids[~fine][0])} hold a NaN, an"
+            " infinity or nothing but -inf"
+        )
+
+
 class ItemSampler(Protocol):
     """What sampling needs of the softmax of every sequence; see SoftmaxStats for the members."""
 

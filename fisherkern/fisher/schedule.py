@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.adapter import ModelAdapter, batch_slice, batch_take, model_input
+from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.batches import batch_slice, batch_take, model_input
 
 # A CPU core's caches hold 25,600 positions; a GPU is filled by 2²⁰ and more. Each GiB of a GPU's
 # free memory takes 40,000: in two layers of D = 64 a quarter of it for the gradients that are

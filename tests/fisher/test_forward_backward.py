@@ -15,8 +15,8 @@ from models import HISTORIES, NUM_ITEMS, Foreign, bert, shaken
 from torch import Tensor, nn
 
 import fisherkern as fk
+from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.fisher import forward_backward
-from fisherkern.fisher.adapter import ModelAdapter
 from fisherkern.fisher.schedule import Schedule
 
 

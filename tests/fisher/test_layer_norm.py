@@ -9,7 +9,8 @@ from helpers.layouts import layouts
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher.capture import Capture, Parameters
+from fisherkern.adapters.parameters import Parameters
+from fisherkern.fisher.capture import Capture
 from fisherkern.fisher.fast_ops import _LayerNorm, layer_norm
 from fisherkern.fisher.layers import HANDLERS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher.adapter import ModelAdapter
+from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.fisher.schedule import Schedule
 
 

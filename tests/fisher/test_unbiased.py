@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import HISTORIES, bert
 
-from fisherkern.fisher.adapter import ModelAdapter
+from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.settings import Settings
 

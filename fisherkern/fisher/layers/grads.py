@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import ParamView
+from fisherkern.adapters.parameters import ParamView
 
 
 @runtime_checkable

@@ -10,7 +10,8 @@ from helpers.layers import SIZES, Recommender, assert_right
 from models import HISTORIES, NUM_ITEMS
 from torch import Tensor, nn
 
-from fisherkern.fisher.capture import Capture, Parameters
+from fisherkern.adapters.parameters import Parameters
+from fisherkern.fisher.capture import Capture
 from fisherkern.fisher.layers import HANDLERS
 
 

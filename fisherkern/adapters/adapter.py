@@ -1,4 +1,4 @@
-"""What the engine needs of a model, recognised by its attributes, and of a batch."""
+"""What the package needs of a model, recognised by its attributes."""
 
 from __future__ import annotations
 
@@ -119,73 +119,3 @@ def adapt(
         first_item=first_item,
         target=target,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Autocast:
-    """The caller's `torch.autocast` of a device type, for the model and for nothing else.
-
-    Closed forms and squares are computed as their inputs are; a product in bf16 would cost
-    them their accuracy.
-    """
-
-    device_type: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @staticmethod
-    def of(device: torch.device) -> Autocast:
-        """What is in force for `device` now."""
-        kind = device.type
-        return Autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def on(self) -> torch.autocast:
-        """A context in which the model runs as the caller asked for."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
-
-    def off(self) -> torch.autocast:
-        """A context without it."""
-        return torch.autocast(self.device_type, enabled=False)
-
-
-def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:
-    """Raise InputError unless values (N,), of the softmaxes of `sequence_ids`, are finite."""
-    if not bool((fine := values.isfinite()).all()):
-        raise InputError(
-            f"model: the logits of sequence number {int(sequence_ids[~fine][0])} hold a NaN, an"
-            " infinity or nothing but -inf"
-        )
-
-
-def model_input(batch: Any) -> Any:
-    """What the model is called with: the history of a (history, target) pair, else the batch."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-
-
-def batch_size(batch: Any) -> int:
-    """N of a batch: a tensor, a mapping of tensors, a pair, or anything with a length."""
-    if isinstance(batch, Mapping):
-        sizes = {len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim() > 0}
-        if len(sizes) != 1:
-            raise InputError(f"batch: its tensors must share one leading size, got {sorted(sizes)}")
-        return sizes.pop()
-    if isinstance(batch, (tuple, list)):
-        return len(batch[0])
-    return len(batch)
-
-
-def batch_slice(batch: Any, start: int, stop: int) -> Any:
-    """Sequences start..stop-1 of a batch, of the same kind."""
-    return batch_take(batch, slice(start, stop))
-
-
-def batch_take(batch: Any, index: slice | Tensor) -> Any:
-    """Some sequences of a batch, of the same kind; indices (n,) int64 only from tensors."""
-    if isinstance(batch, Mapping):
-        return {
-            key: v[index] if isinstance(v, Tensor) and v.dim() > 0 else v
-            for key, v in batch.items()
-        }
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(part[index] for part in batch)
-    return batch[index]

@@ -1,0 +1,53 @@
+"""Parameters found again from themselves or their views."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamView:
+    """A parameter or a view of one: `shape` entries from flat index `start` of `name`."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The same view of a flattened tensor of the parameter's size."""
+        return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
+
+    def reshaped(self, *shape: int) -> ParamView:
+        """The same entries in another shape."""
+        return ParamView(self.name, self.start, shape)
+
+
+class Parameters:
+    """The trainable parameters of a module, found again from themselves or their views."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._names = {id(parameter): name for name, parameter in self.named.items()}
+
+    def view_of(self, tensor: Any) -> ParamView | None:
+        """What a parameter or a contiguous view of one covers, None for anything else."""
+        if not isinstance(tensor, Tensor):
+            return None
+        base = tensor if tensor._base is None else tensor._base
+        name = self._names.get(id(base))
+        if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
+            return None
+        start = int(tensor.storage_offset()) - int(base.storage_offset())
+        return ParamView(name, start, tuple(tensor.shape))
+
+    def view_or_transpose(self, tensor: Any) -> ParamView | None:
+        """`view_of` a tensor, or, for a matrix that is no such view, of its transpose."""
+        view = self.view_of(tensor)
+        if view is None and isinstance(tensor, Tensor) and tensor.dim() == 2:
+            view = self.view_of(tensor.t())
+        return view
