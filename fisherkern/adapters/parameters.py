@@ -35,12 +35,14 @@ class Parameters:
         self._names = {id(parameter): name for name, parameter in self.named.items()}
 
     def view_of(self, tensor: Any) -> ParamView | None:
-        """What a parameter or a contiguous view of one covers, None for anything else."""
+        """What a parameter or a contiguous view of its dtype covers, None for anything else."""
         if not isinstance(tensor, Tensor):
             return None
         base = tensor if tensor._base is None else tensor._base
         name = self._names.get(id(base))
         if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
+            return None
+        if tensor.dtype != base.dtype:
             return None
         start = int(tensor.storage_offset()) - int(base.storage_offset())
         return ParamView(name, start, tuple(tensor.shape))

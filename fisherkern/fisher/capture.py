@@ -4,15 +4,16 @@ A `TorchFunctionMode` sees every torch function the model calls, so `nn.Linear`,
 `F.linear` on a bare parameter and a weight shared by two modules are one case;
 nothing in the model is wrapped or changed. A handler (see layers/) turns a call it
 knows into uses of parameters; a rewrite computes a call's result by calls that have
-handlers; `params_outside` finds parameters that the result also reaches by another
-way, which no handler describes.
+handlers. `graph.params_outside` finds parameters that the result also reaches by another way,
+which no handler describes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.adapters.parameters import Parameters, ParamView
+from fisherkern.errors import InputError
 from fisherkern.fisher import fast_ops
+from fisherkern.fisher.dependence import BatchDependence
+from fisherkern.fisher.graph import edge_of
+from fisherkern.fisher.shared_tensors import EntriesCache, SharedTensor
 
 
 class ParamUse(Protocol):
@@ -80,14 +85,20 @@ class OpCall:
     capture: Capture
 
     def view_of(self, tensor: Any) -> ParamView | None:
-        """The parameter whose gradient the call's is part of; a view without gradient has none."""
-        return self.capture.parameters.view_of(tensor) if _differentiated(tensor) else None
+        """The parameter, or what is computed from some, whose gradient the call's is part of.
 
-    def view_or_transpose(self, tensor: Any) -> ParamView | None:
-        """The same, for a transposed matrix too."""
-        return (
-            self.capture.parameters.view_or_transpose(tensor) if _differentiated(tensor) else None
-        )
+        A view without gradient has none.
+        """
+        if not _differentiated(tensor):
+            return None
+        return self.capture.parameters.view_of(tensor) or self.capture.shared_view(tensor)
+
+    def transpose_of(self, tensor: Tensor) -> ParamView | None:
+        """The parameter of which a matrix is the transpose, and not one itself."""
+        parameters = self.capture.parameters
+        if not _differentiated(tensor) or parameters.view_of(tensor) is not None:
+            return None
+        return parameters.view_or_transpose(tensor)
 
     def first(self, tensor: Tensor) -> Tensor:
         """The values of a tensor that is laid out as the output, sequences moved to the front."""
@@ -109,16 +120,24 @@ class OpCall:
             return None
         return tuple(i for i, extent in enumerate(aligned, start=1) if extent == 1)
 
+    def broadcast(self, tensor: Tensor) -> Tensor | None:
+        """`first` of a tensor that broadcasts to the output, None for any other."""
+        aligned = zip(tensor.shape[::-1], self.output.shape[::-1], strict=False)
+        if tensor.dim() > self.output.dim() or any(e not in (1, all) for e, all in aligned):
+            return None
+        return self.first(tensor.expand(self.output.shape))
+
 
 # A handler gives each argument that it describes with its use, and nothing for a call it
 # cannot describe. A rewrite gives NotImplemented for a call that it leaves alone.
 LayerHandler = Callable[[OpCall], Sequence[tuple[Tensor, ParamUse]]]
-LinearFunction = Callable[..., Tensor]
+# A function and its arguments -> its result, the call captured.
+CapturedCall = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """What to compute in a function's stead; `function` takes a captured F.linear first."""
+    """What to compute in a function's stead; `function` takes a `CapturedCall` first."""
 
     function: Callable[..., Any]
 
@@ -151,15 +170,14 @@ _FAST_OPS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.layer_norm: fast_ops.layer_norm,
 }
 
-# The extras of F.embedding that a plain lookup does without; it names all but the first two.
-_PLAIN = {"padding_idx": None, "max_norm": None, "scale_grad_by_freq": False}
-
 
 class Capture(TorchFunctionMode):
     """Records, while active, the calls that `handlers` know and that use parameters: `ops`.
 
     `num_sequences` is N. A call is recorded once for each dimension of that extent; only the
-    gradients tell whether one of them holds the sequences (`plan.per_sequence_ops`).
+    gradients tell whether one of them holds the sequences (`plan.per_sequence_ops`). `batch` is
+    what the model is called with: what is computed without it, from parameters alone, is used as
+    a parameter is. `entries` keeps what is known of such tensors for the next forward pass.
     """
 
     def __init__(
@@ -167,13 +185,16 @@ class Capture(TorchFunctionMode):
         parameters: Parameters,
         num_sequences: int,
         handlers: Mapping[Callable[..., Any], LayerHandler | Rewrite],
+        batch: Any = None,
+        entries: EntriesCache | None = None,
     ) -> None:
         super().__init__()
         self.parameters = parameters
         # The recorded ops, in the order of the calls.
         self.ops: list[CapturedOp] = []
-        # Outputs of lookups that all sequences share (positions), by id: tensor, table, ids.
-        self.shared_lookups: dict[int, tuple[Tensor, ParamView, Tensor]] = {}
+        self._dependence = BatchDependence(batch)
+        self._shared: dict[tuple[Node, int], SharedTensor] = {}
+        self._entries: EntriesCache = {} if entries is None else entries
         # Tensors (N·T, ...) or (T·N, ...), by id: the tensor, and what its first dimension was.
         self._flattened: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self._num_sequences = num_sequences
@@ -187,44 +208,90 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("max_norm") is not None:
+            _check_norms(args, kwargs)
+            kwargs = {**kwargs, "max_norm": None}
         handler = self._handlers.get(func)
         if handler is None or isinstance(handler, Rewrite):
-            output: Any = NotImplemented
-            if handler is not None:
-                output = handler.function(self._linear, *args, **kwargs)
-            if output is NotImplemented:
-                output = func(*args, **kwargs)
-            if func in _RESHAPES and args:
-                self._note_flattened(args[0], output)
-            elif func in _BY_ROW and (lead := self._lead(args, output)) is not None:
-                self._flattened[id(output)] = (output, lead)
-            return output
+            output = self._unrecorded(handler, func, args, kwargs)
+        else:
+            output = self._recorded(handler, func, args, kwargs)
+        self._dependence.follow(func, args, kwargs, output)
+        return output
+
+    def shared_view(self, tensor: Tensor) -> ParamView | None:
+        """A tensor that all sequences share, computed from parameters, in a parameter's place."""
+        if tensor.grad_fn is None or tensor in self._dependence:
+            return None
+        key = tensor.grad_fn, tensor.output_nr
+        if key not in self._shared:
+            name = f"shared tensor {len(self._shared)}"
+            edge = get_gradient_edge(tensor)
+            self._shared[key] = SharedTensor(name, edge, tensor, self.parameters, self._entries)
+        view = self._shared[key].view
+        return view if view.shape == tensor.shape else view.reshaped(*tensor.shape)
+
+    def _unrecorded(
+        self,
+        rewrite: Rewrite | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        output: Any = NotImplemented
+        if rewrite is not None:
+            depends = self._dependence.among(args, kwargs)
+            output = rewrite.function(functools.partial(self._called, depends), *args, **kwargs)
+        if output is NotImplemented:
+            output = func(*args, **kwargs)
+        if func in _RESHAPES and args:
+            self._note_flattened(args[0], output)
+        elif func in _BY_ROW and (lead := self._lead(args, output)) is not None:
+            self._flattened[id(output)] = (output, lead)
+        return output
+
+    def _recorded(
+        self,
+        handler: LayerHandler,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
         # Before the call: one in place makes its own output of an input.
         nodes = [tensor.grad_fn for tensor in tensors]
         fast = _FAST_OPS.get(func)
         affine = tensors[1:] if args else [t for n, t in kwargs.items() if n in ("weight", "bias")]
-        if fast is not None and all(t is None or self._is_parameter(t) for t in affine):
+        if (
+            fast is not None
+            and tensors
+            and tensors[0] in self._dependence
+            and all(t is None or self._is_parameter(t) for t in affine)
+        ):
             output = fast(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
-        if isinstance(output, Tensor) and output.grad_fn is not None:
-            if func is not F.embedding or not self._note_shared_lookup(args, kwargs, output):
-                self._record(handler, args, kwargs, output, list(zip(tensors, nodes, strict=True)))
+        written = args[0] if func is torch.Tensor.__setitem__ else output
+        if isinstance(written, Tensor) and written.grad_fn is not None:
+            self._record(handler, args, kwargs, written, list(zip(tensors, nodes, strict=True)))
         return output
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        output: Tensor = self.__torch_function__(F.linear, (), (input, weight, bias))
-        return output
+    def _called(self, depends: bool, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call by a rewrite, which makes tensors of its arguments unseen."""
+        if depends:
+            self._dependence.mark(iter(args[:1]))
+        return self.__torch_function__(func, (), args, kwargs)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         return _differentiated(tensor) and self.parameters.view_of(tensor) is not None
 
     def _may_be_described(self, tensor: Tensor) -> bool:
         """Whether a handler may have a use for this argument."""
-        if id(tensor) in self.shared_lookups:
+        if not _differentiated(tensor):
+            return False
+        if tensor.grad_fn is not None and tensor not in self._dependence:
             return True
-        return _differentiated(tensor) and self.parameters.view_or_transpose(tensor) is not None
+        return self.parameters.view_or_transpose(tensor) is not None
 
     def _record(
         self,
@@ -235,7 +302,9 @@ class Capture(TorchFunctionMode):
         tensors: list[tuple[Tensor, Node | None]],
     ) -> None:
         call_args, shape = args, output.shape
-        if (lead := self._lead(args, output)) is not None:
+        writes = output is args[0] if args else False
+        lead = None if writes else self._lead(args, output)
+        if lead is not None:
             self._flattened[id(output)] = (output, lead)
             call_args = tuple(
                 t.reshape(*lead, *t.shape[1:]) if id(t) in self._flattened else t for t in args
@@ -245,7 +314,7 @@ class Capture(TorchFunctionMode):
         if not any(self._may_be_described(tensor) for tensor, _ in tensors):
             return
         for dim, extent in enumerate(shape):
-            if extent != self._num_sequences or (edge := _edge(output)) is None:
+            if extent != self._num_sequences or (edge := edge_of(output)) is None:
                 continue
             described = handler(
                 OpCall(call_args, kwargs, output.detach().reshape(shape), dim, self)
@@ -253,7 +322,9 @@ class Capture(TorchFunctionMode):
             known = [id(tensor) for tensor, _ in described]
             # An argument in two roles, one of them described, is left alone.
             if not described or any(
-                sum(tensor is other for other, _ in tensors) != 1 for tensor, _ in described
+                sum(tensor is other for other, _ in tensors) != 1
+                or not _describes(tensor, use, output)
+                for tensor, use in described
             ):
                 continue
             other_inputs = [
@@ -268,30 +339,14 @@ class Capture(TorchFunctionMode):
                 # Everything belongs to the one sequence, however it is read.
                 break
 
-    def _note_shared_lookup(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> bool:
-        """Remember (T, D) or (1, T, D) rows that are about to be added to every sequence."""
-        # Rows of single sequences have their dimension; those without it are shared by all.
-        extent = 1 if output.dim() == 3 else len(output)
-        if self._num_sequences == extent:
-            return False
-        plain = len(args) == 2 and all(
-            kwargs.get(key, _PLAIN[key]) == _PLAIN[key] for key in _PLAIN
-        )
-        table = self.parameters.view_of(args[1]) if plain else None
-        shared = table is not None and output.dim() in (2, 3) and output.shape[:-2] in ((), (1,))
-        if shared:
-            assert table is not None
-            self.shared_lookups[id(output)] = (output, table, args[0].reshape(-1))
-        return shared
-
     def _note_flattened(self, input: Tensor, output: Tensor) -> None:
         """Remember rows (N·T, ...) or (T·N, ...) that sequences and positions were put into."""
         n = self._num_sequences
         if output.dim() == 0 or len(output) == n or input.dim() <= output.dim():
             return
-        for count in range(2, input.dim()):
+        if input not in self._dependence:
+            return
+        for count in range(2, input.dim() + 1):
             lead = tuple(input.shape[:count])
             if math.prod(lead) == len(output) and n in lead:
                 if self.parameters.view_of(output) is None:
@@ -318,40 +373,19 @@ def _differentiated(tensor: Any) -> bool:
     return tensor._base is None or tensor.grad_fn is not None
 
 
-def _edge(output: Tensor) -> GradientEdge | None:
-    """Where the whole gradient of a call's output arrives, whatever happens to it afterwards.
-
-    That is the base's edge for a view of all of it, as F.linear returns one: writing to
-    a view in place leaves the view's own node behind. None for a view of a part.
-    """
-    base = output._base
-    if base is None:
-        return get_gradient_edge(output)
-    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    return get_gradient_edge(base) if whole and base.grad_fn is not None else None
+def _describes(tensor: Tensor, use: ParamUse, output: Tensor) -> bool:
+    """Whether a use's arithmetic is that of the call: complex numbers need conjugates."""
+    if not output.is_complex():
+        return not tensor.is_complex()
+    return tensor.is_complex() and getattr(use, "takes_complex", False)
 
 
-def params_outside(result: Tensor, ops: Iterable[CapturedOp], parameters: Parameters) -> set[str]:
-    """Names of the parameters that `result` depends on by a way that avoids every captured op.
-
-    Walks the autograd graph and steps over each op from its output to its other inputs; a
-    parameter still reached has a use that no handler saw.
-    """
-    leaves = {id(parameter): name for name, parameter in parameters.named.items()}
-    other_inputs = {op.output.node: op.other_inputs for op in ops}
-    names: set[str] = set()
-    seen: set[Node] = set()
-    stack: list[Node | None] = [result.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in other_inputs:
-            stack.extend(other_inputs[node])
-            continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) in leaves:
-            names.add(leaves[id(leaf)])
-        stack.extend(next_node for next_node, _ in node.next_functions)
-    return names
+def _check_norms(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a lookup that would shorten rows of its table, the user's weights, in place."""
+    rows = args[1].detach()[args[0]]
+    norms = torch.linalg.vector_norm(rows.float(), kwargs.get("norm_type", 2.0), dim=-1)
+    if bool((norms > kwargs["max_norm"]).any()):
+        raise InputError(
+            "model: an embedding with max_norm would change its weights in the forward pass;"
+            " shorten its rows and set max_norm to None"
+        )

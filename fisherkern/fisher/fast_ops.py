@@ -65,6 +65,10 @@ class _LayerNorm(torch.autograd.Function):
         return result.view(delta.shape), None, None, None
 
 
+# Nodes of the autograd graph at which a parameter's gradient ends.
+WITHOUT_PARAMETERS: tuple[type, ...] = (_Linear._backward_cls, _LayerNorm._backward_cls)
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, through `_Linear` in fp32 on a CPU."""
     if not suits_linear(input, weight, bias):

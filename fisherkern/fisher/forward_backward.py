@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ from fisherkern.fisher.capture import Capture, CapturedOp, structure_of
 from fisherkern.fisher.factor import ProbeVectors
 from fisherkern.fisher.layers import HANDLERS
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops
+from fisherkern.fisher.shared_tensors import EntriesCache
+from fisherkern.fisher.vjp import batched_vector_jacobians
 
 log = logging.getLogger("fisherkern")
 
@@ -61,12 +62,17 @@ class ForwardBackward:
         self._autocast = autocast
         # Indices of the ops that handlers serve, by the structure of what was captured.
         self._per_sequence: dict[tuple[Any, ...], list[int]] = {}
+        self._entries: EntriesCache = {}
         self.in_blocks = True
 
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
+        with Capture(self._parameters, 0, {}):
+            return self._called(model_input(batch))
+
+    def _called(self, given: Any) -> Tensor:
         with torch.enable_grad(), self._autocast.on():
-            return self.function(model_input(batch))
+            return self.function(given)
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
@@ -87,9 +93,10 @@ class ForwardBackward:
         return CapturedForward(index, result, ops, plan)
 
     def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp]]:
-        capture = Capture(self._parameters, n, HANDLERS)
-        with torch.enable_grad(), self._autocast.on(), capture:
-            result = self.function(model_input(batch))
+        given = model_input(batch)
+        capture = Capture(self._parameters, n, HANDLERS, given, self._entries)
+        with capture:
+            result = self._called(given)
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
         return result, capture.ops
@@ -136,22 +143,8 @@ class ForwardBackward:
                 result, outputs, given[0], retain_graph=retain, allow_unused=True
             )
             return [None if delta is None else delta[None] for delta in single]
-        absent: set[int] = set()
-
-        def gradients(probe: Tensor) -> list[Tensor]:
-            # The graph may be needed again, by one probe at a time.
-            deltas = torch.autograd.grad(
-                result, outputs, probe, retain_graph=True, allow_unused=True
-            )
-            absent.update(i for i, delta in enumerate(deltas) if delta is None)
-            return [delta for delta in deltas if delta is not None]
-
         try:
-            with warnings.catch_warnings():
-                # Of an operator that would be called for one probe after another.
-                warnings.filterwarnings("error", message=".*batching rule")
-                present = iter(torch.vmap(gradients)(given))
-            return [None if i in absent else next(present) for i in range(len(outputs))]
+            return batched_vector_jacobians([result], outputs, given)
         except torch.OutOfMemoryError:
             raise
         except Exception as reason:  # whatever a model's own backward pass may raise

@@ -93,8 +93,9 @@ class _Collector:
         self.positions: dict[str, int] = {}
 
     def add(self, batch: Any, seed: int) -> None:
-        with Capture(self._parameters, batch_size(batch), HANDLERS) as capture:
-            logits = self._model.logits(model_input(batch))
+        given = model_input(batch)
+        with Capture(self._parameters, batch_size(batch), HANDLERS, given) as capture:
+            logits = self._model.logits(given)
         ops = capture.ops
         if logits.grad_fn is None:
             return

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fisherkern import ops as kernels
 from fisherkern.adapters.parameters import Parameters, ParamView
-from fisherkern.fisher.capture import CapturedOp, ParamUse, params_outside
+from fisherkern.fisher.capture import CapturedOp, ParamUse
 from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.graph import params_outside
 from fisherkern.fisher.layers.grads import EmbeddingGrad, Joinable
+from fisherkern.fisher.layers.shared import uses_of
 from fisherkern.fisher.samplers import SoftmaxStats
 from fisherkern.fisher.schedule import stored_sequences
+from fisherkern.fisher.shared_tensors import SharedView
 from fisherkern.ops.lookup_square import LookupSegments
 
 
@@ -123,15 +126,38 @@ def make_plan(
 
     `result` (N, ...) is what the probes are applied to; `usable` as `per_sequence_ops` gives it.
     """
+    usable = _outermost(ops, usable)
     fallback = params_outside(result, [ops[i] for i in usable], parameters)
     grads: dict[ParamView, ParamGrad] = {}
     for index in usable:
         for use in ops[index].uses:
-            grad = grads.setdefault(use.param, ParamGrad(use.param, [], []))
-            grad.ops.append(index)
-            grad.uses.append(use)
+            param, uses = use.param, [use]
+            if isinstance(param, SharedView):
+                if not param.tensor.served:
+                    fallback |= set(param.tensor.names)
+                    continue
+                uses = uses_of(use, param.tensor)
+            for use in uses:
+                grad = grads.setdefault(use.param, ParamGrad(use.param, [], []))
+                grad.ops.append(index)
+                grad.uses.append(use)
     fallback |= _overlapping(list(grads))
     return Plan([g for g in grads.values() if g.param.name not in fallback], fallback)
+
+
+def _outermost(ops: Sequence[CapturedOp], usable: Sequence[int]) -> list[int]:
+    """The usable ops but for those whose output a shared tensor of another is computed from.
+
+    The gradients of that tensor's parameters come through it.
+    """
+    tensors = {
+        use.param.name: use.param.tensor
+        for index in usable
+        for use in ops[index].uses
+        if isinstance(use.param, SharedView)
+    }
+    inside = {node for tensor in tensors.values() for node in tensor.nodes}
+    return [index for index in usable if ops[index].output.node not in inside]
 
 
 def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp]) -> list[int]:

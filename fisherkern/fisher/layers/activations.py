@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Handlers, LinearFunction, Rewrite
+from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
 from fisherkern.fisher.fast_ops import apply
 
 
@@ -27,7 +27,7 @@ class _Gelu(torch.autograd.Function):
         return deltas[0] * derivative, None
 
 
-def gelu(linear: LinearFunction, input: Tensor, *, approximate: str = "none") -> Any:
+def gelu(call: CapturedCall, input: Tensor, *, approximate: str = "none") -> Any:
     return apply(_Gelu, input, approximate)
 
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import Handlers, LinearFunction, Rewrite
+from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
 from fisherkern.fisher.fast_ops import apply
 
 
 def attention(
-    linear: LinearFunction,
+    call: CapturedCall,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,21 +64,21 @@ def attention(
     ):
         return NotImplemented
     n = query.shape[1]
-    projected = _projected(linear, (query, key, value), weights, in_proj_bias)
+    projected = _projected(call, (query, key, value), weights, in_proj_bias)
     q, k, v = (p.unflatten(2, (num_heads, -1)).transpose(1, 2) for p in projected)
     if is_causal and key_padding_mask is None and not need_weights:
-        mask = None
+        masks = []
     else:
-        mask, is_causal = _merged(attn_mask, key_padding_mask, n, query.dtype), False
-    x, probabilities = _attended(q, k, v, mask, is_causal, need_weights)
+        masks, is_causal = _additive(attn_mask, key_padding_mask, n, query.dtype), False
+    x, probabilities = _attended(call, q, k, v, masks, is_causal, need_weights)
     if probabilities is not None and average_attn_weights:
         probabilities = probabilities.mean(dim=1)
-    output = linear(x.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    output = call(F.linear, x.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
     return output.transpose(0, 1), probabilities
 
 
 def _projected(
-    linear: LinearFunction,
+    call: CapturedCall,
     inputs: tuple[Tensor, Tensor, Tensor],
     weights: tuple[Tensor | None, ...],
     bias: Tensor | None,
@@ -90,48 +90,62 @@ def _projected(
         weight, width = weights[0], query.shape[2]
         assert weight is not None
         if query is key and key is value:
-            return list(linear(first[0], weight, bias).chunk(3, dim=2))
+            return list(call(F.linear, first[0], weight, bias).chunk(3, dim=2))
         sizes = [width, 2 * width] if key is value else [width] * 3
         biases = [None] * 3 if bias is None else bias.split(sizes)
         parts = zip(first, weight.split(sizes), biases, strict=False)
-        outputs = [linear(x, w, b) for x, w, b in parts]
+        outputs = [call(F.linear, x, w, b) for x, w, b in parts]
         return [outputs[0], *outputs[1].chunk(2, dim=2)] if key is value else outputs
     biases = [None] * 3 if bias is None else bias.chunk(3)
-    return [linear(x, w, b) for x, w, b in zip(first, weights, biases, strict=True)]
+    return [call(F.linear, x, w, b) for x, w, b in zip(first, weights, biases, strict=True)]
 
 
 def _attended(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, need_weights: bool
+    call: CapturedCall,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: list[Tensor],
+    is_causal: bool,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(N, H, T, d) attended, and the weights (N, H, T, S) where they are needed."""
-    if not need_weights:
+    if not (need_weights or any(mask.requires_grad for mask in masks)):
+        mask = sum(masks[1:], masks[0]) if masks else None
         return _scaled_dot_product(q, k, v, mask, is_causal, None), None
     scores = q * math.sqrt(1.0 / q.shape[3]) @ k.transpose(2, 3)
-    probabilities = torch.softmax(scores if mask is None else scores + mask, dim=3)
+    for mask in masks:
+        scores = call(torch.add, scores, mask)
+    probabilities = (torch.softmax if need_weights else _softmax)(scores, -1)
     return probabilities @ v, probabilities
 
 
-def _merged(
+def _softmax(scores: Tensor, dim: int) -> Tensor:
+    """A query that may attend to nothing gets nothing, as in PyTorch's fused attention."""
+    result: Tensor = torch.ops.aten._safe_softmax(scores, dim)
+    return result
+
+
+def _additive(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, n: int, dtype: torch.dtype
-) -> Tensor | None:
-    """One additive mask that broadcasts to (N, H, T, S)."""
+) -> list[Tensor]:
+    """Additive masks that broadcast to (N, H, T, S)."""
     parts = []
     if attn_mask is not None:
         shape = (n, -1) if attn_mask.dim() == 3 else (1, 1)
         parts.append(attn_mask.reshape(*shape, *attn_mask.shape[-2:]))
     if key_padding_mask is not None:
         parts.append(key_padding_mask[:, None, None])
-    added = [
+    return [
         torch.zeros_like(part, dtype=dtype).masked_fill_(part, -math.inf)
         if part.dtype == torch.bool
         else part
         for part in parts
     ]
-    return sum(added[1:], added[0]) if added else None
 
 
 def scaled_dot_product(
-    linear: LinearFunction,
+    call: CapturedCall,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,8 +157,8 @@ def scaled_dot_product(
 ) -> Any:
     """F.scaled_dot_product_attention of (N, H, T, d), its backward pass by `ops`.
 
-    NotImplemented where PyTorch would drop out, repeat heads or sequences, or pass a gradient on
-    to the mask.
+    A mask that learns is added by a captured call. NotImplemented where PyTorch would drop out,
+    or repeat heads or sequences.
     """
     given = (query, key, value)
     unlike = any(t.dim() != 4 or t.is_nested or t.dtype != query.dtype for t in given)
@@ -153,9 +167,12 @@ def scaled_dot_product(
         or any(t.shape[:2] != query.shape[:2] for t in given)
         or dropout_p > 0
         or enable_gqa
-        or (attn_mask is not None and (attn_mask.requires_grad or is_causal))
+        or (attn_mask is not None and is_causal)
     ):
         return NotImplemented
+    if attn_mask is not None and attn_mask.requires_grad:
+        scores = query * (query.shape[3] ** -0.5 if scale is None else scale) @ key.transpose(2, 3)
+        return _softmax(call(torch.add, scores, attn_mask), -1) @ value
     return _scaled_dot_product(query, key, value, attn_mask, is_causal, scale)
 
 
@@ -187,8 +204,7 @@ class _Attended(torch.autograd.Function):
         scores = q.transpose(1, 2) * scale @ k.permute(0, 2, 3, 1)
         if mask is not None:
             scores += mask
-        # A query that may attend to nothing gets nothing, as in PyTorch's own.
-        p: Tensor = torch.ops.aten._safe_softmax(scores, -1)
+        p = _softmax(scores, -1)
         ctx.scale = scale
         ctx.save_for_backward(p, *(tensor.contiguous() for tensor in (q, k, v)))
         return (p @ v.transpose(1, 2)).transpose(1, 2).contiguous()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ def channels_last(delta: Tensor) -> Tensor:
     return delta.flatten(3).transpose(2, 3) if delta.dim() > 3 else delta[:, :, None]
 
 
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in one dtype, fp32 or wider: autocast gives delta another than the inputs."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 @dataclasses.dataclass
 class LinearGrad:
     """W of y = x Wᵀ + b: g_n = Σ_t δ_nt x_ntᵀ."""
@@ -61,8 +69,8 @@ class LinearGrad:
         ops.segment_outer_square_(fisher, self.positions(delta), self.inputs)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        positions = self.positions(delta[None, part])[0]
-        return torch.bmm(positions.transpose(1, 2), self.inputs[part])
+        positions, inputs = widened(self.positions(delta[None, part])[0], self.inputs[part])
+        return torch.bmm(positions.transpose(1, 2), inputs)
 
     @staticmethod
     def joined(uses: Sequence[LinearGrad]) -> LinearGrad:
@@ -94,8 +102,8 @@ class GroupedConvolutionGrad:
             fisher += self.per_sequence(gradient, slice(None)).square_().sum(dim=0)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        inputs = self.inputs[part]
-        by_group = channels_last(delta[None, part])[0].unflatten(2, (inputs.shape[2], -1))
+        by_channel, inputs = widened(channels_last(delta[None, part])[0], self.inputs[part])
+        by_group = by_channel.unflatten(2, (inputs.shape[2], -1))
         g = torch.einsum("nlgo,nlgi->ngoi", by_group, inputs)
         return g.reshape(len(g), *self.param.shape)
 
@@ -116,7 +124,8 @@ class MatmulGrad:
         fisher += squares.t()
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        return torch.bmm(self.inputs[part].transpose(1, 2), by_position(delta[part], 1))
+        inputs, positions = widened(self.inputs[part], by_position(delta[part], 1))
+        return torch.bmm(inputs.transpose(1, 2), positions)
 
     @staticmethod
     def joined(uses: Sequence[MatmulGrad]) -> MatmulGrad:
@@ -126,6 +135,8 @@ class MatmulGrad:
 @dataclasses.dataclass
 class BiasGrad:
     """A summand that broadcasts (bias, learned positions): g_n is δ_n summed over the copies."""
+
+    takes_complex: ClassVar[bool] = True
 
     param: ParamView
     copies: tuple[int, ...]  # the dimensions of (N, ...) over which the parameter is repeated
@@ -137,26 +148,29 @@ class BiasGrad:
         return self._summed(delta[part])
 
     def _summed(self, delta: Tensor) -> Tensor:
-        g = delta.sum(dim=self.copies) if self.copies else delta
+        (wide,) = widened(delta)
+        g = wide.sum(dim=self.copies) if self.copies else wide
         return g.reshape(len(g), *self.param.shape)
 
 
 @dataclasses.dataclass
 class GainGrad(BiasGrad):
-    """A factor that broadcasts (gain of a norm): g_n is δ_n ∘ x_n summed over the copies."""
+    """A factor that broadcasts (gain of a norm): g_n is δ_n ∘ x̄_n summed over the copies."""
 
-    inputs: Tensor  # (N, ...), the other factor
+    inputs: Tensor  # (N, ...), the conjugate of the other factor; bool where it lets through
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        super().add_square_(fisher, delta * self.inputs)
+        (wide,) = widened(delta)
+        super().add_square_(fisher, wide * self.inputs)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        return self._summed(delta[part] * self.inputs[part])
+        (wide,) = widened(delta[part])
+        return self._summed(wide * self.inputs[part])
 
 
 @dataclasses.dataclass
 class EmbeddingGrad:
-    """SoftmaxStats of an embedding: g_n[v] = Σ_{t: id_nt = v} δ_nt, kept for the rows that occur.
+    """Lookups of an embedding: g_n[v] = Σ_{t: id_nt = v} δ_nt, kept for the rows that occur.
 
     Equal ids of one sequence form a segment, summed before squaring.
     """
@@ -187,22 +201,46 @@ class EmbeddingGrad:
 
     def sums(self, delta: Tensor) -> Tensor:
         """(U, D): the gradient of each segment's row, zero where its row is -1."""
-        flat = delta.reshape(-1, delta.shape[-1])
+        (wide,) = widened(delta)
+        flat = self.positions(wide[None]).reshape(-1, self.param.shape[1])
         sums = flat.new_zeros(len(self.row), flat.shape[1]).index_add_(0, self._segments[2], flat)
         return sums.masked_fill_((self.row < 0)[:, None], 0)
 
     def positions(self, delta: Tensor) -> Tensor:
-        return by_position(delta, 1, leading=2)
+        return delta.reshape(*delta.shape[:2], -1, self.param.shape[1])
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
-        ops.lookup_square_(fisher, delta.reshape(len(delta), -1, delta.shape[-1]), self.by_row)
+        ops.lookup_square_(fisher, self.positions(delta).flatten(1, 2), self.by_row)
 
     def per_sequence(self, delta: Tensor, part: slice) -> Tensor:
-        here = dataclasses.replace(self, ids=self.ids[part])
-        g = delta.new_zeros(len(here.ids), *self.param.shape)
-        index = (here.sequence, here.row.clamp(min=0))
-        return g.index_put_(index, here.sums(delta[part]), accumulate=True)
+        here = self.sliced(part)
+        sums = here.sums(delta[part])
+        g = sums.new_zeros(len(here.ids), *self.param.shape)
+        return g.index_put_((here.sequence, here.row.clamp(min=0)), sums, accumulate=True)
+
+    def sliced(self, part: slice) -> EmbeddingGrad:
+        """The lookups of some sequences."""
+        return dataclasses.replace(self, ids=self.ids[part])
+
+    def through(self, param: ParamView, rows: Tensor) -> EmbeddingGrad:
+        """The same lookups of `param`, whose row (V,) each row here is; -1 for none."""
+        ids = torch.cat([rows, rows.new_full((1,), -1)])[self.ids]
+        return dataclasses.replace(self, param=param, ids=ids)
 
     @staticmethod
     def joined(uses: Sequence[EmbeddingGrad]) -> EmbeddingGrad:
         return EmbeddingGrad(uses[0].param, torch.cat([use.ids for use in uses], dim=1))
+
+
+@dataclasses.dataclass
+class BagGrad(EmbeddingGrad):
+    """Bags of an embedding, the weighted sums of L lookups each: ids (N, T·L)."""
+
+    weights: Tensor  # (N, T, L)
+
+    def positions(self, delta: Tensor) -> Tensor:
+        bags = super().positions(delta)  # (R, N, T, D)
+        return (bags[:, :, :, None] * self.weights[..., None]).flatten(2, 3)
+
+    def sliced(self, part: slice) -> BagGrad:
+        return dataclasses.replace(self, ids=self.ids[part], weights=self.weights[part])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Handlers, LinearFunction, Rewrite
+from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
 from fisherkern.fisher.fast_ops import apply
 
 # The states, then the input's and the state's parts of the gates -> the next states.
@@ -171,7 +171,7 @@ def _states(
 
 
 def _run(
-    linear: LinearFunction,
+    call: CapturedCall,
     step: Step,
     input: Tensor,
     first: _State,
@@ -181,7 +181,7 @@ def _run(
     """One layer in one direction over (N, T, I): the states (N, T, H), and the last ones."""
     input_weight, state_weight, input_bias, state_bias = (*parameters, None, None)[:4]
     assert input_weight is not None and state_weight is not None
-    gi = linear(input, input_weight, input_bias)
+    gi = call(F.linear, input, input_weight, input_bias)
     gi = gi.flip(1) if backwards else gi
     with torch.no_grad():
         state, before = first, []
@@ -189,7 +189,7 @@ def _run(
             before.append(state)
             state = step(state, gates, F.linear(state[0], state_weight, state_bias))
         stacked = tuple(torch.stack(part, dim=1) for part in zip(*before, strict=True))
-    gh = linear(stacked[0], state_weight, state_bias)
+    gh = call(F.linear, stacked[0], state_weight, state_bias)
     hidden, last = _states(step, gi, gh, state_weight.detach(), stacked, first)
     return (hidden.flip(1) if backwards else hidden), last
 
@@ -198,7 +198,7 @@ def _layer(step: Step) -> Rewrite:
     """torch.gru and its kin; NotImplemented for packed sequences and projections."""
 
     def replacement(
-        linear: LinearFunction,
+        call: CapturedCall,
         input: Tensor,
         state: Any,
         weights: Any,
@@ -225,7 +225,7 @@ def _layer(step: Step) -> Rewrite:
                 index = layer * directions + direction
                 parameters = weights[index * each : (index + 1) * each]
                 first = tuple(s[index] for s in states)
-                hidden, final = _run(linear, step, x, first, parameters, direction == 1)
+                hidden, final = _run(call, step, x, first, parameters, direction == 1)
                 outputs.append(hidden)
                 last.append(final)
             x = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
@@ -239,7 +239,7 @@ def _cell(step: Step) -> Rewrite:
     """torch.gru_cell and its kin, used in the model's loops."""
 
     def replacement(
-        linear: LinearFunction,
+        call: CapturedCall,
         input: Tensor,
         state: Any,
         input_weight: Tensor,
@@ -248,8 +248,9 @@ def _cell(step: Step) -> Rewrite:
         state_bias: Tensor | None = None,
     ) -> Any:
         states = (state,) if isinstance(state, Tensor) else tuple(state)
-        gi = linear(input, input_weight, input_bias)
-        result = step(states, gi, linear(states[0], state_weight, state_bias))
+        gi = call(F.linear, input, input_weight, input_bias)
+        gh = call(F.linear, states[0], state_weight, state_bias)
+        result = step(states, gi, gh)
         return result[0] if isinstance(state, Tensor) else result
 
     return Rewrite(replacement)
