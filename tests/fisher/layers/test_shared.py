@@ -188,7 +188,7 @@ BIASES = {
     "HSTU by position": hstu_relative,
     "HSTU by both": lambda p, x, h: hstu_relative(p, x, h) + time_buckets(p, x, h),
     "T5 repeated": lambda p, x, h: t5_bias(p, x, h).expand(len(x), -1, -1, -1),
-    "time by index": lambda p, x, h: p["time"][h[:, :, None] % BUCKETS][:, None],
+    "time by index": lambda p, x, h: p["time"][h[:, None] % BUCKETS][:, None],
 }
 USED = {
     "T5": ["relative"],
