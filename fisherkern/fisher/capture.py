@@ -307,7 +307,7 @@ class Capture(TorchFunctionMode):
         if lead is not None:
             self._flattened[id(output)] = (output, lead)
             call_args = tuple(
-                t.reshape(*lead, *t.shape[1:]) if id(t) in self._flattened else t for t in args
+                self._unflattened(t, lead) if id(t) in self._flattened else t for t in args
             )
             shape = torch.Size((*lead, *output.shape[1:]))
         # Nothing to describe; most calls end here.
@@ -352,6 +352,11 @@ class Capture(TorchFunctionMode):
                 if self.parameters.view_of(output) is None:
                     self._flattened[id(output)] = (output, lead)
                 return
+
+    def _unflattened(self, tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
+        unflattened = tensor.reshape(*lead, *tensor.shape[1:])
+        self._dependence.mark(iter((unflattened,)))
+        return unflattened
 
     def _lead(self, args: tuple[Any, ...], output: Tensor) -> tuple[int, ...] | None:
         """What the first dimension of a call's output was, if it works on remembered rows."""

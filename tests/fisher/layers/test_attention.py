@@ -143,10 +143,10 @@ def test_unusual_attention_falls_back(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class AlsoElsewhere(Attention):
-    """The output weight's norm scales the result: a use that no rule sees."""
+    """The output weight in a function without a rule."""
 
     def forward(self, x: Tensor, history: Tensor) -> Tensor:
-        return super().forward(x, history) * self.attention.out_proj.weight.exp().sum()
+        return super().forward(x, history) + torch.hypot(x.sum(1), self.attention.out_proj.weight[0])
 
 
 def test_a_use_elsewhere_falls_back(caplog: pytest.LogCaptureFixture) -> None:

@@ -102,10 +102,30 @@ def test_on_any_number(name: str, size: int, caplog: pytest.LogCaptureFixture) -
     assert_right(Recommender(Bare(*BODIES[name])), caplog, history=HISTORIES[:size])
 
 
-UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
+COMPUTED: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
     "gain squared": ({"g": (4,)}, lambda p, x: (x * p["g"] * p["g"].exp()).sum(1)),
     "parameter times itself": ({"g": (4,)}, lambda p, x: x.sum(1) * (p["g"] * p["g"])),
-    "both factors of a product": ({"g": (5, 5)}, lambda p, x: (p["g"] @ p["g"] @ x).sum(1)),
+    "both factors of a product": ({"g": (5, 5)}, lambda p, x: x.mT.matmul(p["g"] @ p["g"]).sum(2)),
+    "one argument in two roles": (
+        {"g": (1, 1)},
+        lambda p, x: x.sum(1) * F.linear(p["g"], p["g"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", COMPUTED)
+def test_functions_of_a_parameter(name: str, size: int, caplog: pytest.LogCaptureFixture) -> None:
+    assert_right(Recommender(Bare(*COMPUTED[name])), caplog, history=HISTORIES[:size])
+
+
+UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
+    "a function without a rule": ({"g": (4,)}, lambda p, x: torch.hypot(x, p["g"]).sum(1)),
+    "a product on the left": ({"g": (5, 5)}, lambda p, x: (p["g"] @ x).sum(1)),
+    "a gain and a function without a rule": (
+        {"g": (4,)},
+        lambda p, x: torch.hypot(x * p["g"], p["g"]).sum(1),
+    ),
 }
 
 
@@ -113,12 +133,6 @@ UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
 def test_other_uses_fall_back(name: str, caplog: pytest.LogCaptureFixture) -> None:
     body = Bare(*UNSEEN[name])
     assert_right(Recommender(body), caplog, fallback=["body.parameter.g"])
-
-
-def test_one_argument_in_two_roles_falls_back(caplog: pytest.LogCaptureFixture) -> None:
-    """Of one sequence, so that the parameter's single row is the sequence's."""
-    body = Bare({"g": (1, 1)}, lambda p, x: x.sum(1) * F.linear(p["g"], p["g"]))
-    assert_right(Recommender(body), caplog, fallback=["body.parameter.g"], history=HISTORIES[:1])
 
 
 @pytest.mark.parametrize("name", ["time first", "scalar gain"])
