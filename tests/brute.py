@@ -21,7 +21,7 @@ def all_gradients(model: nn.Module, history: Tensor) -> tuple[Tensor, dict[str, 
             torch.autograd.grad(v, tensors, retain_graph=True, allow_unused=True) for v in log_p
         ]
         for name, tensor, column in zip(names, tensors, zip(*rows, strict=True), strict=True):
-            filled = [torch.zeros_like(tensor) if g is None else g for g in column]
+            filled = [torch.zeros_like(tensor) if g is None else g.to_dense() for g in column]
             gradients[name].append(torch.stack(filled))
     return torch.stack(probabilities), {name: torch.stack(g) for name, g in gradients.items()}
 

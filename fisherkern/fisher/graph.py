@@ -28,12 +28,13 @@ def edge_of(output: Tensor) -> GradientEdge | None:
     """Where the whole gradient of a call's output arrives, whatever happens to it afterwards.
 
     That is the base's edge for a view of all of it, as F.linear returns one: writing to
-    a view in place leaves the view's own node behind. None for a view of a part, but for a
-    repeated one, to which nobody can write.
+    a view in place leaves the view's own node behind. None for a view of a part, but for
+    those to which nobody can write: of a parameter, or with repeated entries.
     """
     base = output._base
-    repeated = any(s == 0 and e > 1 for s, e in zip(output.stride(), output.shape, strict=True))
-    if base is None or repeated:
+    if base is None or (base.is_leaf and base.requires_grad):
+        return get_gradient_edge(output)
+    if any(s == 0 and e > 1 for s, e in zip(output.stride(), output.shape, strict=True)):
         return get_gradient_edge(output)
     whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
     return get_gradient_edge(base) if whole and base.grad_fn is not None else None

@@ -15,6 +15,7 @@ from fisherkern.fisher.layers.einsum import einsum, inner
 from fisherkern.fisher.layers.grads import (
     BagGrad,
     BiasGrad,
+    ConvolutionGrad,
     EmbeddingGrad,
     GainGrad,
     LinearGrad,
@@ -63,6 +64,10 @@ def matmul(call: OpCall) -> Described:
     if len(call.args) != 2 or call.kwargs:
         return []
     input, weight = call.args
+    if input.dim() == 2 and weight.dim() == 3 and call.dim == 0:
+        # W x of every sequence: a Linear along its positions.
+        view, columns = call.view_of(input), weight.detach().transpose(1, 2)
+        return [] if view is None else [(input, ConvolutionGrad(view, columns))]
     if weight.dim() != 2 or input.dim() < 2 or call.dim == call.output.dim() - 1:
         return []
     if (view := call.transpose_of(weight)) is not None:

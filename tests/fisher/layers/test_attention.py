@@ -146,7 +146,9 @@ class AlsoElsewhere(Attention):
     """The output weight in a function without a rule."""
 
     def forward(self, x: Tensor, history: Tensor) -> Tensor:
-        return super().forward(x, history) + torch.hypot(x.sum(1), self.attention.out_proj.weight[0])
+        return super().forward(x, history) + torch.hypot(
+            x.sum(1), self.attention.out_proj.weight[0]
+        )
 
 
 def test_a_use_elsewhere_falls_back(caplog: pytest.LogCaptureFixture) -> None:

@@ -121,7 +121,6 @@ def test_functions_of_a_parameter(name: str, size: int, caplog: pytest.LogCaptur
 
 UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
     "a function without a rule": ({"g": (4,)}, lambda p, x: torch.hypot(x, p["g"]).sum(1)),
-    "a product on the left": ({"g": (5, 5)}, lambda p, x: (p["g"] @ x).sum(1)),
     "a gain and a function without a rule": (
         {"g": (4,)},
         lambda p, x: torch.hypot(x * p["g"], p["g"]).sum(1),

@@ -30,9 +30,7 @@ def masked(table: Tensor) -> Tensor:
 TABLES: dict[str, Callable[[Tensor], Tensor]] = {
     "looked up whole": lambda w: looked_up_whole(w, None),
     "with a padding row": lambda w: looked_up_whole(w, 0),
-    "RecTools": lambda w: (
-        F.dropout(torch.stack([looked_up_whole(w, 0)]).sum(0), 0.5, False) * 1.0
-    ),
+    "RecTools": lambda w: F.dropout(torch.stack([looked_up_whole(w, 0)]).sum(0), 0.5, False) * 1.0,
     "scaled": lambda w: w * 2.0,
     "masked": masked,
     "rows in another order": lambda w: w.flip(0),
