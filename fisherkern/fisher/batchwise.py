@@ -11,6 +11,7 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import model_input
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.fisher.logit_samplers import LogitStats
+from fisherkern.fisher.plain_run import run_plainly
 from fisherkern.fisher.samplers import check_softmax, sample
 from fisherkern.fisher.settings import Settings
 
@@ -31,7 +32,7 @@ def add_batchwise_(
     gradient and the captured mass (N,).
     """
     with torch.enable_grad():
-        logits = model.logits(model_input(batch))
+        logits = run_plainly(model.logits, model_input(batch))
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
     target = model.targets(batch) if settings.sampler == "target" else None
     stats = LogitStats(log_p.detach(), sequence_ids, target)
@@ -49,6 +50,6 @@ def add_batchwise_(
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
                 reached.add(name)
-                square = gradient.to(fisher[name].dtype).square().flatten()
+                square = gradient.to_dense().to(fisher[name].dtype).square().flatten()
                 fisher[name] += omega[:, j].sum().to(square.dtype) * square
     return reached, mass

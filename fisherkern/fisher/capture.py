@@ -52,14 +52,15 @@ class CapturedOp:
 
     `output` is the edge of the autograd graph at which the call's output gradient
     arrives, also when the output is overwritten in place afterwards; `shape` is the
-    output's. `other_inputs` are the nodes of the inputs that are no parameters here and
-    require a gradient.
+    output's. `described` are the nodes of the inputs that `uses` has for parameters, where they
+    are computed, `other_inputs` those of the others that require a gradient.
     """
 
     output: GradientEdge
     shape: torch.Size
     dim: int
     uses: Sequence[ParamUse]
+    described: list[Node]
     other_inputs: list[Node]
 
     def sequences_first(self, delta: Tensor) -> Tensor:
@@ -333,8 +334,9 @@ class Capture(TorchFunctionMode):
                 if id(tensor) not in known and (node is not None or tensor.is_leaf)
                 if tensor.requires_grad
             ]
+            computed = [node for t, node in tensors if id(t) in known and node is not None]
             uses = [use for _, use in described]
-            self.ops.append(CapturedOp(edge, shape, dim, uses, other_inputs))
+            self.ops.append(CapturedOp(edge, shape, dim, uses, computed, other_inputs))
             if self._num_sequences == 1:
                 # Everything belongs to the one sequence, however it is read.
                 break

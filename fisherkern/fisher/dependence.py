@@ -1,4 +1,4 @@
-"""Telling what a forward pass computes from its batch from what it computes from parameters alone."""
+"""Telling what a forward pass computes from its batch from what needs parameters alone."""
 
 from __future__ import annotations
 

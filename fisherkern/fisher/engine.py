@@ -173,7 +173,7 @@ class Engine:
             self.kept += factor.kept.double().sum()
         while forwards:
             forward = forwards.pop()  # its graph goes with it
-            self.reached |= forward.plan.reached
+            self.reached |= forward.plan.reached - forward.plan.fallback
             lookups = tied(forward)
             sums = [grad.param.of(self.fisher[grad.param.name]) for grad in forward.plan.grads]
             block = self.schedule.probe_block(forward.elements, forward.result.numel())
@@ -193,23 +193,17 @@ class Engine:
         if new := forward.plan.fallback - self.fallback:
             self.fallback |= new
             names_text = ", ".join(sorted(new))
-            log.warning("no rule for %s: one backward pass per sequence and probe", names_text)
+            log.warning("no rule for %s: a backward pass for each sequence alone", names_text)
         tensors = [self.parameters.named[name] for name in names]
         for i in forward.index.tolist():
             result = self.runner.run(batch_slice(batch, i, i + 1))
             index = torch.tensor([i], device=result.device)
-            for r in range(factor.probes):
-                gradients = torch.autograd.grad(
-                    result,
-                    tensors,
-                    factor.probe_vectors(index, slice(r, r + 1))[0].to(result.dtype),
-                    retain_graph=r + 1 < factor.probes,
-                    allow_unused=True,
-                )
+            for gradients in self.runner.gradients(result, tensors, index, factor):
                 for name, gradient in zip(names, gradients, strict=True):
                     if gradient is not None:
                         fisher = self.fisher[name]
-                        fisher += gradient.to(fisher.dtype).square().flatten()
+                        fisher += gradient.to(fisher.dtype).square().sum(dim=0).flatten()
+                        self.reached.add(name)
 
     def finish(self, num_sequences: int) -> dict[str, Tensor]:
         """The mean over the sequences, in each parameter's shape; every parameter accounted for."""

@@ -19,11 +19,13 @@ from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.capture import Capture, CapturedOp, structure_of
-from fisherkern.fisher.factor import ProbeVectors
+from fisherkern.fisher.factor import CovarianceFactor, ProbeVectors
 from fisherkern.fisher.layers import HANDLERS
+from fisherkern.fisher.plain_run import run_plainly
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops
+from fisherkern.fisher.schedule import stored_sequences
 from fisherkern.fisher.shared_tensors import EntriesCache
-from fisherkern.fisher.vjp import batched_vector_jacobians
+from fisherkern.fisher.vjp import batched_vector_jacobians, single_vector_jacobians
 
 log = logging.getLogger("fisherkern")
 
@@ -57,13 +59,15 @@ class ForwardBackward:
     def __init__(
         self, function: Callable[[Any], Tensor], parameters: Parameters, autocast: Autocast
     ) -> None:
+        _check_differentiable(parameters)
         self.function = function
         self._parameters = parameters
         self._autocast = autocast
         # Indices of the ops that handlers serve, by the structure of what was captured.
         self._per_sequence: dict[tuple[Any, ...], list[int]] = {}
         self._entries: EntriesCache = {}
-        self.in_blocks = True
+        # Whether probes go back together, through a bucket and through a sequence alone.
+        self.in_blocks = self.alone_in_blocks = True
 
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
@@ -72,7 +76,7 @@ class ForwardBackward:
 
     def _called(self, given: Any) -> Tensor:
         with torch.enable_grad(), self._autocast.on():
-            return self.function(given)
+            return run_plainly(self.function, given)
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
@@ -134,6 +138,36 @@ class ForwardBackward:
             yield span, deltas
             first = span.stop
 
+    def gradients(
+        self, result: Tensor, tensors: Sequence[Tensor], index: Tensor, factor: CovarianceFactor
+    ) -> Iterator[list[Tensor | None]]:
+        """Gradients of one sequence's probes, (R, *shape) each, in blocks; None where none comes.
+
+        `result` (1, ...) is of the sequence `index` (1,). They are held for a block of probes.
+        """
+        first, block = 0, stored_sequences(sum(tensor.numel() for tensor in tensors))
+        while first < factor.probes:
+            span = slice(first, min(first + block, factor.probes))
+            given = factor.probe_vectors(index, span).to(result.dtype)
+            together = self.alone_in_blocks and len(given) > 1
+            run = batched_vector_jacobians if together else single_vector_jacobians
+            try:
+                gradients = run([result], tensors, given)
+            except torch.OutOfMemoryError:
+                if len(given) == 1:
+                    raise
+                block = -(-len(given) // 2)
+                torch.cuda.empty_cache()
+                continue
+            except Exception as reason:  # whatever a model's own backward pass may raise
+                if not together:
+                    raise
+                log.debug("probes one at a time where no rule is: %s", reason)
+                self.alone_in_blocks = False
+                continue
+            yield gradients
+            first = span.stop
+
     def _gradients(
         self, result: Tensor, outputs: Sequence[Any], given: Tensor, retain: bool
     ) -> Sequence[Tensor | None] | None:
@@ -151,3 +185,19 @@ class ForwardBackward:
             log.debug("probes one at a time: %s", reason)
             self.in_blocks = False
             return None
+
+
+def _check_differentiable(parameters: Parameters) -> None:
+    """Raise InputError where no gradient of a parameter can come, or none that has a square."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("model: torch.inference_mode forbids gradients; call this outside of it")
+    for name, parameter in parameters.named.items():
+        if parameter.is_inference():
+            raise InputError(
+                f"model: '{name}' was made under torch.inference_mode, which forbids gradients"
+            )
+        if parameter.is_complex():
+            raise InputError(
+                f"model: '{name}' is complex; make it a real parameter (..., 2) that"
+                " torch.view_as_complex reads"
+            )

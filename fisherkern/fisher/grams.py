@@ -15,6 +15,7 @@ from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.capture import Capture
 from fisherkern.fisher.layers import HANDLERS, LinearGrad
+from fisherkern.fisher.plain_run import run_plainly
 from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.schedule import Schedule
@@ -95,7 +96,7 @@ class _Collector:
     def add(self, batch: Any, seed: int) -> None:
         given = model_input(batch)
         with Capture(self._parameters, batch_size(batch), HANDLERS, given) as capture:
-            logits = self._model.logits(given)
+            logits = run_plainly(self._model.logits, given)
         ops = capture.ops
         if logits.grad_fn is None:
             return

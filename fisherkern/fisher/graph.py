@@ -71,10 +71,10 @@ def params_outside(result: Tensor, ops: Iterable[RecordedOp], parameters: Parame
     return names
 
 
-def nodes_below(node: Node) -> dict[Node, None]:
-    """The graph that ends in `node`, in the order of a walk."""
+def nodes_below(*roots: Node) -> dict[Node, None]:
+    """The graph that ends in some nodes, these included, in the order of a walk."""
     nodes: dict[Node, None] = {}
-    stack = [node]
+    stack = list(roots)
     while stack:
         node = stack.pop()
         if node not in nodes:

@@ -15,7 +15,7 @@ from fisherkern import ops as kernels
 from fisherkern.adapters.parameters import Parameters, ParamView
 from fisherkern.fisher.capture import CapturedOp, ParamUse
 from fisherkern.fisher.factor import CovarianceFactor
-from fisherkern.fisher.graph import params_outside
+from fisherkern.fisher.graph import nodes_below, params_outside
 from fisherkern.fisher.layers.grads import EmbeddingGrad, Joinable
 from fisherkern.fisher.layers.shared import uses_of
 from fisherkern.fisher.samplers import SoftmaxStats
@@ -146,17 +146,11 @@ def make_plan(
 
 
 def _outermost(ops: Sequence[CapturedOp], usable: Sequence[int]) -> list[int]:
-    """The usable ops but for those whose output a shared tensor of another is computed from.
+    """The usable ops but for those that make what another one takes for a parameter.
 
-    The gradients of that tensor's parameters come through it.
+    The gradients of the parameters that they use come through that other one.
     """
-    tensors = {
-        use.param.name: use.param.tensor
-        for index in usable
-        for use in ops[index].uses
-        if isinstance(use.param, SharedView)
-    }
-    inside = {node for tensor in tensors.values() for node in tensor.nodes}
+    inside = nodes_below(*(node for index in usable for node in ops[index].described))
     return [index for index in usable if ops[index].output.node not in inside]
 
 

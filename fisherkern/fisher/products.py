@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size, model_input
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
+from fisherkern.fisher.plain_run import run_plainly
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
 from fisherkern.modes import eval_mode
@@ -47,7 +49,9 @@ class FisherProduct:
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self._parameters.items()
         }
-        with eval_mode(self._model.module, gradients=True), torch.enable_grad():
+        # Fused attention cannot be derived twice.
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with eval_mode(self._model.module, gradients=True), torch.enable_grad(), plain:
             for batch in self._batches:
                 for name, part in zip(total, self._of_batch(batch, direction), strict=True):
                     total[name] += part
@@ -56,7 +60,7 @@ class FisherProduct:
     def _of_batch(self, batch: Any, direction: list[Tensor]) -> tuple[Tensor, ...]:
         """sum_n J_n^T C_n J_n v of the logits, C_n = diag(p_n) - p_n p_n^T."""
         parameters = list(self._parameters.values())
-        logits = self._model.logits(model_input(batch))
+        logits = run_plainly(self._model.logits, model_input(batch))
         # J^T u is linear in u, so its derivative along v, in u, is J v: two backward passes
         # instead of a forward-mode derivative, which not every operation has.
         u = torch.zeros_like(logits, requires_grad=True)
@@ -85,8 +89,8 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
     sampler="exact")`. A product costs about three backward passes over the data.
 
     Args:
-        model: As for `diag_fisher`. It must be differentiable twice (fused attention kernels
-            are not) and may not be changed while the product is used.
+        model: As for `diag_fisher`. It must be differentiable twice (fused attention is
+            computed unfused) and may not be changed while the product is used.
         loader: As for `diag_fisher`. Batches are read once and kept, so that every product sees
             the same ones.
         chunk: Sequences worked on at once (default: the loader's batch). Their logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 
@@ -34,17 +35,10 @@ def batched_vector_jacobians(
     return [None if i in absent else next(present) for i in range(len(inputs))]
 
 
-def vector_jacobians(
+def single_vector_jacobians(
     outputs: Sequence[Place], inputs: Sequence[Place], given: Tensor
 ) -> list[Tensor | None]:
-    """The same, one vector after another where they cannot go together; gradients are dense."""
-    if len(given) > 1:
-        try:
-            return batched_vector_jacobians(outputs, inputs, given)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a model's own backward pass may raise
-            pass
+    """The same, one vector after another; sparse gradients become dense."""
     rows = [
         torch.autograd.grad(outputs, inputs, [vector], retain_graph=True, allow_unused=True)
         for vector in given
@@ -53,3 +47,13 @@ def vector_jacobians(
         None if column[0] is None else torch.stack([gradient.to_dense() for gradient in column])
         for column in zip(*rows, strict=True)
     ]
+
+
+def vector_jacobians(
+    outputs: Sequence[Place], inputs: Sequence[Place], given: Tensor
+) -> list[Tensor | None]:
+    """The same, together where they can go together."""
+    if len(given) > 1:
+        with contextlib.suppress(Exception):  # whatever a model's own backward pass may raise
+            return batched_vector_jacobians(outputs, inputs, given)
+    return single_vector_jacobians(outputs, inputs, given)

@@ -183,6 +183,8 @@ def _run(
     assert input_weight is not None and state_weight is not None
     gi = call(F.linear, input, input_weight, input_bias)
     gi = gi.flip(1) if backwards else gi
+    # Under autocast the gates are narrower than the weights, and PyTorch's states with them.
+    first = tuple(state.to(gi.dtype) for state in first)
     with torch.no_grad():
         state, before = first, []
         for gates in gi.unbind(dim=1):
@@ -190,7 +192,7 @@ def _run(
             state = step(state, gates, F.linear(state[0], state_weight, state_bias))
         stacked = tuple(torch.stack(part, dim=1) for part in zip(*before, strict=True))
     gh = call(F.linear, stacked[0], state_weight, state_bias)
-    hidden, last = _states(step, gi, gh, state_weight.detach(), stacked, first)
+    hidden, last = _states(step, gi, gh, state_weight.detach().to(gi.dtype), stacked, first)
     return (hidden.flip(1) if backwards else hidden), last
 
 

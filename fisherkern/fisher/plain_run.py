@@ -1,0 +1,73 @@
+"""Running a model eagerly and with its whole graph, whatever it asks for by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor
+
+_lock = threading.Lock()
+_running = 0
+_changes = contextlib.ExitStack()
+
+
+class _NoCheckpoint:
+    """In the place of `CheckpointFunction`."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _no_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """In the place of the generator around a checkpoint without reentry."""
+    yield
+
+
+_STAND_INS = {
+    "CheckpointFunction": _NoCheckpoint,
+    "_checkpoint_without_reentrant_generator": _no_checkpoint,
+}
+
+
+def _change_torch() -> None:
+    for name, stand_in in _STAND_INS.items():
+        _changes.callback(setattr, checkpointing, name, getattr(checkpointing, name))
+        setattr(checkpointing, name, stand_in)
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+        _changes.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Let `torch.utils.checkpoint` keep everything, and compiled parts run uncompiled.
+
+    A checkpoint's second computation would run without the capture and save other tensors than
+    the first, once for every block of probes; a reentrant one has no gradient to its inputs at
+    all. A compiler would trace the capture. Other threads have it so too in the meantime: the
+    same numbers, for more memory or time.
+    """
+    global _running
+    with _lock:
+        if _running == 0:
+            _change_torch()
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                _changes.close()
+
+
+def run_plainly(function: Callable[[Any], Tensor], given: Any) -> Tensor:
+    """function(given), `plainly`."""
+    with plainly():
+        return function(given)
