@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-Place = Tensor | GradientEdge
+# Of a graph: tensors or edges, not both.
+Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
 def batched_vector_jacobians(
-    outputs: Sequence[Place], inputs: Sequence[Place], given: Tensor
+    outputs: Places, inputs: Places, given: Tensor
 ) -> list[Tensor | None]:
     """Gradients (R, ...) at `inputs` for R gradients `given` (R, ...) of the one output.
 
@@ -36,7 +37,7 @@ def batched_vector_jacobians(
 
 
 def single_vector_jacobians(
-    outputs: Sequence[Place], inputs: Sequence[Place], given: Tensor
+    outputs: Places, inputs: Places, given: Tensor
 ) -> list[Tensor | None]:
     """The same, one vector after another; sparse gradients become dense."""
     rows = [
@@ -50,7 +51,7 @@ def single_vector_jacobians(
 
 
 def vector_jacobians(
-    outputs: Sequence[Place], inputs: Sequence[Place], given: Tensor
+    outputs: Places, inputs: Places, given: Tensor
 ) -> list[Tensor | None]:
     """The same, together where they can go together."""
     if len(given) > 1:

@@ -275,39 +275,35 @@ def test_inference_mode_is_refused() -> None:
 class Autocast(nn.Module):
     """GPT-2 as it is trained: a tied table, and bf16 inside the model's own forward pass."""
 
-    def __init__(self, body: str, enabled: bool) -> None:
+    def __init__(self, body: str) -> None:
         super().__init__()
         self.items = nn.Embedding(NUM_ITEMS + 1, 8)
         self.body = nn.GRU(8, 8, batch_first=True) if body == "gru" else nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
         self.gain = nn.Parameter(torch.ones(8))
-        self.kind, self.enabled = body, enabled
 
     def forward(self, history: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             x = self.items(history)
-            if self.kind == "gru":
-                x = self.body(x.to(torch.bfloat16) if self.enabled else x)[0]
+            if isinstance(self.body, nn.GRU):
+                x = self.body(x.to(torch.bfloat16))[0]
             else:
                 x = F.gelu(self.body(x))
             x = self.norm(x).sum(1) * self.gain
-            logits = F.linear(x, self.items.weight)
-        return logits.float() if self.enabled else logits
+            return F.linear(x, self.items.weight).float()
 
 
 @pytest.mark.parametrize("body", ["linear", "gru"])
 @pytest.mark.parametrize("sampler", ["exact", "topk"])
 def test_autocast_inside_the_model(body: str, sampler: str) -> None:
+    """To the rounding of brute force in bf16, which is as far from float64."""
     torch.manual_seed(0)
-    model = Autocast(body, True).eval()
-    plain = Autocast(body, False).eval()
-    plain.load_state_dict(model.state_dict())
-    plain = plain.double()
-    p, gradients = brute.all_gradients(plain, HISTORIES)
+    model = Autocast(body).eval()
+    p, gradients = brute.all_gradients(model, HISTORIES)
     fisher = fk.diag_fisher(model, [HISTORIES], sampler=sampler, k=NUM_ITEMS + 1, progress=False)
     for name, expected in brute.fisher(gradients, p).items():
         assert fisher[name].dtype == torch.float32
-        assert float((fisher[name] - expected).norm()) <= 0.03 * float(expected.norm()), name
+        assert float((fisher[name] - expected).norm()) <= 0.02 * float(expected.norm()), name
 
 
 @pytest.mark.parametrize("part", ["model", "body", "in place"])
