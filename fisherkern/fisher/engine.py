@@ -67,7 +67,7 @@ class Engine:
         self.runner = self._runner(model.logits)
         self.reached: set[str] = set()
         self.fallback: set[str] = set()
-        self.probes = 0
+        self.probes = self.num_items = 0
         # Sums over the sequences, on the device: a number read back is waited for.
         self.mass = torch.zeros((), dtype=torch.float64, device=self.device)
         self.kept = torch.zeros_like(self.mass)
@@ -77,8 +77,9 @@ class Engine:
 
     def _start(self, batch: Any) -> None:
         """Find the output layer on the first batch, and check what the model is asked."""
-        with self.autocast.on():
+        with self.autocast.on(), torch.no_grad():
             self.model = self.model.with_output_layer(batch)
+            self.num_items = self.model.logits(batch_slice(batch, 0, 1)).shape[1]
         if self.settings.reduction == "sequence" and self.model.encode is not None:
             self.by_logits, self.runner = False, self._runner(self.model.encode)
 

@@ -46,6 +46,13 @@ class PlainModule(Library):
         found = field(batch, _LABELS)
         return found[1] if found is not None and found[1].dim() == 2 else None
 
+    def pad_id(self, module: Any) -> int | None:
+        if describes_itself(module):
+            return 0
+        tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+        padded = [part for part in tables if part.padding_idx is not None]
+        return max(padded, key=lambda part: part.num_embeddings).padding_idx if padded else None
+
     def first_column(self, module: Any) -> int:
         return int(_declared(module, "first_item", 0))
 
