@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.batches import batch_slice, model_input
+from fisherkern.adapters.batches import batch_slice
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
@@ -72,11 +72,11 @@ class ForwardBackward:
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
         with Capture(self._parameters, 0, {}):
-            return self._called(model_input(batch))
+            return self._called(batch)
 
-    def _called(self, given: Any) -> Tensor:
+    def _called(self, batch: Any) -> Tensor:
         with torch.enable_grad(), self._autocast.on():
-            return run_plainly(self.function, given)
+            return run_plainly(self.function, batch)
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
@@ -97,10 +97,8 @@ class ForwardBackward:
         return CapturedForward(index, result, ops, plan)
 
     def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp]]:
-        given = model_input(batch)
-        capture = Capture(self._parameters, n, HANDLERS, given, self._entries)
-        with capture:
-            result = self._called(given)
+        with Capture(self._parameters, n, HANDLERS, batch, self._entries) as capture:
+            result = self._called(batch)
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
         return result, capture.ops

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from fisherkern.errors import InputError
 from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
-from fisherkern.members.checks import check_config
+from fisherkern.members.checks import check_settings
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -211,8 +210,7 @@ def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
                 raise InputError(
                     f"{other.path}: tensor {name!r} is {own_kind} and in {first.path} {kind}"
                 )
-    configs: list[Any] = [SimpleNamespace(config=file.about.get("config")) for file in files]
-    check_config(configs)
+    check_settings([file.about.get("config") for file in files])
 
 
 def _read_about(
