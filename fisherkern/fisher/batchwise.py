@@ -10,7 +10,6 @@ from torch import Tensor
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.fisher.logit_samplers import LogitStats
-from fisherkern.fisher.plain_run import run_plainly
 from fisherkern.fisher.samplers import check_softmax, sample
 from fisherkern.fisher.settings import Settings
 
@@ -31,7 +30,7 @@ def add_batchwise_(
     gradient and the captured mass (N,).
     """
     with torch.enable_grad():
-        logits = run_plainly(model.logits, batch)
+        logits = model.logits(batch)
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
     target = model.targets(batch) if settings.sampler == "target" else None
     stats = LogitStats(log_p.detach(), sequence_ids, target)

@@ -23,10 +23,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.adapters.parameters import Parameters, ParamView
-from fisherkern.errors import InputError
 from fisherkern.fisher import fast_ops
 from fisherkern.fisher.dependence import BatchDependence
 from fisherkern.fisher.graph import edge_of
+from fisherkern.fisher.plain_run import without_max_norm
 from fisherkern.fisher.shared_tensors import EntriesCache, SharedTensor
 
 
@@ -193,7 +193,7 @@ class Capture(TorchFunctionMode):
         self.parameters = parameters
         # The recorded ops, in the order of the calls.
         self.ops: list[CapturedOp] = []
-        self._dependence = BatchDependence(batch)
+        self._dependence = BatchDependence(batch, num_sequences)
         self._shared: dict[tuple[Node, int], SharedTensor] = {}
         self._entries: EntriesCache = {} if entries is None else entries
         # Tensors (N·T, ...) or (T·N, ...), by id: the tensor, and what its first dimension was.
@@ -208,10 +208,7 @@ class Capture(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("max_norm") is not None:
-            _check_norms(args, kwargs)
-            kwargs = {**kwargs, "max_norm": None}
+        kwargs = without_max_norm(args, kwargs or {})
         handler = self._handlers.get(func)
         if handler is None or isinstance(handler, Rewrite):
             output = self._unrecorded(handler, func, args, kwargs)
@@ -280,7 +277,7 @@ class Capture(TorchFunctionMode):
     def _called(self, depends: bool, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A call by a rewrite, which makes tensors of its arguments unseen."""
         if depends:
-            self._dependence.mark(iter(args[:1]))
+            self._dependence.note(args[:1], True)
         return self.__torch_function__(func, (), args, kwargs)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
@@ -357,7 +354,7 @@ class Capture(TorchFunctionMode):
 
     def _unflattened(self, tensor: Tensor, lead: tuple[int, ...]) -> Tensor:
         unflattened = tensor.reshape(*lead, *tensor.shape[1:])
-        self._dependence.mark(iter((unflattened,)))
+        self._dependence.note([unflattened], True)
         return unflattened
 
     def _lead(self, args: tuple[Any, ...], output: Tensor) -> tuple[int, ...] | None:
@@ -385,14 +382,3 @@ def _describes(tensor: Tensor, use: ParamUse, output: Tensor) -> bool:
     if not output.is_complex():
         return not tensor.is_complex()
     return tensor.is_complex() and getattr(use, "takes_complex", False)
-
-
-def _check_norms(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a lookup that would shorten rows of its table, the user's weights, in place."""
-    rows = args[1].detach()[args[0]]
-    norms = torch.linalg.vector_norm(rows.float(), kwargs.get("norm_type", 2.0), dim=-1)
-    if bool((norms > kwargs["max_norm"]).any()):
-        raise InputError(
-            "model: an embedding with max_norm would change its weights in the forward pass;"
-            " shorten its rows and set max_norm to None"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,28 +34,32 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 
 
 class BatchDependence:
-    """Which tensors of a forward pass come from its batch.
+    """Which tensors of a forward pass come from its batch of `num_sequences`.
 
-    A tensor that escapes notice (through `.tolist()`, say) only costs time: the calls that use
-    it as a parameter are squared by a longer way or take the fallback. A batch without tensors
-    makes everything depend on it.
+    A tensor that nobody saw being made counts as the batch's if it has a row for each sequence.
+    One that escapes notice all the same only costs time: the calls that use it as a parameter
+    are squared by a longer way or take the fallback. Without a batch everything depends on it.
     """
 
-    def __init__(self, batch: Any) -> None:
-        self._marked: dict[int, weakref.ref[Tensor]] = {}
-        self.mark(tensors_in(batch))
-        self._everything = not self._marked
+    def __init__(self, batch: Any, num_sequences: int) -> None:
+        self._everything = batch is None
+        self._num_sequences = num_sequences
+        # By id: the tensor, and whether it comes from the batch.
+        self._known: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self.note(tensors_in(batch), True)
 
     def __contains__(self, tensor: Tensor) -> bool:
         if self._everything:
             return True
-        mark = self._marked.get(id(tensor))
-        return mark is not None and mark() is tensor
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        return not tensor.requires_grad and tensor.shape[:1] == (self._num_sequences,)
 
-    def mark(self, tensors: Iterator[Tensor]) -> None:
-        """Count these among the batch's."""
+    def note(self, tensors: Iterable[Tensor], depends: bool) -> None:
+        """Remember of these whether they come from the batch."""
         for tensor in tensors:
-            self._marked[id(tensor)] = weakref.ref(tensor)
+            self._known[id(tensor)] = weakref.ref(tensor), depends
 
     def follow(
         self,
@@ -64,13 +68,13 @@ class BatchDependence:
         kwargs: Mapping[str, Any],
         output: Any,
     ) -> None:
-        """Mark what a call made, if any of its arguments depends on the batch."""
+        """Note what a call made: the batch's, if any of its arguments is."""
         if self._everything or isinstance(output, (torch.Size, torch.dtype, torch.device, int)):
             return
-        if function in _FROM_OUTSIDE or self.among(args, kwargs):
-            self.mark(tensors_in(output, 2))
-            if output is None and args and isinstance(args[0], Tensor):
-                self.mark(iter(args[:1]))  # written in place
+        depends = function in _FROM_OUTSIDE or self.among(args, kwargs)
+        if output is None and args and isinstance(args[0], Tensor):
+            output = args[0] if depends else None  # written in place
+        self.note(tensors_in(output, 2), depends)
 
     def among(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether an argument of a call depends on the batch."""

@@ -12,6 +12,7 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
+from fisherkern.fisher.plain_run import plainly
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
 from fisherkern.modes import eval_mode
@@ -108,7 +109,7 @@ def diag_fisher(
         raise InputError("model: it has no trainable parameter")
     count = 0
     bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
-    with use_backend(backend), eval_mode(adapter.module, gradients=True):
+    with use_backend(backend), eval_mode(adapter.module, gradients=True), plainly():
         for batch in bar:
             count += engine.add_batch(batch, count)
     if count == 0:

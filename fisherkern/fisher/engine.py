@@ -21,6 +21,7 @@ from fisherkern.fisher.batchwise import add_batchwise_
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.forward_backward import CapturedForward, ForwardBackward
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
+from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import TiedEmbeddingGrad, tied_embedding_grads
 from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
 from fisherkern.fisher.schedule import Schedule
@@ -77,7 +78,7 @@ class Engine:
 
     def _start(self, batch: Any) -> None:
         """Find the output layer on the first batch, and check what the model is asked."""
-        with self.autocast.on(), torch.no_grad():
+        with self.autocast.on(), torch.no_grad(), NormGuard():
             self.model = self.model.with_output_layer(batch)
             self.num_items = self.model.logits(batch_slice(batch, 0, 1)).shape[1]
         if self.settings.reduction == "sequence" and self.model.encode is not None:

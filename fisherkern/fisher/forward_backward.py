@@ -21,7 +21,7 @@ from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.capture import Capture, CapturedOp, structure_of
 from fisherkern.fisher.factor import CovarianceFactor, ProbeVectors
 from fisherkern.fisher.layers import HANDLERS
-from fisherkern.fisher.plain_run import run_plainly
+from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops
 from fisherkern.fisher.schedule import stored_sequences
 from fisherkern.fisher.shared_tensors import EntriesCache
@@ -71,12 +71,12 @@ class ForwardBackward:
 
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
-        with Capture(self._parameters, 0, {}):
+        with NormGuard():
             return self._called(batch)
 
     def _called(self, batch: Any) -> Tensor:
         with torch.enable_grad(), self._autocast.on():
-            return run_plainly(self.function, batch)
+            return self.function(batch)
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""

@@ -15,7 +15,7 @@ from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.capture import Capture
 from fisherkern.fisher.layers import HANDLERS, LinearGrad
-from fisherkern.fisher.plain_run import run_plainly
+from fisherkern.fisher.plain_run import plainly
 from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.schedule import Schedule
@@ -65,7 +65,7 @@ def linear_grams(
     adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
     collector = _Collector(adapter)
     count = 0
-    with eval_mode(adapter.module, gradients=True), torch.enable_grad():
+    with eval_mode(adapter.module, gradients=True), torch.enable_grad(), plainly():
         for module in adapter.module.modules():
             # Such attention multiplies weights by other things than inputs, but not in training.
             if getattr(module, "absorbs_projections", False):
@@ -96,7 +96,7 @@ class _Collector:
 
     def add(self, batch: Any, seed: int) -> None:
         with Capture(self._parameters, batch_size(batch), HANDLERS, batch) as capture:
-            logits = run_plainly(self._model.logits, batch)
+            logits = self._model.logits(batch)
         ops = capture.ops
         if logits.grad_fn is None:
             return

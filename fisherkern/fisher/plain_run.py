@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
-from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fisherkern.errors import InputError
 
 _lock = threading.Lock()
 _running = 0
@@ -67,7 +69,29 @@ def plainly() -> Iterator[None]:
                 _changes.close()
 
 
-def run_plainly(function: Callable[[Any], Tensor], given: Any) -> Tensor:
-    """function(given), `plainly`."""
-    with plainly():
-        return function(given)
+class NormGuard(TorchFunctionMode):
+    """Refuses lookups that would shorten rows of their table, the user's weights, in place."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **without_max_norm(args, kwargs or {}))
+
+
+def without_max_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keywords of a lookup that changes nothing; of any other call those that it has."""
+    if kwargs.get("max_norm") is None:
+        return kwargs
+    rows = args[1].detach()[args[0]]
+    norms = torch.linalg.vector_norm(rows.float(), kwargs.get("norm_type", 2.0), dim=-1)
+    # PyTorch leaves a row at the norm, but for its rounding, as it is.
+    if bool((norms > kwargs["max_norm"] * (1 + 1e-6)).any()):
+        raise InputError(
+            "model: an embedding with max_norm would change its weights in the forward pass;"
+            " shorten its rows and set max_norm to None"
+        )
+    return {**kwargs, "max_norm": None}

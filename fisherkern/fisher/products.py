@@ -13,7 +13,7 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.plain_run import run_plainly
+from fisherkern.fisher.plain_run import NormGuard, plainly
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
 from fisherkern.modes import eval_mode
@@ -50,8 +50,9 @@ class FisherProduct:
             for name, p in self._parameters.items()
         }
         # Fused attention cannot be derived twice.
-        plain = sdpa_kernel(SDPBackend.MATH)
-        with eval_mode(self._model.module, gradients=True), torch.enable_grad(), plain:
+        unfused = sdpa_kernel(SDPBackend.MATH)
+        mode = eval_mode(self._model.module, gradients=True)
+        with mode, torch.enable_grad(), plainly(), unfused:
             for batch in self._batches:
                 for name, part in zip(total, self._of_batch(batch, direction), strict=True):
                     total[name] += part
@@ -60,7 +61,8 @@ class FisherProduct:
     def _of_batch(self, batch: Any, direction: list[Tensor]) -> tuple[Tensor, ...]:
         """sum_n J_n^T C_n J_n v of the logits, C_n = diag(p_n) - p_n p_n^T."""
         parameters = list(self._parameters.values())
-        logits = run_plainly(self._model.logits, batch)
+        with NormGuard():
+            logits = self._model.logits(batch)
         # J^T u is linear in u, so its derivative along v, in u, is J v: two backward passes
         # instead of a forward-mode derivative, which not every operation has.
         u = torch.zeros_like(logits, requires_grad=True)

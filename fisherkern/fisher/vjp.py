@@ -14,9 +14,7 @@ from torch.autograd.graph import GradientEdge
 Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
-def batched_vector_jacobians(
-    outputs: Places, inputs: Places, given: Tensor
-) -> list[Tensor | None]:
+def batched_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
     """Gradients (R, ...) at `inputs` for R gradients `given` (R, ...) of the one output.
 
     By `torch.vmap`, whose reasons against a graph are raised; None for an input that gets no
@@ -36,9 +34,7 @@ def batched_vector_jacobians(
     return [None if i in absent else next(present) for i in range(len(inputs))]
 
 
-def single_vector_jacobians(
-    outputs: Places, inputs: Places, given: Tensor
-) -> list[Tensor | None]:
+def single_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
     """The same, one vector after another; sparse gradients become dense."""
     rows = [
         torch.autograd.grad(outputs, inputs, [vector], retain_graph=True, allow_unused=True)
@@ -50,9 +46,7 @@ def single_vector_jacobians(
     ]
 
 
-def vector_jacobians(
-    outputs: Places, inputs: Places, given: Tensor
-) -> list[Tensor | None]:
+def vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
     """The same, together where they can go together."""
     if len(given) > 1:
         with contextlib.suppress(Exception):  # whatever a model's own backward pass may raise

@@ -28,7 +28,7 @@ def test_output_layers_are_found(kind: type[Body]) -> None:
     assert_equal(fisher, expected(model))
     split = fk.adapt(model, example=HISTORIES).head is not None
     assert split == (kind is not Bent)
-    assert fisher.meta["probes"] == (6 if split and kind is not WholeTable else COLUMNS)
+    assert fisher.meta["probes"] == (6 if split else COLUMNS)
 
 
 class Random(Linear):
