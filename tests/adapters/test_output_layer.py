@@ -12,7 +12,6 @@ from helpers.strangers import (
     Body,
     Linear,
     Scaled,
-    WholeTable,
     expected,
 )
 from models import HISTORIES, shaken

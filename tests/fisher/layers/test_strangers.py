@@ -280,7 +280,7 @@ class Autocast(nn.Module):
         self.items = nn.Embedding(NUM_ITEMS + 1, 8)
         self.body = nn.GRU(8, 8, batch_first=True) if body == "gru" else nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
-        self.gain = nn.Parameter(torch.ones(8))
+        self.gain = nn.Parameter(torch.full((8,), 0.1))  # small logits, little rounding
         self.wide = False
 
     def forward(self, history: Tensor) -> Tensor:
