@@ -269,9 +269,12 @@ class Capture(TorchFunctionMode):
             output = fast(*args, **kwargs)
         else:
             output = func(*args, **kwargs)
-        written = args[0] if func is torch.Tensor.__setitem__ else output
-        if isinstance(written, Tensor) and written.grad_fn is not None:
-            self._record(handler, args, kwargs, written, list(zip(tensors, nodes, strict=True)))
+        before = list(zip(tensors, nodes, strict=True))
+        if func is torch.Tensor.__setitem__:
+            # The index is of the rows as they are.
+            self._record(handler, args, kwargs, args[0], before, None)
+        elif isinstance(output, Tensor):
+            self._record(handler, args, kwargs, output, before, self._lead(args, output))
         return output
 
     def _called(self, depends: bool, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -298,10 +301,11 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any],
         output: Tensor,
         tensors: list[tuple[Tensor, Node | None]],
+        lead: tuple[int, ...] | None,
     ) -> None:
+        if output.grad_fn is None:
+            return
         call_args, shape = args, output.shape
-        writes = output is args[0] if args else False
-        lead = None if writes else self._lead(args, output)
         if lead is not None:
             self._flattened[id(output)] = (output, lead)
             call_args = tuple(

@@ -36,6 +36,18 @@ def written(x: Tensor, index: object, row: Tensor) -> Tensor:
     return torch.tanh(x).sum(1)
 
 
+def written_rows(x: Tensor, history: Tensor, row: Tensor) -> Tensor:
+    rows = x.reshape(-1, 4) * 1
+    rows[history.view(-1) == 0] = row
+    return torch.tanh(rows.view(x.shape)).sum(1)
+
+
+def added_to_rows(x: Tensor, row: Tensor) -> Tensor:
+    rows = x.reshape(-1, 4) * 1
+    rows += row
+    return torch.tanh(rows.view(x.shape)).sum(1)
+
+
 def last(history: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(len(history)), (history != 0).sum(1) - 1
 
@@ -114,6 +126,7 @@ BODIES: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
         {"e": (3, 2, 4)},
         lambda p, x, h: (x[:, :, None] * p["e"][h % 3]).sum((1, 2)),
     ),
+    "added to rows in place": ({"r": (4,)}, lambda p, x, h: added_to_rows(x, p["r"])),
     "subtracted": ({"r": (4,)}, lambda p, x, h: torch.tanh(x - p["r"]).sum(1)),
     "subtracted from": ({"r": (4,)}, lambda p, x, h: torch.tanh(p["r"] - x).sum(1)),
     "added and subtracted": (
@@ -133,6 +146,7 @@ def test_spellings(name: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 UNSEEN: dict[str, tuple[dict[str, tuple[int, ...]], Body]] = {
+    "assigned to flattened rows": ({"w": (4,)}, lambda p, x, h: written_rows(x, h, p["w"])),
     "einsum, a weight of each head": (
         {"w": (2, 2, 2)},
         lambda p, x, h: (
