@@ -31,7 +31,7 @@ class Recurrent(nn.Module):
     def forward(self, history: Tensor) -> Tensor:
         x = self.twice(torch.tanh(self.twice(self.items(history))))
         x = self.conv(x.transpose(1, 2)).transpose(1, 2)
-        return self.decoder(self.gru(x)[0][:, -1] * self.scale.exp())
+        return self.decoder(torch.hypot(self.gru(x)[0][:, -1], self.scale))
 
 
 class Transformer(nn.Module):
