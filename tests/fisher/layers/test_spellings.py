@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +10,8 @@ import torch.nn.functional as F
 from helpers.layers import SIZES, Recommender, assert_right
 from models import HISTORIES, NUM_ITEMS
 from torch import Tensor, nn
+
+import fisherkern as fk
 
 Body = Callable[[nn.ParameterDict, Tensor, Tensor], Tensor]
 W = {"w": (4, 4)}
@@ -231,19 +232,18 @@ def test_bags_of_positions(size: int, caplog: pytest.LogCaptureFixture) -> None:
     assert_right(Recommender(BagsOfPositions()), caplog, history=HISTORIES[:size])
 
 
-@pytest.mark.parametrize("used", ["bag", "embedding"])
-def test_sparse_gradients_of_the_fallback(used: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_sparse_gradients_of_the_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    """By a function without a handler, torch.embedding itself."""
+
     class Sparse(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            kind = nn.EmbeddingBag if used == "bag" else nn.Embedding
-            self.table = kind(NUM_ITEMS + 1, 4, sparse=True, scale_grad_by_freq=False)
+            self.table = nn.Parameter(torch.zeros(NUM_ITEMS + 1, 4))
 
         def forward(self, x: Tensor, history: Tensor) -> Tensor:
-            y = self.table(history) if used == "bag" else self.table(history).sum(1)
-            return x.sum(1) + torch.hypot(y, self.table.weight[0])
+            return torch.tanh(x + torch.embedding(self.table, history, sparse=True)).sum(1)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = ["body.table.weight"]
-        assert_right(Recommender(Sparse()), caplog, fallback=names, history=HISTORIES[:3])
+    assert_right(Recommender(Sparse()), caplog, fallback=["body.table"], history=HISTORIES[:3])
+    settings = {"k": 3, "reduction": "batchwise", "progress": False}
+    fisher = fk.diag_fisher(Recommender(Sparse()), [HISTORIES[:1]], **settings)
+    assert fisher["body.table"].layout == torch.strided

@@ -204,6 +204,26 @@ def test_quantised_layers_are_refused(tied: bool) -> None:
         fk.diag_fisher(model, [HISTORIES], progress=False, k=3)
 
 
+def test_a_function_without_a_derivative_is_refused() -> None:
+    """As the kernels of quantised layers are, of each sequence alone."""
+    library = torch.library.Library("fisherkern_tests", "FRAGMENT")
+    library.define("halved(Tensor x) -> Tensor")
+    library.impl("halved", lambda x: x.detach() / 2, "CPU")
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor, history: Tensor) -> Tensor:
+            return torch.ops.fisherkern_tests.halved(x.sum(1)) * self.gain
+
+    model = Recommender(Body())
+    model.decoder.weight = model.items.weight  # whose own gradient is not all of it
+    with pytest.raises(InputError, match=r"no gradient comes back to items\.weight through"):
+        fk.diag_fisher(model, [HISTORIES], progress=False, k=3)
+
+
 def test_a_gradient_that_never_comes_is_missed() -> None:
     """The graph touches a parameter whose gradient a function withholds."""
 
