@@ -13,8 +13,11 @@ from helpers.fisher import assert_equal
 from helpers.layers import SIZES, Recommender, assert_right
 from models import HISTORIES, NUM_ITEMS, shaken
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 import fisherkern as fk
+from fisherkern.adapters.parameters import Parameters
+from fisherkern.fisher.shared_tensors import SharedTensor
 
 ROWS, WIDTH, LENGTH = NUM_ITEMS + 1, 4, 5
 
@@ -291,3 +294,41 @@ def test_one_table_in_two_shapes(caplog: pytest.LogCaptureFixture) -> None:
             return torch.tanh(x + F.embedding(time(x), self.position)).sum(1)
 
     assert_right(Recommender(Both()), caplog, fallback=["body.position"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1.37])
+def test_entries_are_found_in_every_type(dtype: torch.dtype, scale: float) -> None:
+    """Of a table with more entries than narrow types can count, rows in any order."""
+    table = nn.Parameter(torch.randn(613, 11).to(dtype))
+    order = torch.randperm(613, generator=torch.Generator().manual_seed(0))[:400]
+    shared = F.embedding(order, table, padding_idx=int(order[7])) * scale
+    module = nn.ParameterList([table])
+    tensor = SharedTensor("S", get_gradient_edge(shared), shared, Parameters(module), {})
+    entries = tensor.entries("0")
+    assert entries is not None and entries.once
+    expected = order[:, None] * 11 + torch.arange(11)
+    passes = torch.arange(400) != 7
+    assert torch.equal(entries.index.view(400, 11)[passes], expected[passes])
+    assert torch.equal(entries.weight.view(400, 11)[:, 0] != 0, passes)
+    rows = entries.rows(400, (613, 11))
+    if scale == 1:
+        assert rows is not None and torch.equal(rows, order.masked_fill(~passes, -1))
+    else:
+        assert rows is None
+
+
+@pytest.mark.parametrize("function", [torch.sin, torch.square, lambda x: x + 0.1 * x.flip(0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_functions_are_no_entries(
+    function: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    table = nn.Parameter(torch.randn(40, 8).to(dtype))
+    shared = function(F.embedding(torch.arange(40), table))
+    parameters = Parameters(nn.ParameterList([table]))
+    tensor = SharedTensor("S", get_gradient_edge(shared), shared, parameters, {})
+    found = tensor.entries("0")
+    # The derivative of sin and of a square is a number for each entry: entries, if not rows.
+    single = function in (torch.sin, torch.square)
+    assert (found is not None) == single
+    assert found is None or found.rows(40, (40, 8)) is None
