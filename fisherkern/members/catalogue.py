@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,21 @@ def union_item_ids(
     """Return the union, the first's ids first, then new ones; and `CatalogueUnion.positions`.
 
     catalogues: owner and ids of each; asked for one after another and not kept. Raises
-    InputError, naming the owner, for an id listed twice.
+    InputError, naming the owner, for an id listed twice; a catalogue that shares none is logged.
     """
     place: dict[str, int] = {}
     found = []
     for owner, own in catalogues:
+        before = len(place)
         merged = (place.setdefault(item, len(place)) for item in own)
         numbers = torch.from_numpy(np.fromiter(merged, np.int64, len(own)))
+        if before and len(place) == before + len(own) > before:
+            log.warning(
+                "%s shares no item with the members before it: its first item id is %r, theirs %r",
+                owner,
+                own[0],
+                next(iter(place)),
+            )
         _positions(numbers, len(place), owner, own)
         found.append(numbers)
         # Before the next is made; the generator, which has not come to its end, holds it too.

@@ -14,6 +14,8 @@ from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.checks import check_config
+from fisherkern.merging.files.native_files import BUFFERS
+from fisherkern.merging.files.native_settings import align_checkpoints, check_settings
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -23,9 +25,12 @@ class MemberFiles:
     """The members and the base: what they have in common, and where each keeps which row.
 
     parameters: names of what a rule merges, sorted: of a model of ours its parameters, else every
-    floating tensor. known: whether the members are models of ours. layout, config, item_ids and
+    floating tensor but running statistics. native: whether they are checkpoints of other
+    libraries. known: whether the members are models of ours. layout, config, item_ids and
     ids_sha256 are the merged model's. abouts: the JSON beside each member, without its item ids.
     """
+
+    layout: Layout
 
     def __init__(self, files: Sequence[TensorFile], base: TensorFile | None) -> None:
         self.files, self.base = files, base
@@ -38,11 +43,23 @@ class MemberFiles:
             name for name in first.layout if first.floating(name) and (own is None or name in own)
         )
         rows = {} if model is None else model.item_parameters()
-        _check_alike(self.everything, set(rows))
         self.sizes = [getattr(own, "num_items", 0) for own in models]
         self.abouts: list[dict[str, Any]] = []
+        _check_same_kind(files, base)
+        self.native = first.checkpoint is not None
+        if self.native:
+            self.parameters = [n for n in self.parameters if not n.endswith(BUFFERS)]
+            check_settings(self.everything)
+            self.catalogue, self._base_catalogue = align_checkpoints(files, base)
+            united = self.catalogue.positions is not None or self._base_catalogue is not None
+            _check_alike(self.everything, set(self.catalogue.parameters) if united else set())
+            self.abouts = [{} for _ in files]
+            self.layout = dict(first.layout)
+            self.config = self.ids_sha256 = None
+            return
+        _check_alike(self.everything, set(rows))
         self._read_catalogues(rows)
-        self.layout: Layout = dict(first.layout)
+        self.layout = dict(first.layout)
         self.config = first.about.get("config")
         self.ids_sha256 = first.about.get("item_ids_sha256")
         if self.catalogue.positions is not None:
@@ -177,6 +194,27 @@ def _model_of(file: TensorFile) -> SequenceEncoder | None:
     return model
 
 
+def _check_same_kind(files: Sequence[TensorFile], base: TensorFile | None) -> None:
+    """Members are of one kind, and tied alike; the base is ours or not as they are."""
+    first = files[0]
+    for other in files[1:]:
+        if _kind(other) != _kind(first):
+            raise InputError(
+                f"{other.path}: is a {_kind(other)} file, and {first.path} a {_kind(first)} file"
+            )
+        for name in sorted(dict(first.aliases).items() ^ dict(other.aliases).items()):
+            one, two = (first, other) if name in first.aliases.items() else (other, first)
+            raise InputError(
+                f"{one.path}: tensor {name[0]!r} is tied to {name[1]!r}, and not in {two.path}"
+            )
+    if base is not None and (base.checkpoint is None) != (first.checkpoint is None):
+        raise InputError(f"{base.path}: is a {_kind(base)} file, and {first.path} a {_kind(first)}")
+
+
+def _kind(file: TensorFile) -> str:
+    return str(file.about.get("kind")) if file.checkpoint is None else file.checkpoint.kind
+
+
 def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
     """All files hold the same tensors, of one class and configuration; item rows may differ."""
     first = files[0]
@@ -187,13 +225,13 @@ def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
                 raise InputError(
                     f"{one.path}: tensor {lacking[0]!r} is missing, which {two.path} has"
                 )
-        for key, what in (("kind", "file"), ("class", "model")):
-            if first.about.get(key) != other.about.get(key):
-                raise InputError(
-                    f"{other.path}: is a {other.about.get(key)} {what}, and {first.path} a "
-                    f"{first.about.get(key)}"
-                )
+        if first.about.get("class") != other.about.get("class"):
+            raise InputError(
+                f"{other.path}: is a {other.about.get('class')} model, and {first.path} a "
+                f"{first.about.get('class')}"
+            )
         differ = first.about.get("item_ids_sha256") != other.about.get("item_ids_sha256")
+        differ = differ or (first.checkpoint is not None and bool(item_tensors))
         if differ and not item_tensors:
             raise InputError(
                 f"{other.path}: has other item ids than {first.path}, and of a "

@@ -40,6 +40,12 @@ ARGUMENTS = {
     "fisher-row": {"method": "fisher", "fishers": True, "options": {"group": "row"}, "floor": 0.0},
     "task_arithmetic": {"method": "task_arithmetic", "base": True, "options": {"scale": 0.7}},
     "dare": {"method": "dare", "base": True, "seed": 3},
+    "fisher-tensor": {"fishers": True, "options": {"group": "tensor"}},
+    "fisher-neuron": {"fishers": True, "options": {"group": "neuron"}, "weights": [1, 2, 3]},
+    "slerp": {"method": "slerp", "weights": [1, 2, 3]},
+    "ties": {"method": "ties", "base": True, "options": {"density": 0.3}},
+    "ties-tensor": {"method": "ties", "base": True, "options": {"per": "tensor"}},
+    "pcrec": {"method": "pcrec"},
 }
 
 
