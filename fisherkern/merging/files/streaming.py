@@ -38,8 +38,8 @@ from fisherkern.provenance import package_version
 
 PathLike = str | os.PathLike[str]
 
-# Methods that need neither data nor a model in memory.
-STREAMED = ("uniform", "weighted", "fisher", "slerp", "task_arithmetic", "ties", "dare", "pcrec")
+# Methods that need neither data nor a model, whose order of tensors files do not keep.
+STREAMED = ("uniform", "weighted", "fisher", "slerp", "task_arithmetic", "ties", "dare")
 # Entries of each member read at once, and of each Fisher: a multiple of the blocks computed.
 READ = 16 * BLOCK
 
@@ -83,7 +83,7 @@ def merge_files(
             model card (README.md in a folder), and for our models x.json. Each takes its name when
             all are whole, the model last; a failure leaves what was there before.
         method: "uniform", "weighted", "fisher" (all groups but "head"), "slerp", "task_arithmetic",
-            "ties", "dare" or "pcrec": the methods that need no data.
+            "ties" or "dare": the methods that need neither data nor a model.
         weights: lambda, M numbers. Default: equal.
         fishers: M files of `DiagFisher.save`. Their names may have the prefixes of wrappers or lack
             them. Of native checkpoints, tensors without a Fisher are averaged by lambda.
