@@ -14,7 +14,6 @@ from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.checks import check_config
-from fisherkern.merging.files.native_files import BUFFERS
 from fisherkern.merging.files.native_settings import align_checkpoints, check_settings
 from fisherkern.merging.files.tensor_files import TensorFile
 
@@ -31,6 +30,7 @@ class MemberFiles:
     """
 
     layout: Layout
+    _base_catalogue: CatalogueUnion | None
 
     def __init__(self, files: Sequence[TensorFile], base: TensorFile | None) -> None:
         self.files, self.base = files, base
@@ -48,7 +48,7 @@ class MemberFiles:
         _check_same_kind(files, base)
         self.native = first.checkpoint is not None
         if self.native:
-            self.parameters = [n for n in self.parameters if not n.endswith(BUFFERS)]
+            self.parameters = [n for n in self.parameters if not first.is_buffer(n)]
             check_settings(self.everything)
             self.catalogue, self._base_catalogue = align_checkpoints(files, base)
             united = self.catalogue.positions is not None or self._base_catalogue is not None
@@ -123,7 +123,7 @@ class MemberFiles:
         """The united catalogue, and where the base keeps its items; reads each JSON once."""
         hashes = [file.about.get("item_ids_sha256") for file in self.everything]
         members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
-        self._base_catalogue: CatalogueUnion | None = None
+        self._base_catalogue = None
         ids: list[str] | None = None
         positions = None
         if None in hashes and len(set(hashes)) > 1:

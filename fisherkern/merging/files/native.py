@@ -186,7 +186,7 @@ def _tensors(file: TensorFile) -> Checkpoint:
 
 def _rank(checkpoint: Checkpoint, pair: LowRankPair) -> int:
     a, b = checkpoint.shape(pair.a), checkpoint.shape(pair.b)
-    return min(*a[:2], *b[:2])
+    return int(min(*a[:2], *b[:2]))
 
 
 def _scalings(

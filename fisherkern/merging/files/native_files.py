@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from fisherkern.adapters import Checkpoint, load_tensors
+from fisherkern.adapters.mapped import Slot
 from fisherkern.errors import InputError
 from fisherkern.merging.files.tensor_files import TYPES, TensorFile, raw
 
 KINDS = {dtype: kind for kind, dtype in TYPES.items()}
 # Running statistics of batch normalisation, which no gradient moves.
-BUFFERS = ("running_mean", "running_var")
+_RUNNING = ("running_mean", "running_var")
 
 
 class NativeFile(TensorFile):
@@ -27,7 +28,9 @@ class NativeFile(TensorFile):
         self.path = Path(path)
         self.checkpoint = load_tensors(path)
         self.about, self.metadata = {}, {}
-        self.layout, aliases, first = {}, {}, {}
+        self.layout = {}
+        aliases: dict[str, str] = {}
+        first: dict[Slot, str] = {}
         for name in self.checkpoint.names():
             slot = self.checkpoint.slot(name)
             if slot.dtype not in KINDS:
@@ -39,6 +42,10 @@ class NativeFile(TensorFile):
             else:
                 aliases[name] = main
         self.aliases = aliases
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is known to be no parameter."""
+        return name in self.checkpoint.buffers or name.endswith(_RUNNING)
 
     def close(self) -> None:
         """Nothing is held open but by the checkpoint."""
@@ -79,9 +86,13 @@ def raw_size(file: TensorFile, name: str) -> int:
 
 def open_member(path: str | os.PathLike[str]) -> TensorFile:
     """Open a model file of ours, or a native checkpoint."""
-    if Path(path).suffix == ".safetensors" and not Path(path).is_dir():
-        file = TensorFile(path)
-        if file.about:
-            return file
-        file.close()
-    return NativeFile(path)
+    return NativeFile(path) if is_native(path) else TensorFile(path)
+
+
+def is_native(path: str | os.PathLike[str]) -> bool:
+    """Whether this is another library's checkpoint, rather than a model file of ours."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return Path(path).suffix != ".safetensors"
+    file = TensorFile(path)
+    file.close()
+    return "kind" not in file.about

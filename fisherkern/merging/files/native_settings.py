@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 
 # Rows of an item table that may be no item's: padding and mask.
 EXTRA_ROWS = 2
+# What low-rank factors are scaled by is folded in where they are merged; where they are the
+# tensors' names say, and these lists were sets, in any order.
+NOT_COMPARED = (
+    *("lora_alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora"),
+    *("target_modules", "modules_to_save", "exclude_modules", "task_type"),
+)
 # RecTools lists these rows among its items.
 SPECIAL = frozenset(("'PAD'", "'MASK'"))
 # A language model's tokens, by which the rows of its tables are known.
@@ -44,13 +50,9 @@ def check_settings(files: Sequence[TensorFile]) -> None:
 
 def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.config is not None:
-        # What factors are scaled by is folded in where they are merged.
-        skipped = ("lora_alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora")
-        # The tensors' names say where; these lists were sets, in any order.
-        skipped += ("target_modules", "modules_to_save", "exclude_modules", "task_type")
-        peft = checkpoint.kind == "peft"
+        skipped = NOT_COMPARED if checkpoint.kind == "peft" else ()
         known = function_settings(checkpoint.config)
-        return {key: v for key, v in known.items() if not (peft and key.split(".")[0] in skipped)}
+        return {key: v for key, v in known.items() if key.partition(".")[0] not in skipped}
     for key in ("hyper_parameters", "config"):
         value = checkpoint.extras.get(key)
         if isinstance(value, Stub) and isinstance(value.state, Pairs):

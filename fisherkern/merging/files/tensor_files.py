@@ -87,6 +87,10 @@ class TensorFile:
         """Close the file."""
         self._stream.close()
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a native checkpoint's tensor is known to be no parameter."""
+        return False
+
     def floating(self, name: str) -> bool:
         """Whether the tensor holds floating-point numbers."""
         return TYPES[self.layout[name][0]].is_floating_point
