@@ -20,7 +20,8 @@ _SECOND = {
 _OF_LORA = re.compile(r"(^|\.)lora_")
 _OTHER_FACTORS = re.compile(r"(^|\.)(parametrizations\.|lokr_|hada_|oft_|boft_|vera_lambda_)")
 # A weight by its parts: weight norm's, spectral norm's.
-_PARTS = (("_g", "_v"), ("_orig", "_u"))
+_PARTS = re.compile(r"(?P<weight>(^|.*\.)(weight|bias)\w*)(?P<part>_g|_orig)$")
+_PARTNERS = {"_g": "_v", "_orig": "_u"}
 # PEFT's methods whose tensors are a weight themselves, and no factors of one.
 _PLAIN_PEFT = ("LORA", "LN_TUNING", "PROMPT_TUNING", "FOURIERFT", "TRAINABLE_TOKENS", "IA3")
 # Variants of LoRA whose update is not B A.
@@ -91,9 +92,10 @@ def check_no_factors(names: Iterable[str]) -> None:
     norm's, parametrisations, LoHa's, LoKr's.
     """
     present = set(names)
-    for name in present:
-        parts = [(name, name.removesuffix(one) + two) for one, two in _PARTS if name.endswith(one)]
-        if _OTHER_FACTORS.search(name) or any(other in present for _, other in parts):
+    for name in sorted(present):
+        parts = _PARTS.match(name)
+        partner = None if parts is None else parts["weight"] + _PARTNERS[parts["part"]]
+        if _OTHER_FACTORS.search(name) or partner in present:
             raise InputError(
                 f"tensor {name!r} is a factor of a weight, and the average of factors is not that "
                 "of the weights: remove the parametrisation before, or say "

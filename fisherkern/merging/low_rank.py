@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fisherkern.adapters.lora import LowRankPair, check_no_factors, find_low_rank
 from fisherkern.errors import InputError
+from fisherkern.members.ties import named_tensors
+from fisherkern.merging.member_set import MemberSet
 
 # Methods that are linear in the weights with shares that no entry decides.
 LINEAR = ("uniform", "weighted")
@@ -232,3 +234,76 @@ def pairs_of(names: Sequence[str], options: LowRankOptions) -> list[LowRankPair]
     if not pairs and (options.rank is not None or options.full):
         raise InputError("options 'rank' and 'full' are of low-rank updates, and there is none")
     return pairs
+
+
+class LowRankMembers:
+    """The low-rank updates of members in memory."""
+
+    def __init__(
+        self, members: MemberSet, pairs: Sequence[LowRankPair], base: nn.Module | None = None
+    ) -> None:
+        """`base`: the model that the members were trained from, with the same pairs."""
+        self.pairs, self.tensors = pairs, members.tensors
+        self.scalings = [
+            scalings_in(model, pairs, f"member {number}") for number, model in enumerate(members)
+        ]
+        self._base = None
+        if base is not None:
+            self._base = named_tensors(base), scalings_in(base, pairs, "the base")
+
+    @staticmethod
+    def of(
+        members: MemberSet, options: LowRankOptions, method: str, inputs: Mapping[str, Any]
+    ) -> LowRankMembers | None:
+        """The updates that are merged as products; None where there are none.
+
+        Raises:
+            InputError: The method weighs entries, or an option needs files.
+        """
+        pairs = pairs_of(list(members.tensors[0]), options)
+        if not pairs:
+            return None
+        check_linear(method, inputs)
+        if options.rank is not None or options.full:
+            raise InputError("options 'rank' and 'full' change shapes: merge files (merge_files)")
+        if members.catalogue.positions is not None and any(pair.embedding for pair in pairs):
+            raise InputError("low-rank updates of item tables merge for equal catalogues only")
+        return LowRankMembers(members, pairs)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the factors."""
+        return {name for pair in self.pairs for name in (pair.a, pair.b)}
+
+    def merged(self, weights: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """See `merge_low_rank`."""
+        return merge_low_rank(self.tensors, self.pairs, self.scalings, weights)
+
+    def inner_products(self, *, from_base: bool = False) -> Tensor:
+        """<D_m, D_l> (M, M) float64 of the members' updates D = s B A, or of D less the base's."""
+        total = torch.zeros(len(self.tensors), len(self.tensors), dtype=torch.float64)
+        for pair in self.pairs:
+            updates = [
+                self._update(own, scaling, pair, from_base)
+                for own, scaling in zip(self.tensors, self.scalings, strict=True)
+            ]
+            for m, (a, b) in enumerate(updates):
+                for n, (c, d) in enumerate(updates):
+                    total[m, n] += float(((b.T @ d) * (a @ c.T)).sum())
+        return total
+
+    def _update(
+        self,
+        tensors: Mapping[str, Tensor],
+        scaling: Mapping[str, float],
+        pair: LowRankPair,
+        from_base: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """A and B of a member's update, of twice the rank where the base's is taken off."""
+        a, b = _factors(tensors, pair)
+        b = scaling[pair.a] * b
+        if not from_base or self._base is None:
+            return a, b
+        base, base_scaling = self._base
+        base_a, base_b = _factors(base, pair)
+        return torch.cat([a, base_a]), torch.cat([b, -base_scaling[pair.a] * base_b], 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +32,13 @@ class MemberFiles:
     layout: Layout
     _base_catalogue: CatalogueUnion | None
 
-    def __init__(self, files: Sequence[TensorFile], base: TensorFile | None) -> None:
+    def __init__(
+        self,
+        files: Sequence[TensorFile],
+        base: TensorFile | None,
+        apart: Collection[str] = (),
+    ) -> None:
+        """`apart`: tensors that are merged elsewhere, in whatever shapes."""
         self.files, self.base = files, base
         self.everything = [*files, *([base] if base is not None else [])]
         models = [_model_of(file) for file in self.everything]
@@ -52,7 +58,8 @@ class MemberFiles:
             check_settings(self.everything)
             self.catalogue, self._base_catalogue = align_checkpoints(files, base)
             united = self.catalogue.positions is not None or self._base_catalogue is not None
-            _check_alike(self.everything, set(self.catalogue.parameters) if united else set())
+            moving = set(self.catalogue.parameters) if united else set()
+            _check_alike(self.everything, moving, apart)
             self.abouts = [{} for _ in files]
             self.layout = dict(first.layout)
             self.config = self.ids_sha256 = None
@@ -215,7 +222,9 @@ def _kind(file: TensorFile) -> str:
     return str(file.about.get("kind")) if file.checkpoint is None else file.checkpoint.kind
 
 
-def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
+def _check_alike(
+    files: Sequence[TensorFile], item_tensors: set[str], apart: Collection[str] = ()
+) -> None:
     """All files hold the same tensors, of one class and configuration; item rows may differ."""
     first = files[0]
     for other in files[1:]:
@@ -239,6 +248,8 @@ def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
             )
         for name, (kind, shape) in first.layout.items():
             own_kind, own_shape = other.layout[name]
+            if name in apart:
+                continue
             moves = differ and name in item_tensors
             if own_shape[moves:] != shape[moves:]:
                 raise InputError(

@@ -46,6 +46,11 @@ class LowRankFiles:
     configs: Sequence[Mapping[str, Any] | None]
     options: LowRankOptions
 
+    @property
+    def names(self) -> set[str]:
+        """Of the tensors that are merged as products."""
+        return {name for pair in self.pairs for name in (pair.a, pair.b, pair.bias) if name}
+
 
 def low_rank_settings(
     files: Sequence[TensorFile],
@@ -130,6 +135,8 @@ class MergedTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         name = self._file.aliases.get(name, name)
+        if name in self._merge.solved:
+            return self._merge.solved[name]
         if self._last is None or self._last[0] != name:
             shape = self._merge.members.layout[name][1]
             blocks = list(self._merge.blocks(name))
@@ -223,8 +230,7 @@ def _merged_factors(
 def _write_adapter(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, card: str) -> None:
     """A PEFT folder of another rank than the first member's."""
     config = {**(low_rank.configs[0] or {}), "r": low_rank.options.rank, "rank_pattern": {}}
-    tensors = {**MergedTensors(merge), **merge.solved}
-    plain = {name: own.contiguous() for name, own in tensors.items()}
+    plain = {name: own.contiguous() for name, own in MergedTensors(merge).items()}
     with new_folder(out) as folder:
         safetensors.torch.save_file(
             plain, folder / "adapter_model.safetensors", metadata={"format": "pt"}

@@ -122,7 +122,8 @@ def align_checkpoints(
     found = [ItemIds.of(file) for file in everything]
     known = [own for own in found if own is not None]
     if not known:
-        if not _same_vocabulary(everything) and len(files) > 1:
+        adapters = all(f.checkpoint is not None and f.checkpoint.kind == "peft" for f in files)
+        if not (_same_vocabulary(everything) or adapters or len(files) == 1):
             log.warning("no member has item ids: row i is taken to be the same item in all members")
         return CatalogueUnion(None, None, [0] * len(files), {}), None
     if len(known) < len(found):

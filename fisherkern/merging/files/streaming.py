@@ -125,7 +125,8 @@ def merge_files(
         low_rank, options = low_rank_settings(files, method, inputs, options)
         chosen, settings = _choose(method, inputs, options, floor, normalize)
         check_name(out, files[0], low_rank)
-        members = MemberFiles(files, bases[0] if bases else None)
+        apart = () if low_rank is None else low_rank.names
+        members = MemberFiles(files, bases[0] if bases else None, apart)
         merge = StreamingMerge(members, chosen, settings, lam, floor, seed)
         if fishers is not None:
             merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
