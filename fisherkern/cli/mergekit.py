@@ -9,7 +9,7 @@ from typing import Any
 from fisherkern.errors import InputError
 
 KEYS = ("models", "merge_method", "base_model", "parameters", "dtype")
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+OUTPUT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Method -> (the parameters of one model, those of all).
 PARAMETERS = {
     "linear": (("weight",), ("weight", "normalize", "int8_mask")),
@@ -144,9 +144,9 @@ def _value(path: Path, key: str, value: Any) -> Any:
 
 
 def _dtype(path: Path, value: Any) -> str | None:
-    if value is not None and value not in DTYPES:
+    if value is not None and value not in OUTPUT_DTYPES:
         raise InputError(
-            f"{path}: 'dtype' is {value!r} where one of {', '.join(DTYPES)} was expected"
+            f"{path}: 'dtype' is {value!r} where one of {', '.join(OUTPUT_DTYPES)} was expected"
         )
     return value
 

@@ -193,7 +193,7 @@ def _as_stored(
     }
 
 
-def product(tensors: Mapping[str, Tensor], pair: LowRankPair) -> Tensor:
+def update_matrix(tensors: Mapping[str, Tensor], pair: LowRankPair) -> Tensor:
     """B A (out, in) in float64."""
     a, b = _factors(tensors, pair)
     return b @ a

@@ -132,9 +132,8 @@ def merge(
         "validation": validation,
     }
     if method == "auto":
-        settings: dict[str, Any] = {"options": options, "floor": floor, "normalize": normalize}
-        settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
-        settings |= {"steps": steps, "seed": seed}
+        settings = dict(options=options, floor=floor, normalize=normalize, item_ids=item_ids)
+        settings |= dict(check_fingerprint=check_fingerprint, steps=steps, seed=seed)
         return merge_auto(merge, models, inputs, settings)
     low_rank, options = LowRankOptions.split(options)
     chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
@@ -156,13 +155,11 @@ def merge(
         "averaged_buffers": members.averaged_buffers,
     }
     solved: Mapping[str, Tensor] | None = None
-    if products is not None:
-        assert isinstance(lam, list)
+    if isinstance(lam, list) and products is not None:
         solved, report["residuals"] = solve_full_fisher(
             members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
         )
-    if updates is not None:
-        assert isinstance(lam, list)
+    elif isinstance(lam, list) and updates is not None:
         solved, report["low_rank"] = updates.merged(lam)
     plan.write(lam, solved)
     plan.target.merge_report = report

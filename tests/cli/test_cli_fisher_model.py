@@ -89,7 +89,7 @@ def test_an_encoder_takes_the_data(module, tmp_path):
         (["--model", "no_such_module_here:f"], "No module named 'no_such_module_here'"),
         (["--model", "{}:missing"], "has no function 'missing'"),
         (["--model", "{}:nothing"], "has no function 'nothing'"),
-        (["--model", "{}:broken"], "failed at {}.py:27: ZeroDivisionError: division by zero"),
+        (["--model", "{}:broken"], "failed at {}.py:26: ZeroDivisionError: division by zero"),
         (["--model", "{}:number"], "returned a int, and not (model, batches)"),
         (["--model", "{}:build", "--limit", "3"], "--limit: the batches of"),
     ],

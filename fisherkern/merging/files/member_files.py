@@ -14,7 +14,7 @@ from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.checks import check_config
-from fisherkern.merging.files.native_settings import align_checkpoints, check_settings
+from fisherkern.merging.files.native_settings import match_item_rows, check_settings
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -56,7 +56,7 @@ class MemberFiles:
         if self.native:
             self.parameters = [n for n in self.parameters if not first.is_buffer(n)]
             check_settings(self.everything)
-            self.catalogue, self._base_catalogue = align_checkpoints(files, base)
+            self.catalogue, self._base_catalogue = match_item_rows(files, base)
             united = self.catalogue.positions is not None or self._base_catalogue is not None
             moving = set(self.catalogue.parameters) if united else set()
             _check_alike(self.everything, moving, apart)

@@ -28,7 +28,7 @@ from fisherkern.merging.low_rank import (
     check_linear,
     merge_low_rank,
     pairs_of,
-    product,
+    update_matrix,
 )
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _write_delta(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, card:
         total: Tensor | None = None
         for file, config, share in zip(files, low_rank.configs, merge.weights, strict=True):
             scale = _scalings(file, config, [pair])[pair.a]
-            own = share * scale * product(_tensors(file), pair)
+            own = share * scale * update_matrix(_tensors(file), pair)
             total = own if total is None else total + own
         a = _tensors(files[0])[pair.a]
         assert total is not None

@@ -107,7 +107,7 @@ def ids_file(path: Path) -> Path:
     return path / "item_ids.json" if path.is_dir() else path.with_suffix(".json")
 
 
-def align_checkpoints(
+def match_item_rows(
     files: Sequence[TensorFile], base: TensorFile | None
 ) -> tuple[CatalogueUnion, CatalogueUnion | None]:
     """(The members' catalogue, the base's), matched by the item ids that the checkpoints carry.
