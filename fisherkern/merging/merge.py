@@ -132,8 +132,9 @@ def merge(
         "validation": validation,
     }
     if method == "auto":
-        settings = dict(options=options, floor=floor, normalize=normalize, item_ids=item_ids)
-        settings |= dict(check_fingerprint=check_fingerprint, steps=steps, seed=seed)
+        settings: dict[str, Any] = {"options": options, "floor": floor, "normalize": normalize}
+        settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
+        settings |= {"steps": steps, "seed": seed}
         return merge_auto(merge, models, inputs, settings)
     low_rank, options = LowRankOptions.split(options)
     chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
@@ -154,16 +155,32 @@ def merge(
         "coverage": members.coverage(floor),
         "averaged_buffers": members.averaged_buffers,
     }
-    solved: Mapping[str, Tensor] | None = None
-    if isinstance(lam, list) and products is not None:
-        solved, report["residuals"] = solve_full_fisher(
-            members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
-        )
-    elif isinstance(lam, list) and updates is not None:
-        solved, report["low_rank"] = updates.merged(lam)
+    solved, more = _solve(plan, lam, products, updates, steps)
     plan.write(lam, solved)
-    plan.target.merge_report = report
+    plan.target.merge_report = report | more
     return cast("ModelT", plan.target)
+
+
+def _solve(
+    plan: MergePlan,
+    lam: Weights,
+    products: Sequence[Product] | None,
+    updates: LowRankMembers | None,
+    steps: int | None,
+) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
+    """Tensors that are not merged entry by entry, and what the report says of them."""
+    if isinstance(lam, Mapping):
+        return None, {}
+    if products is not None:
+        tol = plan.options["tol"]
+        solved, residuals = solve_full_fisher(
+            plan.members, products, lam, plan.floor, steps=_or(steps, 20), tol=tol
+        )
+        return solved, {"residuals": residuals}
+    if updates is not None:
+        merged, about = updates.merged(lam)
+        return merged, {"low_rank": about}
+    return None, {}
 
 
 def _or(steps: int | None, default: int) -> int:
