@@ -92,10 +92,16 @@ class FisherFiles:
             expected = file.about["meta"].get("fingerprint")
             if expected is None:
                 continue
-            found = member.fingerprint({theirs: name for name, theirs in own.items()}, READ)
+            known = {theirs: name for name, theirs in own.items()}
+            found = member.fingerprint(known, READ)
             if found == expected:
                 continue
-            if len(own) < len(names):
+            others = [other for other in members if other is not member]
+            if len(own) < len(names) and not any(
+                set(known.values()) <= other.layout.keys()
+                and other.fingerprint(known, READ) == expected
+                for other in others
+            ):
                 log.warning(
                     "%s has no values for some tensors of %s, so it cannot be told whether it was "
                     "computed on it",

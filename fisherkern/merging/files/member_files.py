@@ -14,7 +14,7 @@ from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.checks import check_config
-from fisherkern.merging.files.native_settings import match_item_rows, check_settings
+from fisherkern.merging.files.native_settings import check_settings, match_item_rows
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -24,12 +24,14 @@ class MemberFiles:
     """The members and the base: what they have in common, and where each keeps which row.
 
     parameters: names of what a rule merges, sorted: of a model of ours its parameters, else every
-    floating tensor but running statistics. native: whether they are checkpoints of other
-    libraries. known: whether the members are models of ours. layout, config, item_ids and
-    ids_sha256 are the merged model's. abouts: the JSON beside each member, without its item ids.
+    floating tensor but running statistics. native: whether they are checkpoints of other libraries.
+    known: whether the members are models of ours. layout, config, item_ids and ids_sha256 are the
+    merged model's. ids_beside: what is written beside a native one. abouts: the JSON beside each
+    member, without its item ids.
     """
 
     layout: Layout
+    ids_beside: dict[str, Any] | None = None
     _base_catalogue: CatalogueUnion | None
 
     def __init__(
@@ -56,26 +58,36 @@ class MemberFiles:
         if self.native:
             self.parameters = [n for n in self.parameters if not first.is_buffer(n)]
             check_settings(self.everything)
-            self.catalogue, self._base_catalogue = match_item_rows(files, base)
+            matched = match_item_rows(files, base)
+            self.catalogue, self._base_catalogue = matched.catalogue, matched.base
+            self.ids_beside = matched.beside
             united = self.catalogue.positions is not None or self._base_catalogue is not None
             moving = set(self.catalogue.parameters) if united else set()
             _check_alike(self.everything, moving, apart)
             self.abouts = [{} for _ in files]
-            self.layout = dict(first.layout)
+            self.sizes = [*self.catalogue.sizes, 0]
             self.config = self.ids_sha256 = None
+            self.layout = self._grown(self.catalogue.parameters)
             return
         _check_alike(self.everything, set(rows))
         self._read_catalogues(rows)
-        self.layout = dict(first.layout)
+        self.layout = self._grown(rows)
         self.config = first.about.get("config")
         self.ids_sha256 = first.about.get("item_ids_sha256")
         if self.catalogue.positions is not None:
             ids = self.catalogue.item_ids or []
-            for name in rows:
-                kind, (length, *rest) = first.layout[name]
-                self.layout[name] = kind, (length - self.sizes[0] + len(ids), *rest)
             self.config = {**dict(self.config or {}), "num_items": len(ids)}
             self.ids_sha256 = item_ids_sha256(ids)
+
+    def _grown(self, tables: Collection[str]) -> Layout:
+        """The first member's layout with a row for every item of the united catalogue."""
+        layout = dict(self.files[0].layout)
+        if self.catalogue.positions is not None:
+            more = len(self.catalogue.item_ids or []) - self.sizes[0]
+            for name in tables:
+                kind, (length, *rest) = layout[name]
+                layout[name] = kind, (length + more, *rest)
+        return layout
 
     @property
     def item_ids(self) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -18,11 +19,12 @@ from torch import Tensor
 from fisherkern.adapters import Checkpoint, write_like
 from fisherkern.adapters.checkpoints import read_json_object
 from fisherkern.adapters.lora import LowRankPair, check_adapter_config, scaling_of
+from fisherkern.adapters.safetensors_files import SafetensorsFile
 from fisherkern.adapters.writing import companions, new_folder
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
 from fisherkern.merging.files.card import model_card
-from fisherkern.merging.files.tensor_files import TensorFile
+from fisherkern.merging.files.tensor_files import TensorFile, write_header
 from fisherkern.merging.low_rank import (
     LowRankOptions,
     check_linear,
@@ -181,9 +183,31 @@ def write_native(
     elif is_folder(source):
         write_like(out, MergedTensors(merge), source, texts={"README.md": card})
     else:
-        with atomic_path(out.with_suffix(".md")) as beside:
+        with atomic_path(out.with_suffix(".md")) as beside, contextlib.ExitStack() as stack:
             beside.write_text(card, encoding="utf-8")
-            write_like(out, MergedTensors(merge), source, replace=True)
+            if members.ids_beside is not None:
+                path = stack.enter_context(atomic_path(out.with_suffix(".json")))
+                path.write_text(json.dumps(members.ids_beside) + "\n", encoding="utf-8")
+            if members.layout == members.files[0].layout:
+                write_like(out, MergedTensors(merge), source, replace=True)
+            else:
+                _write_grown(out, merge, source)
+
+
+def _write_grown(out: Path, merge: StreamingMerge, source: Checkpoint) -> None:
+    """A file of tensors by name and nothing else, with more item rows than the first member's."""
+    part = source.parts[0].source
+    with atomic_path(out) as temporary:
+        if isinstance(part, SafetensorsFile):
+            with temporary.open("wb") as stream:
+                for name in write_header(stream, merge.members.layout, part.metadata):
+                    merge.write(name, stream)
+            return
+        merged = MergedTensors(merge)
+        tensors = {name: merged[name] for name in merge.members.layout}
+        aliases = merge.members.files[0].aliases
+        named = {name: tensors[aliases.get(name, name)] for name in source}
+        torch.save(named, temporary, _use_new_zipfile_serialization=part.entries is not None)
 
 
 def _tensors(file: TensorFile) -> Checkpoint:

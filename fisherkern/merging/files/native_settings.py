@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ NOT_COMPARED = (
     *("lora_alpha", "r", "alpha_pattern", "rank_pattern", "use_rslora"),
     *("target_modules", "modules_to_save", "exclude_modules", "task_type"),
 )
+# Kinds that are tensors by name and nothing else, and may be written in other shapes.
+GROWING = ("safetensors", "state dict")
 # RecTools lists these rows among its items.
 SPECIAL = frozenset(("'PAD'", "'MASK'"))
 # A language model's tokens, by which the rows of its tables are known.
@@ -107,16 +110,24 @@ def ids_file(path: Path) -> Path:
     return path / "item_ids.json" if path.is_dir() else path.with_suffix(".json")
 
 
-def match_item_rows(
-    files: Sequence[TensorFile], base: TensorFile | None
-) -> tuple[CatalogueUnion, CatalogueUnion | None]:
-    """(The members' catalogue, the base's), matched by the item ids that the checkpoints carry.
+@dataclass(frozen=True)
+class MatchedItems:
+    """The members' united catalogue, and the base's.
 
-    The result has the first member's rows, so it must have every item.
+    beside: what is written as item ids beside the result, None where there is nothing.
+    """
+
+    catalogue: CatalogueUnion
+    base: CatalogueUnion | None = None
+    beside: dict[str, Any] | None = None
+
+
+def match_item_rows(files: Sequence[TensorFile], base: TensorFile | None) -> MatchedItems:
+    """Match item rows by the item ids that checkpoints carry, or the JSON file beside them.
 
     Raises:
-        InputError: Only some have ids; two share no item; the first lacks an item; or the item
-            rows cannot be told from others.
+        InputError: Only some have ids; two share no item; the first lacks an item and is of a kind
+            that cannot grow; or the item rows cannot be told from others.
     """
     everything = [*files, *([] if base is None else [base])]
     found = [ItemIds.of(file) for file in everything]
@@ -125,7 +136,7 @@ def match_item_rows(
         adapters = all(f.checkpoint is not None and f.checkpoint.kind == "peft" for f in files)
         if not (_same_vocabulary(everything) or adapters or len(files) == 1):
             log.warning("no member has item ids: row i is taken to be the same item in all members")
-        return CatalogueUnion(None, None, [0] * len(files), {}), None
+        return MatchedItems(CatalogueUnion(None, None, [0] * len(files), {}))
     if len(known) < len(found):
         lacking = everything[found.index(None)].path
         having = everything[next(n for n, own in enumerate(found) if own is not None)].path
@@ -139,25 +150,39 @@ def match_item_rows(
             positions_of([], own.keys, str(file.path))
     if all(own.keys == known[0].keys for own in known):
         ids = [str(own) for own in known[0].ids]
-        return CatalogueUnion(ids, None, [len(ids)] * len(files), {}), None
+        same = CatalogueUnion(ids, None, [len(ids)] * len(files), {})
+        return MatchedItems(same, None, _beside(files[0], known, known[0].ids))
     _check_overlap(files, members)
     union, positions = union_item_ids(
         (str(file.path), own.keys) for file, own in zip(files, members, strict=True)
     )
-    if len(union) > len(members[0].keys):
+    kind = files[0].checkpoint.kind if files[0].checkpoint is not None else ""
+    if len(union) > len(members[0].keys) and kind not in GROWING:
         raise InputError(
             f"{files[0].path}: lacks the item {union[len(members[0].keys)]}, which another member "
-            "has, and the result has its rows: name the member with all items first, or unite the "
-            "catalogues in memory by merge"
+            f"has, and a {kind} file cannot grow: name the member with all items first, or unite "
+            "the catalogues in memory by merge"
         )
     sizes = [len(own.keys) for own in known]
     tables = _item_tables(everything, known)
+    values = {key: own for one in members for key, own in zip(one.keys, one.ids, strict=True)}
+    beside = _beside(files[0], known, [values[key] for key in union])
     united = CatalogueUnion(union, positions, sizes[: len(files)], tables)
     if base is None:
-        return united, None
-    own = known[-1]
-    in_base = positions_of(union, own.keys, str(base.path))
-    return united, CatalogueUnion(union, [in_base], sizes[-1:], tables)
+        return MatchedItems(united, None, beside)
+    in_base = positions_of(union, known[-1].keys, str(base.path))
+    of_base = CatalogueUnion(union, [in_base], sizes[-1:], tables)
+    return MatchedItems(united, of_base, beside)
+
+
+def _beside(
+    first: TensorFile, known: Sequence[ItemIds], ids: Sequence[Any]
+) -> dict[str, Any] | None:
+    """The ids in the form in which they stood beside the first member; None if they did not."""
+    if first.checkpoint is None or first.checkpoint.item_ids is not None:
+        return None
+    start = known[0].first_item
+    return {"item_ids": list(ids)} | ({} if start is None else {"first_item": start})
 
 
 def _check_overlap(files: Sequence[TensorFile], members: Sequence[ItemIds]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 import fisherkern as fk
 from fisherkern.cli import main
 from fisherkern.errors import InputError
+from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher import DiagFisher
 from fisherkern.merging import merge_files
 
@@ -134,6 +135,11 @@ def test_a_buffer_without_a_fisher_is_averaged(tmp_path):
     check_written(out, paths[0], fk.merge(models, fishers=fishers))
     assert report["without_fisher"] == ["final_logits_bias"]
     assert torch.equal(fk.load_tensors(out)["final_logits_bias"], torch.full((1, 7), 0.5))
+    for model, own, file in zip(models, fishers, files, strict=True):
+        DiagFisher(own, {"fingerprint": fingerprint(model)}).save(file)
+    merge_files(paths, out, fishers=files)
+    with pytest.raises(InputError, match="f1.safetensors: was computed on another model"):
+        merge_files(paths, out, fishers=files[::-1])
 
 
 def test_fishers_of_a_bare_model_fit_a_wrapped_checkpoint(tmp_path):
@@ -243,6 +249,46 @@ def test_item_ids_beside_a_checkpoint(tmp_path):
     (tmp_path / "1.json").unlink()
     with pytest.raises(InputError, match="1.safetensors: has no item ids, so .*1.json"):
         merge_files(paths, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth", "pt"])
+def test_other_catalogues_are_united(suffix, tmp_path):
+    """A row of both is averaged, one of a single member kept; first a row of padding."""
+    orders = [["a", "b", "c", "d", "e"], ["f", "c", "a", "g", "h", "i"]]
+    states = []
+    for number, ids in enumerate(orders):
+        generator = torch.Generator().manual_seed(number)
+        table = torch.randn(len(ids) + 1, 4, generator=generator)
+        state = {"items": table, "head": table, "dense": torch.randn(4, 4, generator=generator)}
+        path = tmp_path / f"{number}.{suffix}"
+        if suffix == "safetensors":
+            del state["head"]
+            safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+        else:
+            torch.save(state, path, _use_new_zipfile_serialization=suffix == "pth")
+        about = {"item_ids": ids, "first_item": 1}
+        path.with_suffix(".json").write_text(json.dumps(about))
+        states.append(state)
+    paths = [tmp_path / f"{number}.{suffix}" for number in range(2)]
+    out = tmp_path / f"out.{suffix}"
+    merge_files(paths, out, weights=[1, 3])
+    union = ["a", "b", "c", "d", "e", "f", "g", "h", "i"]
+    about = json.loads((tmp_path / "out.json").read_text())
+    assert about == {"item_ids": union, "first_item": 1}
+    merged = fk.load_tensors(out)
+    assert list(merged) == list(fk.load_tensors(paths[0]))
+    one, two = (state["items"].double() for state in states)
+    expected = [0.25 * one[0] + 0.75 * two[0]]
+    for own in union:
+        rows = [
+            t[1 + ids.index(own)] for t, ids in zip((one, two), orders, strict=True) if own in ids
+        ]
+        expected.append(0.25 * rows[0] + 0.75 * rows[1] if len(rows) == 2 else rows[0])
+    assert torch.allclose(merged["items"].double(), torch.stack(expected), atol=1e-6)
+    if suffix != "safetensors":
+        assert merged["head"].data_ptr() == merged["items"].data_ptr()
+    # What was written is a member of the next merge.
+    merge_files([out, paths[0]], tmp_path / f"again.{suffix}")
 
 
 def test_tokens_that_differ_are_refused(tmp_path):
