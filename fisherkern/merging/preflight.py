@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fisherkern.adapters.lora import find_low_rank
 from fisherkern.errors import InputError
-from fisherkern.members.ties import Tie
 from fisherkern.merging.low_rank import LowRankMembers
 from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.merge import merge
@@ -71,7 +70,7 @@ def preflight(
     """Estimate how near models are, in weights and in what they do, and recommend a recipe.
 
     cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters but
-        those that are equal in all members (a frozen base), item rows that both own, low-rank
+        those that are frozen and equal in all members (a frozen base), item rows that both own, low-rank
         updates as the products of their factors; with a `base`, also of theta - theta_base (task
         vectors).
     Along the line between two members, s(t) the score of (1-t) theta_a + t theta_b:
@@ -138,10 +137,7 @@ def _cosines(
     pairs = find_low_rank(members.tensors[0])
     updates = LowRankMembers(members, pairs, base) if pairs else None
     factors = set() if updates is None else updates.names
-    # What all members share, such as a frozen base, would make any two of them alike.
-    shared = {tie.name for tie in members.merged if tie.name not in factors and _same(members, tie)}
-    if updates is None and len(shared) == len(members.merged):
-        shared = set()
+    shared = _frozen(members) if factors or _trained(members) else set()
     for tie in members.merged:
         if tie.name in factors:
             continue
@@ -165,9 +161,19 @@ def _cosines(
     return found[0], found[1] if base is not None else None
 
 
-def _same(members: MemberSet, tie: Tie) -> bool:
-    first, *others = members.of(tie)
-    return members.rows(tie) is None and all(torch.equal(first, own) for own in others)
+def _trained(members: MemberSet) -> bool:
+    return any(p.requires_grad for model in members for p in model.parameters())
+
+
+def _frozen(members: MemberSet) -> set[str]:
+    """Tensors of a frozen base, the same in all members: they would make any two look alike."""
+    found = set()
+    for tie in members.merged:
+        first, *others = members.of(tie)
+        frozen = not any(own.requires_grad for own in (first, *others))
+        if frozen and all(torch.equal(first, own) for own in others):
+            found.add(tie.name)
+    return found
 
 
 def _scored(score: Callable[[Any], float], model: Any, what: str) -> float:
