@@ -70,9 +70,9 @@ def preflight(
     """Estimate how near models are, in weights and in what they do, and recommend a recipe.
 
     cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters but
-        those that are frozen and equal in all members (a frozen base), item rows that both own, low-rank
-        updates as the products of their factors; with a `base`, also of theta - theta_base (task
-        vectors).
+        those that are frozen and equal in all members (a frozen base), item rows that both own,
+        low-rank updates as the products of their factors; with a `base`, also of theta - theta_base
+        (task vectors).
     Along the line between two members, s(t) the score of (1-t) theta_a + t theta_b:
         barrier = max_t [(1-t) s(0) + t s(1) - s(t)],   gain = max_{0<t<1} s(t) - max(s(0), s(1)).
     error inconsistency: the share of users on which exactly one of the two is right.
