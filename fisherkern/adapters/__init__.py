@@ -1,7 +1,17 @@
 """What a model, a batch and a checkpoint are, whoever made them."""
 
-from fisherkern.adapters.adapter import adapt
+from fisherkern.adapters.adapt import adapt
+from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.checkpoints import Checkpoint, load_tensors
+from fisherkern.adapters.libraries import Library, register
 from fisherkern.adapters.writing import write_like
 
-__all__ = ["Checkpoint", "adapt", "load_tensors", "write_like"]
+__all__ = [
+    "Checkpoint",
+    "Library",
+    "ModelAdapter",
+    "adapt",
+    "load_tensors",
+    "register",
+    "write_like",
+]

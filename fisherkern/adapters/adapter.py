@@ -1,121 +1,362 @@
-"""What the package needs of a model, recognised by its attributes."""
+"""What the package needs of a model, whoever made it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisherkern.adapters.agreement import check_function, check_side, head_difference
+from fisherkern.adapters.batches import (
+    batch_size,
+    batch_slice,
+    histories,
+    model_input,
+    to_device,
+)
+from fisherkern.adapters.items import (
+    ids_in,
+    looked_up_tables,
+    output_tables,
+    tables_by_size,
+)
+from fisherkern.adapters.libraries import Library, PlainModule, recognised
+from fisherkern.adapters.libraries.base import last_label, last_place
+from fisherkern.adapters.libraries.plain import describes_itself, factored, logits_in
+from fisherkern.adapters.output_layer import OutputLayerParts, find_output_layer
+from fisherkern.adapters.wrappers import copy_wrapped, unwrap
 from fisherkern.errors import InputError
+from fisherkern.modes import eval_mode
+
+log = logging.getLogger("fisherkern")
 
 # W (V, D) and b (V,) or None.
 HeadTensors = tuple[Tensor, Tensor | None]
+# Sequences on which an output layer is found and compared with the logits.
+_EXAMPLE = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelAdapter:
-    """A model seen as parameters, logits and, where it has them, a hidden state and a head.
+    """A model as everything in this package takes it, made by `fisherkern.adapt`.
 
-    logits(batch) -> (N, V); encode(batch) -> h (N, D) and head() -> (W (V, D),
-    b (V,) or None) with logits = h Wᵀ + b, or both None. Column c of the logits is
-    the item with id c + first_item. target(batch) -> (N,) item ids.
+    Args:
+        source: The model as the user holds it, wrappers and all.
+        module: The bare module; names of tensors are its names.
+        path: The attributes that lead from `source` to `module`.
+        library: The kind of the model.
+        all_logits: batch -> (N, V), or (N, T, V) of every position. Column c is the item with
+            token c + first_item.
+        all_hidden: batch -> h of the same leading shape with logits = h Wᵀ + b; None where the
+            output layer is not split off.
+        head: () -> (W (V, D), b (V,) or None); None likewise.
+        fixed_rows: Rows of W that get no gradient, (V,) bool, or None.
+        given: What the user gave to `adapt`, by argument.
+        looked_for: Whether an output layer was looked for.
     """
 
+    source: Any
     module: nn.Module
-    logits: Callable[[Any], Tensor]
-    encode: Callable[[Any], Tensor] | None
-    head: Callable[[], HeadTensors] | None
-    first_item: int
-    target: Callable[[Any], Tensor] | None = None
-
-    @property
-    def skips_padding(self) -> bool:
-        """Whether the model computes no padding on the left that a whole batch shares.
-
-        A model says so by an attribute of this name.
-        """
-        return bool(getattr(self.module, "skips_padding", False))
+    path: tuple[str, ...]
+    library: Library
+    all_logits: Callable[[Any], Tensor]
+    all_hidden: Callable[[Any], Tensor] | None = None
+    head: Callable[[], HeadTensors] | None = None
+    fixed_rows: Tensor | None = None
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    looked_for: bool = False
 
     @staticmethod
     def of(model: Any) -> ModelAdapter:
-        """The adapter of a model, or of the result of `fisherkern.adapt`."""
-        if isinstance(model, ModelAdapter):
-            return model
-        if not isinstance(model, nn.Module):
-            raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        encode, head = getattr(model, "encode", None), getattr(model, "head", None)
-        factored = callable(encode) and callable(head) and not isinstance(head, nn.Module)
+        """The adapter of a model as it is, or of the result of `fisherkern.adapt`."""
+        return model if isinstance(model, ModelAdapter) else ModelAdapter.made(model, {})
+
+    @staticmethod
+    def made(model: Any, given: Mapping[str, Any]) -> ModelAdapter:
+        """The adapter of a model with what the user gave."""
+        module, path = unwrap(model, _is_known)
+        library = recognised(module) or PlainModule()
+
+        def call(batch: Any) -> Tensor:
+            return library.logits(module, batch)
+
+        encode, head = given.get("encode"), given.get("head")
+        all_hidden: Callable[[Any], Tensor] | None = None
+        take_head: Callable[[], HeadTensors] | None = None
+        own: Any = module
+        if encode is not None and head is not None:
+            user_encode, user_head = encode, head
+            all_hidden = lambda batch: user_encode(model, model_input(batch))  # noqa: E731
+            take_head = lambda: user_head(model)  # noqa: E731
+        elif "logits" not in given and type(library) is PlainModule and factored(module):
+            all_hidden = lambda batch: own.encode(model_input(batch))  # noqa: E731
+            take_head = lambda: own.head()  # noqa: E731
+        all_logits = call
+        if (logits := given.get("logits")) is not None:
+            all_logits = lambda batch: logits(model, model_input(batch))  # noqa: E731
+        elif encode is not None:
+            hidden, output = all_hidden, take_head
+
+            def all_logits(batch: Any) -> Tensor:
+                assert hidden is not None and output is not None
+                return nn.functional.linear(hidden(batch), *output())
+
         return ModelAdapter(
-            module=model,
-            logits=model,
-            encode=encode if factored else None,
-            head=head if factored else None,
-            first_item=int(getattr(model, "first_item", 0)),
+            model, module, path, library, all_logits, all_hidden, take_head, given=given
         )
 
+    @property
+    def encode(self) -> Callable[[Any], Tensor] | None:
+        """batch -> h (N, D) at the last real position; None where there is no output layer."""
+        if self.all_hidden is None:
+            return None
+        hidden = self.all_hidden
+        return lambda batch: self._at_last(hidden(batch), batch)
+
+    def logits(self, batch: Any) -> Tensor:
+        """Next-item logits (N, V), at the last real position."""
+        return self._at_last(self.all_logits(batch), batch)
+
+    @property
+    def first_item(self) -> int:
+        """The token of logit column 0."""
+        given = self.given.get("first_item")
+        return self.library.first_column(self.module) if given is None else int(given)
+
+    @property
+    def num_items(self) -> int | None:
+        """How many items the model has, where it says so."""
+        return self.library.num_items(self.module)
+
+    @property
+    def item_ids(self) -> list[Any] | None:
+        """External ids of its items, where it keeps them or was given them."""
+        given = self.given.get("item_ids")
+        if given is not None:
+            return self.ids_in(given)
+        for source in (self.source, self.module):
+            if (own := self.library.item_ids(source, self.module)) is not None:
+                return own
+        return None
+
+    def ids_in(self, given: Any) -> list[Any]:
+        """External ids item by item, in what a user gave: a list, or a library's own map."""
+        return ids_in(given, self.library.first_token(self.module))
+
+    @property
+    def item_parameters(self) -> dict[str, int]:
+        """Parameter -> row of its first item, of the tables with a row for each item."""
+        own = self.library.item_tables(self.module)
+        if own is not None:
+            return own
+        ids = self.item_ids
+        number = len(ids) if ids is not None else self.num_items
+        first = self.library.first_token(self.module)
+        if number is None:
+            return {}
+        if type(self.library) is PlainModule or "logits" in self.given:
+            return tables_by_size(self.module, number, first)
+        return self._watched_tables(number, first)
+
+    def _watched_tables(self, number: int, first: int) -> dict[str, int]:
+        """The tables that are looked up by item, or are the output layer."""
+        length = min(number, self.max_len or number, 8)
+        items = torch.arange(1, length + 1, device=self.device)
+        with eval_mode(self.module):
+            batches = [self.make_batch(own[None]) for own in (items, number + 1 - items)]
+            found = dict.fromkeys(looked_up_tables(self.module, self.all_logits, batches), first)
+            layer = find_output_layer(self.all_logits, self.module, batches[0])
+        if not isinstance(layer, str):
+            found |= output_tables(self.module, layer, first - self.first_item)
+        return found
+
+    @property
+    def max_len(self) -> int | None:
+        """The most positions of a history."""
+        given = self.given.get("max_len")
+        return self.library.max_len(self.module) if given is None else int(given)
+
+    @property
+    def settings(self) -> Mapping[str, Any] | None:
+        """What the model was built with, where it says so."""
+        return self.library.settings(self.module)
+
+    @property
+    def skips_padding(self) -> bool:
+        """Whether the model computes no padding on the left that a whole batch shares."""
+        return not self.given.get("logits") and self.library.skips_padding(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters are."""
+        first = next(self.module.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def prepared(self, batch: Any) -> Any:
+        """A native batch as the question for the next item, on the model's device."""
+        if "logits" not in self.given and "encode" not in self.given:
+            batch = self.library.prepared(self.module, batch)
+        return to_device(batch, self.device)
+
+    def make_batch(self, items: Tensor, **beside: Any) -> Any:
+        """A native batch of histories (N, T) int64, items 1..V with 0 on the left for none."""
+        if (given := self.given.get("make_batch")) is not None:
+            return given(items)
+        if "logits" in self.given or type(self.library) is PlainModule:
+            return {"history": items, **beside}
+        return self.library.make_batch(self.module, items)
+
+    def positions(self, batch: Any) -> Tensor | None:
+        """Which positions hold items, (N, T) bool; None where nothing says so."""
+        given = self.given.get("positions")
+        found = self.library.places(self.module, batch) if given is None else given(batch)
+        if found is not None and not isinstance(found, Tensor):
+            found = torch.as_tensor(found)
+        return found
+
     def targets(self, batch: Any) -> Tensor:
-        """Logit columns of the batch's next items, (N,) int64."""
-        if self.target is not None:
-            items = self.target(batch)
-        elif isinstance(batch, Mapping) and "target" in batch:
-            items = batch["target"]
-        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-            items = batch[1]
+        """Logit columns of the batch's next items, (N,) int64.
+
+        Raises:
+            InputError: The batch holds no next items.
+        """
+        if (given := self.given.get("target")) is not None:
+            items = given(batch)
         else:
+            items = self.library.targets(self.module, batch)
+            if items is None and (labels := self.library.labels(self.module, batch)) is not None:
+                items = last_label(labels)
+        if items is None:
             raise InputError(
-                "sampler 'target': the batch holds no next items; give mappings with 'history'"
-                " and 'target', or (history, target) pairs"
+                "sampler 'target': a batch holds no next items; give mappings with 'history'"
+                " and 'target', (history, target) pairs, or fk.adapt(model, target=...)"
             )
         return torch.as_tensor(items).long() - self.first_item
 
+    def copy(self) -> ModelAdapter:
+        """The adapter of a deep copy of the model as the user holds it."""
+        source, _ = copy_wrapped(self.source, self.path)
+        return ModelAdapter.made(source, self.given)
 
-def adapt(
-    model: nn.Module,
-    *,
-    logits: Callable[[nn.Module, Any], Tensor] | None = None,
-    encode: Callable[[nn.Module, Any], Tensor] | None = None,
-    head: Callable[[nn.Module], HeadTensors] | None = None,
-    target: Callable[[Any], Tensor] | None = None,
-    first_item: int = 0,
-) -> ModelAdapter:
-    """Describe another library's model to `diag_fisher`.
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapter:
+        """The adapter of a deep copy, as functions of a model hold the model."""
+        return ModelAdapter.made(copy.deepcopy(self.source, memo), self.given)
 
-        logits = encode(model, batch) Wᵀ + b,   (W, b) = head(model)
+    @property
+    def merge_report(self) -> Any:
+        """How `merge` made the model, where it did."""
+        return getattr(self.module, "merge_report", None)
 
-    Args:
-        model: The network whose parameters count.
-        logits: (model, batch) -> (N, V). Default: `model(batch)`, or the formula above.
-        encode: (model, batch) -> h (N, D), the hidden state before the output layer. With
-            `head` it opens the fast path.
-        head: (model) -> (W (V, D), b (V,) or None). W should be the parameter itself or a slice
-            of its rows, so that a tie with the input embedding is seen.
-        target: (batch) -> (N,) item ids, for `sampler="target"`. Default: the batch's "target",
-            or the second of a pair.
-        first_item: The item id of logit column 0.
+    def set_report(self, report: dict[str, Any]) -> None:
+        """Say how `merge` made the model."""
+        for holder in (self.module, self.source):
+            setattr(holder, "merge_report", report)  # noqa: B010  # no tensor
 
-    Returns:
-        What `diag_fisher`, `linear_grams` and `fisher_product` take in place of a model.
+    def wrapped(self, module: Any) -> Any:
+        """Another bare module of the same class in wrappers like this model's own."""
+        if self.source is self.module:
+            return module
+        duplicate = self.copy()
+        duplicate.module.load_state_dict(module.state_dict())
+        for name in ("align_report", "item_ids"):
+            if (value := getattr(module, name, None)) is not None:
+                setattr(duplicate.module, name, value)
+                setattr(duplicate.source, name, value)
+        return duplicate.source
 
-    Raises:
-        InputError: `encode` without `head`, or `head` without `encode`.
-    """
-    if (encode is None) != (head is None):
-        raise InputError("adapt: encode and head belong together; give both or neither")
-    if logits is None and encode is not None and head is not None:
-        encoder, output = encode, head
+    def with_output_layer(self, batch: Any) -> ModelAdapter:
+        """This adapter with its output layer found on a first batch, and compared with the logits.
 
-        def logits(model: nn.Module, batch: Any) -> Tensor:
-            weight, bias = output(model)
-            return nn.functional.linear(encoder(model, batch), weight, bias)
+        Args:
+            batch: A prepared batch; the model is in eval mode.
 
-    return ModelAdapter(
-        module=model,
-        logits=model if logits is None else lambda batch: logits(model, batch),
-        encode=None if encode is None else lambda batch: encode(model, batch),
-        head=None if head is None else lambda: head(model),
-        first_item=first_item,
-        target=target,
-    )
+        Raises:
+            InputError: The functions that `adapt` was given disagree, or the logits of a batch
+                are not the same twice.
+        """
+        if self.looked_for:
+            return self
+        part = batch_slice(batch, 0, min(_EXAMPLE, batch_size(batch)))
+        check_function(self, part)
+        if self.all_hidden is None:
+            return self._with_found(part)
+        difference = head_difference(self, part)
+        if difference is None:
+            return dataclasses.replace(self, looked_for=True)
+        if "encode" in self.given and "logits" not in self.given:
+            raise InputError(f"adapt: encode and head give other logits twice, {difference} apart")
+        if "encode" in self.given:
+            raise InputError(
+                f"adapt: encode and head give logits that are {difference} from those of logits; "
+                "does the model scale, normalise or bias them?"
+            )
+        log.info("encode and head give logits that are %s from forward's", difference)
+        return dataclasses.replace(self, all_hidden=None, head=None)._with_found(part)
+
+    def _with_found(self, batch: Any) -> ModelAdapter:
+        found = find_output_layer(self.all_logits, self.module, batch)
+        if isinstance(found, str):
+            log.info("%s: %s", self.library.name, found)
+            return dataclasses.replace(self, looked_for=True)
+        adapter = self._with_parts(found)
+        if (difference := head_difference(adapter, batch)) is None:
+            return adapter
+        log.info("the output layer found gives logits that are %s from the model's", difference)
+        return dataclasses.replace(self, looked_for=True)
+
+    def _with_parts(self, parts: OutputLayerParts) -> ModelAdapter:
+        module = self.module
+        return dataclasses.replace(
+            self,
+            all_hidden=parts.encoder(self.all_logits),
+            head=lambda: parts.head(module),
+            fixed_rows=parts.fixed_rows,
+            looked_for=True,
+        )
+
+    def _at_last(self, values: Tensor, batch: Any) -> Tensor:
+        """Values (N, T, ...) of every position at the last real one; (N, ...) as they are."""
+        if not isinstance(values, Tensor):
+            values = logits_in(values)
+        if values.dim() < 3:
+            return values
+        places = self.positions(batch)
+        check_side(places, histories(batch))
+        index = last_place(places, values.shape[1], len(values))
+        if index is None:
+            if places is not None and not bool(places[:, -1].all()):
+                raise InputError(
+                    f"model: logits of {values.shape[1]} positions for {places.shape[1]} that the "
+                    "batch has, some padded on the right; give fk.adapt(model, positions=...)"
+                )
+            return values[:, -1]
+        rows = torch.arange(len(values), device=values.device)
+        return values[rows, index.to(values.device)]
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Next-item logits (N, V) of a native batch."""
+        return self.logits(self.prepared(batch))
+
+    def __repr__(self) -> str:
+        """What was recognised, in one line."""
+        name = type(self.module).__name__
+        around = "" if self.source is self.module else f" in a {type(self.source).__name__}"
+        layer = "found on the first batch"
+        if self.head is not None:
+            weight, bias = self.head()
+            layer = f"{tuple(weight.shape)}" + ("" if bias is None else " with a bias")
+        elif self.looked_for:
+            layer = "part of the model"
+        ids = self.item_ids
+        items = "without ids" if ids is None else f"{len(ids)} with ids"
+        return f"{name}{around}: {self.library.name}; output layer {layer}; items {items}"
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module is a recommender in itself."""
+    return recognised(module) is not None or describes_itself(module)

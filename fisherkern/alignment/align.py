@@ -123,13 +123,13 @@ def align(
     rotations within heads and of the residual stream as in arXiv 2502.00264 and 2506.22712, the
     latter for learning them from the loss too.
     """
-    models = list(models)
-    ties = checks.check_members(models)
-    checks.check_config(models)
-    catalogue = align_item_rows(models, item_ids)
-    checks.check_tensors([named_tensors(model) for model in models], ties, catalogue)
-    _check_counts(reference, sweeps, len(models))
-    common, members = _foldable(models, symmetries, rotate)
+    adapters = checks.adapters_of(list(models))
+    modules: list[Any] = checks.bare_modules(adapters)
+    ties, catalogue = checks.check_members(modules), align_item_rows(adapters, item_ids)
+    checks.check_config(adapters)
+    checks.check_tensors([named_tensors(model) for model in modules], ties, catalogue)
+    _check_counts(reference, sweeps, len(modules))
+    common, members = _foldable(modules, symmetries, rotate)
     batches = _batches(by, loader, objective, members[reference]) if members else []
     if by == "loss" and catalogue.positions is not None:
         raise InputError("by='loss' averages the members, which need one catalogue")
@@ -166,7 +166,7 @@ def align(
             "distance_after": own.distance(transforms),
             **report,
         }
-        aligned.append(new)
+        aligned.append(adapters[number].wrapped(new))
     return aligned
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherkern.adapters import ModelAdapter
 from fisherkern.errors import InputError
 
 
@@ -30,15 +31,19 @@ class ScoreEnsemble(nn.Module):
         super().__init__()
         if not members:
             raise InputError("ScoreEnsemble: no members")
-        self.members = nn.ModuleList(members)
-        self.first_item: int = _agreed(members, "first_item", 0)
-        self.item_ids: list[str] | None = _agreed(members, "item_ids", None)
-        self.max_len = max(_max_len(member) for member in members)
+        adapters = [ModelAdapter.of(member) for member in members]
+        self.members = nn.ModuleList([adapter.module for adapter in adapters])
+        self._adapters = adapters
+        self.first_item: int = _agreed([member.first_item for member in adapters], "first_item")
+        self.item_ids: list[str] | None = _agreed(
+            [member.item_ids for member in adapters], "item_ids"
+        )
+        self.max_len = max(_max_len(member) for member in adapters)
 
     def forward(self, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Return the mean of the log-probabilities, (N, V_out)."""
         total: Tensor | None = None
-        for index, member in enumerate(self.members):
+        for index, member in enumerate(self._adapters):
             scores = member(_last(batch, _max_len(member))).log_softmax(dim=-1)
             if total is not None and scores.shape != total.shape:
                 raise InputError(
@@ -50,8 +55,8 @@ class ScoreEnsemble(nn.Module):
         return total / len(self.members)
 
 
-def _max_len(member: nn.Module) -> int:
-    return int(getattr(member, "max_len", 50))
+def _max_len(member: ModelAdapter) -> int:
+    return member.max_len or 50
 
 
 def _last(batch: Tensor | Mapping[str, Tensor], length: int) -> Tensor | dict[str, Tensor]:
@@ -60,8 +65,7 @@ def _last(batch: Tensor | Mapping[str, Tensor], length: int) -> Tensor | dict[st
     return {**batch, "history": batch["history"][:, -length:]}
 
 
-def _agreed(members: Sequence[nn.Module], attribute: str, default: Any) -> Any:
-    values = [getattr(member, attribute, default) for member in members]
+def _agreed(values: Sequence[Any], attribute: str) -> Any:
     for index, value in enumerate(values):
         if value != values[0]:
             raise InputError(f"ScoreEnsemble: members 0 and {index} differ in {attribute}")

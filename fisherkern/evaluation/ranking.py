@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
+from fisherkern.evaluation.scorer import Scorer
 from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
 
@@ -38,10 +39,13 @@ def evaluate(
     averaged over users; ties count against the model. Allocates a few (batch_size, V) tensors.
 
     Args:
-        model: called on {"history": (N, T), "target": (N,), "user": (N,)} int64, gives scores
-            (N, V_out); column c is item c + model.first_item (0 without that attribute).
-            T = model.max_len, 50 without. In eval mode meanwhile, its modes restored after.
-        data: the sequences; the model's catalogue must be theirs.
+        model: A model of any library, as it is or adapted, or a function. Plain modules and
+            functions are called on {"history": (N, T), "target": (N,), "user": (N,)} int64, and
+            give scores (N, V_out); column c is item c + model.first_item (0 without that
+            attribute). T = model.max_len, 50 without. Libraries' models get batches of their
+            own. In eval mode meanwhile, its modes restored after.
+        data: the sequences. The model's items are found by their ids; of a model without ids,
+            item i is taken to be the data's i-th item.
         split: "test" (the last item of every user), "validation" (the last but one) or "train"
             (the last but two).
         k: cut-off or cut-offs, positive integers.
@@ -84,18 +88,18 @@ def evaluate(
     """
     protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
     cutoffs = _cutoffs(k)
-    _check_catalogue(model, data)
+    scorer = Scorer.of(model, data)
     chosen = np.arange(data.num_users) if users is None else np.asarray(users)
     view = data if users is None else data.subset(chosen)
     if len(np.unique(chosen)) != len(chosen):
         raise InputError("users: an index occurs twice")
-    loader = view.loader(split=split, batch_size=batch_size, max_len=getattr(model, "max_len", 50))
+    loader = view.loader(split=split, batch_size=batch_size, max_len=scorer.max_len)
     popularity = data.popularity()
     kept_users, ranks = [], []
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(scorer.module):
         for batch in progress_bar(loader, desc="evaluate", unit="batch", show=progress):
             batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
-            scores = item_scores(model, batch, data.num_items)
+            scores = scorer.scores(batch)
             ranks.append(_ranks(scores, batch, data, protocol, popularity).cpu())
             kept_users.append(batch["user"])
     all_ranks = torch.cat(ranks).numpy()
@@ -148,33 +152,6 @@ def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndar
     return {f"{name}@{k}": gain * (ranks <= k) for k in cutoffs for name, gain in gains.items()}
 
 
-def item_scores(model: Any, batch: dict[str, Tensor], num_items: int) -> Tensor:
-    """Return the scores of items 1..V for a batch, (N, V), pad and mask columns cut off.
-
-    Column c of `model(batch)` is item c + model.first_item (0 where the model has no
-    such attribute). Raises InputError for a wrong shape or a NaN, naming the user.
-    """
-    first_item = getattr(model, "first_item", 0)
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if parameter is None:
-        scores = model(batch)
-    else:
-        scores = model({name: tensor.to(parameter.device) for name, tensor in batch.items()})
-    start = 1 - first_item
-    rows = len(batch["history"])
-    if scores.ndim != 2 or len(scores) != rows or start < 0 or scores.shape[1] < start + num_items:
-        raise InputError(
-            f"model: scores of shape {tuple(scores.shape)} with column 0 for item {first_item} "
-            f"do not cover {rows} sequences and items 1 to {num_items}"
-        )
-    scores = scores[:, start : start + num_items]
-    bad = torch.isnan(scores).any(dim=1)
-    if bad.any():
-        user = int(batch["user"][bad.cpu()][0])
-        raise InputError(f"model: a score of user number {user} is NaN")
-    return scores
-
-
 def _ranks(
     scores: Tensor,
     batch: dict[str, Tensor],
@@ -216,14 +193,3 @@ def _cutoffs(k: int | Sequence[int]) -> tuple[int, ...]:
     if not cutoffs or any(int(cutoff) != cutoff or cutoff < 1 for cutoff in cutoffs):
         raise InputError(f"k: expected positive integers, got {k!r}")
     return tuple(dict.fromkeys(int(cutoff) for cutoff in cutoffs))
-
-
-def _check_catalogue(model: Any, data: SequenceDataset) -> None:
-    if not callable(model):
-        raise InputError(f"model: expected something to call, got {type(model).__name__}")
-    own = getattr(model, "item_ids", None)
-    if own is not None and list(own) != list(data.item_ids):
-        raise InputError(
-            f"model: trained on another catalogue than {data.name} "
-            f"({len(own)} and {data.num_items} items, or another order)"
-        )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import model_input
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.fisher.logit_samplers import LogitStats
 from fisherkern.fisher.samplers import check_softmax, sample
@@ -31,7 +30,7 @@ def add_batchwise_(
     gradient and the captured mass (N,).
     """
     with torch.enable_grad():
-        logits = model.logits(model_input(batch))
+        logits = model.logits(batch)
         log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
     target = model.targets(batch) if settings.sampler == "target" else None
     stats = LogitStats(log_p.detach(), sequence_ids, target)

@@ -24,7 +24,7 @@ def diag_fisher(
     loader: Iterable[Any],
     *,
     sampler: str = "topk",
-    k: int = 30,
+    k: int | None = None,
     probes: int | None = None,
     reduction: str = "sequence",
     seed: int = 0,
@@ -70,7 +70,8 @@ def diag_fisher(
         loader: Batches: histories (N, T) int64, mappings with "history" and "target", or
             (history, target) pairs. A list of batches will do.
         sampler: One of the six above.
-        k: Items per sequence, for "topk", "model" and "random".
+        k: Items per sequence, for "topk", "model" and "random". Default: 30, or all of a smaller
+            catalogue.
         probes: Backward passes, for "exact" (default: all) and "sketch" (default: 16).
         reduction: "sequence", or "batchwise": the paper's eq. 6, which squares the gradient
             summed over a batch. For comparison only: its scale and direction depend on the
@@ -112,7 +113,7 @@ def diag_fisher(
             count += engine.add_batch(batch, count)
     if count == 0:
         raise InputError("loader: it gave no sequences")
-    meta = settings.meta() | {
+    meta = settings.meta(engine.num_items) | {
         "probes": engine.probes or None,
         "num_sequences": count,
         "captured_mass": float(engine.mass) / count if sampler == "topk" else None,

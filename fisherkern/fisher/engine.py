@@ -34,12 +34,16 @@ Tied = Callable[[CapturedForward], dict[int, TiedEmbeddingGrad]]
 
 @dataclasses.dataclass(frozen=True)
 class OutputLayer:
-    """W (V, D), b (V,) or None, and which parameters they view; None where they view none."""
+    """W (V, D), b (V,) or None, and which parameters they view; None where they view none.
+
+    Rows of W that get no gradient are `fixed_rows`, (V,) bool.
+    """
 
     weight: Tensor
     bias: Tensor | None
     weight_param: ParamView | None
     bias_param: ParamView | None
+    fixed_rows: Tensor | None = None
 
 
 class Engine:
@@ -59,10 +63,11 @@ class Engine:
         self.schedule = dataclasses.replace(Schedule.of(self.device), micro_batch=settings.chunk)
         self.autocast = Autocast.of(self.device)
         # From the batch to h where the output layer allows it, else to the logits.
-        self.runner = self._runner(model.encode or model.logits)
+        self.by_logits = True
+        self.runner = self._runner(model.logits)
         self.reached: set[str] = set()
         self.fallback: set[str] = set()
-        self.probes = 0
+        self.probes = self.num_items = 0
         # Sums over the sequences, on the device: a number read back is waited for.
         self.mass = torch.zeros((), dtype=torch.float64, device=self.device)
         self.kept = torch.zeros_like(self.mass)
@@ -70,14 +75,22 @@ class Engine:
     def _runner(self, function: Callable[[Any], Tensor]) -> ForwardBackward:
         return ForwardBackward(function, self.parameters, self.autocast)
 
-    @property
-    def by_logits(self) -> bool:
-        """Whether the output layer is part of what the probes run through."""
-        return self.runner.function is self.model.logits
+    def _start(self, batch: Any) -> None:
+        """Find the output layer on the first batch, and check what the model is asked."""
+        with self.autocast.on(), torch.no_grad():
+            self.model = self.model.with_output_layer(batch)
+            self.num_items = self.model.logits(batch_slice(batch, 0, 1)).shape[1]
+        if self.settings.reduction == "sequence" and self.model.encode is not None:
+            self.by_logits, self.runner = False, self._runner(self.model.encode)
 
     def add_batch(self, batch: Any, first: int) -> int:
         """Add a loader's batch, whose first sequence has the id `first`; returns their number."""
+        batch = self.model.prepared(batch)
         n = batch_size(batch)
+        if n == 0:
+            return 0
+        if first == 0:
+            self._start(batch)
         # Ids, by which random numbers are keyed, are places in the loader.
         device = next(iter(self.fisher.values())).device
         ids = torch.arange(first, first + n, device=device)
@@ -101,7 +114,8 @@ class Engine:
             if layer is not None and (reason := _why_not_factored(layer, forwards)) is not None:
                 log.warning("%s; taking the slower path through the logits", reason)
                 forwards.clear()
-                layer, self.runner = None, self._runner(self.model.logits)
+                layer, self.by_logits = None, True
+                self.runner = self._runner(self.model.logits)
                 forwards = self._forward(batch, len(sequence_ids), layer)
             target = self.model.targets(batch) if self.settings.sampler == "target" else None
             if layer is not None:
@@ -113,7 +127,8 @@ class Engine:
         assert self.model.head is not None
         weight, bias = self.model.head()
         view_of = self.parameters.view_of
-        return OutputLayer(weight, bias, view_of(weight), view_of(bias))
+        fixed = self.model.fixed_rows
+        return OutputLayer(weight, bias, view_of(weight), view_of(bias), fixed)
 
     def _forward(self, batch: Any, n: int, layer: OutputLayer | None) -> list[CapturedForward]:
         """A forward pass of each length bucket of the micro-batch."""
@@ -139,7 +154,11 @@ class Engine:
         params = layer.weight_param, layer.bias_param
         sums, sums_bias = (None if p is None else p.of(self.fisher[p.name]) for p in params)
         if sums is not None or sums_bias is not None:
+            kept = None if layer.fixed_rows is None else sums
+            sums = sums if kept is None else torch.zeros_like(kept)
             ops.head_sqgrad_(sums, sums_bias, h, weight, bias, stats.lse, factor.ids, factor.omega)
+            if kept is not None and sums is not None and layer.fixed_rows is not None:
+                kept += sums.masked_fill_(layer.fixed_rows[:, None], 0.0)
         self.reached |= {p.name for p in params if p is not None}
 
         def tied(forward: CapturedForward) -> dict[int, TiedEmbeddingGrad]:

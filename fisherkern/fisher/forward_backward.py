@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.batches import batch_slice, model_input
+from fisherkern.adapters.batches import batch_slice
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
@@ -66,7 +66,7 @@ class ForwardBackward:
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
         with torch.enable_grad(), self._autocast.on():
-            return self.function(model_input(batch))
+            return self.function(batch)
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
@@ -89,7 +89,7 @@ class ForwardBackward:
     def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp]]:
         capture = Capture(self._parameters, n, HANDLERS)
         with torch.enable_grad(), self._autocast.on(), capture:
-            result = self.function(model_input(batch))
+            result = self.function(batch)
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
         return result, capture.ops

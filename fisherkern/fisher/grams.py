@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, model_input
+from fisherkern.adapters.batches import batch_size
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
@@ -70,6 +70,7 @@ def linear_grams(
             if getattr(module, "absorbs_projections", False):
                 module.training = True
         for batch in progress_bar(loader, desc="Gram matrices", unit="batch", show=progress):
+            batch = adapter.prepared(batch)
             n = batch_size(batch)
             for part, index in schedule.length_buckets(adapter, batch, n):
                 collector.add(part, count + int(index[0]))
@@ -94,7 +95,7 @@ class _Collector:
 
     def add(self, batch: Any, seed: int) -> None:
         with Capture(self._parameters, batch_size(batch), HANDLERS) as capture:
-            logits = self._model.logits(model_input(batch))
+            logits = self._model.logits(batch)
         ops = capture.ops
         if logits.grad_fn is None:
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, model_input
+from fisherkern.adapters.batches import batch_size
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.schedule import Schedule
@@ -56,7 +56,7 @@ class FisherProduct:
     def _of_batch(self, batch: Any, direction: list[Tensor]) -> tuple[Tensor, ...]:
         """sum_n J_n^T C_n J_n v of the logits, C_n = diag(p_n) - p_n p_n^T."""
         parameters = list(self._parameters.values())
-        logits = self._model.logits(model_input(batch))
+        logits = self._model.logits(batch)
         # J^T u is linear in u, so its derivative along v, in u, is J v: two backward passes
         # instead of a forward-mode derivative, which not every operation has.
         u = torch.zeros_like(logits, requires_grad=True)
@@ -105,7 +105,8 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
     if not any(p.requires_grad for p in adapter.module.parameters()):
         raise InputError("model: it has no trainable parameter")
     batches = []
-    for batch in loader:
+    for given in loader:
+        batch = adapter.prepared(given)
         buckets = schedule.length_buckets(adapter, batch, batch_size(batch))
         batches += [part for part, _ in buckets]
     if not batches:

@@ -69,8 +69,7 @@ class SoftmaxStats:
         """The pass over the items that every sampler needs, with topk's own work in it."""
         inputs = h, weight, bias
         if settings.sampler == "topk":
-            _check_k(settings.k, len(weight))
-            p, ids, lse, mean = ops.softmax_topk(*inputs, settings.k)
+            p, ids, lse, mean = ops.softmax_topk(*inputs, settings.num_sampled(len(weight)))
             return cls(*inputs, sequence_ids, target, lse, mean, (p, ids), None)
         lse, mean, ranges = ops.softmax_mean(*inputs)
         return cls(*inputs, sequence_ids, target, lse, mean, None, ranges)
@@ -143,9 +142,8 @@ class ItemSampler(Protocol):
 
 def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
     """The items of an item sampler: ids (N, K) int64, weights ω (N, K), captured mass (N,)."""
-    n, k, v = len(stats.sequence_ids), settings.k, stats.num_items
-    if settings.sampler in ("topk", "random"):
-        _check_k(k, v)
+    n, v = len(stats.sequence_ids), stats.num_items
+    k = settings.num_sampled(v)
     if settings.sampler == "topk":
         p, ids = stats.topk(k)
         mass = p.sum(dim=1)
@@ -168,11 +166,6 @@ def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tens
             return ids, torch.ones(ids.shape, device=ids.device), None
     p = stats.log_probability(torch.arange(n, device=ids.device), ids).exp()
     return ids, p * scale, None
-
-
-def _check_k(k: int, v: int) -> None:
-    if k > v:
-        raise InputError(f"k: {k} items of a catalogue of {v} cannot be taken")
 
 
 def _from_items(

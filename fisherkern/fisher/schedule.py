@@ -8,14 +8,14 @@ division, belong to the ops (`ops.softmax_lse.logit_tiles`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_slice, batch_take, model_input
+from fisherkern.adapters.batches import batch_slice, batch_take, histories
 
 # A CPU core's caches hold 25,600 positions; a GPU is filled by 2²⁰ and more. Each GiB of a GPU's
 # free memory takes 40,000: in two layers of D = 64 a quarter of it for the gradients that are
@@ -90,7 +90,7 @@ class Schedule:
         in their order. Where the number of positions is unknown, a bucket has a micro-batch.
         """
         most = self.micro_batch or max(n, 1)
-        history = _history(batch)
+        history = histories(batch)
         if history is None or not model.skips_padding:
             width = None if history is None else history.shape[1]
             size = most if width is None else min(most, self.sequences(width, probes))
@@ -134,15 +134,3 @@ def _even_parts(n: int, most: int, width: int | None) -> tuple[Tensor, ...]:
         if all(len(part) != width for part in parts):
             return parts
     return torch.arange(n).tensor_split(least)
-
-
-def _history(batch: Any) -> Tensor | None:
-    """The ids (N, T) of a batch whose sequences can be taken out by index."""
-    history = model_input(batch)
-    if isinstance(history, Mapping):
-        history = history.get("history")
-    if not isinstance(history, Tensor) or history.dim() != 2:
-        return None
-    if isinstance(batch, (tuple, list)) and not all(isinstance(part, Tensor) for part in batch):
-        return None
-    return history

@@ -10,6 +10,7 @@ from fisherkern.errors import InputError
 SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
 
 _SKETCH_PROBES = 16
+_ITEMS = 30
 # Stands for as many probes as there are items.
 _MANY_PROBES = 2**10
 
@@ -19,7 +20,7 @@ class Settings:
     """What `diag_fisher` was asked for; see there for each field."""
 
     sampler: str
-    k: int
+    k: int | None
     probes: int | None
     seed: int
     tol: float | None
@@ -36,7 +37,7 @@ class Settings:
             raise InputError(f"reduction: {self.reduction!r} is not 'sequence' or 'batchwise'")
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler: {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
-        if self.k < 1:
+        if self.k is not None and self.k < 1:
             raise InputError(f"k: must be at least 1, got {self.k}")
         if self.probes is not None and self.probes < 1:
             raise InputError(f"probes: must be at least 1, got {self.probes}")
@@ -52,17 +53,30 @@ class Settings:
             return dataclasses.replace(self, probes=_SKETCH_PROBES)
         return self
 
+    def num_sampled(self, num_items: int) -> int:
+        """K of a catalogue of `num_items`: as asked for, else 30 or all of a smaller one.
+
+        Raises:
+            InputError: More items are asked for than there are.
+        """
+        if self.k is None:
+            return min(_ITEMS, num_items)
+        if self.k > num_items and self.sampler in ("topk", "random"):
+            raise InputError(f"k: {self.k} items of a catalogue of {num_items} cannot be taken")
+        return self.k
+
     def most_probes(self, width: int | None) -> int:
         """The most probes that a factor over `width` dimensions has; None: over all logits."""
         asked = {"exact": self.probes, "sketch": self.probes, "target": 1}
-        count = asked.get(self.sampler, self.k)
+        count = asked.get(self.sampler, self.k or _ITEMS)
         return min(count or _MANY_PROBES, width or _MANY_PROBES)
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self, num_items: int) -> dict[str, Any]:
         """What a Fisher's `meta` says of them; None where the sampler does not use one."""
+        sampled = self.sampler in ("topk", "model", "random")
         return {
             "sampler": self.sampler,
-            "k": self.k if self.sampler in ("topk", "model", "random") else None,
+            "k": self.num_sampled(num_items) if sampled else None,
             "probes": self.probes,
             "reduction": self.reduction,
             "seed": self.seed,

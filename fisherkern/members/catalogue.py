@@ -6,14 +6,16 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fisherkern.adapters import ModelAdapter
 from fisherkern.errors import InputError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fisherkern")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class CatalogueUnion:
 
 
 def _member_ids(
-    models: Sequence[nn.Module], item_ids: Sequence[Sequence[str] | None] | None
+    models: Sequence[ModelAdapter], item_ids: Sequence[Any] | None
 ) -> list[list[str] | None]:
     """Each member's external ids: the argument's, or else the model's own, or else None."""
     if item_ids is not None and len(item_ids) != len(models):
@@ -72,13 +74,12 @@ def _member_ids(
     found: list[list[str] | None] = []
     for number, model in enumerate(models):
         given = item_ids[number] if item_ids is not None else None
-        own = given if given is not None else getattr(model, "item_ids", None)
+        own = model.item_ids if given is None else model.ids_in(given)
         if own is None:
             found.append(None)
             continue
-        ids = list(own)
-        check_ids(f"member {number}", ids, getattr(model, "num_items", None))
-        found.append(ids)
+        check_ids(f"member {number}", own, model.num_items)
+        found.append(own)
     return found
 
 
@@ -97,21 +98,13 @@ def union_item_ids(
     """Return the union, the first's ids first, then new ones; and `CatalogueUnion.positions`.
 
     catalogues: owner and ids of each; asked for one after another and not kept. Raises
-    InputError, naming the owner, for an id listed twice; a catalogue that shares none is logged.
+    InputError, naming the owner, for an id listed twice.
     """
     place: dict[str, int] = {}
     found = []
     for owner, own in catalogues:
-        before = len(place)
         merged = (place.setdefault(item, len(place)) for item in own)
         numbers = torch.from_numpy(np.fromiter(merged, np.int64, len(own)))
-        if before and len(place) == before + len(own) > before:
-            log.warning(
-                "%s shares no item with the members before it: its first item id is %r, theirs %r",
-                owner,
-                own[0],
-                next(iter(place)),
-            )
         _positions(numbers, len(place), owner, own)
         found.append(numbers)
         # Before the next is made; the generator, which has not come to its end, holds it too.
@@ -145,9 +138,9 @@ def _positions(
     return position
 
 
-def _item_parameters(models: Sequence[nn.Module]) -> dict[str, int]:
-    """The members' common `item_parameters()`; {} for models that have none."""
-    tables = [dict(getattr(model, "item_parameters", dict)()) for model in models]
+def _item_parameters(models: Sequence[ModelAdapter]) -> dict[str, int]:
+    """The members' common tables with a row for each item."""
+    tables = [model.item_parameters for model in models]
     for number, table in enumerate(tables):
         if table != tables[0]:
             raise InputError(
@@ -157,19 +150,20 @@ def _item_parameters(models: Sequence[nn.Module]) -> dict[str, int]:
 
 
 def align_item_rows(
-    models: Sequence[nn.Module], item_ids: Sequence[Sequence[str] | None] | None
+    models: Sequence[Any], item_ids: Sequence[Sequence[str] | None] | None
 ) -> CatalogueUnion:
     """Unite the members' catalogues: member 0's items first, then the new ones in order.
 
     Members without ids must all be without, and have the same number of items: their rows are
-    taken to mean the same item. Raises InputError otherwise, for an id listed twice, and for
-    as many ids as there are not items.
+    taken to mean the same item, which is logged once. Raises InputError otherwise, for an id
+    listed twice, for as many ids as there are not items, and for a member that shares no item
+    with the others.
     """
-    ids = _member_ids(models, item_ids)
-    parameters = _item_parameters(models)
+    adapters = [ModelAdapter.of(model) for model in models]
+    ids = _member_ids(adapters, item_ids)
     sizes = [
-        len(own) if own is not None else int(getattr(model, "num_items", 0))
-        for own, model in zip(ids, models, strict=True)
+        len(own) if own is not None else adapter.num_items or 0
+        for own, adapter in zip(ids, adapters, strict=True)
     ]
     for number, own in enumerate(ids):
         if (own is None) != (ids[0] is None) or (own is None and sizes[number] != sizes[0]):
@@ -180,11 +174,43 @@ def align_item_rows(
             )
     known = [own for own in ids if own is not None]
     if not known or all(own == known[0] for own in known):
-        return CatalogueUnion(known[0] if known else None, None, sizes, parameters)
+        _note_missing(adapters, known)
+        declared = all(model.library.item_tables(model.module) is not None for model in adapters)
+        tables = _item_parameters(adapters) if declared else {}
+        return CatalogueUnion(known[0] if known else None, None, sizes, tables)
+    parameters = _item_parameters(adapters)
     if not parameters:
         raise InputError(
             "the members list different items, and without an item_parameters() method their "
             "item rows cannot be told from other rows"
         )
     union, positions = union_item_ids((f"member {m}", own) for m, own in enumerate(known))
+    _check_overlap(known)
     return CatalogueUnion(union, positions, sizes, parameters)
+
+
+def _check_overlap(catalogues: Sequence[Sequence[Any]]) -> None:
+    """Refuse a member that has no item in common with any other: its ids are written otherwise."""
+    counts = Counter(item for own in catalogues for item in set(own))
+    for number, own in enumerate(catalogues):
+        if own and all(counts[item] == 1 for item in own):
+            other = catalogues[0 if number else 1]
+            raise InputError(
+                f"member {number} shares no item with the others: its ids are like {own[0]!r}, "
+                f"theirs like {other[0]!r}; write them alike"
+            )
+
+
+_noted: set[str] = set()
+
+
+def _note_missing(models: Sequence[ModelAdapter], known: Sequence[Any]) -> None:
+    """Say once per kind of model that rows are taken to mean the same items."""
+    kind = models[0].library.name
+    if known or len(models) < 2 or not models[0].num_items or kind in _noted:
+        return
+    _noted.add(kind)
+    log.warning(
+        "no member lists its item ids: row v is taken to be the same item in all; pass item_ids= "
+        "where the members were trained on other data"
+    )

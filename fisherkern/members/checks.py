@@ -9,19 +9,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fisherkern.adapters import ModelAdapter
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.members.catalogue import CatalogueUnion
+from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.members.ties import Tie, find_ties, named_tensors
 
 
-def check_members(models: Sequence[nn.Module]) -> list[Tie]:
-    """Return the ties of the members, which must be of one class with the same tensors and ties."""
+def bare_modules(models: Sequence[Any]) -> list[nn.Module]:
+    """Return the modules inside members as users hold them."""
+    return [member.module for member in adapters_of(models)]
+
+
+def adapters_of(models: Sequence[Any]) -> list[ModelAdapter]:
+    """Return the adapters of at least one member; raise InputError for what is no model."""
     if not models:
         raise InputError("there is no model to merge")
+    found = []
     for number, model in enumerate(models):
-        if not isinstance(model, nn.Module):
-            raise InputError(f"member {number} is a {type(model).__name__}, not an nn.Module")
+        try:
+            found.append(ModelAdapter.of(model))
+        except InputError:
+            raise InputError(
+                f"member {number} is a {type(model).__name__}, not an nn.Module"
+            ) from None
+    return found
+
+
+def check_members(models: Sequence[Any]) -> list[Tie]:
+    """Return the ties of the members, which must be of one class with the same tensors and ties.
+
+    Wrappers around them do not count.
+    """
+    models = bare_modules(models)
+    for number, model in enumerate(models):
         if type(model) is not type(models[0]):
             raise InputError(
                 f"member {number} is a {type(model).__name__} and member 0 "
@@ -87,22 +109,24 @@ def check_finite(tensors: Sequence[Tensor], name: str) -> None:
             raise InputError(f"tensor {name!r} of member {number} holds an infinity")
 
 
-def check_config(models: Sequence[nn.Module]) -> None:
+def check_config(models: Sequence[Any]) -> None:
     """Settings that shape no tensor but change the function, such as the number of heads, agree."""
-    configs = [getattr(model, "config", None) for model in models]
-    first = configs[0]
-    for number, own in enumerate(configs):
-        if not isinstance(first, dict) or not isinstance(own, dict):
-            return
-        for key in sorted(set(first) | set(own)):
-            # These act in training only, or are what alignment is for.
-            if key in ("num_items", "init_std") or "dropout" in key:
-                continue
-            if first.get(key) != own.get(key):
-                raise InputError(
-                    f"member {number} was built with {key}={own.get(key)!r} and member 0 with "
-                    f"{key}={first.get(key)!r}"
-                )
+    check_settings([ModelAdapter.of(model).settings for model in models])
+
+
+def check_settings(configs: Sequence[Any]) -> None:
+    """The same, of what the members were built with."""
+    if not all(isinstance(own, Mapping) for own in configs):
+        return
+    # RecBole's configuration is the whole run's.
+    known = [function_settings(own, of_trainer="train_batch_size" in own) for own in configs]
+    for number, own in enumerate(known):
+        odd = differing_setting(known[0], own)
+        if odd is not None:
+            key, first, other = odd
+            raise InputError(
+                f"member {number} was built with {key}={other!r} and member 0 with {key}={first!r}"
+            )
 
 
 def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> list[float]:

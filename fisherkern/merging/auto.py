@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import nn
-
 from fisherkern.errors import InputError
 from fisherkern.merging.rules import METHODS
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+ModelT = TypeVar("ModelT")
 
 _DATA = ("fishers", "base", "grams", "products", "validation")
 
@@ -57,7 +55,7 @@ def merge_auto(
     for name, arguments in _candidates(len(models), inputs):
         model = merge(models, **{**settings, **arguments})
         value = float(score(model))
-        report: dict[str, Any] = model.merge_report  # type: ignore[assignment]
+        report: dict[str, Any] = model.merge_report  # type: ignore[attr-defined]
         if not math.isfinite(value):
             raise InputError(f"the score of candidate {name!r} is {value}, not a finite number")
         report["method"] = name

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from fisherkern.adapters import ModelAdapter
 from fisherkern.errors import InputError
+from fisherkern.members.checks import renamed
 from fisherkern.members.ties import named_tensors
 from fisherkern.merging.plan import MergePlan, Weights
 from fisherkern.modes import eval_mode
-from fisherkern.objectives.targets import check_columns, input_and_target
+from fisherkern.objectives.targets import check_columns
 
 
 def learn_weights(
@@ -36,7 +38,7 @@ def learn_weights(
 
     Args:
         plan: The merge.
-        batches: Batches with next items, see `input_and_target`.
+        batches: Batches with next items, native ones or as for `diag_fisher`.
         steps: Steps of Adam (option "lr") from a = 0, one batch each, around and around. a is one
             vector of M, or one per layer (all tensors of one module).
 
@@ -49,7 +51,10 @@ def learn_weights(
     Source: Wortsman et al., arXiv 2203.05482, appendix on learned soups; layers as in AdaMerging,
     arXiv 2310.02575, with labels in place of entropy.
     """
-    batches = [input_and_target(batch, plan.target, "validation") for batch in batches]
+    adapter = plan.adapter
+    with eval_mode(adapter.module), renamed("sampler 'target'", "validation"):
+        prepared = [adapter.prepared(batch) for batch in batches]
+        batches = [(batch, adapter.targets(batch)) for batch in prepared]
     if not batches:
         raise InputError("validation: it gave no batches")
     by_layer = plan.method.choose == "learned by layer"
@@ -61,12 +66,14 @@ def learn_weights(
     fitted = [a, b] if plan.options["temperature"] == "learned" else [a]
     optimizer = torch.optim.Adam(fitted, lr=plan.options["lr"])
     plan.write([1 / number] * number)
-    with eval_mode(plan.target, gradients=True):
+    network = _Network(adapter)
+    with eval_mode(plan.module, gradients=True):
         for _, (inputs, column) in zip(range(steps), itertools.cycle(batches), strict=False):
             lam = dict(zip(layers, a.softmax(1), strict=True))
             with torch.enable_grad():
                 tensors = mixture.tensors({n: lam[_layer(n, by_layer)] for n in plan.blocks})
-                logits = functional_call(plan.target, tensors, (inputs,))
+                inner = {f"module.{name}": value for name, value in tensors.items()}
+                logits = functional_call(network, inner, (inputs,))
                 loss = _cross_entropy(logits, column, b)
             if not torch.isfinite(loss):
                 raise InputError("validation: the cross-entropy of a batch is not finite")
@@ -88,6 +95,18 @@ def learn_weights(
     if by_layer and isinstance(weights, list):
         weights = dict.fromkeys(plan.blocks, weights)
     return weights, candidates
+
+
+class _Network(nn.Module):
+    """A model's logits as the forward pass of a module, for `functional_call`."""
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        super().__init__()
+        self.module = adapter.module
+        self._logits = adapter.logits
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._logits(batch)
 
 
 def _layer(name: str, by_layer: bool) -> str:
@@ -120,7 +139,7 @@ class _Mixture:
         """Name -> tensor of the target, tied names included."""
         found = {}
         old = named_tensors(self._plan.layout)
-        new = named_tensors(self._plan.target)
+        new = named_tensors(self._plan.module)
         for tie in self._plan.members.merged:
             if tie.name not in self._parts:
                 continue
@@ -163,7 +182,7 @@ def _lowest_cross_entropy(
 
     plan.write(weights)
     logits = [
-        check_columns(plan.target(inputs), column, "validation").double()
+        check_columns(plan.adapter.logits(inputs), column, "validation").double()
         for inputs, column in batches
     ]
     count = sum(len(column) for _, column in batches)

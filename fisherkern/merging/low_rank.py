@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.lora import LowRankPair, check_no_factors, find_low_rank
 from fisherkern.errors import InputError
 from fisherkern.members.ties import named_tensors
@@ -239,17 +240,17 @@ def pairs_of(names: Sequence[str], options: LowRankOptions) -> list[LowRankPair]
 class LowRankMembers:
     """The low-rank updates of members in memory."""
 
-    def __init__(
-        self, members: MemberSet, pairs: Sequence[LowRankPair], base: nn.Module | None = None
-    ) -> None:
+    def __init__(self, members: MemberSet, pairs: Sequence[LowRankPair], base: Any = None) -> None:
         """`base`: the model that the members were trained from, with the same pairs."""
         self.pairs, self.tensors = pairs, members.tensors
         self.scalings = [
-            scalings_in(model, pairs, f"member {number}") for number, model in enumerate(members)
+            scalings_in(model, pairs, f"member {number}")
+            for number, model in enumerate(members.models)
         ]
         self._base = None
         if base is not None:
-            self._base = named_tensors(base), scalings_in(base, pairs, "the base")
+            bare = ModelAdapter.of(base).module
+            self._base = named_tensors(bare), scalings_in(bare, pairs, "the base")
 
     @staticmethod
     def of(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fisherkern.adapters import ModelAdapter
 from fisherkern.encoders.symmetry import whole
 from fisherkern.errors import InputError
 from fisherkern.members import checks
 from fisherkern.members.catalogue import CatalogueUnion, align_item_rows, positions_of
 from fisherkern.members.symmetries import symmetries_of
-from fisherkern.members.ties import Tie, find_ties, named_tensors
+from fisherkern.members.ties import Tie, named_tensors
 from fisherkern.merging import checks as merge_checks
 from fisherkern.merging.blocks import BlockIterator, agree
 from fisherkern.merging.fishers import Fishers
+from fisherkern.merging.united import united_model
 
 
 class MemberSet:
@@ -27,13 +27,16 @@ class MemberSet:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], item_ids: Sequence[Sequence[str] | None] | None
+        self, given: Sequence[Any], item_ids: Sequence[Sequence[str] | None] | None
     ) -> None:
+        self.adapters = checks.adapters_of(given)
+        self.adapted = isinstance(given[0], ModelAdapter)
+        models = checks.bare_modules(given)
         self.ties = checks.check_members(models)
-        self.catalogue: CatalogueUnion = align_item_rows(models, item_ids)
+        self.catalogue: CatalogueUnion = align_item_rows(self.adapters, item_ids)
         self.tensors = [named_tensors(model) for model in models]
         checks.check_tensors(self.tensors, self.ties, self.catalogue)
-        checks.check_config(models)
+        checks.check_config(self.adapters)
         self.models = models
         self.parameters = {name for name, _ in models[0].named_parameters(remove_duplicate=False)}
         self.fishers: Fishers | None = None
@@ -105,15 +108,18 @@ class MemberSet:
             merge_checks.check_fingerprints(self.models, grams, "Gram mapping")
         self.grams = merge_checks.check_grams(grams, self.tensors, self.merged)
 
-    def use_base(self, base: nn.Module) -> None:
+    def use_base(self, given: Any) -> None:
         """Check the model the members were trained from, and find its rows of their items."""
-        pair = [self.models[0], base]
+        with checks.renamed("model:", "the base:"):
+            adapter = ModelAdapter.of(given)
+        base = adapter.module
+        pair = [self.adapters[0], adapter]
         with checks.renamed("member 1", "the base"):
             if checks.check_members(pair) != self.ties:
                 raise InputError("member 1 is tied in other ways than the members")
         with checks.renamed("member 0", "the base"):
-            align_item_rows([base], None)
-        ids, own = self.catalogue.item_ids, getattr(base, "item_ids", None)
+            align_item_rows([adapter], None)
+        ids, own = self.catalogue.item_ids, adapter.item_ids
         if (ids is None) != (own is None):
             lacking, having = ("the base", "members") if own is None else ("member 0", "base")
             raise InputError(
@@ -123,7 +129,7 @@ class MemberSet:
             if own is None:
                 base_catalogue = align_item_rows(pair, None)
             else:
-                base_catalogue = _catalogue_of_base(ids or [], list(own), self)
+                base_catalogue = _catalogue_of_base(ids or [], list(own), self, adapter)
             tensors = named_tensors(base)
             checks.check_tensors([self.tensors[0], tensors], self.ties, base_catalogue)
             checks.check_config(pair)
@@ -170,45 +176,21 @@ class MemberSet:
         lengths = [len(tensor) if tensor.dim() else 1 for tensor in self.of(tie)]
         return self.catalogue.rows(tie.name, lengths)
 
-    def new_model(self) -> tuple[Any, nn.Module]:
-        """(The model to write to, the model whose ties it has).
+    def new_model(self) -> tuple[ModelAdapter, nn.Module]:
+        """(The model to write to, the module whose ties it has).
 
-        A copy of member 0, or a new model of its class for the united catalogue.
+        A copy of member 0, or a new model of its kind for the united catalogue.
         """
-        first, items = self.models[0], self.catalogue.item_ids
-        target: Any
-        layout = first
+        first, items = self.adapters[0], self.catalogue.item_ids
         # Member 0's items come first, so a union of the same size is its own catalogue.
         if items is None or len(items) == self.catalogue.sizes[0]:
-            target = copy.deepcopy(first)
+            target, layout = first.copy(), first.module
         else:
-            target = layout = self._united_model(first, items)
+            target = united_model(first, self.catalogue, self.ties)
+            layout = target.module
         if items is not None:
-            target.item_ids = list(items)
+            target.module.item_ids = list(items)  # type: ignore[assignment]  # no tensor
         return target, layout
-
-    def _united_model(self, first: nn.Module, items: Sequence[str]) -> nn.Module:
-        config = getattr(first, "config", None)
-        if not isinstance(config, dict) or "num_items" not in config:
-            raise InputError(
-                f"the members' catalogues differ, and {type(first).__name__} has no config "
-                "with num_items to build a model for their union from"
-            )
-        with torch.random.fork_rng(devices=[]):
-            target = type(first)(**{**config, "num_items": len(items)})
-        target.train(first.training)
-        frozen = {name for name, p in first.named_parameters() if not p.requires_grad}
-        for name, parameter in target.named_parameters():
-            parameter.requires_grad_(name not in frozen and parameter.requires_grad)
-        if find_ties(target, "the model for the united catalogue") != self.ties:
-            raise InputError(
-                f"{type(first).__name__}(**config) does not build a model with the tensors "
-                "and ties of the members, so their catalogues cannot be united"
-            )
-        return target
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.models)
 
     def __len__(self) -> int:
         return len(self.models)
@@ -234,9 +216,8 @@ def attention_heads(model: nn.Module) -> dict[str, tuple[str, int, int]]:
 
 
 def _catalogue_of_base(
-    ids: Sequence[str], own: Sequence[str], members: MemberSet
+    ids: Sequence[str], own: Sequence[str], members: MemberSet, base: ModelAdapter
 ) -> CatalogueUnion:
     """Where the base, with items `own`, keeps the items `ids` of the merged model."""
-    return CatalogueUnion(
-        list(ids), [positions_of(ids, own, "the base")], [len(own)], members.catalogue.parameters
-    )
+    tables = members.catalogue.parameters or base.item_parameters
+    return CatalogueUnion(list(ids), [positions_of(ids, own, "the base")], [len(own)], tables)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
@@ -17,7 +17,7 @@ from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.plan import MergePlan, Weights
 from fisherkern.merging.search import greedy_weights, search_weights
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
+ModelT = TypeVar("ModelT")
 
 
 def merge(
@@ -66,7 +66,8 @@ def merge(
     of some 65,000 entries.
 
     Args:
-        models: M modules of one class with the same tensors. They are left as they are.
+        models: M models of one class with the same tensors, of any library and in any wrapper.
+            They are left as they are.
         method: A name in `METHODS`; its function's docstring has the formula. Default: "fisher"
             where fishers are given, else "weighted" or "uniform".
 
@@ -108,12 +109,12 @@ def merge(
         seed: Seed of the draws, and of "dare".
 
     Returns:
-        A model of the members' class. Its `merge_report` is a JSON-ready dict: method, members,
-        weights (a list, or tensor -> list where learned by layer), options, floor, normalize,
-        candidates (weights and score of each tried), items (number of owners -> number of items),
-        coverage (tensor -> per member, share of entries whose Fisher exceeds the floor),
+        A model as member 0 is, its wrapper included. Its `merge_report` is a JSON-ready dict:
+        method, members, weights (a list, or tensor -> list where learned by layer), options, floor,
+        normalize, candidates (weights and score of each tried), items (number of owners -> number
+        of items), coverage (tensor -> per member, share of entries whose Fisher exceeds the floor),
         averaged_buffers, residuals of "full_fisher", and low_rank (ranks, and the share of the
-            energy kept).
+        energy kept).
 
     Raises:
         InputError: Something does not fit; the message names the member, tensor or argument.
@@ -157,7 +158,7 @@ def merge(
     }
     solved, more = _solve(plan, lam, products, updates, steps)
     plan.write(lam, solved)
-    plan.target.merge_report = report | more
+    plan.adapter.set_report(report | more)
     return cast("ModelT", plan.target)
 
 

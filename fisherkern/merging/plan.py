@@ -40,7 +40,10 @@ class MergePlan:
         if method.prepare is not None:
             merged = {tie.name: self.blocks[tie.name] for tie in members.merged}
             self.stats = method.prepare(merged, options)
-        self.target, self.layout = members.new_model()
+        # What is written to, `target` as the members' user holds them.
+        self.adapter, self.layout = members.new_model()
+        self.module = self.adapter.module
+        self.target: Any = self.adapter if members.adapted else self.adapter.source
 
     def merged(self, name: str, weights: Weights) -> Tensor:
         """Return one tensor: by the method if a parameter, by plain lambda if a buffer."""
@@ -60,6 +63,6 @@ class MergePlan:
             if shapes.get(name) != value.shape:
                 raise InputError(
                     f"tensor {name!r} is to have shape {tuple(value.shape)}, which the "
-                    f"{type(self.target).__name__} built for the united catalogue does not provide"
+                    f"{type(self.module).__name__} built for the united catalogue does not provide"
                 )
-        write_tied(self.target, self.layout, self.members.ties, values)
+        write_tied(self.module, self.layout, self.members.ties, values)

@@ -162,7 +162,7 @@ def _cosines(
 
 
 def _trained(members: MemberSet) -> bool:
-    return any(p.requires_grad for model in members for p in model.parameters())
+    return any(p.requires_grad for model in members.models for p in model.parameters())
 
 
 def _frozen(members: MemberSet) -> set[str]:

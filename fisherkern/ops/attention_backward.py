@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -18,7 +18,7 @@ def _outputs(delta: Tensor, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Gradie
     return dq, dk, dv
 
 
-@register(_outputs, vmap_arg="delta")
+@register_op(_outputs, vmap_arg="delta")
 def attention_backward(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:

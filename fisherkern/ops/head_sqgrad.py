@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops.backend import use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import add_product_, add_rows_
 from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles, reference_logits
 
 
-@register(mutates=("weight_fisher", "bias_fisher"))
+@register_op(mutates=("weight_fisher", "bias_fisher"))
 def head_sqgrad_(
     weight_fisher: Tensor | None,
     bias_fisher: Tensor | None,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 
 
-@register(lambda delta, **_: delta.new_empty(delta.shape), vmap_arg="delta")
+@register_op(lambda delta, **_: delta.new_empty(delta.shape), vmap_arg="delta")
 def layer_norm_backward(
     delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> Tensor:

@@ -23,7 +23,7 @@ def _no_outputs(**_arguments: Any) -> None:
     """The outputs of an op that only mutates."""
 
 
-def register(
+def register_op(
     outputs: Callable[..., Any] = _no_outputs,
     *,
     mutates: Sequence[str] = (),

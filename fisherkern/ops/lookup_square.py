@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherkern.ops import _extension
 from fisherkern.ops.backend import on_gpu
 from fisherkern.ops.launch_table import lookup_splits
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import add_rows_
 
 # Elements of the gradients that a GPU works on at once: 256 MB in fp32, three times over.
@@ -84,7 +84,7 @@ def _numbered(keys: Tensor, none: int) -> Tensor:
     return (begins.cumsum(0) - 1).masked_fill_(keys == none, len(keys))
 
 
-@register(mutates=("fisher",))
+@register_op(mutates=("fisher",))
 def _lookup_square_(
     fisher: Tensor,
     delta: Tensor,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern.ops.backend import on_gpu
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 
 # The operator is PyTorch's own but not public; where it is missing MKL serves.
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -69,7 +69,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-@register(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), vmap_arg="x")
+@register_op(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)), vmap_arg="x")
 def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of all rows: (R, ..., I), (O, I) -> (R, ..., O), as `product`.
 

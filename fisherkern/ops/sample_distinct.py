@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fisherkern.ops import counter_rng
 from fisherkern.ops.backend import use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.sample_items import range_logits, row_blocks
 from fisherkern.ops.softmax_lse import RANGE, reference_logits
 
@@ -89,7 +89,7 @@ def _outputs(lse: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:
     return lse.new_empty(shape, dtype=torch.int64), lse.new_empty(shape)
 
 
-@register(_outputs)
+@register_op(_outputs)
 def sample_distinct(
     h: Tensor,
     weight: Tensor,

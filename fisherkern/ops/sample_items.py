@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherkern.ops import counter_rng
 from fisherkern.ops.backend import on_gpu, use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import product
 from fisherkern.ops.softmax_lse import RANGE, chosen_range, exp_minus_, reference_logits
 
@@ -63,7 +63,7 @@ def _gathered_logits(h: Tensor, weight: Tensor, bias: Tensor | None, parts: Tens
     return torch.cat(blocks) if blocks else h.new_empty(*parts.shape, RANGE)
 
 
-@register(lambda h, k, **_: h.new_empty((len(h), k), dtype=torch.int64))
+@register_op(lambda h, k, **_: h.new_empty((len(h), k), dtype=torch.int64))
 def sample_items(
     h: Tensor,
     weight: Tensor,

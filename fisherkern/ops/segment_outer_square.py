@@ -9,7 +9,7 @@ from fisherkern.errors import InputError
 from fisherkern.ops import _extension
 from fisherkern.ops.backend import on_gpu, use_triton
 from fisherkern.ops.launch_table import outer_split
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import add_outer_
 
 # Elements of what a few sequences make, held at once: 4 MB in fp32, which stays in cache. A
@@ -50,7 +50,7 @@ def _add_gram_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
     fisher.addmm_(gram, (inputs[:, :, None] * inputs[:, None]).flatten(0, 2))
 
 
-@register(mutates=("fisher",))
+@register_op(mutates=("fisher",))
 def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None:
     """Add the square of each sequence's sum of outer products, over probes and sequences.
 

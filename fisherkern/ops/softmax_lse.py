@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops.backend import on_gpu, use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import product, suits
 
 # Elements of one (N, tile) block of logits. On a CPU 2 MB in fp32, which stays in a core's
@@ -87,7 +87,7 @@ def exp_minus_(z: Tensor, shift: Tensor, power: float = 1.0) -> Tensor:
     return z.mul_(power * _LOG2_E).exp2_()
 
 
-@register(lambda h, **_: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)))
+@register_op(lambda h, **_: h.new_empty(len(h), dtype=torch.promote_types(h.dtype, torch.float32)))
 def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute the log-sum-exp of every row's logits.
 

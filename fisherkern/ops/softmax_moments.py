@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops.backend import use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import add_product_
 from fisherkern.ops.softmax_lse import RANGE, exp_minus_, logit_tiles, num_ranges, reference_logits
 
@@ -73,7 +73,7 @@ def _mean_outputs(h: Tensor, weight: Tensor, **_: Tensor | None) -> tuple[Tensor
     return h.new_empty(n, dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype), ranges
 
 
-@register(_mean_outputs)
+@register_op(_mean_outputs)
 def softmax_mean(
     h: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +107,7 @@ def softmax_mean(
     return *state.finish(), ranges
 
 
-@register(lambda lse, mean, **_: lse.new_empty(*mean.shape, mean.shape[1]))
+@register_op(lambda lse, mean, **_: lse.new_empty(*mean.shape, mean.shape[1]))
 def softmax_covariance(
     h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, mean: Tensor
 ) -> Tensor:

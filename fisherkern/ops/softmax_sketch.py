@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fisherkern.ops import counter_rng
 from fisherkern.ops.backend import use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.products import add_product_
 from fisherkern.ops.softmax_lse import LogitProduct, exp_minus_, reference_logits, tile_rows
 
@@ -28,7 +28,7 @@ def _outputs(lse: Tensor, mean: Tensor, probes: int, **_: Any) -> tuple[Tensor, 
     return lse.new_empty((n, probes, mean.shape[1])), lse.new_empty((n, probes))
 
 
-@register(_outputs)
+@register_op(_outputs)
 def softmax_sketch(
     h: Tensor,
     weight: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops.backend import on_gpu, use_triton
-from fisherkern.ops.library import register
+from fisherkern.ops.library import register_op
 from fisherkern.ops.softmax_lse import logit_tiles, reference_logits
 from fisherkern.ops.softmax_moments import OnlineMean
 
@@ -147,7 +147,7 @@ def _outputs(
     return p, ids, h.new_empty((n,), dtype=dtype), h.new_empty((n, weight.shape[1]), dtype=dtype)
 
 
-@register(_outputs)
+@register_op(_outputs)
 def softmax_topk(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

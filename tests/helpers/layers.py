@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import brute
 import pytest
@@ -36,6 +37,14 @@ class Recommender(nn.Module):
         return self.decoder(self.body(self.items(history), history))
 
 
+def _clamped(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The logits, no linear map any more, so that probes go through the output layer as well.
+
+    A NumPy batch is taken whole, also where it has as many positions.
+    """
+    return model(torch.from_numpy(batch["whole"])).clamp(-1e9, 1e9)
+
+
 def assert_right(
     model: nn.Module,
     caplog: pytest.LogCaptureFixture,
@@ -50,10 +59,11 @@ def assert_right(
         for parameter in model.parameters():
             parameter.normal_(0, 0.7, generator=generator)
     p, gradients = brute.all_gradients(model, history)
-    # Under a name of its own a batch is taken whole, also where it has as many positions.
-    subject = fk.adapt(model, logits=lambda model, batch: model(batch["whole"]))
+    subject = fk.adapt(model, logits=_clamped)
     with caplog.at_level(logging.WARNING, logger="fisherkern"):
-        fisher = fk.diag_fisher(subject, [{"whole": history}], sampler="exact", progress=False)
+        fisher = fk.diag_fisher(
+            subject, [{"whole": history.numpy()}], sampler="exact", progress=False
+        )
     assert_equal(fisher, brute.fisher(gradients, p))
     # Other libraries log as well, when another test has let them.
     own = [record for record in caplog.records if record.name == "fisherkern"]

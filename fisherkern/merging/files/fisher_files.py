@@ -16,7 +16,7 @@ from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fisherkern")
 
 # Entries read at once, in whole blocks of `block_sums`.
 READ = 16 * BLOCK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from fisherkern.errors import InputError
 from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
-from fisherkern.members.checks import check_config
-from fisherkern.merging.files.native_settings import check_settings, match_item_rows
+from fisherkern.members.checks import check_settings
+from fisherkern.merging.files.native_settings import check_native_settings, match_item_rows
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -57,7 +56,7 @@ class MemberFiles:
         self.native = first.checkpoint is not None
         if self.native:
             self.parameters = [n for n in self.parameters if not first.is_buffer(n)]
-            check_settings(self.everything)
+            check_native_settings(self.everything)
             matched = match_item_rows(files, base)
             self.catalogue, self._base_catalogue = matched.catalogue, matched.base
             self.ids_beside = matched.beside
@@ -154,6 +153,7 @@ class MemberFiles:
             )
         if len(set(members)) > 1:
             ids, positions = union_item_ids(self._all_ids())
+            _check_shared(self.files, ids, positions)
         else:
             for file in self.files:
                 about, found = _read_about(file)
@@ -177,6 +177,21 @@ class MemberFiles:
             self.abouts.append(about)
             yield str(file.path.with_suffix(".json")), ids or []
             ids = None
+
+
+def _check_shared(
+    files: Sequence[TensorFile], ids: Sequence[str], positions: Sequence[torch.Tensor]
+) -> None:
+    """Refuse a member that has no item in common with any other: its ids are written otherwise."""
+    counts = torch.stack([own >= 0 for own in positions]).sum(0)
+    for file, own in zip(files, positions, strict=True):
+        has = own >= 0
+        if bool(has.any()) and bool((~has).any()) and int(counts[has].max()) == 1:
+            example, other = (ids[int(kind.nonzero()[0])] for kind in (has, ~has))
+            raise InputError(
+                f"{file.path}: shares no item with the others: its ids are like {example!r}, "
+                f"theirs like {other!r}; write them alike"
+            )
 
 
 def identity(file: TensorFile) -> dict[str, Any]:
@@ -272,8 +287,7 @@ def _check_alike(
                 raise InputError(
                     f"{other.path}: tensor {name!r} is {own_kind} and in {first.path} {kind}"
                 )
-    configs: list[Any] = [SimpleNamespace(config=file.about.get("config")) for file in files]
-    check_config(configs)
+    check_settings([file.about.get("config") for file in files])
 
 
 def _read_about(

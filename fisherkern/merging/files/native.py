@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fisherkern.merging.files.streaming import StreamingMerge
 
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fisherkern")
 
 
 @dataclass(frozen=True)

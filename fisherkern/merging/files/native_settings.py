@@ -16,7 +16,7 @@ from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_ite
 from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.merging.files.tensor_files import TensorFile
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fisherkern")
 
 # Rows of an item table that may be no item's: padding and mask.
 EXTRA_ROWS = 2
@@ -34,7 +34,7 @@ SPECIAL = frozenset(("'PAD'", "'MASK'"))
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
-def check_settings(files: Sequence[TensorFile]) -> None:
+def check_native_settings(files: Sequence[TensorFile]) -> None:
     """Settings that change the function agree.
 
     Raises:

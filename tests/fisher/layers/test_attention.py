@@ -143,10 +143,10 @@ def test_unusual_attention_falls_back(caplog: pytest.LogCaptureFixture) -> None:
 
 
 class AlsoElsewhere(Attention):
-    """The output weight's norm scales the result: a use that no rule sees."""
+    """The output weight's mean scales the result: a use that no rule sees."""
 
     def forward(self, x: Tensor, history: Tensor) -> Tensor:
-        return super().forward(x, history) * self.attention.out_proj.weight.exp().sum()
+        return super().forward(x, history) * self.attention.out_proj.weight.exp().mean()
 
 
 def test_a_use_elsewhere_falls_back(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,82 @@
+"""Whether a model's functions agree, with each other and with themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.errors import InputError
+
+
+def check_function(adapter: Any, batch: Any) -> None:
+    """Refuse logits that are not the same twice, or not the same without other sequences."""
+    with torch.no_grad():
+        z = adapter.logits(batch)
+        if z.dim() != 2:
+            raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
+        n = batch_size(batch)
+        if len(z) != n:
+            raise InputError(f"model: {n} sequences gave a result of {len(z)} rows")
+        if (gap := distance(z, adapter.logits(batch))) is not None:
+            raise InputError(
+                f"model: two passes over one batch give logits that are {gap} apart, in eval mode "
+                "too; does it draw random numbers, or keep a state?"
+            )
+        if n == 1:
+            return
+        try:
+            alone = adapter.logits(batch_slice(batch, 0, 1))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            gap = "unlike any"
+        else:
+            gap = distance(z[:1], alone)
+        if gap is not None:
+            raise InputError(
+                f"model: a sequence's logits alone are {gap} from those in a batch, so they depend "
+                "on the other sequences (batch norm without running statistics, a batch mean); "
+                "its Fisher is not defined"
+            )
+
+
+def head_difference(adapter: Any, batch: Any) -> str | None:
+    """The largest difference of the logits from those of encode and head; None for none."""
+    assert adapter.encode is not None and adapter.head is not None
+    with torch.no_grad():
+        z = adapter.logits(batch)
+        weight, bias = adapter.head()
+        h = adapter.encode(batch)
+        if h.shape[-1] != weight.shape[-1] or z.shape != (*h.shape[:-1], len(weight)):
+            return f"of shape {tuple(h.shape)} by {tuple(weight.shape)} for {tuple(z.shape)}, far"
+        other = nn.functional.linear(h.to(weight.dtype), weight, bias).to(z.dtype)
+    return distance(z, other)
+
+
+def distance(z: Tensor, other: Tensor) -> str | None:
+    """The largest difference of logits, said; None where it is rounding of their dtype."""
+    finite = z.isfinite() & other.isfinite()
+    if not torch.equal(z.isfinite(), other.isfinite()):
+        return "infinitely far"
+    gap = (z - other)[finite].abs()
+    if not gap.numel():
+        return None
+    coarse = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-3}
+    scale = z[finite].abs().max().clamp(min=1e-6)
+    most = float(gap.max())
+    return None if most <= coarse.get(z.dtype, 1e-5) * float(scale) else f"{most:.2g}"
+
+
+def check_side(places: Tensor | None, ids: Tensor | None) -> None:
+    """Refuse to guess where a history ends in zeros that nothing says are padding."""
+    if places is not None or ids is None or not len(ids):
+        return
+    ends = ids[:, -1] == 0
+    if bool(ends.any()) and not bool(ends.all()):
+        raise InputError(
+            "batch: some sequences end in 0, which may be padding or an item; give a mask "
+            "('attention_mask'), or fk.adapt(model, positions=...)"
+        )
