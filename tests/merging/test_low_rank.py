@@ -251,6 +251,14 @@ def test_folders_merge_by_the_command_line(tmp_path):
         assert torch.allclose(delta[name].double(), (one[name] + two[name]) / 2, atol=1e-5)
 
 
+def test_adapters_of_other_bases_are_told(tmp_path, caplog):
+    adapter(tmp_path / "a", 0, base_model_name_or_path="x/one")
+    adapter(tmp_path / "b", 1, base_model_name_or_path="x/two")
+    merge_files([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    messages = [record.message for record in caplog.records]
+    assert messages == ["the adapters name different base models: 'x/one' and 'x/two'"]
+
+
 def test_conv1d_and_embeddings_store_the_transpose(tmp_path):
     one = adapter(tmp_path / "a", 0, fan_in_fan_out=True)
     merge_files([tmp_path / "a"], tmp_path / "out.safetensors", options={"full": True})

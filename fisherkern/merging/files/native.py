@@ -75,6 +75,10 @@ def low_rank_settings(
     if not pairs:
         return None, rest
     check_linear(method, inputs)
+    bases = [config.get("base_model_name_or_path") for config in configs if config is not None]
+    if any(base != bases[0] for base in bases):
+        odd = next(base for base in bases if base != bases[0])
+        log.warning("the adapters name different base models: %r and %r", bases[0], odd)
     known = [config is not None for config in configs]
     if any(known) and not all(known):
         lacking = files[known.index(False)].path

@@ -378,6 +378,14 @@ def test_nothing_of_others_is_overwritten(tmp_path, capsys):
     (folder / "merged.pth").write_text("mine")
     assert "merged.pth: is not of an earlier merge" in refused(capsys, *paths, "--out", folder)
     assert paths[0].read_bytes() == before and merged.read_text() == "mine"
+    for number in range(2):
+        fk.save_model(fk.SASRec(5, max_len=3, dim=4, layers=1), tmp_path / f"{number}.safetensors")
+    own = tmp_path / "0.safetensors"
+    own.rename(tmp_path / "merged.safetensors")
+    line = refused(
+        capsys, tmp_path / "merged.safetensors", tmp_path / "1.safetensors", "--out", tmp_path
+    )
+    assert "would be overwritten by the merge" in line
 
 
 def test_a_folder_stays_where_the_next_merge_fails(tmp_path, capsys):
