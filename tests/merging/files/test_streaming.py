@@ -47,7 +47,6 @@ PREPARED = {
     "fisher-neuron": {"fishers": True, "options": {"group": "neuron"}, "weights": [1, 2, 3]},
     "slerp": {"method": "slerp", "weights": [1, 2, 3]},
     "ties": {"method": "ties", "base": True, "options": {"density": 0.3}},
-    "ties-tensor": {"method": "ties", "base": True, "options": {"per": "tensor"}},
 }
 
 
