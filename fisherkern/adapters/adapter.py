@@ -219,6 +219,27 @@ class ModelAdapter:
             found = torch.as_tensor(found)
         return found
 
+    def labels(self, batch: Any) -> Tensor | None:
+        """The item that each position is trained on, (N, T), −100 for none; None without labels."""
+        return None if "logits" in self.given else self.library.labels(self.module, batch)
+
+    def at_every_position(self) -> ModelAdapter:
+        """An adapter whose `all_logits` and `all_hidden` are of every position.
+
+        Raises:
+            InputError: The model predicts at the last position only.
+        """
+        hidden = self.library.hidden_states(self.module)
+        if hidden is None or "logits" in self.given or "encode" in self.given:
+            return self
+        head = self.head
+        assert head is not None
+
+        def logits(batch: Any) -> Tensor:
+            return nn.functional.linear(hidden(batch), *head())
+
+        return dataclasses.replace(self, all_hidden=hidden, all_logits=logits)
+
     def targets(self, batch: Any) -> Tensor:
         """Logit columns of the batch's next items, (N,) int64.
 

@@ -38,7 +38,7 @@ from fisherkern.adapters.safetensors_files import (
     parse_json,
     read_safetensors,
 )
-from fisherkern.adapters.states import find_state
+from fisherkern.adapters.states import SavedState, find_state
 from fisherkern.adapters.torch_files import TorchFile, read_torch_file
 from fisherkern.errors import InputError
 
@@ -79,6 +79,7 @@ class Checkpoint(Mapping[str, Tensor]):
         config: The folder's config.json or adapter_config.json; else None.
         extras: What stood beside the tensors, inert.
         parts: Its files.
+        buffers: Names of tensors that are no parameters, where the file says so (whole modules).
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Checkpoint(Mapping[str, Tensor]):
         config: dict[str, Any] | None = None,
         extras: dict[str, Any] | None = None,
         index: Path | None = None,
+        buffers: frozenset[str] = frozenset(),
     ) -> None:
         self.path, self.kind, self.parts = path, kind, parts
         self.config, self.extras, self.index = config, extras or {}, index
+        self.buffers = buffers
         self.item_ids = _item_ids(self.extras)
         self._slots = {name: slot for part in parts for name, slot in part.slots.items()}
         uses = Counter(slot.region for slot in self._slots.values())
@@ -168,19 +171,19 @@ def load_tensors(path: str | os.PathLike[str]) -> Checkpoint:
             return _read_folder(path)
         if path.name.endswith(".index.json") and path.is_file():
             return _read_folder(path.parent, path.name)
-        part, kind, extras = _read_file(path)
+        part, state = _read_file(path)
     except OSError as error:
         raise InputError(f"{path}: could not be read: {error.strerror}") from None
-    return Checkpoint(path, kind, [part], extras=extras)
+    return Checkpoint(path, state.kind, [part], extras=state.extras, buffers=state.buffers)
 
 
-def _read_file(path: Path) -> tuple[CheckpointFile, str, dict[str, Any]]:
-    """One file, its kind, and what stood beside its tensors."""
+def _read_file(path: Path) -> tuple[CheckpointFile, SavedState]:
+    """One file, and what was found in it."""
     file = MappedFile(path)
     source = None if path.suffix == ".safetensors" else read_torch_file(file)
     if source is not None:
-        kind, slots, extras = find_state(path, source.value)
-        return CheckpointFile(source, slots), kind, extras
+        state = find_state(path, source.value)
+        return CheckpointFile(source, state.slots), state
     start = bytes(file.read(0, min(file.size, 64)))
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a pointer of Git LFS in place of the file (git lfs pull)")
@@ -189,7 +192,7 @@ def _read_file(path: Path) -> tuple[CheckpointFile, str, dict[str, Any]]:
     tensors = read_safetensors(file)
     if not tensors.slots:
         raise InputError(f"{path}: holds no tensors")
-    return CheckpointFile(tensors, tensors.slots), "safetensors", {}
+    return CheckpointFile(tensors, tensors.slots), SavedState("safetensors", tensors.slots, {})
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -216,8 +219,8 @@ def _read_folder(folder: Path, weights: str | None = None) -> Checkpoint:
         return Checkpoint(
             folder, kind, _shards(folder, folder / weights), config=config, index=folder / weights
         )
-    part, _, extras = _read_file(folder / weights)
-    return Checkpoint(folder, kind, [part], config=config, extras=extras)
+    part, state = _read_file(folder / weights)
+    return Checkpoint(folder, kind, [part], config=config, extras=state.extras)
 
 
 def _shards(folder: Path, index: Path) -> list[CheckpointFile]:
@@ -234,7 +237,7 @@ def _shards(folder: Path, index: Path) -> list[CheckpointFile]:
     for shard in sorted(expected):
         if not (folder / shard).is_file():
             raise InputError(f"{index}: the shard {shown(shard)} is missing")
-        part, _, _ = _read_file(folder / shard)
+        part, _ = _read_file(folder / shard)
         for name in sorted(expected[shard] ^ part.slots.keys()):
             has, lacks = (index, shard) if name in expected[shard] else (shard, index)
             raise InputError(

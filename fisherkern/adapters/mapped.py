@@ -61,9 +61,13 @@ class MappedFile:
     def read(self, start: int, stop: int) -> bytearray:
         """A copy of the bytes, read rather than mapped: pages of a map count as memory in use."""
         content = bytearray(stop - start)
-        with self._lock:
-            read_into(self._stream, memoryview(content), start, self.path)
+        self.fill(memoryview(content), start)
         return content
+
+    def fill(self, view: memoryview, start: int) -> None:
+        """Read the bytes from `start` on into `view`."""
+        with self._lock:
+            read_into(self._stream, view, start, self.path)
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fisherkern.adapters.mapped import Slot, shown
@@ -18,13 +19,27 @@ PLAIN = (int, float, str, bool, type(None))
 TensorSlots = dict[str, Slot]
 
 
-def find_state(path: object, value: Any) -> tuple[str, TensorSlots, dict[str, Any]]:
-    """(kind, tensors by name, the entries beside them) of what torch.save wrote.
+@dataclass(frozen=True)
+class SavedState:
+    """What torch.save wrote: its kind, the tensors by name, and the entries beside them.
+
+    buffers: names of tensors that are no parameters, where the file says so.
+    """
+
+    kind: str
+    slots: TensorSlots
+    extras: dict[str, Any]
+    buffers: frozenset[str] = frozenset()
+
+
+def find_state(path: object, value: Any) -> SavedState:
+    """Find the tensors of a model in what torch.save wrote.
 
     Raises InputError where there are no tensors, or several places that may be meant.
     """
     if _is_module(value):
-        return "module", _checked(path, _module_entries(path, value)), {}
+        entries, buffers = _module_entries(path, value)
+        return SavedState("module", _checked(path, entries), {}, buffers)
     if not isinstance(value, Pairs) or (isinstance(value, Stub) and not value.pairs):
         raise InputError(f"{path}: holds no tensors by name, but {_described(value)}")
     entries = value.texts()
@@ -32,7 +47,7 @@ def find_state(path: object, value: Any) -> tuple[str, TensorSlots, dict[str, An
     known = [key for key in _STATE_KEYS if key in holders]
     if not known and any(isinstance(entry, Slot | Refused) for entry in entries.values()):
         _named_by_text(path, value)
-        return "state dict", _checked(path, entries), {}
+        return SavedState("state dict", _checked(path, entries), {})
     candidates = known or holders
     if not candidates:
         raise InputError(f"{path}: holds no tensors by name")
@@ -42,14 +57,15 @@ def find_state(path: object, value: Any) -> tuple[str, TensorSlots, dict[str, An
     key = candidates[0]
     held = entries.pop(key)
     if _is_module(held):
-        return "module", _checked(path, _module_entries(path, held)), entries
+        inner, buffers = _module_entries(path, held)
+        return SavedState("module", _checked(path, inner), entries, buffers)
     _named_by_text(path, held)
     kind = "nested state dict"
     if "pytorch-lightning_version" in entries:
         kind = "lightning"
     elif key == "state_dict" and "config" in entries and "other_parameter" in entries:
         kind = "recbole"
-    return kind, _checked(path, held.texts()), entries
+    return SavedState(kind, _checked(path, held.texts()), entries)
 
 
 def _described(value: Any) -> str:
@@ -94,9 +110,10 @@ def _is_module(value: Any) -> bool:
     return {"_parameters", "_buffers", "_modules"} <= value.state.texts().keys()
 
 
-def _module_entries(path: object, module: Stub) -> dict[str, Any]:
-    """What module.state_dict() would have given, from the attributes that were saved."""
+def _module_entries(path: object, module: Stub) -> tuple[dict[str, Any], frozenset[str]]:
+    """What module.state_dict() would have given, from what was saved; names of its buffers."""
     entries: dict[str, Any] = {}
+    held: set[str] = set()
     waiting, visited = [("", module)], 0
     while waiting:
         prefix, current = waiting.pop()
@@ -109,12 +126,13 @@ def _module_entries(path: object, module: Stub) -> dict[str, Any]:
         for name, entry in (_texts(state["_parameters"]) | buffers).items():
             if entry is not None:
                 entries[prefix + name] = entry
+                held |= {prefix + name} if name in buffers else set()
         for name, child in reversed(_texts(state["_modules"]).items()):
             if _is_module(child):
                 waiting.append((f"{prefix}{name}.", child))
             elif child is not None:
                 raise InputError(f"{path}: {shown(prefix + name)} is a module of an unknown form")
-    return entries
+    return entries, frozenset(held)
 
 
 def _texts(value: Any) -> dict[str, Any]:

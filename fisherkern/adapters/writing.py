@@ -8,13 +8,14 @@ it. Only the bytes of storages change, one storage in memory at a time.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
@@ -31,8 +32,21 @@ LEFT_OUT = ("trainer_state.json", "all_results.json", "train_results.json", "eva
 ALIGNMENT = 64
 
 
+class RowBlocks(Protocol):
+    """A mapping of tensors that can be had a block of rows at a time, in order."""
+
+    def blocks(self, name: str) -> Iterable[Tensor]:
+        """Yield the tensor's blocks."""
+        ...
+
+
 def write_like(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], source: Checkpoint
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    source: Checkpoint,
+    *,
+    replace: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write `tensors` as a checkpoint of the kind of `source`.
 
@@ -43,17 +57,22 @@ def write_like(
     Args:
         path: A file, or a folder where the source is a folder; nothing may be there yet.
         tensors: A value for every name of `source`, of its shape and dtype, on any device.
-            Fetched one at a time, so a mapping may compute them.
+            Fetched one at a time, so a mapping may compute them; one with a method `blocks`
+            (`RowBlocks`) gives them a block of rows at a time.
         source: What the result is like; its files are read again.
+        replace: Whether a file at `path` is replaced. A folder never is.
+        texts: File name -> content, of files that a folder gets besides.
 
     Raises:
         InputError: Something is at `path`; a name is missing or unknown; a shape or dtype
             differs; names that share memory have different values; the disk is full.
     """
     target = Path(path)
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not (replace and target.is_file()):
         raise InputError(f"{target}: exists already and is not overwritten")
-    missing, unknown = source.keys() - tensors.keys(), tensors.keys() - source.keys()
+    # Of sets: to ask a mapping whether it has a name may compute the tensor.
+    own, given = set(source), set(tensors)
+    missing, unknown = own - given, given - own
     if missing or unknown:
         what, name = ("missing", min(missing)) if missing else ("unknown", min(unknown))
         raise InputError(f"tensor {shown(name)} of {source.path} is {what} in what is written")
@@ -61,14 +80,16 @@ def write_like(
         with atomic_path(target) as temporary:
             _write_part(temporary, tensors, source.parts[0])
         return
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         for part in source.parts:
             _write_part(folder / part.path.name, tensors, part)
-        for file in _companions(source):
+        for file in companions(source):
             shutil.copyfile(file, folder / file.name)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
-def _companions(source: Checkpoint) -> Iterator[Path]:
+def companions(source: Checkpoint) -> Iterator[Path]:
     """The files that are copied as they are: small ones that loading needs, and the index."""
     folder = source.parts[0].path.parent
     for file in sorted(folder.iterdir()):
@@ -80,7 +101,7 @@ def _companions(source: Checkpoint) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target`, renamed to it when the block succeeds."""
     temporary = None
     try:
@@ -154,12 +175,13 @@ def _write_storage(
     stream: IO[bytes], tensors: Mapping[str, Tensor], region: Region, slots: Mapping[str, Slot]
 ) -> None:
     """Write a storage that has the new values where its tensors lie."""
-    values = {name: _value(tensors, name, slot) for name, slot in slots.items()}
     (first, slot), *others = slots.items()
-    whole = slot.contiguous and values[first].nbytes == region.size
-    if whole and not others:
-        _write_tensor(stream, values[first])
+    size = math.prod(slot.shape) * slot.dtype.itemsize
+    if slot.contiguous and size == region.size and not others:
+        for block in _blocks(tensors, first, slot):
+            _write_tensor(stream, block)
         return
+    values = {name: _value(tensors, name, slot) for name, slot in slots.items()}
     # What no tensor covers keeps its bytes.
     storage = region.copy()
     for name, slot in slots.items():
@@ -174,9 +196,26 @@ def _write_storage(
     _write_tensor(stream, torch.empty(0, dtype=torch.uint8).set_(storage))
 
 
+def _blocks(tensors: Mapping[str, Tensor], name: str, slot: Slot) -> Iterator[Tensor]:
+    """The tensor's blocks where the mapping has them, which fill it; else the tensor."""
+    by_rows = getattr(tensors, "blocks", None)
+    if by_rows is None or not slot.shape:
+        yield _value(tensors, name, slot)
+        return
+    rows = 0
+    for block in by_rows(name):
+        rows += len(block)
+        yield _checked(block, name, slot, (len(block), *slot.shape[1:]))
+    if rows != slot.shape[0]:
+        raise InputError(f"tensor {shown(name)} has {rows} rows, and {slot.shape[0]} in the source")
+
+
 def _value(tensors: Mapping[str, Tensor], name: str, slot: Slot) -> Tensor:
-    value = tensors[name].detach()
-    if value.dtype != slot.dtype or tuple(value.shape) != slot.shape:
+    return _checked(tensors[name].detach(), name, slot, slot.shape)
+
+
+def _checked(value: Tensor, name: str, slot: Slot, shape: tuple[int, ...]) -> Tensor:
+    if value.dtype != slot.dtype or tuple(value.shape) != shape:
         raise InputError(
             f"tensor {shown(name)} is {value.dtype} {tuple(value.shape)}, and {slot.dtype} "
             f"{slot.shape} in {slot.region.file.path}"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
+from fisherkern.encoders import SequenceEncoder
+from fisherkern.errors import InputError
 from fisherkern.fisher import diag_fisher
 from fisherkern.tables import print_table
 
@@ -17,28 +24,39 @@ from fisherkern.tables import print_table
 )
 def fisher(
     run: Run,
-    checkpoint: Path,
+    checkpoint: Path | None = None,
     *,
+    model: str | None = None,
     split: str = "train",
     batch_size: int = 256,
     limit: int | None = None,
     device: str = BEST_DEVICE,
 ) -> None:
-    """Compute the diagonal Fisher of a checkpoint.
+    """Compute the diagonal Fisher of a checkpoint, or of a model that a function makes.
 
     Args:
         checkpoint: a model file.
+        model: in place of a checkpoint, module:function, a function without arguments in a module
+            of the current folder. It returns (model, batches), any that diag_fisher takes, or
+            alone an encoder of ours, for --data.
         split: train, validation or test: the histories.
         batch_size: sequences in a batch.
         limit: only this many sequences, evenly spread.
         device: cpu, cuda or cuda:1.
     """
-    model = run.model(checkpoint)
-    data = over_catalogue_of(model, run.data(), checkpoint)
-    loader = run.batches(model, data, split=split, batch_size=batch_size, limit=limit)
-    found = diag_fisher(model, loader, **run.of(diag_fisher))
-    out = run.out(f"fisher-{checkpoint.stem}")
-    path = out / f"{checkpoint.stem}.fisher.safetensors"
+    if (checkpoint is None) == (model is None):
+        raise InputError("name a checkpoint, or a --model module:function")
+    if checkpoint is not None:
+        name, network, batches = checkpoint.stem, run.model(checkpoint), None
+    else:
+        name, network, batches = _built(run, str(model))
+    if batches is None:
+        data = over_catalogue_of(network, run.data(), checkpoint or Path(name))
+        batches = run.batches(network, data, split=split, batch_size=batch_size, limit=limit)
+    settings = {key: value for key, value in run.of(diag_fisher).items() if key != "model"}
+    found = diag_fisher(network, batches, **settings)
+    out = run.out(f"fisher-{name}")
+    path = out / f"{name}.fisher.safetensors"
     found.save(path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}
@@ -46,3 +64,35 @@ def fisher(
     rows = [{"parameter": name, "mean": mean[name], "max": largest[name]} for name in found]
     print_table(rows, digits=".3e")
     print(f"written to {path}")
+
+
+def _built(run: Run, text: str) -> tuple[str, Any, Iterable[Any] | None]:
+    """(Name of the function, its model, its batches or None)."""
+    module, colon, name = text.partition(":")
+    if not (module and colon and name.isidentifier()):
+        raise InputError(f"--model: {text!r} is not like module:function")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+        if not callable(function):
+            raise InputError(f"--model: {module} has no function {name!r}")
+        made = function()
+    except InputError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"--model: {text} failed at {where}: {reason}") from error
+    if isinstance(made, tuple) and len(made) == 2:
+        for flag in ("data", "limit", "split", "batch_size", "device"):
+            if flag in run.given:
+                name_of_flag = "--" + flag.replace("_", "-")
+                raise InputError(f"{name_of_flag}: the batches of {text} decide it")
+        return name, made[0], made[1]
+    if not isinstance(made, SequenceEncoder):
+        kind = type(made).__name__
+        raise InputError(f"--model: {text} returned a {kind}, and not (model, batches)")
+    return name, made.to(run.device), None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fisherkern.adapters import load_tensors
 from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import RECIPE_FIELDS, Recipe, from_file, option_from, weights_from
 from fisherkern.cli.run import Run, on_validation, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
+from fisherkern.files import read_json
 from fisherkern.fisher import DiagFisher, fisher_product, linear_grams
 from fisherkern.members.options import check_options
 from fisherkern.merging import METHODS, merge, merge_files
+from fisherkern.merging.files import is_native
 from fisherkern.postmerge import weight_ensemble
 from fisherkern.postmerge.weight_ensemble import OPTIONS
 from fisherkern.tables import print_table
@@ -45,8 +51,10 @@ def merge_checkpoints(
     """Merge several checkpoints into one model.
 
     Args:
-        checkpoints: the members' model files.
-        recipe: a YAML file that says what to merge and how, in place of the flags below.
+        checkpoints: the members' model files, or native checkpoints of other libraries: files
+            (.pth, .pt, .bin, .ckpt, .safetensors) or folders (Hugging Face, PEFT).
+        recipe: a YAML file that says what to merge and how, in place of the flags below; ours, or
+            mergekit's.
         method: default: fisher with --fisher, else weighted or uniform.
         fisher: one Fisher file per checkpoint.
         base: the checkpoint that the members started from.
@@ -59,9 +67,13 @@ def merge_checkpoints(
     """
     plan = _recipe(run)
     out = run.out("merge") if plan.out is None else plan.out
-    path = out / "merged.safetensors"
-    if stream:
-        report = _streamed(plan, path)
+    native = any(map(is_native, plan.members))
+    path = out / ("merged" + _suffix(plan))
+    _check_output(out, path, [*plan.members, *plan.fishers, *([plan.base] if plan.base else [])])
+    _check_dtype(plan)
+    if stream or native:
+        with _set_aside(path):
+            report = _streamed(plan, path)
     elif plan.method == ENSEMBLE:
         report = _weight_ensemble(run, plan, path)
     else:
@@ -98,9 +110,65 @@ def _recipe(run: Run) -> Recipe:
     return recipe
 
 
+def _suffix(recipe: Recipe) -> str:
+    """What follows "merged" in the result's name: as the first member's, nothing for a folder."""
+    first = recipe.members[0]
+    if recipe.options.get("full") is True:  # a delta of low-rank adapters
+        return ".safetensors"
+    return "" if first.is_dir() or first.name.endswith(".index.json") else first.suffix
+
+
+def _check_output(out: Path, path: Path, inputs: Sequence[Path]) -> None:
+    """Raise InputError unless what will be written replaces nothing but an earlier merge."""
+    for own in inputs:
+        if own.resolve() == path.resolve() or path.resolve() in own.resolve().parents:
+            raise InputError(f"{own}: would be overwritten by the merge; name another --out")
+    result = out / "result.json"
+    earlier = read_json(result) if result.is_file() else None
+    arguments = earlier.get("arguments") if isinstance(earlier, dict) else None
+    command = arguments.get("command") if isinstance(arguments, dict) else None
+    if command != "merge":
+        beside = (path, path.with_suffix(".md"), path.with_suffix(".json"), result)
+        there = next((own for own in beside if os.path.lexists(own)), None)
+        if there is not None:
+            raise InputError(f"{there}: is not of an earlier merge, so it is not overwritten")
+
+
+def _check_dtype(recipe: Recipe) -> None:
+    """Raise InputError unless the members have the dtype that a recipe asks for."""
+    for path in recipe.members if recipe.dtype is not None else []:
+        tensors = load_tensors(path)
+        for name in tensors:
+            dtype = tensors.dtype(name)
+            if dtype.is_floating_point and str(dtype) != f"torch.{recipe.dtype}":
+                raise InputError(
+                    f"{path}: tensor {name!r} is {str(dtype).removeprefix('torch.')} and the "
+                    f"recipe's dtype {recipe.dtype}; a merge keeps the members' dtype"
+                )
+
+
+@contextlib.contextmanager
+def _set_aside(path: Path) -> Iterator[None]:
+    """Move a folder of an earlier merge away, and back if the block fails."""
+    if not path.is_dir():
+        yield
+        return
+    earlier = path.with_name(f".{path.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    path.rename(earlier)
+    try:
+        yield
+    except BaseException:
+        earlier.rename(path)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
 def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
+    if recipe.method == ENSEMBLE:
+        raise InputError(f"method {ENSEMBLE!r} needs models of ours in memory")
     if recipe.steps is not None:
-        raise InputError("--stream: it neither searches nor learns, so it takes no steps")
+        raise InputError("a merge of files neither searches nor learns, so it takes no steps")
     return merge_files(
         recipe.members,
         path,

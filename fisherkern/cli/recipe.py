@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from fisherkern.cli.mergekit import from_mergekit, is_mergekit
 from fisherkern.errors import InputError
 
 
@@ -18,7 +19,8 @@ from fisherkern.errors import InputError
 class Recipe:
     """The members and everything that `fisherkern merge` hands to `merge`.
 
-    Its fields are the keys of a recipe, except that `fishers` stand beside the members there.
+    Its fields are the keys of a recipe, except that `fishers` stand beside the members there, and
+    `dtype`, which the members must have, is in mergekit's recipes alone.
     """
 
     members: list[Path]
@@ -36,6 +38,7 @@ class Recipe:
     limit: Annotated[int, msgspec.Meta(ge=1)] = 512
     batch_size: Annotated[int, msgspec.Meta(ge=1)] = 128
     out: Path | None = None
+    dtype: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """The arguments that `merge` and `merge_files` take alike."""
@@ -51,7 +54,7 @@ class _Member:
 
 
 RECIPE_FIELDS = tuple(own.name for own in fields(Recipe))
-_RECIPE_KEYS = tuple(name for name in RECIPE_FIELDS if name != "fishers")
+_RECIPE_KEYS = tuple(name for name in RECIPE_FIELDS if name not in ("fishers", "dtype"))
 MEMBER_KEYS = tuple(own.name for own in fields(_Member))
 
 
@@ -120,9 +123,13 @@ def from_file(path: Path) -> Recipe:
         data: ml-1m
         out: merged
 
+    A recipe of mergekit is read too, see `fisherkern.cli.mergekit`.
+
     Raises InputError, naming the file, the line, the key and the value, for anything else.
     """
     content = _read(path)
+    if is_mergekit(content):
+        return Recipe(**from_mergekit(path, content))
     _check_keys(content, _RECIPE_KEYS, str(path), "there is no key {!r}; it may have {}")
     if "members" not in content:
         raise InputError(f"{path}: it has no key 'members', the list of models to merge")

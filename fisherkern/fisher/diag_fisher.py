@@ -27,6 +27,7 @@ def diag_fisher(
     sampler: str = "topk",
     k: int | None = None,
     probes: int | None = None,
+    positions: str | int = "last",
     reduction: str = "sequence",
     seed: int = 0,
     tol: float | None = None,
@@ -74,6 +75,10 @@ def diag_fisher(
         k: Items per sequence, for "topk", "model" and "random". Default: 30, or all of a smaller
             catalogue.
         probes: Backward passes, for "exact" (default: all) and "sketch" (default: 16).
+        positions: "last": the prediction after the last item. "all": the mean over all
+            positions, of models that predict at each: those with a label, or where a batch has
+            no labels, an item. A number: so many drawn of each sequence, unbiased. Random signs
+            let one backward pass serve all positions of a sequence; "exact" takes one for each.
         reduction: "sequence", or "batchwise": the paper's eq. 6, which squares the gradient
             summed over a batch. For comparison only: its scale and direction depend on the
             batch size.
@@ -101,7 +106,7 @@ def diag_fisher(
     Source: Ryu et al., arXiv 2307.05476, eqs. 5 to 9; distinct draws: Kool et al., ICLR 2020.
     """
     settings = Settings(
-        sampler, k, probes, seed, tol, rescale, weight, replacement, reduction, chunk
+        sampler, k, probes, seed, tol, rescale, weight, replacement, reduction, chunk, positions
     ).checked()
     adapter = ModelAdapter.of(model)
     engine = Engine(adapter, settings)
@@ -114,12 +119,16 @@ def diag_fisher(
             count += engine.add_batch(batch, count)
     if count == 0:
         raise InputError("loader: it gave no sequences")
+    total = int(engine.num_positions) if engine.every else count
+    if total == 0:
+        raise InputError("loader: none of its positions counts")
     meta = settings.meta(engine.num_items) | {
         "probes": engine.probes or None,
         "num_sequences": count,
-        "captured_mass": float(engine.mass) / count if sampler == "topk" else None,
-        "kept_energy": float(engine.kept) / count if sampler == "exact" else None,
+        "num_positions": total if engine.every else None,
+        "captured_mass": float(engine.mass) / total if sampler == "topk" else None,
+        "kept_energy": float(engine.kept) / total if sampler == "exact" else None,
         "fingerprint": fingerprint(adapter.module),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    return DiagFisher(engine.finish(count), meta)
+    return DiagFisher(engine.finish(total), meta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.adapters.batches import batch_size, batch_slice, batch_take
 from fisherkern.adapters.parameters import Parameters, ParamView
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
@@ -23,6 +23,13 @@ from fisherkern.fisher.forward_backward import CapturedForward, ForwardBackward
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
 from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import TiedEmbeddingGrad, tied_embedding_grads
+from fisherkern.fisher.positions import (
+    PositionProbes,
+    PositionRows,
+    TiedPositionGrad,
+    counted_positions,
+    position_targets,
+)
 from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
@@ -30,7 +37,7 @@ from fisherkern.fisher.settings import Settings
 log = logging.getLogger("fisherkern")
 
 # The tied gradients of one forward pass, by index in its plan.
-Tied = Callable[[CapturedForward], dict[int, TiedEmbeddingGrad]]
+Tied = Callable[[CapturedForward], Mapping[int, TiedEmbeddingGrad | TiedPositionGrad]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,9 @@ class Engine:
         # Sums over the sequences, on the device: a number read back is waited for.
         self.mass = torch.zeros((), dtype=torch.float64, device=self.device)
         self.kept = torch.zeros_like(self.mass)
+        # Positions that count, where it is not the last of each sequence.
+        self.every = settings.positions != "last"
+        self.num_positions = torch.zeros_like(self.mass)
 
     def _runner(self, function: Callable[[Any], Tensor]) -> ForwardBackward:
         return ForwardBackward(function, self.parameters, self.autocast)
@@ -81,8 +91,15 @@ class Engine:
         with self.autocast.on(), torch.no_grad(), NormGuard():
             self.model = self.model.with_output_layer(batch)
             self.num_items = self.model.logits(batch_slice(batch, 0, 1)).shape[1]
-        if self.settings.reduction == "sequence" and self.model.encode is not None:
-            self.by_logits, self.runner = False, self._runner(self.model.encode)
+        if self.every:
+            self.model = self.model.at_every_position()
+        encode = self.model.all_hidden if self.every else self.model.encode
+        self.by_logits = self.settings.reduction == "batchwise" or encode is None
+        self.runner = self._runner(self._logits if encode is None or self.by_logits else encode)
+
+    @property
+    def _logits(self) -> Callable[[Any], Tensor]:
+        return self.model.all_logits if self.every else self.model.logits
 
     def add_batch(self, batch: Any, first: int) -> int:
         """Add a loader's batch, whose first sequence has the id `first`; returns their number."""
@@ -116,8 +133,11 @@ class Engine:
                 log.warning("%s; taking the slower path through the logits", reason)
                 forwards.clear()
                 layer, self.by_logits = None, True
-                self.runner = self._runner(self.model.logits)
+                self.runner = self._runner(self._logits)
                 forwards = self._forward(batch, len(sequence_ids), layer)
+            if self.every:
+                self._add_positions(batch, forwards, layer, sequence_ids)
+                return
             target = self.model.targets(batch) if self.settings.sampler == "target" else None
             if layer is not None:
                 self._add_encoded(batch, forwards, layer, sequence_ids, target)
@@ -147,25 +167,118 @@ class Engine:
         target: Tensor | None,
     ) -> None:
         """The output layer in closed form, the encoder by probes from its hidden states."""
-        h = _results(forwards)
+        stats, factor = self._factored(_results(forwards), layer, sequence_ids, target)
+        self._add_output(layer, stats, factor, slice(None), 1.0)
+
+        def tied(forward: CapturedForward) -> dict[int, TiedEmbeddingGrad]:
+            param = layer.weight_param
+            return tied_embedding_grads(forward.plan, forward.index, param, stats, factor)
+
+        self._probe(batch, forwards, factor, tied)
+
+    def _factored(
+        self, h: Tensor, layer: OutputLayer, sequence_ids: Tensor, target: Tensor | None
+    ) -> tuple[SoftmaxStats, CovarianceFactor]:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         stats = SoftmaxStats.of(h, weight, bias, sequence_ids, target, self.settings)
         check_softmax(stats.lse, sequence_ids)
-        factor = factor_covariance(stats, self.settings)
+        return stats, factor_covariance(stats, self.settings)
+
+    def _add_output(
+        self,
+        layer: OutputLayer,
+        stats: SoftmaxStats,
+        factor: CovarianceFactor,
+        rows: Any,
+        weight: float,
+    ) -> None:
+        """Add the closed form of the output layer over some rows, times a weight."""
         params = layer.weight_param, layer.bias_param
-        sums, sums_bias = (None if p is None else p.of(self.fisher[p.name]) for p in params)
-        if sums is not None or sums_bias is not None:
-            kept = None if layer.fixed_rows is None else sums
-            sums = sums if kept is None else torch.zeros_like(kept)
-            ops.head_sqgrad_(sums, sums_bias, h, weight, bias, stats.lse, factor.ids, factor.omega)
-            if kept is not None and sums is not None and layer.fixed_rows is not None:
-                kept += sums.masked_fill_(layer.fixed_rows[:, None], 0.0)
         self.reached |= {p.name for p in params if p is not None}
+        sums, sums_bias = (None if p is None else p.of(self.fisher[p.name]) for p in params)
+        if sums is None and sums_bias is None:
+            return
+        apart = weight != 1 or layer.fixed_rows is not None
+        own = [
+            None if s is None else torch.zeros_like(s) if apart else s for s in (sums, sums_bias)
+        ]
+        ids = None if factor.ids is None else factor.ids[rows]
+        omega = None if factor.omega is None else factor.omega[rows]
+        inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
+        ops.head_sqgrad_(own[0], own[1], *inputs, ids, omega)
+        if apart and sums is not None and own[0] is not None:
+            if layer.fixed_rows is not None:
+                own[0].masked_fill_(layer.fixed_rows[:, None], 0.0)
+            sums += weight * own[0]
+        if apart and sums_bias is not None and own[1] is not None:
+            sums_bias += weight * own[1]
 
-        def tied(forward: CapturedForward) -> dict[int, TiedEmbeddingGrad]:
-            return tied_embedding_grads(forward.plan, forward.index, params[0], stats, factor)
+    def _add_positions(
+        self,
+        batch: Any,
+        forwards: list[CapturedForward],
+        layer: OutputLayer | None,
+        sequence_ids: Tensor,
+    ) -> None:
+        """Every position that counts: its output layer in closed form, probes over all."""
+        for forward in forwards:
+            result = forward.result.detach()
+            result = result.to(torch.promote_types(result.dtype, torch.float32))
+            if result.dim() != 3:
+                raise InputError(
+                    "positions: the model gives logits of the last position alone, "
+                    f"{tuple(result.shape)}"
+                )
+            part = batch_take(batch, forward.index)
+            counted = counted_positions(self.model, part, (result.shape[0], result.shape[1]))
+            rows = PositionRows.of(counted, sequence_ids[forward.index], self.settings)
+            self.num_positions += counted.sum()
+            if not len(rows):
+                self.reached |= forward.plan.reached
+                continue
+            target = None
+            if self.settings.sampler == "target":
+                target = position_targets(self.model, part, rows)
+            own = result[rows.sequence, rows.place]
+            if layer is None:
+                log_stats = LogitStats(torch.log_softmax(own, dim=1), rows.ids, target)
+                check_softmax(log_stats.log_p.amax(dim=1), rows.ids)
+                factor, stats = factor_logits(log_stats, self.settings), None
+            else:
+                stats, factor = self._factored(own, layer, rows.ids, target)
+                for weight in rows.weight.unique().tolist():
+                    self._add_output(layer, stats, factor, rows.weight == weight, weight)
+            self._probe_positions(batch, forward, layer, rows, stats, factor)
 
-        self._probe(batch, forwards, factor, tied)
+    def _probe_positions(
+        self,
+        batch: Any,
+        forward: CapturedForward,
+        layer: OutputLayer | None,
+        rows: PositionRows,
+        stats: SoftmaxStats | None,
+        factor: CovarianceFactor,
+    ) -> None:
+        alone = self.settings.sampler == "exact"
+        probes = PositionProbes(rows, factor, forward.index, self.settings.seed, alone)
+
+        def tied(forward: CapturedForward) -> dict[int, Any]:
+            if layer is None or layer.weight_param is None or stats is None:
+                return {}
+            return {
+                i: TiedPositionGrad(grad, probes, stats.h, layer.weight_param)
+                for i, grad in enumerate(forward.plan.grads)
+                if grad.param.name == layer.weight_param.name
+            }
+
+        shared = CovarianceFactor(
+            probes.count,
+            probes.vectors,
+            factor.tied_cross_term,
+            mass=None if factor.mass is None else factor.mass * rows.weight,
+            kept=None if factor.kept is None else factor.kept * rows.weight,
+        )
+        self._probe(batch, [forward], shared, tied)
 
     def _add_logits(
         self,

@@ -29,12 +29,14 @@ class Settings:
     replacement: bool = True
     reduction: str = "sequence"
     chunk: int | None = None
+    positions: str | int = "last"
 
     def checked(self) -> Settings:
         """These settings, with the sketch's default filled in; InputError for a bad one."""
         check_chunk(self.chunk)
         if self.reduction not in ("sequence", "batchwise"):
             raise InputError(f"reduction: {self.reduction!r} is not 'sequence' or 'batchwise'")
+        self._check_positions()
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler: {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
         if self.k is not None and self.k < 1:
@@ -52,6 +54,17 @@ class Settings:
         if self.sampler == "sketch" and self.probes is None:
             return dataclasses.replace(self, probes=_SKETCH_PROBES)
         return self
+
+    def _check_positions(self) -> None:
+        known = self.positions in ("last", "all") if isinstance(self.positions, str) else None
+        if known is None:
+            known = not isinstance(self.positions, bool) and int(self.positions) >= 1
+        if not known:
+            raise InputError(
+                f"positions: {self.positions!r} is not 'last', 'all' or a number of at least 1"
+            )
+        if self.positions != "last" and self.reduction == "batchwise":
+            raise InputError("positions: 'batchwise' takes the last position only")
 
     def num_sampled(self, num_items: int) -> int:
         """K of a catalogue of `num_items`: as asked for, else 30 or all of a smaller one.
@@ -79,6 +92,7 @@ class Settings:
             "k": self.num_sampled(num_items) if sampled else None,
             "probes": self.probes,
             "reduction": self.reduction,
+            "positions": self.positions,
             "seed": self.seed,
             "tol": self.tol,
             "rescale": self.rescale,

@@ -13,6 +13,7 @@ from fisherkern.adapters import ModelAdapter
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.members.catalogue import CatalogueUnion
+from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.members.ties import Tie, find_ties, named_tensors
 
 
@@ -115,19 +116,17 @@ def check_config(models: Sequence[Any]) -> None:
 
 def check_settings(configs: Sequence[Any]) -> None:
     """The same, of what the members were built with."""
-    first = configs[0]
-    for number, own in enumerate(configs):
-        if not isinstance(first, dict) or not isinstance(own, dict):
-            return
-        for key in sorted(set(first) | set(own)):
-            # These act in training only, or are what alignment is for.
-            if key in ("num_items", "init_std") or "dropout" in key:
-                continue
-            if first.get(key) != own.get(key):
-                raise InputError(
-                    f"member {number} was built with {key}={own.get(key)!r} and member 0 with "
-                    f"{key}={first.get(key)!r}"
-                )
+    if not all(isinstance(own, Mapping) for own in configs):
+        return
+    # RecBole's configuration is the whole run's.
+    known = [function_settings(own, of_trainer="train_batch_size" in own) for own in configs]
+    for number, own in enumerate(known):
+        odd = differing_setting(known[0], own)
+        if odd is not None:
+            key, first, other = odd
+            raise InputError(
+                f"member {number} was built with {key}={other!r} and member 0 with {key}={first!r}"
+            )
 
 
 def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> list[float]:

@@ -12,6 +12,7 @@ from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
 from fisherkern.merging.full_fisher import Product, solve_full_fisher
 from fisherkern.merging.learned import learn_weights
+from fisherkern.merging.low_rank import LowRankMembers, LowRankOptions
 from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.plan import MergePlan, Weights
 from fisherkern.merging.search import greedy_weights, search_weights
@@ -55,6 +56,11 @@ def merge(
     `type(m)(**{**m.config, "num_items": V})`, has the union of the catalogues. An item's rows are
     merged among its owners (even if all of those have lambda 0), padding and mask rows among all
     members.
+
+    Low-rank updates (LoRA: parameters named lora_A and lora_B, or lora_down and lora_up) are merged
+    as what they add to a weight, and brought back to their rank (`merge_low_rank`); by "uniform" or
+    "weighted" only, unless `options={"factors": True}` asks for the factors one by one. Models with
+    other factors of weights (weight norm, parametrisations) are refused without that option.
 
     Allocates the new model and one merged copy of its tensors; the float64 work is done in blocks
     of some 65,000 entries.
@@ -107,7 +113,8 @@ def merge(
         method, members, weights (a list, or tensor -> list where learned by layer), options, floor,
         normalize, candidates (weights and score of each tried), items (number of owners -> number
         of items), coverage (tensor -> per member, share of entries whose Fisher exceeds the floor),
-        averaged_buffers, and residuals of "full_fisher".
+        averaged_buffers, residuals of "full_fisher", and low_rank (ranks, and the share of the
+        energy kept).
 
     Raises:
         InputError: Something does not fit; the message names the member, tensor or argument.
@@ -130,8 +137,10 @@ def merge(
         settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
         settings |= {"steps": steps, "seed": seed}
         return merge_auto(merge, models, inputs, settings)
+    low_rank, options = LowRankOptions.split(options)
     chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
     members = MemberSet(models, item_ids)
+    updates = LowRankMembers.of(members, low_rank, chosen.name, inputs)
     members.use(inputs, normalize, check_fingerprint)
     plan = MergePlan(members, chosen, options, floor, seed)
     lam, candidates = _choose(plan, weights, score, validation, steps)
@@ -147,15 +156,32 @@ def merge(
         "coverage": members.coverage(floor),
         "averaged_buffers": members.averaged_buffers,
     }
-    solved: Mapping[str, Tensor] | None = None
-    if products is not None:
-        assert isinstance(lam, list)
-        solved, report["residuals"] = solve_full_fisher(
-            members, products, lam, floor, steps=_or(steps, 20), tol=options["tol"]
-        )
+    solved, more = _solve(plan, lam, products, updates, steps)
     plan.write(lam, solved)
-    plan.adapter.set_report(report)
+    plan.adapter.set_report(report | more)
     return cast("ModelT", plan.target)
+
+
+def _solve(
+    plan: MergePlan,
+    lam: Weights,
+    products: Sequence[Product] | None,
+    updates: LowRankMembers | None,
+    steps: int | None,
+) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
+    """Tensors that are not merged entry by entry, and what the report says of them."""
+    if isinstance(lam, Mapping):
+        return None, {}
+    if products is not None:
+        tol = plan.options["tol"]
+        solved, residuals = solve_full_fisher(
+            plan.members, products, lam, plan.floor, steps=_or(steps, 20), tol=tol
+        )
+        return solved, {"residuals": residuals}
+    if updates is not None:
+        merged, about = updates.merged(lam)
+        return merged, {"low_rank": about}
+    return None, {}
 
 
 def _or(steps: int | None, default: int) -> int:

@@ -28,7 +28,8 @@ class MergePlan:
         floor: float,
         seed: int,
     ) -> None:
-        self.members, self.method, self.options, self.seed = members, method, options, seed
+        self.members, self.method, self.options = members, method, options
+        self.floor, self.seed = floor, seed
         self.function = method.with_options(options)
         self.blocks = {
             tie.name: members.blocks(tie, floor, seed)

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fisherkern.adapters.lora import find_low_rank
 from fisherkern.errors import InputError
+from fisherkern.merging.low_rank import LowRankMembers
 from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.merge import merge
 
@@ -67,8 +69,10 @@ def preflight(
 ) -> Preflight:
     """Estimate how near models are, in weights and in what they do, and recommend a recipe.
 
-    cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters, item
-        rows that both own; with a `base`, also of theta - theta_base (task vectors).
+    cosine of members a and b:  <theta_a, theta_b> / (|theta_a| |theta_b|) over all parameters but
+        those that are frozen and equal in all members (a frozen base), item rows that both own,
+        low-rank updates as the products of their factors; with a `base`, also of theta - theta_base
+        (task vectors).
     Along the line between two members, s(t) the score of (1-t) theta_a + t theta_b:
         barrier = max_t [(1-t) s(0) + t s(1) - s(t)],   gain = max_{0<t<1} s(t) - max(s(0), s(1)).
     error inconsistency: the share of users on which exactly one of the two is right.
@@ -106,7 +110,7 @@ def preflight(
     members = MemberSet(models, item_ids)
     if base is not None:
         members.use_base(base)
-    cosine, task_cosine = _cosines(members, base is not None)
+    cosine, task_cosine = _cosines(members, base)
     scores = paths = None
     if score is not None:
         scores = [_scored(score, model, f"member {n}") for n, model in enumerate(models)]
@@ -125,26 +129,51 @@ def preflight(
 
 
 def _cosines(
-    members: MemberSet, with_base: bool
+    members: MemberSet, base: nn.Module | None
 ) -> tuple[list[list[float]], list[list[float]] | None]:
     number = len(members)
     found = []
     sums = torch.zeros(4, number, number, dtype=torch.float64)
+    pairs = find_low_rank(members.tensors[0])
+    updates = LowRankMembers(members, pairs, base) if pairs else None
+    factors = set() if updates is None else updates.names
+    shared = _frozen(members) if factors or _trained(members) else set()
     for tie in members.merged:
+        if tie.name in factors:
+            continue
         for block in members.blocks(tie, 0.0, 0):
-            parts = [(block.theta, block.owns.double())]
-            if with_base and block.base is not None:
+            parts = [(0, block.theta, block.owns.double())] if tie.name not in shared else []
+            if base is not None and block.base is not None:
                 owns = block.owns & block.base_owns
-                parts.append(((block.theta - block.base) * owns, owns.double()))
-            for index, (theta, owns) in enumerate(parts):
+                parts.append((2, (block.theta - block.base) * owns, owns.double()))
+            for index, theta, owned in parts:
                 # Rows that a member lacks hold zeros; the other's must not count in its norm.
-                sums[2 * index] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
+                sums[index] += torch.einsum("anc,bnc->ab", theta, theta).cpu()
                 square = theta.square().sum(2)
-                sums[2 * index + 1] += (square @ owns.squeeze(2).t()).cpu()
+                sums[index + 1] += (square @ owned.squeeze(2).t()).cpu()
+    for index in (0, 2) if updates is not None else ():
+        inner = updates.inner_products(from_base=index == 2)  # type: ignore[union-attr]
+        sums[index] += inner
+        sums[index + 1] += inner.diagonal()[:, None]
     for inner, square in (sums[:2], sums[2:]):
         norms = (square * square.t()).sqrt()
         found.append(torch.where(norms > 0, inner / norms, 0.0).clamp(-1, 1).tolist())
-    return found[0], found[1] if with_base else None
+    return found[0], found[1] if base is not None else None
+
+
+def _trained(members: MemberSet) -> bool:
+    return any(p.requires_grad for model in members.models for p in model.parameters())
+
+
+def _frozen(members: MemberSet) -> set[str]:
+    """Tensors of a frozen base, the same in all members: they would make any two look alike."""
+    found = set()
+    for tie in members.merged:
+        first, *others = members.of(tie)
+        frozen = not any(own.requires_grad for own in (first, *others))
+        if frozen and all(torch.equal(first, own) for own in others):
+            found.add(tie.name)
+    return found
 
 
 def _scored(score: Callable[[Any], float], model: Any, what: str) -> float:

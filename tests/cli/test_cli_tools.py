@@ -227,9 +227,9 @@ def test_stream_beside_a_recipe(folder: Path, tmp_path: Path) -> None:
             ["align", "m1", "m2", "--by", "heart"],
             'Invalid value "heart" for --by. Choose from: "weights", "activations", "loss"',
         ),
-        (["merge", "m1", "m2", "--stream", "--method", "slerp"], "method 'slerp' is not one that"),
+        (["merge", "m1", "m2", "--stream", "--method", "pcrec"], "method 'pcrec' is not one that"),
         (["merge", "m1", "m2", "--stream", "--weights", "search"], "takes numbers as weights"),
-        (["merge", "m1", "m2", "--stream", "--steps", "3"], "--stream: it neither searches"),
+        (["merge", "m1", "m2", "--stream", "--steps", "3"], "a merge of files neither searches"),
     ],
 )
 def test_bad_input(

@@ -135,7 +135,7 @@ REPAIR = ["repair", *SURGERY[1:]]
         (ENSEMBLE + ["--data", "D", "--option", "alfa=1"], "has no option 'alfa'; it has object"),
         (ENSEMBLE + ["--data", "D", "--option", "density=2"], "option 'density' is 2 where"),
         (ENSEMBLE + ["--data", "D", "--steps", "-1"], "steps is -1"),
-        (ENSEMBLE + ["--stream"], "method 'weight_ensemble' is not one that files merge by"),
+        (ENSEMBLE + ["--stream"], "method 'weight_ensemble' needs models of ours"),
         (["merge", "gru", "gru", *ENSEMBLE[3:5], "--base", "gru", "--data", "D"], "GRU4Rec has no"),
         (SURGERY, "--data: name a data set"),
         (SURGERY + ["--data", "D", "--rank", "0"], "rank is 0"),

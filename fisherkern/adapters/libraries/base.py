@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,10 @@ class Library:
     def logits(self, module: Any, batch: Any) -> Tensor:
         """Next-item logits (N, V), or (N, T, V) of every position."""
         raise NotImplementedError
+
+    def hidden_states(self, module: Any) -> Callable[[Any], Tensor] | None:
+        """batch -> h (N, T, D) at every position, where `logits` gives the last one's only."""
+        return None
 
     def prepared(self, module: Any, batch: Any) -> Any:
         """The batch as the question for the next item, where a native batch asks another."""

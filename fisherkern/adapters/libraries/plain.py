@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,23 @@ class PlainModule(Library):
 
     def logits(self, module: Any, batch: Any) -> Tensor:
         return logits_in(_called(module, batch))
+
+    def hidden_states(self, module: Any) -> Callable[[Any], Tensor] | None:
+        if not all(hasattr(module, name) for name in ("states", "transform", "read_history")):
+            return None
+        if not getattr(module, "causal", False):
+            raise InputError(
+                f"positions: a {type(module).__name__} predicts after the last item only"
+            )
+
+        def hidden(batch: Any) -> Tensor:
+            tokens = module.read_history(model_input(batch))
+            used = (tokens != 0).any(dim=0)
+            used[-1] = True
+            states: Tensor = module.transform(module.states(tokens[:, int(used.int().argmax()) :]))
+            return states
+
+        return hidden
 
     def targets(self, module: Any, batch: Any) -> Tensor | None:
         if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):

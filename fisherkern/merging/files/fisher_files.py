@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherkern.adapters.names import fit_names
 from fisherkern.errors import InputError
 from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums
+
+log = logging.getLogger("fisherkern")
 
 # Entries read at once, in whole blocks of `block_sums`.
 READ = 16 * BLOCK
@@ -30,13 +34,21 @@ class FisherFiles:
         names: Sequence[str],
         normalize: str | None,
     ) -> None:
-        """One file per member. `names`: the parameters."""
+        """One file per member. `names`: the parameters.
+
+        In a Fisher of a native checkpoint, names may have a wrapper's prefixes or lack them, and
+        buffers and frozen parameters may be missing.
+        """
         self.files = files
         self._largest: list[dict[str, float]] = []
         self._means = []
+        # Per file: name in the member -> name in the Fisher.
+        self._names: list[dict[str, str]] = []
         for file, member in zip(self.files, members, strict=True):
-            _check(file, member, names)
-            mean, largest = _survey(file, names)
+            own = _names_of(file, member, names)
+            _check(file, member, own)
+            self._names.append(own)
+            mean, largest = _survey(file, own)
             self._means.append(mean)
             self._largest.append(largest)
         common = sum(self._means) / max(1, len(self._means))
@@ -48,6 +60,8 @@ class FisherFiles:
         A function of (start, stop, None), or of the row of each member that each of the merged
         rows start..stop comes from, -1 for none. As `Fishers.of` decides.
         """
+        if not all(name in own for own in self._names):
+            return None
         informed = [
             largest[name] >= NOISE * mean
             for largest, mean in zip(self._largest, self._means, strict=True)
@@ -55,10 +69,12 @@ class FisherFiles:
         if not any(informed):
             return None
 
+        names = [own[name] for own in self._names]
+
         def rows(
             start: int, stop: int, wanted: Sequence[Tensor] | None
         ) -> list[tuple[Tensor, float]]:
-            blocks = read_rows(self.files, name, start, stop, wanted)
+            blocks = read_rows(self.files, names, start, stop, wanted)
             return [
                 (block if known else torch.zeros_like(block), unit)
                 for block, known, unit in zip(blocks, informed, self._units, strict=True)
@@ -67,16 +83,40 @@ class FisherFiles:
         return rows
 
     def check_fingerprints(self, members: Sequence[TensorFile], names: Sequence[str]) -> None:
-        """Each Fisher that says which model it was computed on was computed on its member."""
-        for file, member in zip(self.files, members, strict=True):
+        """Each Fisher that says which model it was computed on was computed on its member.
+
+        Of a native checkpoint that has more tensors than the Fisher, some of which may be
+        parameters, a difference says nothing; it is logged.
+        """
+        for file, member, own in zip(self.files, members, self._names, strict=True):
             expected = file.about["meta"].get("fingerprint")
-            if expected is not None:
-                found = member.fingerprint(names, READ)
-                if found != expected:
-                    raise InputError(
-                        f"{file.path}: was computed on another model than {member.path}: its "
-                        f"fingerprint is {expected[:12]} and the member's {found[:12]}"
-                    )
+            if expected is None:
+                continue
+            known = {theirs: name for name, theirs in own.items()}
+            found = member.fingerprint(known, READ)
+            if found == expected:
+                continue
+            others = [other for other in members if other is not member]
+            if len(own) < len(names) and not any(
+                set(known.values()) <= other.layout.keys()
+                and other.fingerprint(known, READ) == expected
+                for other in others
+            ):
+                log.warning(
+                    "%s has no values for some tensors of %s, so it cannot be told whether it was "
+                    "computed on it",
+                    file.path,
+                    member.path,
+                )
+                continue
+            raise InputError(
+                f"{file.path}: was computed on another model than {member.path}: its "
+                f"fingerprint is {expected[:12]} and the member's {found[:12]}"
+            )
+
+    def uncovered(self, names: Sequence[str]) -> list[str]:
+        """Parameters that some member's Fisher lacks, which lambda averages."""
+        return [name for name in names if not all(name in own for own in self._names)]
 
     def identities(self) -> list[dict[str, Any]]:
         """Name, hash and settings of each file."""
@@ -91,30 +131,49 @@ class FisherFiles:
         ]
 
 
-def _check(file: TensorFile, member: TensorFile, names: Sequence[str]) -> None:
+def _names_of(file: TensorFile, member: TensorFile, names: Sequence[str]) -> dict[str, str]:
+    """Name in the member -> name in its Fisher, which has no other tensors."""
     if file.about.get("kind") != "diag_fisher" or not isinstance(file.about.get("meta"), dict):
         raise InputError(f"{file.path}: not a Fisher file; `fisherkern fisher` writes one")
-    for name in sorted(file.layout.keys() ^ set(names)):
-        fault = "is missing" if name in names else f"is none of {member.path}'s parameters"
-        raise InputError(f"{file.path}: tensor {name!r} {fault}")
-    for name in names:
-        own, shape = file.layout[name][1], member.layout[name][1]
+    if member.checkpoint is None:
+        for name in sorted(file.layout.keys() ^ set(names)):
+            fault = "is missing" if name in names else f"is none of {member.path}'s parameters"
+            raise InputError(f"{file.path}: tensor {name!r} {fault}")
+        return {name: name for name in names}
+    fitted = fit_names(file.layout, [*names, *member.aliases])
+    found: dict[str, str] = {}
+    for theirs in sorted(file.layout):
+        own = fitted.get(theirs)
+        own = None if own is None else member.aliases.get(own, own)
+        if own is None:
+            raise InputError(f"{file.path}: tensor {theirs!r} is none of {member.path}'s")
+        if own in found:
+            raise InputError(
+                f"{file.path}: tensors {found[own]!r} and {theirs!r} are one of {member.path}'s"
+            )
+        found[own] = theirs
+    return found
+
+
+def _check(file: TensorFile, member: TensorFile, names: Mapping[str, str]) -> None:
+    for name, theirs in names.items():
+        own, shape = file.layout[theirs][1], member.layout[name][1]
         if own != shape:
             raise InputError(
-                f"{file.path}: tensor {name!r} has shape {own} where the member's has {shape}"
+                f"{file.path}: tensor {theirs!r} has shape {own} where the member's has {shape}"
             )
-        if not file.floating(name):
-            raise InputError(f"{file.path}: tensor {name!r} is {file.layout[name][0]}")
+        if not file.floating(theirs):
+            raise InputError(f"{file.path}: tensor {theirs!r} is {file.layout[theirs][0]}")
 
 
-def _survey(file: TensorFile, names: Sequence[str]) -> tuple[float, dict[str, float]]:
+def _survey(file: TensorFile, names: Mapping[str, str]) -> tuple[float, dict[str, float]]:
     """The mean over all entries, and each tensor's largest entry; values are checked."""
     sums: list[float] = []
     count = 0
     largest = {}
-    for name in names:
+    for own, name in names.items():
         shape = file.layout[name][1]
-        largest[name] = -math.inf
+        largest[own] = -math.inf
         # Rows in whole blocks, so that the sums are those of the tensor in memory.
         step = 16 * rows_per_block(shape, BLOCK)
         for block in file.blocks(name, step):
@@ -125,7 +184,7 @@ def _survey(file: TensorFile, names: Sequence[str]) -> tuple[float, dict[str, fl
                 raise InputError(f"{file.path}: tensor {name!r} holds a value that is not finite")
             if low < 0:
                 raise InputError(f"{file.path}: tensor {name!r} holds a negative value")
-            largest[name] = max(largest[name], high)
+            largest[own] = max(largest[own], high)
             sums.extend(block_sums(block))
             count += block.numel()
     mean = math.fsum(sums) / max(1, count)

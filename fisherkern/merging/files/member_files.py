@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.checks import check_settings
+from fisherkern.merging.files.native_settings import check_native_settings, match_item_rows
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
@@ -22,11 +23,23 @@ class MemberFiles:
     """The members and the base: what they have in common, and where each keeps which row.
 
     parameters: names of what a rule merges, sorted: of a model of ours its parameters, else every
-    floating tensor. known: whether the members are models of ours. layout, config, item_ids and
-    ids_sha256 are the merged model's. abouts: the JSON beside each member, without its item ids.
+    floating tensor but running statistics. native: whether they are checkpoints of other libraries.
+    known: whether the members are models of ours. layout, config, item_ids and ids_sha256 are the
+    merged model's. ids_beside: what is written beside a native one. abouts: the JSON beside each
+    member, without its item ids.
     """
 
-    def __init__(self, files: Sequence[TensorFile], base: TensorFile | None) -> None:
+    layout: Layout
+    ids_beside: dict[str, Any] | None = None
+    _base_catalogue: CatalogueUnion | None
+
+    def __init__(
+        self,
+        files: Sequence[TensorFile],
+        base: TensorFile | None,
+        apart: Collection[str] = (),
+    ) -> None:
+        """`apart`: tensors that are merged elsewhere, in whatever shapes."""
         self.files, self.base = files, base
         self.everything = [*files, *([base] if base is not None else [])]
         models = [_model_of(file) for file in self.everything]
@@ -37,20 +50,43 @@ class MemberFiles:
             name for name in first.layout if first.floating(name) and (own is None or name in own)
         )
         rows = {} if model is None else model.item_parameters()
-        _check_alike(self.everything, set(rows))
         self.sizes = [getattr(own, "num_items", 0) for own in models]
         self.abouts: list[dict[str, Any]] = []
+        _check_same_kind(files, base)
+        self.native = first.checkpoint is not None
+        if self.native:
+            self.parameters = [n for n in self.parameters if not first.is_buffer(n)]
+            check_native_settings(self.everything)
+            matched = match_item_rows(files, base)
+            self.catalogue, self._base_catalogue = matched.catalogue, matched.base
+            self.ids_beside = matched.beside
+            united = self.catalogue.positions is not None or self._base_catalogue is not None
+            moving = set(self.catalogue.parameters) if united else set()
+            _check_alike(self.everything, moving, apart)
+            self.abouts = [{} for _ in files]
+            self.sizes = [*self.catalogue.sizes, 0]
+            self.config = self.ids_sha256 = None
+            self.layout = self._grown(self.catalogue.parameters)
+            return
+        _check_alike(self.everything, set(rows))
         self._read_catalogues(rows)
-        self.layout: Layout = dict(first.layout)
+        self.layout = self._grown(rows)
         self.config = first.about.get("config")
         self.ids_sha256 = first.about.get("item_ids_sha256")
         if self.catalogue.positions is not None:
             ids = self.catalogue.item_ids or []
-            for name in rows:
-                kind, (length, *rest) = first.layout[name]
-                self.layout[name] = kind, (length - self.sizes[0] + len(ids), *rest)
             self.config = {**dict(self.config or {}), "num_items": len(ids)}
             self.ids_sha256 = item_ids_sha256(ids)
+
+    def _grown(self, tables: Collection[str]) -> Layout:
+        """The first member's layout with a row for every item of the united catalogue."""
+        layout = dict(self.files[0].layout)
+        if self.catalogue.positions is not None:
+            more = len(self.catalogue.item_ids or []) - self.sizes[0]
+            for name in tables:
+                kind, (length, *rest) = layout[name]
+                layout[name] = kind, (length + more, *rest)
+        return layout
 
     @property
     def item_ids(self) -> list[str] | None:
@@ -105,7 +141,7 @@ class MemberFiles:
         """The united catalogue, and where the base keeps its items; reads each JSON once."""
         hashes = [file.about.get("item_ids_sha256") for file in self.everything]
         members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
-        self._base_catalogue: CatalogueUnion | None = None
+        self._base_catalogue = None
         ids: list[str] | None = None
         positions = None
         if None in hashes and len(set(hashes)) > 1:
@@ -117,6 +153,7 @@ class MemberFiles:
             )
         if len(set(members)) > 1:
             ids, positions = union_item_ids(self._all_ids())
+            _check_shared(self.files, ids, positions)
         else:
             for file in self.files:
                 about, found = _read_about(file)
@@ -140,6 +177,21 @@ class MemberFiles:
             self.abouts.append(about)
             yield str(file.path.with_suffix(".json")), ids or []
             ids = None
+
+
+def _check_shared(
+    files: Sequence[TensorFile], ids: Sequence[str], positions: Sequence[torch.Tensor]
+) -> None:
+    """Refuse a member that has no item in common with any other: its ids are written otherwise."""
+    counts = torch.stack([own >= 0 for own in positions]).sum(0)
+    for file, own in zip(files, positions, strict=True):
+        has = own >= 0
+        if bool(has.any()) and bool((~has).any()) and int(counts[has].max()) == 1:
+            example, other = (ids[int(kind.nonzero()[0])] for kind in (has, ~has))
+            raise InputError(
+                f"{file.path}: shares no item with the others: its ids are like {example!r}, "
+                f"theirs like {other!r}; write them alike"
+            )
 
 
 def identity(file: TensorFile) -> dict[str, Any]:
@@ -176,7 +228,30 @@ def _model_of(file: TensorFile) -> SequenceEncoder | None:
     return model
 
 
-def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
+def _check_same_kind(files: Sequence[TensorFile], base: TensorFile | None) -> None:
+    """Members are of one kind, and tied alike; the base is ours or not as they are."""
+    first = files[0]
+    for other in files[1:]:
+        if _kind(other) != _kind(first):
+            raise InputError(
+                f"{other.path}: is a {_kind(other)} file, and {first.path} a {_kind(first)} file"
+            )
+        for name in sorted(dict(first.aliases).items() ^ dict(other.aliases).items()):
+            one, two = (first, other) if name in first.aliases.items() else (other, first)
+            raise InputError(
+                f"{one.path}: tensor {name[0]!r} is tied to {name[1]!r}, and not in {two.path}"
+            )
+    if base is not None and (base.checkpoint is None) != (first.checkpoint is None):
+        raise InputError(f"{base.path}: is a {_kind(base)} file, and {first.path} a {_kind(first)}")
+
+
+def _kind(file: TensorFile) -> str:
+    return str(file.about.get("kind")) if file.checkpoint is None else file.checkpoint.kind
+
+
+def _check_alike(
+    files: Sequence[TensorFile], item_tensors: set[str], apart: Collection[str] = ()
+) -> None:
     """All files hold the same tensors, of one class and configuration; item rows may differ."""
     first = files[0]
     for other in files[1:]:
@@ -186,13 +261,13 @@ def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
                 raise InputError(
                     f"{one.path}: tensor {lacking[0]!r} is missing, which {two.path} has"
                 )
-        for key, what in (("kind", "file"), ("class", "model")):
-            if first.about.get(key) != other.about.get(key):
-                raise InputError(
-                    f"{other.path}: is a {other.about.get(key)} {what}, and {first.path} a "
-                    f"{first.about.get(key)}"
-                )
+        if first.about.get("class") != other.about.get("class"):
+            raise InputError(
+                f"{other.path}: is a {other.about.get('class')} model, and {first.path} a "
+                f"{first.about.get('class')}"
+            )
         differ = first.about.get("item_ids_sha256") != other.about.get("item_ids_sha256")
+        differ = differ or (first.checkpoint is not None and bool(item_tensors))
         if differ and not item_tensors:
             raise InputError(
                 f"{other.path}: has other item ids than {first.path}, and of a "
@@ -200,6 +275,8 @@ def _check_alike(files: Sequence[TensorFile], item_tensors: set[str]) -> None:
             )
         for name, (kind, shape) in first.layout.items():
             own_kind, own_shape = other.layout[name]
+            if name in apart:
+                continue
             moves = differ and name in item_tensors
             if own_shape[moves:] != shape[moves:]:
                 raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,11 +15,14 @@ from torch import Tensor
 from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
 from fisherkern.members.checks import check_weights
+from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
 from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.fisher_files import FisherFiles
 from fisherkern.merging.files.member_files import MemberFiles
+from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
+from fisherkern.merging.files.native_files import open_member
 from fisherkern.merging.files.tensor_files import (
     TYPES,
     TensorFile,
@@ -30,13 +33,13 @@ from fisherkern.merging.files.tensor_files import (
     spans,
     write_header,
 )
-from fisherkern.merging.rules import MergeBlock, MergeMethod, average
+from fisherkern.merging.rules import MergeBlock, MergeMethod, TensorBlocks, average
 from fisherkern.provenance import package_version
 
 PathLike = str | os.PathLike[str]
 
-# Methods that need no more than the rows they merge.
-STREAMED = ("uniform", "weighted", "fisher", "task_arithmetic", "dare")
+# Methods that need neither data nor a model, whose order of tensors files do not keep.
+STREAMED = ("uniform", "weighted", "fisher", "slerp", "task_arithmetic", "ties", "dare")
 # Entries of each member read at once, and of each Fisher: a multiple of the blocks computed.
 READ = 16 * BLOCK
 
@@ -56,28 +59,35 @@ def merge_files(
     seed: int = 0,
     metrics: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Merge model files into a file: the result of `merge` to the last bit, in little memory.
+    """Merge checkpoints into one of their kind: the result of `merge` to the last bit.
 
-    Reads members and base twice, with Fishers everything three times. Holds a million entries of
-    each member and Fisher (4 MB in float32), and the item ids as a list of strings; where
-    catalogues differ, also each member's row of every merged item (16 bytes an item and member)
-    and, while they are matched, a dictionary of the ids and one member's list. Rows that stand in
-    other orders are read as they lie in the file, a block of the result at a time: in a random
-    order that is a row or a few at a time, from pages read up to eight times.
+    Reads members and base twice, with Fishers everything three times, and once more for methods
+    that look at whole tensors first. Holds a million entries of each member and Fisher (4 MB in
+    float32), and the item ids as a list of strings; where catalogues differ, also each member's row
+    of every merged item (16 bytes an item and member) and, while they are matched, a dictionary of
+    the ids and one member's list. Rows that stand in other orders are read as they lie in the file,
+    a block of the result at a time: in a random order that is a row or a few at a time, from pages
+    read up to eight times.
 
     Args:
-        paths: M model files of `save_model` of one class, or M safetensors files of anyone's with
-            the same names, shapes and types. Their floating tensors are merged; others must agree.
-            In anyone's files a floating tensor that holds infinities and is the same in all members
-            is kept. Models with other item ids, in the JSON beside each, are united as in `merge`.
-        out: x.safetensors. Beside it are written x.md, a model card, and for models x.json, so that
-            `load_model` reads the result. Each takes its name when all three are whole, the model
-            last; a failure leaves what was there before.
-        method: "uniform", "weighted", "fisher" (groups "entry" and "row"), "task_arithmetic" or
-            "dare": the methods that need only the rows they merge.
+        paths: M model files of `save_model` of one class, or M native checkpoints of one kind that
+            `load_tensors` reads, with the same names, shapes and types. Of native checkpoints all
+            floating tensors are merged, running statistics by lambda; others must agree. A floating
+            tensor that holds infinities and is the same in all members is kept. Models with other
+            item ids, in the JSON beside each, are united as in `merge`; native checkpoints by the
+            ids in them, or under "item_ids" in a.json beside a.pth or item_ids.json in a folder,
+            if the first has all items. Low-rank adapters (LoRA) are merged as `merge_low_rank`
+            says; options rank, full and factors.
+        out: A name with the members' suffix, or a folder where they are folders. Everything that
+            stands beside the tensors is the first member's. Beside the result are written x.md, a
+            model card (README.md in a folder), and for our models x.json. Each takes its name when
+            all are whole, the model last; a failure leaves what was there before.
+        method: "uniform", "weighted", "fisher" (all groups but "head"), "slerp", "task_arithmetic",
+            "ties" or "dare": the methods that need neither data nor a model.
         weights: lambda, M numbers. Default: equal.
-        fishers: M files of `DiagFisher.save`.
-        base: A file like the members', of the model that they were trained from.
+        fishers: M files of `DiagFisher.save`. Their names may have the prefixes of wrappers or lack
+            them. Of native checkpoints, tensors without a Fisher are averaged by lambda.
+        base: A checkpoint like the members, of the model that they were trained from.
         options: See `merge`.
         floor: See `merge`.
         normalize: See `merge`.
@@ -86,18 +96,18 @@ def merge_files(
         metrics: Of the merged model, for its card.
 
     Returns:
-        The provenance, which also stands in the file's metadata, under "merge": method, weights,
-        options, floor, normalize, seed; members, fishers and base (name and sha256 of the files; a
-        member's metrics, and how a Fisher was made; number and hash of the items of each model);
-        the catalogue that came out, with number of owners -> number of items; metrics and versions.
-        No time or place is in it: the same inputs give the same model file.
+        The provenance, which also stands in the metadata of a model file of ours, under "merge":
+        method, weights, options, floor, normalize, seed; members, fishers and base (name and sha256
+        of the files; a member's metrics, and how a Fisher was made; number and hash of the items of
+        each model); the catalogue that came out, with number of owners -> number of items; metrics
+        and versions; of native checkpoints also kind, from_first_member (what was written as it
+        stands there), averaged_buffers, without_fisher, and low_rank. No time or place is in it:
+        the same inputs give the same model file.
 
     Raises:
         InputError: Something does not fit, a NaN included; the message names file and tensor.
     """
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise InputError(f"{out}: the name of the merged file must end in .safetensors")
     if not paths:
         raise InputError("there is no model to merge")
     if fishers is not None and len(fishers) != len(paths):
@@ -107,10 +117,16 @@ def merge_files(
         if out.exists() and Path(path).exists() and out.samefile(path):
             raise InputError(f"{out}: is one of the files that are merged")
     inputs = {"weights": weights, "fishers": fishers, "base": base}
-    chosen, settings = _choose(method, inputs, options, floor, normalize)
-    lam = check_weights(weights, len(paths))
-    with opened(paths, fishers or [], ancestors) as (files, fisher_files, bases):
-        members = MemberFiles(files, bases[0] if bases else None)
+    lam = check_weights(weights if not isinstance(weights, str) else None, len(paths))
+    with (
+        opened(paths, ancestors, by=open_member) as (files, bases),
+        opened(fishers or []) as (fisher_files,),
+    ):
+        low_rank, options = low_rank_settings(files, method, inputs, options)
+        chosen, settings = _choose(method, inputs, options, floor, normalize)
+        check_name(out, files[0], low_rank)
+        apart = () if low_rank is None else low_rank.names
+        members = MemberFiles(files, bases[0] if bases else None, apart)
         merge = StreamingMerge(members, chosen, settings, lam, floor, seed)
         if fishers is not None:
             merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
@@ -130,7 +146,10 @@ def merge_files(
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
             "versions": {"fisherkern": package_version(), "torch": str(torch.__version__)},
         }
-        _write(out, merge, provenance)
+        if members.native:
+            write_native(out, merge, provenance, low_rank)
+        else:
+            _write(out, merge, provenance)
     return provenance
 
 
@@ -148,14 +167,16 @@ def _choose(
         raise InputError(f"method {method!r} is not one that files merge by: {', '.join(STREAMED)}")
     unused_inputs = {**inputs, **unused}
     chosen = checks.choose_method(method, unused_inputs, options, floor, normalize, None)
-    group = chosen[1].get("group", "entry")
-    if group not in ("entry", "row"):
-        raise InputError(f"option 'group' is {group!r}, which needs whole tensors: use merge")
+    if chosen[1].get("group") == "head":
+        raise InputError("option 'group' is 'head', and files do not say what heads are: use merge")
     return chosen
 
 
 class StreamingMerge:
-    """What is merged and how, tensor by tensor."""
+    """What is merged and how, tensor by tensor.
+
+    solved: tensors that are known already, by name.
+    """
 
     def __init__(
         self,
@@ -167,23 +188,68 @@ class StreamingMerge:
         seed: int,
     ) -> None:
         self.members, self.weights = members, weights
+        self.method, self.options = method, options
         self.function = method.with_options(options)
         self.floor, self.seed = floor, seed
         self.fishers: FisherFiles | None = None
+        self.solved: Mapping[str, Tensor] = {}
+        self._stats: Mapping[str, Any] | None = None
+        self._as_they_are: dict[str, bool] = {}
 
     def write(self, name: str, stream: BinaryIO) -> None:
         """The merged tensor's bytes."""
-        members = self.members
-        kind, shape = members.layout[name]
-        step = rows_per_block(shape, READ)
-        if self._kept(name, step):
-            for block in members.files[0].blocks(name, step):
-                stream.write(raw(block))
+        for block in self.blocks(name):
+            stream.write(raw(block))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The merged tensor, a block of rows at a time."""
+        shape = self.members.layout[name][1]
+        if name in self.solved:
+            yield self.solved[name]
             return
-        by_method = name in members.parameters
+        if self._kept(name):
+            yield from self.members.files[0].blocks(name, rows_per_block(shape, READ))
+            return
+        by_method = name in self.members.parameters
         function: Callable[[MergeBlock], Tensor] = self.function if by_method else average
+        stats = self.stats.get(name) if by_method else None
+        for start, blocks in self.pieces(name):
+            merged = torch.empty_like(blocks.tensors[0])
+            for part, own_block in blocks.weighted(self.weights, stats):
+                moved = dataclasses.replace(own_block, start=own_block.start + start)
+                as_table(merged)[part] = function(moved).to(merged.dtype)
+            yield merged
+
+    def averaged_buffers(self) -> list[str]:
+        """Floating tensors that differ and are averaged by lambda, whatever the method."""
+        others = self.members.layout.keys() - set(self.members.parameters)
+        floating = [name for name in sorted(others) if self.members.files[0].floating(name)]
+        return [name for name in floating if not self._kept(name)]
+
+    @property
+    def stats(self) -> Mapping[str, Any]:
+        """What the method's `prepare` finds, in one more reading of every tensor."""
+        if self._stats is None:
+            self._stats = {}
+            if self.method.prepare is not None:
+                names = [n for n in self.members.parameters if n not in self.solved]
+                tensors: dict[str, TensorBlocks] = {
+                    name: _FileBlocks(self, name) for name in names if not self._kept(name)
+                }
+                self._stats = self.method.prepare(tensors, self.options)
+        return self._stats
+
+    def pieces(self, name: str) -> Iterator[tuple[int, BlockIterator]]:
+        """(First row, all that is known) of each part of a tensor that is read at once."""
+        members = self.members
+        shape = members.layout[name][1]
+        by_method = name in members.parameters
         scaled = self.fishers.scaled(name) if self.fishers and by_method else None
         places, base_place = members.rows(name), members.base_rows(name)
+        # Of whole blocks, so that their sums are those of the tensor in memory.
+        inner = rows_per_block(shape, blocks_in_memory.BLOCK)
+        step = rows_per_block(shape, READ)
+        step = max(inner, step - step % inner)
         if by_method and base_place is not None:
             self._check_unread(name, base_place, step)
         for start, stop in spans(shape, step):
@@ -200,22 +266,30 @@ class StreamingMerge:
                 known |= {"fishers": None if scaled is None else scaled(start, stop, wanted)}
                 known |= {"floor": self.floor, "seed": self.seed}
             rows = None if wanted is None else [_there(index) for index in wanted]
-            merged = torch.empty_like(own[0])
-            blocks = BlockIterator(name, own, rows, **known)
-            for part, own_block in blocks.weighted(self.weights, None):
-                moved = dataclasses.replace(own_block, start=own_block.start + start)
-                as_table(merged)[part] = function(moved).to(merged.dtype)
-            stream.write(raw(merged))
+            yield start, BlockIterator(name, own, rows, **known)
 
-    def _kept(self, name: str, step: int) -> bool:
+    def _kept(self, name: str) -> bool:
+        """See `_is_kept`; asked once."""
+        if name not in self._as_they_are:
+            step = rows_per_block(self.members.layout[name][1], READ)
+            self._as_they_are[name] = self._is_kept(name, step)
+        return self._as_they_are[name]
+
+    def _is_kept(self, name: str, step: int) -> bool:
         """Whether no method touches the tensor: it is the same in all members and no parameter.
 
         In files of others, where any floating tensor may be a mask: and holds an infinity.
         """
         files = self.members.files
         by_method = name in self.members.parameters
-        if by_method and self.members.known:
+        moves = self.members.rows(name) is not None
+        if by_method and (self.members.known or moves):
             return False
+        if moves:
+            raise InputError(
+                f"{files[0].path}: tensor {name!r} has a row per item in other orders, and values "
+                f"of type {TYPES[files[0].layout[name][0]]} cannot be merged"
+            )
         odd, infinite = None, False
         for start, stop in spans(files[0].layout[name][1], step):
             own = read_rows(files, name, start, stop, None)
@@ -258,6 +332,22 @@ class StreamingMerge:
         for file, block in zip(files, blocks, strict=False):
             if bool(block.isnan().any()):
                 raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
+
+
+class _FileBlocks:
+    """A tensor's blocks with equal weights, read anew each time: `TensorBlocks`."""
+
+    grams = heads = None
+
+    def __init__(self, merge: StreamingMerge, name: str) -> None:
+        self._merge, self._name = merge, name
+        self.shape = merge.members.layout[name][1]
+        self.members = len(merge.members.files)
+
+    def __iter__(self) -> Iterator[MergeBlock]:
+        for start, blocks in self._merge.pieces(self._name):
+            for block in blocks:
+                yield dataclasses.replace(block, start=block.start + start)
 
 
 def _there(index: Tensor) -> Tensor:

@@ -7,14 +7,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import safetensors
 import torch
 from torch import Tensor
 
+from fisherkern.adapters import Checkpoint
 from fisherkern.errors import InputError
 from fisherkern.files import read_into
 
@@ -41,8 +43,13 @@ class TensorFile:
     """A safetensors file whose header has been checked; only blocks asked for are read.
 
     layout: name -> (type as safetensors calls it, shape). metadata: the header's strings.
-    about: what fisherkern wrote there, {} in files of others.
+    about: what fisherkern wrote there, {} in files of others. aliases: other names of the same
+    memory -> the name in `layout`. checkpoint: the native checkpoint that is read, None for a
+    file of ours.
     """
+
+    aliases: Mapping[str, str] = MappingProxyType({})
+    checkpoint: Checkpoint | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -80,6 +87,10 @@ class TensorFile:
         """Close the file."""
         self._stream.close()
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a native checkpoint's tensor is known to be no parameter."""
+        return False
+
     def floating(self, name: str) -> bool:
         """Whether the tensor holds floating-point numbers."""
         return TYPES[self.layout[name][0]].is_floating_point
@@ -92,8 +103,12 @@ class TensorFile:
         content = bytearray((stop - start) * row)
         if not content:
             return torch.empty(shape, dtype=TYPES[kind])
-        read_into(self._stream, memoryview(content), self._places[name] + start * row, self.path)
+        self._fill(name, start * row, memoryview(content))
         return torch.frombuffer(content, dtype=TYPES[kind]).reshape(shape)
+
+    def _fill(self, name: str, offset: int, view: memoryview) -> None:
+        """Read a tensor's bytes from `offset` on, a whole number of rows."""
+        read_into(self._stream, view, self._places[name] + offset, self.path)
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """Return the rows `index` (n,) int64 of a tensor, zeros where it is -1.
@@ -127,8 +142,7 @@ class TensorFile:
             for begin, length, offset in zip(
                 starts.tolist(), lengths.tolist(), offsets.tolist(), strict=True
             ):
-                part = view[offset * row : (offset + length) * row]
-                read_into(self._stream, part, self._places[name] + begin * row, self.path)
+                self._fill(name, begin * row, view[offset * row : (offset + length) * row])
             counts = torch.tensor([cuts[i + 1] - cuts[i] for i in batch])
             shift = (offsets - starts).repeat_interleave(counts)
             found = torch.frombuffer(content, dtype=torch.uint8).view(-1, row)
@@ -161,38 +175,48 @@ class TensorFile:
         except OSError as error:
             raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
 
-    def fingerprint(self, names: Sequence[str], entries: int) -> str:
-        """`fisherkern.fingerprint.fingerprint` of a model with these parameters."""
+    def fingerprint(self, names: Mapping[str, str], entries: int) -> str:
+        """`fisherkern.fingerprint.fingerprint` of a model whose parameters have these names.
+
+        `names`: a parameter's name in the model -> its name here.
+        """
         digest = hashlib.sha256()
-        for name in sorted(names):
+        for theirs, name in sorted(names.items()):
             kind, shape = self.layout[name]
-            digest.update(json.dumps([name, str(TYPES[kind]), list(shape)]).encode())
+            digest.update(json.dumps([theirs, str(TYPES[kind]), list(shape)]).encode())
             for block in self.blocks(name, rows_per_block(shape, entries)):
                 digest.update(raw(block))
         return digest.hexdigest()
 
 
 @contextlib.contextmanager
-def opened(*groups: Sequence[str | os.PathLike[str]]) -> Iterator[list[list[TensorFile]]]:
+def opened(
+    *groups: Sequence[str | os.PathLike[str]],
+    by: Callable[[str | os.PathLike[str]], TensorFile] = TensorFile,
+) -> Iterator[list[list[TensorFile]]]:
     """Open the files of each group of paths, and close them at the end."""
     with contextlib.ExitStack() as stack:
         yield [
-            [stack.enter_context(contextlib.closing(TensorFile(path))) for path in group]
+            [stack.enter_context(contextlib.closing(by(path))) for path in group]
             for group in groups
         ]
 
 
 def read_rows(
     files: Sequence[TensorFile],
-    name: str,
+    names: str | Sequence[str],
     start: int,
     stop: int,
     wanted: Sequence[Tensor] | None,
 ) -> list[Tensor]:
-    """Return rows start..stop of every file's tensor, or those `wanted` of each, see `take`."""
+    """Return rows start..stop of every file's tensor, or those `wanted` of each, see `take`.
+
+    `names`: of the tensor, one or one per file.
+    """
+    names = [names] * len(files) if isinstance(names, str) else names
     if wanted is None:
-        return [file.rows(name, start, stop) for file in files]
-    return [file.take(name, index) for file, index in zip(files, wanted, strict=True)]
+        return [file.rows(name, start, stop) for file, name in zip(files, names, strict=True)]
+    return [f.take(name, index) for f, name, index in zip(files, names, wanted, strict=True)]
 
 
 def spans(shape: Sequence[int], step: int) -> Iterator[tuple[int, int]]:

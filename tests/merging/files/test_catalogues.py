@@ -102,12 +102,18 @@ def test_rows_by_hand(tmp_path):
         assert torch.allclose(table[row].double(), (pair[0] + 3 * pair[1]) / 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("orders", [("abcd", "dbca"), ("abcd", "ab"), ("ab", "cdef")])
+@pytest.mark.parametrize("orders", [("abcd", "dbca"), ("abcd", "ab"), ("ab", "bcdef")])
 def test_orders_subsets_and_strangers(orders, tmp_path):
     found = [saved(tmp_path, n, "SASRec", ids=ids) for n, ids in enumerate(orders)]
     out = tmp_path / "out.safetensors"
     merge_files([path for path, _ in found], out)
     assert_same(out, merge([load_model(path) for path, _ in found]))
+
+
+def test_members_that_share_no_item_are_refused(tmp_path):
+    paths = [saved(tmp_path, n, "SASRec", ids=ids)[0] for n, ids in enumerate(("ab", "cdef"))]
+    with pytest.raises(InputError, match="m0.safetensors: shares no item with the others: .*'c'"):
+        merge_files(paths, tmp_path / "out.safetensors")
 
 
 def test_a_base_of_another_catalogue_alone(tmp_path):

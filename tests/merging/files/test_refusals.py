@@ -142,7 +142,7 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         ({"paths": [tmp_path / "none.safetensors"]}, "none.safetensors: no such file"),
         ({"out": tmp_path / "out.bin"}, "must end in .safetensors"),
         ({"out": paths[1]}, "1.safetensors: is one of the files that are merged"),
-        ({"method": "slerp"}, "method 'slerp' is not one that files merge by"),
+        ({"method": "regmean"}, "method 'regmean' is not one that files merge by"),
         ({"weights": "search"}, "takes numbers as weights"),
         ({"weights": [1]}, "weights has 1 numbers for 2 members"),
         ({"method": "weighted"}, "method 'weighted' needs weights"),
@@ -151,8 +151,8 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         ({"fishers": paths[:1]}, "there are 1 fishers for 2 members"),
         ({"method": "task_arithmetic"}, "needs base"),
         (
-            {"method": "fisher", "fishers": paths, "options": {"group": "tensor"}},
-            "option 'group' is 'tensor', which needs whole tensors",
+            {"method": "fisher", "fishers": paths, "options": {"group": "head"}},
+            "option 'group' is 'head', and files do not say",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -41,14 +41,35 @@ ARGUMENTS = {
     "task_arithmetic": {"method": "task_arithmetic", "base": True, "options": {"scale": 0.7}},
     "dare": {"method": "dare", "base": True, "seed": 3},
 }
+# Those that look at whole tensors first.
+PREPARED = {
+    "fisher-tensor": {"fishers": True, "options": {"group": "tensor"}},
+    "fisher-neuron": {"fishers": True, "options": {"group": "neuron"}, "weights": [1, 2, 3]},
+    "slerp": {"method": "slerp", "weights": [1, 2, 3]},
+    "ties": {"method": "ties", "base": True, "options": {"density": 0.3}},
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_the_file_is_the_merge_in_memory_to_the_last_bit(case, dtype, tmp_path):
+    check_equal_to_memory(ARGUMENTS[case], dtype, tmp_path)
+
+
+@pytest.mark.parametrize("case", PREPARED)
+def test_methods_that_look_at_whole_tensors_too(case, tmp_path, monkeypatch):
+    from fisherkern.merging import blocks
+
+    monkeypatch.setattr(blocks, "BLOCK", 50)
+    monkeypatch.setattr(streaming, "READ", 80)
+    # In float64 the order of a sum is seen.
+    check_equal_to_memory(PREPARED[case], torch.float64, tmp_path)
+
+
+def check_equal_to_memory(arguments, dtype, tmp_path):
     found = [saved(tmp_path, number, dtype=dtype) for number in range(4)]
     paths, models = [path for path, _ in found[:3]], [load_model(path) for path, _ in found]
-    given, held = dict(ARGUMENTS[case]), dict(ARGUMENTS[case])
+    given, held = dict(arguments), dict(arguments)
     if given.pop("fishers", None):
         fishers = [saved_fisher(tmp_path, n, models[n]) for n in range(3)]
         given["fishers"], held["fishers"] = zip(*fishers, strict=True)

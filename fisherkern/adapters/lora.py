@@ -1,0 +1,143 @@
+"""Weights that are stored as factors: LoRA's pairs, and parametrisations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fisherkern.errors import InputError
+
+_FIRST = re.compile(
+    r"^(?P<module>.*?)(?P<key>\blora_A|\blora_embedding_A|\blora_down)(?P<rest>\..*)?$"
+)
+_SECOND = {
+    "lora_A": "lora_B",
+    "lora_embedding_A": "lora_embedding_B",
+    "lora_down": "lora_up",
+}
+_OF_LORA = re.compile(r"(^|\.)lora_")
+_OTHER_FACTORS = re.compile(r"(^|\.)(parametrizations\.|lokr_|hada_|oft_|boft_|vera_lambda_)")
+# A weight by its parts: weight norm's, spectral norm's.
+_PARTS = re.compile(r"(?P<weight>(^|.*\.)(weight|bias)\w*)(?P<part>_g|_orig)$")
+_PARTNERS = {"_g": "_v", "_orig": "_u"}
+# PEFT's methods whose tensors are a weight themselves, and no factors of one.
+_PLAIN_PEFT = ("LORA", "LN_TUNING", "PROMPT_TUNING", "FOURIERFT", "TRAINABLE_TOKENS", "IA3")
+# Variants of LoRA whose update is not B A.
+_VARIANTS = ("use_dora", "use_qalora", "use_bdlora", "target_parameters", "arrow_config")
+
+
+@dataclass(frozen=True)
+class LowRankPair:
+    """The names of a low-rank update's factors A (r, in) and B (out, r).
+
+    Args:
+        module: Name of the module that is updated.
+        adapter: Name of the adapter; empty where there is none in the names.
+        a: Name of A.
+        b: Name of B.
+        bias: Name of the bias that is scaled like the product; None without one.
+        embedding: Whether the module is an embedding, whose weight is the product transposed.
+    """
+
+    module: str
+    adapter: str
+    a: str
+    b: str
+    bias: str | None
+    embedding: bool
+
+
+def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
+    """Return the pairs of low-rank factors among the names of tensors.
+
+    Raises:
+        InputError: A tensor of LoRA has no partner, as DoRA's magnitudes and AdaLoRA's values.
+    """
+    known = list(names)
+    present, used, pairs = set(known), set(), []
+    for name in known:
+        match = _FIRST.match(name)
+        if match is None:
+            continue
+        key, rest = match["key"], match["rest"] or ""
+        second = f"{match['module']}{_SECOND[key]}"
+        partner = second + rest
+        if partner not in present:
+            raise InputError(f"tensor {name!r} is a factor of a weight, and {partner!r} is missing")
+        adapter = rest.removesuffix(".weight").strip(".")
+        bias = f"{second}{rest.removesuffix('.weight')}.bias"
+        pair = LowRankPair(
+            match["module"].rstrip("."),
+            adapter,
+            name,
+            partner,
+            bias if rest.endswith("weight") and bias in present else None,
+            key == "lora_embedding_A",
+        )
+        pairs.append(pair)
+        used |= {pair.a, pair.b, pair.bias}
+    odd = [name for name in known if _OF_LORA.search(name) and name not in used]
+    if odd:
+        raise InputError(
+            f"tensor {odd[0]!r} makes an update that is not a product of two factors, and cannot "
+            "be merged but factor by factor: options={'factors': True}"
+        )
+    return pairs
+
+
+def check_no_factors(names: Iterable[str]) -> None:
+    """Raise InputError for tensors that are other factors of a weight: weight norm's, spectral
+    norm's, parametrisations, LoHa's, LoKr's.
+    """
+    present = set(names)
+    for name in sorted(present):
+        parts = _PARTS.match(name)
+        partner = None if parts is None else parts["weight"] + _PARTNERS[parts["part"]]
+        if _OTHER_FACTORS.search(name) or partner in present:
+            raise InputError(
+                f"tensor {name!r} is a factor of a weight, and the average of factors is not that "
+                "of the weights: remove the parametrisation before, or say "
+                "options={'factors': True}"
+            )
+
+
+def check_adapter_config(config: Mapping[str, Any], owner: str) -> None:
+    """Raise InputError unless the update of a PEFT configuration is its factors' product."""
+    kind = str(config.get("peft_type", "LORA")).rpartition(".")[2].upper()
+    odd = [name for name in _VARIANTS if config.get(name)]
+    if kind not in _PLAIN_PEFT or odd:
+        what = f"has {odd[0]}" if odd else f"is of the kind {kind}"
+        raise InputError(
+            f"{owner}: its adapter {what}, whose update is not a product of two factors; it can be "
+            "merged factor by factor: options={'factors': True}"
+        )
+
+
+def scaling_of(config: Mapping[str, Any], pair: LowRankPair, rank: int) -> float:
+    """What PEFT multiplies B A by: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA).
+
+    Raises:
+        InputError: The configuration has no number there.
+    """
+    alpha = _of_pattern(config.get("alpha_pattern"), pair.module, config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or rank < 1:
+        raise InputError(f"adapter_config.json: lora_alpha is {alpha!r} where a number is expected")
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
+    """The value of the pattern that ends the module's name, as PEFT looks for it."""
+    if not isinstance(patterns, Mapping):
+        return default
+    for pattern, value in patterns.items():
+        if not re.fullmatch(r"\^?[\w.-]+\$?", pattern):
+            raise InputError(
+                f"adapter_config.json: the pattern {pattern!r} is no plain name of a module"
+            )
+        plain = pattern.strip("^$")
+        bare = module.removeprefix("base_model.model.")
+        if bare == plain or (not pattern.startswith("^") and bare.endswith("." + plain)):
+            return value
+    return default
