@@ -171,7 +171,7 @@ class LinedMapping(dict[str, Any]):
 class PlainLoader(yaml.SafeLoader):
     """YAML of plain values, in which no key may stand twice and 1e-3 is a number."""
 
-    aliases = 0
+    aliases = depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Compose a node as PyYAML does, with few aliases and no types but the plain ones."""
@@ -180,7 +180,12 @@ class PlainLoader(yaml.SafeLoader):
             if self.aliases > MAX_ALIASES:
                 line = self.peek_event().start_mark.line + 1
                 raise InputError(f":{line}: more than {MAX_ALIASES} aliases")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            line = self.peek_event().start_mark.line + 1
+            raise InputError(f":{line}: nested deeper than {MAX_DEPTH} levels")
         node = super().compose_node(parent, index)
+        self.depth -= 1
         if node.tag not in _PLAIN_TAGS:
             line = node.start_mark.line + 1
             raise InputError(f":{line}: a value of the type {shown(node.tag)} is not read")

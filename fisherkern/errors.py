@@ -63,8 +63,7 @@ def _quoted(value: Any, depth: int) -> str:
 
 def _small(value: Any) -> bool:
     """Whether the representation of a number or of an object of NumPy's or PyTorch's is short."""
-    size = getattr(value, "size", 1)
-    size = size() if callable(size) else size
+    size = value.numel() if hasattr(value, "numel") else getattr(value, "size", 1)
     return not hasattr(value, "named_modules") and (not isinstance(size, int) or size <= _ENTRIES)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import Report, evaluate
 from fisherkern.files import write_json
 from fisherkern.training import load_model
@@ -69,7 +69,7 @@ class Run:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise InputError(f"--device: {name!r} is not like cpu, cuda or cuda:1") from None
+            raise InputError(f"--device: {shown(name)} is not like cpu, cuda or cuda:1") from None
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError("--device: there is no CUDA device here")
         return device

@@ -18,7 +18,7 @@ from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
 from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import evaluate
 from fisherkern.objectives import (
     EMKD,
@@ -205,7 +205,7 @@ def _objective(run: Run, model: SequenceEncoder, data: SequenceDataset) -> Objec
             settings = None
         if not isinstance(settings, dict):
             known = "masked, next, emkd"
-            raise InputError(f"--objective: {text!r} is neither {known}, nor a JSON object")
+            raise InputError(f"--objective: {shown(text)} is neither {known}, nor a JSON object")
         objective = from_settings(settings)
     contrastive = run.values["contrastive"]
     if contrastive is not None:
@@ -217,7 +217,7 @@ def _score(metric: str, data: SequenceDataset) -> Callable[[SequenceEncoder], fl
     """The validation score --score of a model."""
     match = re.fullmatch(r"(?:hr|mrr|ndcg)@([1-9]\d*)", metric)
     if match is None:
-        raise InputError(f"--score: {metric!r} is not like ndcg@10, hr@5 or mrr@20")
+        raise InputError(f"--score: {shown(metric)} is not like ndcg@10, hr@5 or mrr@20")
     k = int(match[1])
 
     def score(model: SequenceEncoder) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkern.data.dataset import SequenceDataset
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import read_json
 
 
@@ -130,7 +130,7 @@ def read_attributes(path: Path, items: frozenset[str]) -> dict[str, list[int]] |
     for item, values in content.items():
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise InputError(
-                f"{path}:{_line_of_key(path, item)}: the attributes of item {item!r} "
+                f"{path}:{_line_of_key(path, item)}: the attributes of item {shown(item)} "
                 "must be a list of integers"
             )
     return {item: values for item, values in content.items() if item in items}

@@ -14,7 +14,7 @@ from fisherkern.checks import check_count
 from fisherkern.data.actions import Actions, assemble, number_ids
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.tables import Columns, IdCodes
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 _BLOCK_ROWS = 1 << 20  # bounds how many ids are Python strings at once
 
@@ -126,5 +126,5 @@ def _times(column: Any, where: str) -> NDArray[Any]:
         if times.dtype.kind in "iuf":
             return times
     raise InputError(
-        f"{where}: column {column.name!r} holds {column.dtype}, neither numbers nor dates"
+        f"{where}: column {shown(column.name)} holds {column.dtype}, neither numbers nor dates"
     )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkern.data.actions import Actions, number_ids, open_binary
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 _BLOCK_BYTES = 1 << 22
 _MOST_DIGITS = 18  # what always fits in int64
@@ -103,7 +103,7 @@ def _parse_block(
         index = int(np.argmax(bad))
         text = block.split(b"\n", index + 1)[index].decode(errors="replace").strip("\r")
         form = ("::" if layout.colons else " ").join(layout.columns)
-        raise InputError(f"{path}:{line + index}: {_shown(text)} is not of the form {form!r}")
+        raise InputError(f"{path}:{line + index}: {shown(text)} is not of the form {form!r}")
     values = []
     for column in layout.wanted:
         value, good = _parse_integers(data, starts[:, column], stops[:, column])
@@ -111,7 +111,7 @@ def _parse_block(
             row = int(np.argmin(good))
             token = block[starts[row, column] : stops[row, column]].decode(errors="replace")
             raise InputError(
-                f"{path}:{line + filled[row]}: {layout.columns[column]} {_shown(token)} "
+                f"{path}:{line + filled[row]}: {layout.columns[column]} {shown(token)} "
                 "is not an integer from 0 to 10^18 - 1"
             )
         values.append(value)
@@ -132,7 +132,3 @@ def _parse_integers(
         good &= (digit <= 9) | ~live
         value = np.where(live, value * 10 + digit, value)
     return value, good
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -14,7 +14,7 @@ from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.frames import read_parquet
 from fisherkern.data.integers import read_movielens, read_seqrec
 from fisherkern.data.tables import Column, Columns, read_csv, read_recbole
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path, write_json
 
 FORMATS = ("seqrec", "movielens", "csv", "recbole", "parquet")
@@ -94,7 +94,7 @@ def write_seqrec(data: SequenceDataset, path: str | os.PathLike[str]) -> None:
     for kind, ids in (("user", data.user_ids), ("item", data.item_ids)):
         wrong = next((value for value in ids if not (value.isascii() and value.isdigit())), None)
         if wrong is not None:
-            raise InputError(f"{path}: {kind} id {wrong!r} is not an integer from 0 up")
+            raise InputError(f"{path}: {kind} id {shown(wrong)} is not an integer from 0 up")
     path = Path(path)
     if data.attributes is not None:
         write_json(path.with_suffix(".attributes.json"), data.attributes)

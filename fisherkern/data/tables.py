@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkern.data.actions import Actions, open_binary
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 SEPARATORS = ",\t;|"
 # Few enough that Python's garbage collector, which counts 700 new lists, does not scan them.
@@ -48,7 +48,7 @@ class Columns:
         kinds = set()
         for role, value in zip(("user", "item", "time"), self.wanted(), strict=False):
             if isinstance(value, bool) or not isinstance(value, str | int):
-                raise InputError(f"{role} must be a column's name or index, got {value!r}")
+                raise InputError(f"{role} must be a column's name or index, got {shown(value)}")
             kinds.add(type(value))
         if len(kinds) > 1:
             raise InputError("user, item and time must all be names, or all be indices")
@@ -63,7 +63,7 @@ class Columns:
             if name not in header:
                 hint = ", or None for a file in time order" if role == "time" else ""
                 raise InputError(
-                    f"{where}: no column {name!r} among {', '.join(header)}; "
+                    f"{where}: no column {shown(name)} among {', '.join(header)}; "
                     f"name the {role} column with {role}={hint}"
                 )
         return [header.index(str(name)) for name in self.wanted()]
@@ -87,7 +87,7 @@ def read_csv(path: Path, columns: Columns, separator: str | None = None) -> Acti
     separator None: the one of comma, tab, semicolon and bar that the first line has most of.
     """
     if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
-        raise InputError(f"separator must be one character, got {separator!r}")
+        raise InputError(f"separator must be one character, got {shown(separator)}")
     return _read_text(path, columns, separator, typed=False)
 
 
@@ -190,7 +190,7 @@ def _start(
         untyped = next((cell for cell in header if ":" not in cell), None)
         if untyped is not None:
             raise InputError(
-                f"{path}:1: header cell {untyped!r} has no type, as in 'user_id:token'"
+                f"{path}:1: header cell {shown(untyped)} has no type, as in 'user_id:token'"
             )
         header = [cell.rpartition(":")[0] for cell in header]
     return len(header), columns.find(f"{path}:1", header), _read_blocks(reader)
@@ -236,7 +236,7 @@ def _seconds(cell: str, path: Path, line: int, column: Column | None) -> float:
         moment = datetime.fromisoformat(cell)
     except ValueError:
         raise InputError(
-            f"{path}:{line}: {column} {cell!r} is neither a number nor an ISO 8601 date"
+            f"{path}:{line}: {column} {shown(cell)} is neither a number nor an ISO 8601 date"
         ) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 

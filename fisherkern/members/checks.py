@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import CatalogueUnion
 from fisherkern.members.ties import Tie, find_ties, named_tensors
 
@@ -100,8 +100,8 @@ def check_config(models: Sequence[nn.Module]) -> None:
                 continue
             if first.get(key) != own.get(key):
                 raise InputError(
-                    f"member {number} was built with {key}={own.get(key)!r} and member 0 with "
-                    f"{key}={first.get(key)!r}"
+                    f"member {number} was built with {key}={shown(own.get(key))} and member 0 with "
+                    f"{key}={shown(first.get(key))}"
                 )
 
 
@@ -112,7 +112,9 @@ def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> lis
     try:
         values = [float(weight) for weight in weights]
     except (TypeError, ValueError):
-        raise InputError(f"weights is {weights!r} where {members} numbers were expected") from None
+        raise InputError(
+            f"weights is {shown(weights)} where {members} numbers were expected"
+        ) from None
     if len(values) != members:
         raise InputError(f"weights has {len(values)} numbers for {members} members")
     for number, weight in enumerate(values):

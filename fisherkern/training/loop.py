@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_count, check_positive
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
@@ -352,7 +352,7 @@ class TrainLoop:
 def _backend(name: bool | str) -> str:
     name = "inductor" if name is True else str(name)
     if name not in torch._dynamo.list_backends(exclude_tags=()):
-        raise InputError(f"compile: {name!r} is no backend of torch.compile")
+        raise InputError(f"compile: {shown(name)} is no backend of torch.compile")
     return name
 
 

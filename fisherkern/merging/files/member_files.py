@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fisherkern.encoders import ENCODERS, SequenceEncoder
+from fisherkern.encoders import ENCODERS, SequenceEncoder, stored_encoder
 from fisherkern.errors import InputError
 from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
@@ -155,13 +155,11 @@ def _length(file: TensorFile, name: str) -> int:
 
 def _model_of(file: TensorFile) -> SequenceEncoder | None:
     """An empty model of the file's class, whose tensors the file holds; None for another file."""
-    if file.about.get("kind") != "model" or file.about.get("class") not in ENCODERS:
+    name = file.about.get("class")
+    if file.about.get("kind") != "model" or not isinstance(name, str) or name not in ENCODERS:
         return None
-    try:
-        with torch.device("meta"):
-            model = ENCODERS[file.about["class"]](**file.about["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file.path}: its config does not fit its class: {error}") from None
+    shapes = {name: shape for name, (_, shape) in file.layout.items()}
+    model = stored_encoder(file.path, name, file.about.get("config"), shapes)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ file.layout.keys()):
         fault = "is missing" if name in expected else "is not part of the model"

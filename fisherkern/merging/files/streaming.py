@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
@@ -145,12 +145,14 @@ def _choose(
         raise InputError("merge_files takes numbers as weights, not words")
     unused = dict.fromkeys(("grams", "products", "score", "validation"))
     if method is not None and method not in STREAMED:
-        raise InputError(f"method {method!r} is not one that files merge by: {', '.join(STREAMED)}")
+        raise InputError(
+            f"method {shown(method)} is not one that files merge by: {', '.join(STREAMED)}"
+        )
     unused_inputs = {**inputs, **unused}
     chosen = checks.choose_method(method, unused_inputs, options, floor, normalize, None)
     group = chosen[1].get("group", "entry")
     if group not in ("entry", "row"):
-        raise InputError(f"option 'group' is {group!r}, which needs whole tensors: use merge")
+        raise InputError(f"option 'group' is {shown(group)}, which needs whole tensors: use merge")
     return chosen
 
 
