@@ -11,13 +11,18 @@ import numpy as np
 from fisherkern.errors import InputError, shown
 
 
+MOST = 2**63 - 1  # what every library below can count to
+
+
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer, Python's or NumPy's, of at least `least`."""
+    """Raise InputError unless `value` is an integer, Python's or NumPy's, of `least` to `MOST`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InputError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         bound = f"be at least {least}" if least else "not be negative"
-        raise InputError(f"{name} must {bound}, got {value}")
+        raise InputError(f"{name} must {bound}, got {shown(value)}")
+    if value > MOST:
+        raise InputError(f"{name} must be below 2^63, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from fisherkern.cli.evaluate import show_report
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
+from fisherkern.documents import parse_json
 from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import evaluate
@@ -111,7 +111,7 @@ def train_encoder(
             **settings,
             "data": data,
             "objective": _objective(run, model, data),
-            "validate": _score(score, data) if validating else None,
+            "validate": ValidationScore(score, data) if validating else None,
             "validate_every": validate_every or 1,
             "state": out / "state.safetensors",
         }
@@ -136,7 +136,6 @@ def _save(
     if log.ema is not None:
         averaged = evaluate(log.ema, data, split="validation", progress=run.progress)
         save_model(log.ema, out / "ema.safetensors", metrics=dict(averaged))
-    (out / "state.safetensors").unlink(missing_ok=True)
     result = {
         "losses": log.losses,
         "scores": log.scores,
@@ -144,6 +143,7 @@ def _save(
         "validation": report.to_json(),
     }
     run.finish(out, result)
+    (out / "state.safetensors").unlink(missing_ok=True)  # last: until here it can be gone on from
     show_report(report)
     print(f"written to {out / 'model.safetensors'}")
 
@@ -199,28 +199,28 @@ def _objective(run: Run, model: SequenceEncoder, data: SequenceDataset) -> Objec
     elif text == "next":
         objective = NextItem(last_only=not getattr(model, "causal", False))
     else:
-        try:
-            settings = json.loads(text)
-        except json.JSONDecodeError:
-            settings = None
-        if not isinstance(settings, dict):
+        if not text.lstrip().startswith("{"):
             known = "masked, next, emkd"
             raise InputError(f"--objective: {shown(text)} is neither {known}, nor a JSON object")
-        objective = from_settings(settings)
+        objective = from_settings(parse_json("--objective", text))
     contrastive = run.values["contrastive"]
     if contrastive is not None:
         objective = objective + run.values["contrastive_weight"] * CONTRASTIVE[contrastive]()
     return objective
 
 
-def _score(metric: str, data: SequenceDataset) -> Callable[[SequenceEncoder], float]:
-    """The validation score --score of a model."""
-    match = re.fullmatch(r"(?:hr|mrr|ndcg)@([1-9]\d*)", metric)
-    if match is None:
-        raise InputError(f"--score: {shown(metric)} is not like ndcg@10, hr@5 or mrr@20")
-    k = int(match[1])
+@dataclasses.dataclass(frozen=True)
+class ValidationScore:
+    """The validation score --score of a model; its name belongs to the run's identity."""
 
-    def score(model: SequenceEncoder) -> float:
-        return evaluate(model, data, split="validation", k=(k,))[metric]
+    metric: str
+    data: SequenceDataset
 
-    return score
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"(?:hr|mrr|ndcg)@[1-9]\d{0,8}", self.metric) is None:
+            odd = shown(self.metric)
+            raise InputError(f"--score: {odd} is not like ndcg@10, hr@5 or mrr@20")
+
+    def __call__(self, model: SequenceEncoder) -> float:
+        k = int(self.metric.partition("@")[2])
+        return evaluate(model, self.data, split="validation", k=(k,))[self.metric]

@@ -201,7 +201,7 @@ def _member(index: int, member: SequenceEncoder | Mapping[str, Any]) -> Sequence
     if isinstance(member, Mapping):
         arguments = dict(member)
         name = arguments.pop("class", None)
-        if name not in ENCODERS:
+        if not isinstance(name, str) or name not in ENCODERS:
             raise InputError(
                 f"ParallelEncoders: member {index} has the unknown class {shown(name)}"
             )

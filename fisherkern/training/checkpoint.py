@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder, stored_encoder
@@ -23,6 +24,7 @@ from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.provenance import versions
 
 PathLike = str | os.PathLike[str]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_model(
@@ -128,7 +130,8 @@ def check_stored_tensors(
                 f"{path}: tensor {shown(name)} has shape {tuple(tensors[name].shape)}, "
                 f"not {tuple(tensor.shape)}"
             )
-        if tensors[name].is_floating_point() != tensor.is_floating_point():
+        found = tensors[name].dtype
+        if found not in FLOATS if tensor.is_floating_point() else found != tensor.dtype:
             raise InputError(f"{path}: tensor {shown(name)} is {tensors[name].dtype}")
     for name in tensors:
         if name not in expected:

@@ -144,7 +144,7 @@ INTER = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n"
         ("a.txt", FINE + "1\n", ":4: '1' is not of the form 'user item'"),
         ("a.txt", FINE + "\n1 2 3\n" + FINE, ":5: '1 2 3' is not of the form 'user item'"),
         ("a.txt", FINE + "1\n2 3 4\n", ":4: '1' is not of the form"),
-        ("a.txt", FINE + "x" * 300, ":4: '" + "x" * 57 + "...' is not of the form"),
+        ("a.txt", FINE + "x" * 300, ":4: '" + "x" * 76 + "... is not of the form"),
         ("a.txt", FINE + "8 1\n1 4\n", ":4: user 8 has only 1 action and 3 are needed; drop_short"),
         ("a.txt", FINE + "8 1\n9 4\n8 2\n", ":4: user 8 has only 2 actions .* the 2 such users"),
         ("a.dat", "1::2::3::4\n1::2::3\n", ":2: '1::2::3' is not of the form 'user::item::rating"),
