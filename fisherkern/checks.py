@@ -10,7 +10,6 @@ import numpy as np
 
 from fisherkern.errors import InputError, shown
 
-
 MOST = 2**63 - 1  # what every library below can count to
 
 

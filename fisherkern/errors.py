@@ -55,6 +55,8 @@ def _quoted(value: Any, depth: int) -> str:
         return _entries(value, depth)
     if isinstance(value, PurePath):
         return repr(str(value)[: MAX_SHOWN + 1])
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return _quoted(value.item(), depth)
     simple = value is None or isinstance(value, bool | Number)
     if simple or type(value).__module__.partition(".")[0] in ("numpy", "torch"):
         return one_line(repr(value), MAX_MESSAGE) if _small(value) else _kind(value)

@@ -38,6 +38,7 @@ LEVELS = {
     "_C": 1,
     "files": 0,
     "documents": 0,
+    "interrupts": 0,
     "errors": 0,
     "checks": 0,
     "provenance": 0,

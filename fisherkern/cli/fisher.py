@@ -33,16 +33,16 @@ def fisher(
         limit: only this many sequences, evenly spread.
         device: cpu, cuda or cuda:1.
     """
+    path = run.out(f"fisher-{checkpoint.stem}", f"{checkpoint.stem}.fisher.safetensors")
+    path /= f"{checkpoint.stem}.fisher.safetensors"
     model = run.model(checkpoint)
     data = over_catalogue_of(model, run.data(), checkpoint)
     loader = run.batches(model, data, split=split, batch_size=batch_size, limit=limit)
     found = diag_fisher(model, loader, **run.of(diag_fisher))
-    out = run.out(f"fisher-{checkpoint.stem}")
-    path = out / f"{checkpoint.stem}.fisher.safetensors"
     found.save(path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}
-    run.finish(out, {"meta": found.meta, "mean": mean, "max": largest})
+    run.finish(path.parent, {"meta": found.meta, "mean": mean, "max": largest})
     rows = [{"parameter": name, "mean": mean[name], "max": largest[name]} for name in found]
     print_table(rows, digits=".3e")
     print(f"written to {path}")

@@ -58,7 +58,8 @@ def merge_checkpoints(
         batch_size: sequences in a batch.
     """
     plan = _recipe(run)
-    out = run.out("merge") if plan.out is None else plan.out
+    inputs = [*plan.members, *plan.fishers, *([plan.base] if plan.base else [])]
+    out = run.out("merge", "merged.safetensors", folder=plan.out, inputs=inputs)
     path = out / "merged.safetensors"
     if stream:
         report = _streamed(plan, path)
@@ -67,7 +68,7 @@ def merge_checkpoints(
     else:
         report = _in_memory(run, plan, path)
     members = [str(path) for path in plan.members]
-    run.finish(out, {"members": members, "report": report})
+    run.finish(out, {"members": members, "report": report, "used": plan.to_json()})
     print_table(_weight_rows(members, report["weights"]))
     print(f"written to {path}")
 

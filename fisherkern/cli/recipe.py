@@ -37,6 +37,10 @@ class Recipe:
     batch_size: Annotated[int, msgspec.Meta(ge=1)] = 128
     out: Path | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what is merged and how, after the flags beside a recipe, as JSON values."""
+        return {name: _told(getattr(self, name)) for name in RECIPE_FIELDS}
+
     def settings(self) -> dict[str, Any]:
         """The arguments that `merge` and `merge_files` take alike."""
         names = ("method", "floor", "normalize", "check_fingerprint", "seed")
@@ -48,6 +52,12 @@ class _Member:
     model: Path
     fisher: Path | None = None
     weight: float | None = None
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_told(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 RECIPE_FIELDS = tuple(own.name for own in fields(Recipe))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from fisherkern.cli.arguments import command
 from fisherkern.cli.evaluate import show_report
-from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
+from fisherkern.cli.run import BEST_DEVICE, Run, check_most, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
 from fisherkern.documents import parse_json
 from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
+from fisherkern.encoders.stored import COUNTS
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import evaluate
 from fisherkern.objectives import (
@@ -99,8 +101,11 @@ def train_encoder(
         score: validation metric for early stopping, e.g. ndcg@10.
         device: cpu, cuda or cuda:1.
     """
+    check_most("networks", networks, 1000)
     data = run.data()
-    out = run.out(f"train-{data.name}")
+    names = [f"member{number}.safetensors" for number in range(networks or 0)]
+    names += ["model.safetensors", "ema.safetensors"]
+    out = run.out(f"train-{data.name}", *names, same_arguments=True)
     model, data = _model(run, data)
     validating = run.values["patience"] is not None or validate_every is not None
     settings = {name: run.values[name] for name in _settings()}
@@ -168,6 +173,7 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
     for key in given:
         if key not in known:
             raise InputError(f"{_flag(key)}: {encoder.__name__} has no {key}")
+    _check_size(encoder, data.num_items, given, networks or 1)
     if networks is not None:
 
         def make() -> SequenceEncoder:
@@ -176,6 +182,25 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
         return ParallelEncoders.seeded(make, networks, run.seed), data
     torch.manual_seed(run.seed)
     return encoder(data.num_items, **given), data
+
+
+def _check_size(
+    encoder: type[SequenceEncoder], num_items: int, given: dict[str, Any], networks: int
+) -> None:
+    """Refuse a network that this machine's memory does not hold, before it is built."""
+    for key, value in given.items():
+        if isinstance(value, int):
+            check_most(key, value, 1000 if key in COUNTS else 1 << 16)
+    with torch.device("meta"):
+        model = encoder(num_items, **given)
+    # Weights, gradients and AdamW's two moments; the system does not refuse what it lacks later.
+    needed = networks * 4 * sum(own.numel() * own.element_size() for own in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"{encoder.__name__}: needs about {needed / 2**30:,.0f} GiB of memory to train, and "
+            f"{there / 2**30:,.0f} are here"
+        )
 
 
 def _flag(name: str) -> str:
