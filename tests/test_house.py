@@ -57,6 +57,7 @@ SIDEWAYS = {
     ("files", "errors"),
     ("checks", "errors"),
     ("fingerprint", "errors"),
+    ("tables", "errors"),
     ("fingerprint", "files"),
 }
 # `python -m fisherkern` only calls the command line.

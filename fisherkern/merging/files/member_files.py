@@ -229,6 +229,10 @@ def _read_about(
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object")
     ids = content.pop("item_ids", None)
+    metrics = content.get("metrics", {})
+    numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
+    if not numbers:
+        raise InputError(f"{path}: its metrics are not numbers by name")
     if file.about.get("item_ids_sha256") != item_ids_sha256(ids):
         raise InputError(f"{path}: its item_ids are not those of {file.path.name}")
     if size is not None:
