@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fisherkern.data.actions import Actions, number_ids, open_binary
 from fisherkern.errors import InputError, shown
 
+BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 22
 _MOST_DIGITS = 18  # what always fits in int64
 _NEWLINE, _RETURN, _SPACE, _COLON, _ZERO = (ord(character) for character in "\n\r :0")
@@ -63,6 +64,8 @@ def read_integers(
     with open_binary(path) as stream:
         while block := stream.read(_BLOCK_BYTES):
             block += stream.readline()
+            if line == 1:
+                block = block.removeprefix(BOM)
             if not block.endswith(b"\n"):
                 block += b"\n"
             values, filled = _parse_block(block, layout, path, line)
