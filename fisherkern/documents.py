@@ -30,7 +30,7 @@ MAX_HEADER = 1 << 25
 INTEGERS = range(-(1 << 63), 1 << 64)
 # A tensor's shape that PyTorch can count with.
 MAX_AXES, MAX_AXIS = 64, 1 << 62
-SIZES = {
+TYPE_SIZES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
@@ -319,7 +319,7 @@ def _stored(where: object, name: str, entry: Any, first: int) -> StoredTensor:
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise broken
     kind, shape, places = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in SIZES:
+    if not isinstance(kind, str) or kind not in TYPE_SIZES:
         raise InputError(f"{where}: tensor {shown(name)} is of the unknown type {shown(kind)}")
     if not isinstance(shape, list) or not isinstance(places, list) or len(places) != 2:
         raise broken
@@ -330,6 +330,6 @@ def _stored(where: object, name: str, entry: Any, first: int) -> StoredTensor:
     # The product without its zeros too: PyTorch counts strides with it.
     if math.prod(n for n in shape if n) >= MAX_AXIS:
         raise InputError(f"{where}: tensor {shown(name)} has a strange shape")
-    if math.prod(shape) * SIZES[kind] != places[1] - places[0]:
+    if math.prod(shape) * TYPE_SIZES[kind] != places[1] - places[0]:
         raise InputError(f"{where}: tensor {shown(name)} does not fit its place in the file")
     return StoredTensor(kind, tuple(shape), first + places[0], first + places[1])

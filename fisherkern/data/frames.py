@@ -136,7 +136,9 @@ def _times(column: Any, where: str) -> NDArray[Any]:
     if column.dtype.is_temporal():
         if isinstance(column.dtype, nw.Datetime):
             unit = column.dtype.time_unit
-            return column.dt.timestamp("ms" if unit == "s" else unit).to_numpy()
+            if unit == "s":  # in milliseconds the largest would wrap round
+                return column.cast(nw.Int64).to_numpy()
+            return column.dt.timestamp(unit).to_numpy()
         if column.dtype == nw.Date:
             return column.dt.timestamp("ms").to_numpy()
     elif column.dtype.is_numeric():

@@ -351,8 +351,7 @@ def test_odd_values_of_usual_types_are_read_or_refused(tmp_path):
     assert set(load(parquet(tmp_path, item_id=large)).item_ids) == {str(2**64 - 1), str(2**63), "5"}
     far = arrow.array([2**62, 1, 3], arrow.timestamp("s"))
     frame = arrow.table({"user_id": [1] * 3, "item_id": [7, 30, 100], "timestamp": far})
-    with pytest.raises(InputError, match="frame: could not be read"):
-        from_frame(frame)
+    assert sequences(from_frame(frame))["1"] == ["30", "100", "7"]
     with pytest.raises(InputError, match="finite"):
         load(parquet(tmp_path, timestamp=arrow.array([1.0, float("nan"), 2.0])))
     path = tmp_path / "b.parquet"
