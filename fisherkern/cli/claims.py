@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from fisherkern.documents import MAX_SETTINGS
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file, read_json
 
 # Arguments that change nothing about what comes out of a run.
@@ -72,10 +72,10 @@ class FolderClaim:
             text = json.dumps({"arguments": self.arguments}, indent=1)
             self.claim.write_text(f"{text}\n", encoding="utf-8")
         except OSError as error:
-            self._leave(failed=True)
+            self._give_back()
             raise InputError(f"{self.out}: could not be written: {error.strerror}") from None
         except InputError:
-            self._leave(failed=True)
+            self._give_back()
             raise
         return self
 
@@ -85,9 +85,6 @@ class FolderClaim:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._leave(failed=kind is not None)
-
-    def _leave(self, *, failed: bool) -> None:
         if self.handle is None:
             return
         with contextlib.suppress(OSError, InputError):
@@ -95,10 +92,24 @@ class FolderClaim:
             known = _maker(result_path(self.out, self.command)) is not None
             if known or not any(path.exists() for path in self.targets):
                 self.claim.unlink(missing_ok=True)
-                for folder in self.made if failed else ():
-                    folder.rmdir()  # where nothing is in it
+                self._remove_folders(kind is not None)
         os.close(self.handle)
         self.handle = None
+
+    def _give_back(self) -> None:
+        """Leave the folder as it was found; a claim without a word in it is ours."""
+        if self.handle is None:
+            return
+        with contextlib.suppress(OSError):
+            if not self.claim.stat().st_size:
+                self.claim.unlink()
+                self._remove_folders(True)
+        os.close(self.handle)
+        self.handle = None
+
+    def _remove_folders(self, failed: bool) -> None:
+        for folder in self.made if failed else ():
+            folder.rmdir()  # where nothing is in it
 
     def _check_owner(self) -> None:
         """Refuse what the command's last run into this folder, if there was one, did not make."""
@@ -115,7 +126,7 @@ class FolderClaim:
             theirs, ours = owner.get(name), self.arguments.get(name)
             if theirs != ours and name not in HARMLESS and not name.startswith("save_every"):
                 raise InputError(
-                    f"{self.out}: holds a run with {name} = {theirs}, not {ours}; "
+                    f"{self.out}: holds a run with {name} = {shown(theirs)}, not {shown(ours)}; "
                     "choose another --out"
                 )
 

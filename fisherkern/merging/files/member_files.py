@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fisherkern.encoders import ENCODERS, SequenceEncoder, stored_encoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
@@ -105,6 +105,10 @@ class MemberFiles:
     def _read_catalogues(self, rows: dict[str, int]) -> None:
         """The united catalogue, and where the base keeps its items; reads each JSON once."""
         hashes = [file.about.get("item_ids_sha256") for file in self.everything]
+        odd = next((h for h in hashes if not isinstance(h, str | None)), None)
+        if odd is not None:
+            path = self.everything[hashes.index(odd)].path
+            raise InputError(f"{path}: its item_ids_sha256 is {shown(odd)}")
         members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
         self._base_catalogue: CatalogueUnion | None = None
         ids: list[str] | None = None
