@@ -92,6 +92,11 @@ def _streamed_fishers(folder: Path) -> None:
     _streamed(folder, fishers=[folder / f"{name}.fisher.safetensors" for name in "ab"])
 
 
+def _merged_by_fishers(folder: Path) -> None:
+    fishers = [fk.DiagFisher.load(folder / f"{name}.fisher.safetensors") for name in "ab"]
+    fk.merge([_model(0), _model(1)], fishers=fishers)
+
+
 SETTINGS = {"epochs": 1, "batch_size": 8, "progress": False}
 
 
@@ -209,7 +214,7 @@ READERS: dict[str, Reader] = {
     "model surgery": Reader(_surgery, _used),
     "merge from disk": Reader(_models("BERT4Rec"), _streamed),
     "merge Fishers from disk": Reader(_fishers, _streamed_fishers),
-    "Fisher": Reader(_fishers, lambda folder: fk.DiagFisher.load(folder / "a.fisher.safetensors")),
+    "Fisher": Reader(_fishers, _merged_by_fishers),
     "state": Reader(_state, _train),
     "state of peers": Reader(_peers, _train_peers),
     "RecBole": _native(native.recbole, "a.pth"),

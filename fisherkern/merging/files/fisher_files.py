@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums
@@ -73,9 +73,10 @@ class FisherFiles:
             if expected is not None:
                 found = member.fingerprint(names, READ)
                 if found != expected:
+                    told = expected[:12] if isinstance(expected, str) else shown(expected)
                     raise InputError(
                         f"{file.path}: was computed on another model than {member.path}: its "
-                        f"fingerprint is {expected[:12]} and the member's {found[:12]}"
+                        f"fingerprint is {told} and the member's {found[:12]}"
                     )
 
     def identities(self) -> list[dict[str, Any]]:
