@@ -19,8 +19,6 @@ def main() -> int:
     options = parser.parse_args()
     share = -(-options.inputs // len(options.readers))
     found = fuzz(options.readers, share, options.seed, options.seconds, options.keep)
-    for fault in found.faults:
-        print(fault, file=sys.stderr)
     print(f"{found.counts['all']} inputs: {found.counts['read']} read, "
           f"{found.counts['refused']} refused, {len(found.faults)} faults")  # fmt: skip
     return bool(found.faults)

@@ -8,6 +8,7 @@ import hashlib
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -131,6 +132,7 @@ def fuzz(names: Sequence[str], inputs: int, seed: int, seconds: float, keep: boo
                 findings.counts["all"] += 1
                 if fault is not None:
                     findings.faults.append(f"{name}, {file}, seed {seed}, {number}:\n{fault}")
+                    print(findings.faults[-1], file=sys.stderr, flush=True)
                     if keep:
                         digest = hashlib.sha256(content).hexdigest()[:12]
                         target = CORPUS / name / f"{digest}--{file.replace('/', '--')}"
