@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from dataclasses import dataclass, field, fields
@@ -113,8 +114,10 @@ def from_file(path: Path) -> Recipe:
         given["weights"] = lists["weight"]
     if lists["fisher"][0] is not None:
         given["fishers"] = lists["fisher"]
-    if given.get("data") is not None and (path.parent / given["data"]).exists():
-        given["data"] = str(path.parent / given["data"])  # else a data set's name
+    if given.get("data") is not None:
+        beside = path.parent / given["data"]
+        if os.path.exists(beside):  # noqa: PTH110  # Path's raises for a name of 300 characters
+            given["data"] = str(beside)  # else a data set's name
     return Recipe([own.model for own in members], **given)
 
 
