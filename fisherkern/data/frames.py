@@ -100,7 +100,9 @@ def read_parquet(path: Path, columns: Columns) -> Actions:
         if about.num_rows > MOST_ROWS * path.stat().st_size:
             raise InputError(f"{path}: {about.num_rows:,} rows are too many for its size")
         table = parquet.read_table(path, columns=columns.wanted())
-    except (OSError, arrow.ArrowException) as error:
+    except (OSError, ValueError, arrow.ArrowException) as error:  # names that are no text too
+        if isinstance(error, InputError):
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: could not be read as Parquet: {reason}") from error
     return frame_actions(nw.from_native(table), columns, str(path))
