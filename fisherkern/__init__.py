@@ -1,5 +1,8 @@
 """fisherkern: the diagonal Fisher of next-item recommenders, and merging by it."""
 
+# ruff: noqa: I001  # before the imports that take seconds
+from fisherkern import interrupts as interrupts
+
 from fisherkern.adapters import adapt, load_tensors
 from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic

@@ -8,42 +8,46 @@ from typing import Any
 
 import numpy as np
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
+
+MOST = 2**63 - 1  # what every library below can count to
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raise InputError unless `value` is an integer, Python's or NumPy's, of at least `least`."""
+    """Raise InputError unless `value` is an integer, Python's or NumPy's, of `least` to `MOST`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InputError(f"{name} must be an integer, got {value!r}")
+        raise InputError(f"{name} must be an integer, got {shown(value)}")
     if value < least:
         bound = f"be at least {least}" if least else "not be negative"
-        raise InputError(f"{name} must {bound}, got {value}")
+        raise InputError(f"{name} must {bound}, got {shown(value)}")
+    if value > MOST:
+        raise InputError(f"{name} must be below 2^63, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise InputError unless `value` is one of `choices`."""
     choices = list(choices)  # in which a value that has no hash is looked for as well
     if value not in choices:
-        raise InputError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        raise InputError(f"{name} must be {' or '.join(map(shown, choices))}, got {shown(value)}")
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise InputError unless `value` is a finite number above 0."""
     if not (_is_number(value) and 0 < value < math.inf):
-        raise InputError(f"{name} must be positive and finite, got {value!r}")
+        raise InputError(f"{name} must be positive and finite, got {shown(value)}")
 
 
 def check_not_negative(name: str, value: Any) -> None:
     """Raise InputError unless `value` is a finite number, 0 or more."""
     if not (_is_number(value) and 0 <= value < math.inf):
-        raise InputError(f"{name} must be 0 or more and finite, got {value!r}")
+        raise InputError(f"{name} must be 0 or more and finite, got {shown(value)}")
 
 
 def check_unit(name: str, value: Any, interval: str = "[0, 1]") -> None:
     """Raise InputError unless `value` lies between 0 and 1: "[0, 1]", "[0, 1)" or "(0, 1]"."""
     inside = _is_number(value) and 0 <= value <= 1
     if not inside or (value == 0 and interval[0] == "(") or (value == 1 and interval[-1] == ")"):
-        raise InputError(f"{name} must be in {interval}, got {value!r}")
+        raise InputError(f"{name} must be in {interval}, got {shown(value)}")
 
 
 def _is_number(value: Any) -> bool:

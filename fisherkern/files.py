@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from fisherkern.documents import TensorHeader, header_length, parse_header
+from fisherkern.documents import read_json as read_json  # beside write_json
 from fisherkern.errors import InputError
 
 
@@ -102,16 +105,18 @@ def _number(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file; InputError names the file, and the line of a syntax error."""
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether there is such a file; InputError for what is there and no regular file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: could not be read: {error}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        kind = Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # a name of 300 characters, or with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: could not be read: {reason}") from None
+    if not stat.S_ISREG(kind.st_mode):
+        raise InputError(f"{path}: not a regular file")
+    return True
 
 
 def read_into(stream: io.FileIO, view: memoryview, start: int, path: Path) -> None:
@@ -154,18 +159,22 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     The metadata is {} for a safetensors file of someone else's. Raises InputError
     for a missing, truncated or malformed file.
     """
-    if not Path(path).is_file():
+    if not is_file(path):
         raise InputError(f"{path}: no such file")
     try:
+        with Path(path).open("rb", buffering=0) as stream:
+            about = read_header(stream, path).about(path)
         with safetensors.safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from error
-    try:
-        metadata = json.loads(header.get("fisherkern", "{}"))
-    except json.JSONDecodeError:
-        raise InputError(f"{path}: its fisherkern metadata is not JSON") from None
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path}: its fisherkern metadata is not a JSON object")
-    return tensors, metadata
+            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError, AttributeError, RuntimeError) as error:
+        # Of a type that PyTorch, or this version of it, does not have.
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: not a whole safetensors file: {reason}") from error
+
+
+def read_header(stream: io.FileIO, path: str | os.PathLike[str]) -> TensorHeader:
+    """Read the header of an open safetensors file and hold it to the file's size."""
+    size = os.fstat(stream.fileno()).st_size
+    content = bytearray(header_length(path, size, stream.read(8) or b""))
+    read_into(stream, memoryview(content), 8, Path(path))
+    return parse_header(path, size, content)

@@ -47,3 +47,10 @@ def item_ids_sha256(item_ids: Any) -> str | None:
         digest.update(f"{', ' if start else ''}{part}".encode())
     digest.update(b"]")
     return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str | None:
+    """Return the sha256 (64 hex digits) of a JSON value, its keys sorted; None for None."""
+    if value is None:
+        return None
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from fisherkern.errors import one_line
 
 TableRows = Sequence[Mapping[str, Any]]
 
@@ -46,18 +49,39 @@ def plain_table(rows: TableRows, *, digits: str = ".4f") -> str:
 
 
 def markdown_table(rows: TableRows, *, digits: str = ".6g") -> str:
-    """Make a Markdown table, numbers to the right; a pipe in a cell is escaped."""
+    """Make a Markdown table, numbers to the right; what cells hold is text, see `escaped`."""
     heads, cells, numeric = _cells(rows, digits)
-    lines = [_row(heads), "|" + "|".join("---:" if right else "---" for right in numeric) + "|"]
-    return "\n".join([*lines, *(_row([_escaped(text) for text in row]) for row in cells)])
+    lines = [
+        _row([escaped(head) for head in heads]),
+        "|" + "|".join("---:" if right else "---" for right in numeric) + "|",
+    ]
+    for row, texts in zip(rows, cells, strict=True):
+        code = [isinstance(row[head], Code) for head in rows[0]]
+        lines.append(
+            _row([f"`{t}`" if c else escaped(t) for t, c in zip(texts, code, strict=True)])
+        )
+    return "\n".join(lines)
 
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def escaped(text: str) -> str:
+    """Return `text` as Markdown and HTML show it and never read it: on one line, no link."""
+    text = one_line(text).translate(_SPECIAL).replace("://", ":&#47;/")
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)  # not those of max_len
+
+
+_SPECIAL = str.maketrans(
+    {char: f"\\{char}" for char in "\\`*[]|#~$"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+)
+
+
+class Code(str):
+    """Text of a cell that Markdown shows as code, as it is: letters and digits alone."""
+
+    __slots__ = ()
 
 
 def _cells(rows: TableRows, digits: str) -> tuple[list[str], list[list[str]], list[bool]]:
@@ -69,9 +93,9 @@ def _cells(rows: TableRows, digits: str) -> tuple[list[str], list[list[str]], li
     ]
     cells = [
         [
-            format(value, digits) if isinstance(value, float) else str(value)
+            format(value, digits) if isinstance(value, float) else one_line(str(value))
             for value in (row[head] for head in heads)
         ]
         for row in rows
     ]
-    return [str(head) for head in heads], cells, numeric
+    return [one_line(str(head)) for head in heads], cells, numeric

@@ -37,6 +37,8 @@ LEVELS = {
     "ops": 2,
     "_C": 1,
     "files": 0,
+    "documents": 0,
+    "interrupts": 0,
     "errors": 0,
     "checks": 0,
     "provenance": 0,
@@ -50,9 +52,12 @@ LEVELS = {
 ONE_MEANING = {"log", "ModelT", "PathLike", "Self", "T", "HANDLERS", "READ"}
 SIDEWAYS = {
     ("objectives", "encoders"),
+    ("documents", "errors"),
+    ("files", "documents"),
     ("files", "errors"),
     ("checks", "errors"),
     ("fingerprint", "errors"),
+    ("tables", "errors"),
     ("fingerprint", "files"),
 }
 # `python -m fisherkern` only calls the command line.

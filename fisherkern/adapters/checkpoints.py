@@ -32,14 +32,10 @@ from torch import Tensor
 from fisherkern.adapters.item_ids import Ids, ids_of
 from fisherkern.adapters.mapped import MappedFile, Region, Slot, shown
 from fisherkern.adapters.pickles import Pairs
-from fisherkern.adapters.safetensors_files import (
-    MAX_JSON,
-    SafetensorsFile,
-    parse_json,
-    read_safetensors,
-)
+from fisherkern.adapters.safetensors_files import SafetensorsFile, read_safetensors
 from fisherkern.adapters.states import SavedState, find_state
 from fisherkern.adapters.torch_files import TorchFile, read_torch_file
+from fisherkern.documents import MAX_SETTINGS, read_json
 from fisherkern.errors import InputError
 
 # As transformers looks for them.
@@ -197,10 +193,7 @@ def _read_file(path: Path) -> tuple[CheckpointFile, SavedState]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object of a file that somebody sent."""
-    file = MappedFile(path)
-    if file.size > MAX_JSON:
-        raise InputError(f"{path}: too long for a JSON file")
-    value = parse_json(path, file.read(0, file.size))
+    value = read_json(path, MAX_SETTINGS)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no JSON object")
     return value

@@ -14,20 +14,14 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.errors import shown as shown
 from fisherkern.files import read_into
 
 # A storage of zeros deflates by up to 1032; nothing that was trained comes near 100.
 MAX_DEFLATION = 100
-MAX_NAME = 100
 # An expanded tensor takes no memory in the file and all of it when somebody computes with it.
 MAX_EXPANDED = 1 << 24
 CHUNK = 1 << 24
-
-
-def shown(text: object) -> str:
-    """A name out of a file, as a message may print it: quoted, on one line, not long."""
-    quoted = repr(text[: MAX_NAME + 1]) if isinstance(text, str) else f"a {type(text).__name__}"
-    return quoted if len(quoted) <= MAX_NAME else quoted[: MAX_NAME - 3] + "..."
 
 
 class MappedFile:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from fisherkern.adapters.mapped import MappedFile, Region, Slot, contiguous_stride, shown
-from fisherkern.errors import InputError
+from fisherkern.adapters.mapped import MappedFile, Region, Slot, contiguous_stride
+from fisherkern.documents import header_length, parse_header
+from fisherkern.errors import InputError, shown
 
-# Texts become ten times their size in memory; 100,000 tensors take 15 MB.
-MAX_JSON = 1 << 25
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,53 +42,15 @@ class SafetensorsFile:
     metadata: dict[str, str]
 
 
-def parse_json(path: Path, content: bytes | bytearray) -> Any:
-    """JSON of a file that somebody sent, of whatever depth and with numbers of any length."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "beyond all limits"
-        raise InputError(f"{path}: not valid JSON: {reason}") from None
-
-
 def read_safetensors(file: MappedFile) -> SafetensorsFile:
     """Read the header of a safetensors file and hold its places to the file's size."""
-    path = file.path
-    broken = InputError(f"{path}: not a whole safetensors file")
-    length = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else 0
-    if not 2 <= length <= min(MAX_JSON, file.size - 8):
-        raise broken
-    header = parse_json(path, file.read(8, 8 + length))
-    if not isinstance(header, dict):
-        raise broken
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise broken
+    length = header_length(file.path, file.size, file.read(0, min(8, file.size)))
+    header = parse_header(file.path, file.size, file.read(8, 8 + length))
     slots: dict[str, Slot] = {}
-    start = 8 + length
-    for name, entry in header.items():
-        try:
-            kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise broken from None
-        dtype = _TYPES.get(kind) if isinstance(kind, str) else None
-        if dtype is None:
-            raise InputError(f"{path}: tensor {shown(name)} is of the unknown type {shown(kind)}")
-        numbers = (*shape, begin, end) if isinstance(shape, list) else (None,)
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or begin > end:
-            raise broken
-        if math.prod(shape) * dtype.itemsize != end - begin or start + end > file.size:
-            raise InputError(f"{path}: tensor {shown(name)} does not fit its place in the file")
-        region = Region(file, start + begin, end - begin)
-        slots[name] = Slot(region, dtype, 0, tuple(shape), contiguous_stride(tuple(shape)))
+    for name, own in header.tensors.items():
+        region = Region(file, own.start, own.stop - own.start)
+        slots[name] = Slot(region, _TYPES[own.dtype], 0, own.shape, contiguous_stride(own.shape))
         problem = slots[name].problem()
         if problem:
-            raise InputError(f"{path}: tensor {shown(name)} {problem}")
-    position = start
-    for region in sorted((s.region for s in slots.values()), key=lambda r: (r.start, r.size)):
-        if region.start != position:
-            raise InputError(f"{path}: its tensors overlap, or leave gaps between them")
-        position += region.size
-    if position != file.size:
-        raise broken
-    return SafetensorsFile(file, slots, metadata)
+            raise InputError(f"{file.path}: tensor {shown(name)} {problem}")
+    return SafetensorsFile(file, slots, header.metadata)

@@ -12,7 +12,7 @@ from fisherkern.alignment.activations import item_map, match_activations, paired
 from fisherkern.alignment.loss import learn_rotations
 from fisherkern.alignment.weights import WeightPair, match_weights
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.members import checks
 from fisherkern.members.catalogue import CatalogueUnion, align_item_rows
 from fisherkern.members.checks import check_encoders
@@ -173,7 +173,7 @@ def align(
 def _batches(by: str, loader: Any, objective: Any, reference: nn.Module) -> list[Any]:
     """The loader's batches; checks that there is one where there is something to see."""
     if by not in BY:
-        raise InputError(f"by is {by!r} where {', '.join(map(repr, BY))} was expected")
+        raise InputError(f"by is {shown(by)} where {', '.join(map(repr, BY))} was expected")
     if (loader is None) != (by == "weights"):
         raise InputError(
             f"by={by!r} needs loader: {BY[by]}"

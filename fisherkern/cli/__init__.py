@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ from fisherkern.cli import (
     train,
 )
 from fisherkern.cli.parsing import make_app, parse
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, one_line, shown
 
 COMMANDS = (
     demo.show_demo,
@@ -35,6 +36,22 @@ COMMANDS = (
     representation_surgery.correct_checkpoint,
     evaluate.evaluate_checkpoint,
 )
+
+
+# Commands that go on from what they have stored.
+RESUMED = ("demo", "train")
+
+
+def _message(error: Exception) -> str | None:
+    """What to say of an error that is the input's or the machine's; None for one of ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = "" if error.filename is None else f"{shown(os.fsdecode(error.filename))}: "
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower():
+        return f"not enough memory: {one_line(str(error), 200)}"
+    return None
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -57,11 +74,16 @@ def main(words: Sequence[str] | None = None) -> int:
             if run.values["threads"] is not None:
                 torch.set_num_threads(run.values["threads"])
             own = run.of(command.run)
-            command.run(run=run, **own)
-    except InputError as error:
-        print(f"fisherkern{' ' + name if name else ''}: {error}", file=sys.stderr)
+            with run.claims:
+                command.run(run=run, **own)
+    except (InputError, MemoryError, OSError, RuntimeError) as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"fisherkern{' ' + name if name else ''}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
+        again = "; run the same command again to continue" if name in RESUMED else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return 130
     return 0

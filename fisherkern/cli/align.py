@@ -31,13 +31,14 @@ def align_checkpoints(
         steps: training steps, by loss.
         batch_size: sequences in a batch (default: 128 by activations, 64 by loss).
     """
+    names = [f"aligned-{number}.safetensors" for number, _ in enumerate(checkpoints, start=1)]
+    out = run.out("align", *names)
     models = [run.model(path) for path in checkpoints]
     aligned = align(models, **{**run.of(align), **_from_data(run, models)})
-    out = run.out("align")
     members = []
-    for number, (path, model) in enumerate(zip(checkpoints, aligned, strict=True), start=1):
-        # Members of several runs are often all called model.safetensors.
-        target = out / f"aligned-{number}.safetensors"
+    # Numbers: members of several runs are often all called model.safetensors.
+    for name, path, model in zip(names, checkpoints, aligned, strict=True):
+        target = out / name
         report: dict[str, Any] = model.align_report  # type: ignore[assignment]
         save_model(model, target, extra={"align_report": report})
         members.append({"member": str(path), "aligned": str(target), **report})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fisherkern import demo
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import Run
@@ -17,7 +19,10 @@ def show_demo(run: Run, *, data: str = "synthetic", threads: int = 1) -> None:
         data: synthetic, ml-1m, beauty, or a file.
         threads: CPU threads; the tensors are small, so a second one mostly waits.
     """
-    sequences, out = run.data(), run.out("demo")
+    sequences = run.data()
+    folder = run.values["out"] or Path("runs/demo")
+    begun = (folder / "config.json").exists()  # which says below whose run it is
+    out = run.out("demo", *(() if begun else ("config.json", "merged.safetensors", "table.md")))
     settings = {"data_fingerprint": sequences.fingerprint(), "seed": run.seed}
     path = out / "config.json"
     if path.exists() and read_json(path) != settings:

@@ -23,6 +23,7 @@ def evaluate_checkpoint(
         against: a checkpoint to compare with, user by user.
         device: cpu, cuda or cuda:1.
     """
+    out = run.out(f"evaluate-{checkpoint.stem}")
     data = run.data()
     paths = [checkpoint] + ([against] if against else [])
     reports = []
@@ -38,7 +39,7 @@ def evaluate_checkpoint(
         difference = compare(reports[0], reports[1])
         result["difference"] = difference.to_json()
         print(f"{paths[0]} minus {paths[1]}\n{difference.table()}")
-    run.finish(run.out(f"evaluate-{checkpoint.stem}"), result)
+    run.finish(out, result)
 
 
 def show_report(report: Report) -> None:

@@ -50,17 +50,16 @@ def fisher(
         name, network, batches = checkpoint.stem, run.model(checkpoint), None
     else:
         name, network, batches = _built(run, str(model))
+    path = run.out(f"fisher-{name}", f"{name}.fisher.safetensors") / f"{name}.fisher.safetensors"
     if batches is None:
         data = over_catalogue_of(network, run.data(), checkpoint or Path(name))
         batches = run.batches(network, data, split=split, batch_size=batch_size, limit=limit)
     settings = {key: value for key, value in run.of(diag_fisher).items() if key != "model"}
     found = diag_fisher(network, batches, **settings)
-    out = run.out(f"fisher-{name}")
-    path = out / f"{name}.fisher.safetensors"
     found.save(path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}
-    run.finish(out, {"meta": found.meta, "mean": mean, "max": largest})
+    run.finish(path.parent, {"meta": found.meta, "mean": mean, "max": largest})
     rows = [{"parameter": name, "mean": mean[name], "max": largest[name]} for name in found]
     print_table(rows, digits=".3e")
     print(f"written to {path}")

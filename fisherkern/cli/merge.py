@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from fisherkern.cli.run import Run, on_validation, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.files import read_json
 from fisherkern.fisher import DiagFisher, fisher_product, linear_grams
 from fisherkern.members.options import check_options
 from fisherkern.merging import METHODS, merge, merge_files
@@ -66,10 +64,11 @@ def merge_checkpoints(
         batch_size: sequences in a batch.
     """
     plan = _recipe(run)
-    out = run.out("merge") if plan.out is None else plan.out
+    inputs = [*plan.members, *plan.fishers, *([plan.base] if plan.base else [])]
     native = any(map(is_native, plan.members))
-    path = out / ("merged" + _suffix(plan))
-    _check_output(out, path, [*plan.members, *plan.fishers, *([plan.base] if plan.base else [])])
+    name = "merged" + _suffix(plan)
+    out = run.out("merge", name, folder=plan.out, inputs=inputs)
+    path = out / name
     _check_dtype(plan)
     if stream or native:
         with _set_aside(path):
@@ -79,7 +78,7 @@ def merge_checkpoints(
     else:
         report = _in_memory(run, plan, path)
     members = [str(path) for path in plan.members]
-    run.finish(out, {"members": members, "report": report})
+    run.finish(out, {"members": members, "report": report, "used": plan.to_json()})
     print_table(_weight_rows(members, report["weights"]))
     print(f"written to {path}")
 
@@ -116,22 +115,6 @@ def _suffix(recipe: Recipe) -> str:
     if recipe.options.get("full") is True:  # a delta of low-rank adapters
         return ".safetensors"
     return "" if first.is_dir() or first.name.endswith(".index.json") else first.suffix
-
-
-def _check_output(out: Path, path: Path, inputs: Sequence[Path]) -> None:
-    """Raise InputError unless what will be written replaces nothing but an earlier merge."""
-    for own in inputs:
-        if own.resolve() == path.resolve() or path.resolve() in own.resolve().parents:
-            raise InputError(f"{own}: would be overwritten by the merge; name another --out")
-    result = out / "result.json"
-    earlier = read_json(result) if result.is_file() else None
-    arguments = earlier.get("arguments") if isinstance(earlier, dict) else None
-    command = arguments.get("command") if isinstance(arguments, dict) else None
-    if command != "merge":
-        beside = (path, path.with_suffix(".md"), path.with_suffix(".json"), result)
-        there = next((own for own in beside if os.path.lexists(own)), None)
-        if there is not None:
-            raise InputError(f"{there}: is not of an earlier merge, so it is not overwritten")
 
 
 def _check_dtype(recipe: Recipe) -> None:

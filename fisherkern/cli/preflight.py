@@ -25,13 +25,14 @@ def preflight_checkpoints(
         base: the checkpoint that the members started from.
         batch_size: users ranked at once.
     """
+    out = run.out("preflight")
     models = [run.model(path) for path in checkpoints]
     known: dict[str, Any] = run.of(preflight)
     known["base"] = None if base is None else run.model(base)
     if run.values["data"] is not None:
         known |= _measures(run, models)
     found = preflight(models, **known)
-    run.finish(run.out("preflight"), found.to_dict())
+    run.finish(out, found.to_dict())
     _show(found, checkpoints)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from dataclasses import dataclass, field, fields
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 
 from fisherkern.cli.mergekit import from_mergekit, is_mergekit
-from fisherkern.errors import InputError
+from fisherkern.documents import LinedMapping, parse_yaml, read_yaml
+from fisherkern.errors import InputError, shown
 
 
 @dataclass
@@ -40,6 +41,10 @@ class Recipe:
     out: Path | None = None
     dtype: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what is merged and how, after the flags beside a recipe, as JSON values."""
+        return {name: _told(getattr(self, name)) for name in RECIPE_FIELDS}
+
     def settings(self) -> dict[str, Any]:
         """The arguments that `merge` and `merge_files` take alike."""
         names = ("method", "floor", "normalize", "check_fingerprint", "seed")
@@ -51,6 +56,12 @@ class _Member:
     model: Path
     fisher: Path | None = None
     weight: float | None = None
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_told(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 RECIPE_FIELDS = tuple(own.name for own in fields(Recipe))
@@ -65,50 +76,15 @@ def weights_from(text: str | None) -> list[float] | Literal["search"] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--weights: {text!r} is neither numbers nor 'search'") from None
+        raise InputError(f"--weights: {shown(text)} is neither numbers nor 'search'") from None
 
 
 def option_from(text: str) -> tuple[str, Any]:
     """The name and the value that --option gives, the value as a recipe would read it."""
     name, equals, value = text.partition("=")
     if not (name and equals):
-        raise InputError(f"--option: {text!r} is not like density=0.2")
-    try:
-        return name, yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise InputError(f"--option: {value!r} of {name!r} is not a plain value") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML of plain values, in which no key may stand twice and 1e-3 is a number."""
-
-
-class _Mapping(dict[str, Any]):
-    """A mapping that knows the line of each key."""
-
-    lines: dict[str, int]
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> _Mapping:
-    lines: dict[str, int] = {}
-    for key_node, _ in node.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        if not isinstance(key, str):
-            raise InputError(f":{line}: the key {key!r} is not a word")
-        if key in lines:
-            raise InputError(f":{line}: the key {key!r} stands here twice")
-        lines[key] = line
-    mapping = _Mapping(loader.construct_mapping(node, deep=True))
-    mapping.lines = lines
-    return mapping
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+        raise InputError(f"--option: {shown(text)} is not like density=0.2")
+    return name, parse_yaml(f"--option: {shown(name)}", value)
 
 
 def from_file(path: Path) -> Recipe:
@@ -130,14 +106,14 @@ def from_file(path: Path) -> Recipe:
     content = _read(path)
     if is_mergekit(content):
         return Recipe(**from_mergekit(path, content))
-    _check_keys(content, _RECIPE_KEYS, str(path), "there is no key {!r}; it may have {}")
+    _check_keys(content, _RECIPE_KEYS, str(path), "there is no key {}; it may have {}")
     if "members" not in content:
         raise InputError(f"{path}: it has no key 'members', the list of models to merge")
     members = _members(path, content.pop("members"))
     lists = {key: [getattr(own, key) for own in members] for key in ("fisher", "weight")}
     for key, values in lists.items():
         if len({value is None for value in values}) == 2:
-            raise InputError(f"{path}: some of 'members' have a {key!r} and some have none")
+            raise InputError(f"{path}: some of 'members' have a '{key}' and some have none")
     given = {key: _converted(path, content, key, Recipe) for key in content}
     if lists["weight"][0] is not None:
         if "weights" in given:
@@ -145,34 +121,24 @@ def from_file(path: Path) -> Recipe:
         given["weights"] = lists["weight"]
     if lists["fisher"][0] is not None:
         given["fishers"] = lists["fisher"]
-    if given.get("data") is not None and (path.parent / given["data"]).exists():
-        given["data"] = str(path.parent / given["data"])  # else a data set's name
+    if given.get("data") is not None:
+        beside = path.parent / given["data"]
+        if os.path.exists(beside):  # noqa: PTH110  # Path's raises for a name of 300 characters
+            given["data"] = str(beside)  # else a data set's name
     return Recipe([own.model for own in members], **given)
 
 
-def _read(path: Path) -> _Mapping:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except InputError as error:
-        raise InputError(f"{path}{error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: could not be read: {error}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f":{mark.line + 1}"
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}{line}: not valid YAML: {reason}") from None
-    if not isinstance(content, _Mapping):
+def _read(path: Path) -> LinedMapping:
+    content = read_yaml(path)
+    if not isinstance(content, LinedMapping):
         raise InputError(f"{path}: must hold a mapping with the keys {', '.join(_RECIPE_KEYS)}")
     return content
 
 
-def _check_keys(mapping: _Mapping, known: tuple[str, ...], path: str, sentence: str) -> None:
+def _check_keys(mapping: LinedMapping, known: tuple[str, ...], path: str, sentence: str) -> None:
     for key, line in mapping.lines.items():
         if key not in known:
-            raise InputError(f"{path}:{line}: {sentence.format(key, ', '.join(known))}")
+            raise InputError(f"{path}:{line}: {sentence.format(shown(key), ', '.join(known))}")
 
 
 def _members(path: Path, content: Any) -> list[_Member]:
@@ -184,15 +150,17 @@ def _members(path: Path, content: Any) -> list[_Member]:
         if isinstance(entry, str):
             members.append(_Member(path.parent / entry))
             continue
-        if not isinstance(entry, _Mapping) or "model" not in entry:
-            raise InputError(f"{path}: {where} must be a file or have a key 'model', is {entry!r}")
-        _check_keys(entry, MEMBER_KEYS, str(path), where + " has a key {!r}; it may have {}")
+        if not isinstance(entry, LinedMapping) or "model" not in entry:
+            raise InputError(
+                f"{path}: {where} must be a file or have a key 'model', is {shown(entry)}"
+            )
+        _check_keys(entry, MEMBER_KEYS, str(path), where + " has a key {}; it may have {}")
         given = {key: _converted(path, entry, key, _Member, f" of {where}") for key in entry}
         members.append(_Member(**given))
     return members
 
 
-def _converted(path: Path, mapping: _Mapping, key: str, kind: type, where: str = "") -> Any:
+def _converted(path: Path, mapping: LinedMapping, key: str, kind: type, where: str = "") -> Any:
     """A key's value as the type of the field: strictly, so that true is no number."""
 
     def path_from(wanted: type, value: Any) -> Any:
@@ -204,8 +172,8 @@ def _converted(path: Path, mapping: _Mapping, key: str, kind: type, where: str =
     try:
         return msgspec.convert(value, hint, dec_hook=path_from)
     except msgspec.ValidationError as error:
-        shown = f"{path}:{mapping.lines[key]}: {key!r}{where} is {value!r}"
-        raise InputError(f"{shown} where {_wanted(str(error))} was expected") from None
+        what = f"{path}:{mapping.lines[key]}: {shown(key)}{where} is {shown(value)}"
+        raise InputError(f"{what} where {_wanted(str(error))} was expected") from None
 
 
 WORDS = {

@@ -30,13 +30,13 @@ def repair_checkpoint(
         limit: histories of --data (default: one of each user).
         batch_size: histories in a batch.
     """
+    out = run.out("repair", "repaired.safetensors")
     merged = run.model(checkpoint)
     data = over_catalogue_of(merged, run.data(), checkpoint)
     loader = run.batches(merged, data, split="train", batch_size=batch_size, limit=limit)
     models = [run.model(path) for path in members]
     given = {**run.of(repair), "members": models, "weights": weights_from(weights)}
     repaired = repair(merged, loader=loader, **given)
-    out = run.out("repair")
     path = out / "repaired.safetensors"
     about = {"merged": str(checkpoint), "members": [str(own) for own in members]}
     save_model(repaired, path, extra={"repaired": about})

@@ -8,7 +8,7 @@ from typing import Any
 
 from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import weights_from
-from fisherkern.cli.run import Run, over_catalogue_of
+from fisherkern.cli.run import Run, check_most, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.postmerge import representation_surgery
 from fisherkern.training import save_model
@@ -31,6 +31,8 @@ def correct_checkpoint(
         weights: one number per member, comma-separated (default: equal).
         batch_size: histories in a batch.
     """
+    check_most("rank", run.values["rank"])
+    out = run.out("representation-surgery", "corrected.safetensors")
     data = run.data()
     merged = run.model(checkpoint)
 
@@ -41,7 +43,6 @@ def correct_checkpoint(
     models = [run.model(path) for path in members]
     given = {**run.of(representation_surgery), "members": models, "weights": weights_from(weights)}
     corrected = representation_surgery(merged, loader=histories, **given)
-    out = run.out("representation-surgery")
     path = out / "corrected.safetensors"
     save_model(corrected, path, extra={"losses": corrected.losses})
     run.finish(out, {"losses": corrected.losses})

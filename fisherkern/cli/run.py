@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fisherkern.cli.claims import FolderClaim, result_path
 from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import Report, evaluate
 from fisherkern.files import write_json
 from fisherkern.training import load_model
 
+MOST_BYTES = 255  # of a name in a file system
+MOST_THREADS = max(64, os.cpu_count() or 1)  # of many more the system runs out
 # Where work goes by default for commands that mostly run a model.
 BEST_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,22 +38,28 @@ class Run:
         values: all its arguments by name.
         data_arguments: the names of those that say how data is read.
         given: the names of those that flags or the --config file gave.
+        claims: on the folders that are written to, given up at the end.
     """
 
     command: str
     values: Mapping[str, Any]
     data_arguments: tuple[str, ...] = ()
     given: frozenset[str] = frozenset()
+    claims: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what every command would refuse, before any work."""
-        threads, out = self.values["threads"], self.values["out"]
-        if threads is not None and threads < 1:
-            raise InputError(f"--threads: must be at least 1, got {threads}")
-        if out is not None:
-            there = next(path for path in (out, *out.parents) if path.exists())
-            if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-                raise InputError(f"{out}: no folder can be written there")
+        for name, value in self.values.items():
+            for entry in value if isinstance(value, list | tuple) else [value]:
+                _check_value(_flag(name), entry)
+        threads = self.values["threads"]
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise InputError(f"--threads: must be from 1 to {MOST_THREADS}, got {threads}")
+        if self.seed < 0:
+            raise InputError(f"--seed: must not be negative, got {self.seed}")
+        for name in ("out", "log_dir"):
+            if self.values.get(name) is not None:
+                _check_folder(Path(self.values[name]))
 
     def of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The arguments of a public function that this run has."""
@@ -66,12 +79,12 @@ class Run:
     def device(self) -> torch.device:
         """The device of --device, which must be there."""
         name = self.values["device"]
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise InputError(f"--device: {name!r} is not like cpu, cuda or cuda:1") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device: there is no CUDA device here")
+        if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name) is None:
+            raise InputError(f"--device: {shown(name)} is not like cpu, cuda or cuda:1")
+        device = torch.device(name)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            there = torch.cuda.device_count()
+            raise InputError(f"--device: {name} is not here; there are {there} CUDA devices")
         return device
 
     def data(self, name: str | None = None) -> SequenceDataset:
@@ -91,15 +104,89 @@ class Run:
         loader = data.loader(max_len=model.max_len, **how)
         return loader if self.device.type == "cpu" else _OnDevice(loader, self.device)
 
-    def out(self, default: str) -> Path:
-        """The folder of --out, or one of runs/."""
-        return self.values["out"] or Path("runs") / default
+    def out(
+        self,
+        default: str,
+        *names: str,
+        folder: Path | None = None,
+        inputs: Iterable[Path] = (),
+        same_arguments: bool = False,
+    ) -> Path:
+        """Claim the folder of --out, or one of runs/, until the end of the run.
+
+        Args:
+            default: name in runs/.
+            names: of the files that the command will write there.
+            folder: in place of --out.
+            inputs: files that are read beside those of the arguments.
+            same_arguments: see `FolderClaim`.
+        """
+        out: Path = folder or self.values["out"] or Path("runs") / default
+        _check_folder(out)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
+            read = [*self._files(), *inputs]
+            claim = FolderClaim(
+                out, self.command, self.arguments, names, read, same_arguments=same_arguments
+            )
+            self.claims.enter_context(claim)
+        return out
+
+    def _files(self) -> list[Path]:
+        """The files that the arguments name."""
+        given = [v for name, v in self.values.items() if name not in ("out", "log_dir")]
+        entries = [entry for v in given for entry in (v if isinstance(v, list | tuple) else [v])]
+        return [entry for entry in entries if isinstance(entry, Path)]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What result.json says of the arguments; beside a recipe, those that were given."""
+        told = self.given if self.values.get("recipe") else self.values
+        return {name: _plain(v) for name, v in self.values.items() if name in told}
 
     def finish(self, out: Path, result: Mapping[str, Any]) -> None:
-        """Write result.json: the command's arguments and what it found."""
-        arguments = {name: _plain(value) for name, value in self.values.items()}
-        content = {"arguments": {"command": self.command, **arguments}, **result}
-        write_json(out / "result.json", content)
+        """Write result.json, see `result_path`: the command's arguments and what it found."""
+        content = {"arguments": {"command": self.command, **self.arguments}, **result}
+        write_json(result_path(out, self.command), content)
+
+
+def check_most(name: str, value: int | None, most: int = 1 << 16) -> None:
+    """Refuse a size that no network has, before anything is built of it."""
+    if value is not None and value > most:
+        raise InputError(
+            f"--{name.replace('_', '-')}: must be at most {most:,}, got {shown(value)}"
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_value(flag: str, value: Any) -> None:
+    """Refuse what no argument may be: a number that nothing can count to, a path of no system."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{flag}: must be finite, got {value}")
+    most = 63 if flag == "--seed" else 31  # bits: no other number is near
+    if isinstance(value, int) and not abs(value) < 1 << most:
+        raise InputError(f"{flag}: must be below 2^{most}, got {shown(value)}")
+    if isinstance(value, Path):
+        try:
+            value.exists()
+            if max(map(len, map(os.fsencode, value.parts)), default=0) > MOST_BYTES:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{flag}: {shown(value)}: {reason}") from None
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be written to or made."""
+    try:
+        there = next(own for own in (path, *path.parents) if own.exists() or own.is_symlink())
+    except OSError as error:
+        reason = error.strerror
+        raise InputError(f"{shown(path)}: no folder can be written there: {reason}") from None
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"{path}: no folder can be written there")
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
 from fisherkern.cli.arguments import command
 from fisherkern.cli.evaluate import show_report
-from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
+from fisherkern.cli.run import BEST_DEVICE, Run, check_most, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
+from fisherkern.documents import parse_json
 from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.encoders.stored import COUNTS
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import evaluate
 from fisherkern.objectives import (
     EMKD,
@@ -99,8 +101,11 @@ def train_encoder(
         score: validation metric for early stopping, e.g. ndcg@10.
         device: cpu, cuda or cuda:1.
     """
+    check_most("networks", networks, 1000)
     data = run.data()
-    out = run.out(f"train-{data.name}")
+    names = [f"member{number}.safetensors" for number in range(networks or 0)]
+    names += ["model.safetensors", "ema.safetensors"]
+    out = run.out(f"train-{data.name}", *names, same_arguments=True)
     model, data = _model(run, data)
     validating = run.values["patience"] is not None or validate_every is not None
     settings = {name: run.values[name] for name in _settings()}
@@ -111,7 +116,7 @@ def train_encoder(
             **settings,
             "data": data,
             "objective": _objective(run, model, data),
-            "validate": _score(score, data) if validating else None,
+            "validate": ValidationScore(score, data) if validating else None,
             "validate_every": validate_every or 1,
             "state": out / "state.safetensors",
         }
@@ -136,7 +141,6 @@ def _save(
     if log.ema is not None:
         averaged = evaluate(log.ema, data, split="validation", progress=run.progress)
         save_model(log.ema, out / "ema.safetensors", metrics=dict(averaged))
-    (out / "state.safetensors").unlink(missing_ok=True)
     result = {
         "losses": log.losses,
         "scores": log.scores,
@@ -144,6 +148,7 @@ def _save(
         "validation": report.to_json(),
     }
     run.finish(out, result)
+    (out / "state.safetensors").unlink(missing_ok=True)  # last: until here it can be gone on from
     show_report(report)
     print(f"written to {out / 'model.safetensors'}")
 
@@ -168,6 +173,7 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
     for key in given:
         if key not in known:
             raise InputError(f"{_flag(key)}: {encoder.__name__} has no {key}")
+    _check_size(encoder, data.num_items, given, networks or 1)
     if networks is not None:
 
         def make() -> SequenceEncoder:
@@ -176,6 +182,25 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
         return ParallelEncoders.seeded(make, networks, run.seed), data
     torch.manual_seed(run.seed)
     return encoder(data.num_items, **given), data
+
+
+def _check_size(
+    encoder: type[SequenceEncoder], num_items: int, given: dict[str, Any], networks: int
+) -> None:
+    """Refuse a network that this machine's memory does not hold, before it is built."""
+    for key, value in given.items():
+        if isinstance(value, int):
+            check_most(key, value, 1000 if key in COUNTS else 1 << 16)
+    with torch.device("meta"):
+        model = encoder(num_items, **given)
+    # Weights, gradients and AdamW's two moments; the system does not refuse what it lacks later.
+    needed = networks * 4 * sum(own.numel() * own.element_size() for own in model.parameters())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(
+            f"{encoder.__name__}: needs about {needed / 2**30:,.0f} GiB of memory to train, and "
+            f"{there / 2**30:,.0f} are here"
+        )
 
 
 def _flag(name: str) -> str:
@@ -199,28 +224,28 @@ def _objective(run: Run, model: SequenceEncoder, data: SequenceDataset) -> Objec
     elif text == "next":
         objective = NextItem(last_only=not getattr(model, "causal", False))
     else:
-        try:
-            settings = json.loads(text)
-        except json.JSONDecodeError:
-            settings = None
-        if not isinstance(settings, dict):
+        if not text.lstrip().startswith("{"):
             known = "masked, next, emkd"
-            raise InputError(f"--objective: {text!r} is neither {known}, nor a JSON object")
-        objective = from_settings(settings)
+            raise InputError(f"--objective: {shown(text)} is neither {known}, nor a JSON object")
+        objective = from_settings(parse_json("--objective", text))
     contrastive = run.values["contrastive"]
     if contrastive is not None:
         objective = objective + run.values["contrastive_weight"] * CONTRASTIVE[contrastive]()
     return objective
 
 
-def _score(metric: str, data: SequenceDataset) -> Callable[[SequenceEncoder], float]:
-    """The validation score --score of a model."""
-    match = re.fullmatch(r"(?:hr|mrr|ndcg)@([1-9]\d*)", metric)
-    if match is None:
-        raise InputError(f"--score: {metric!r} is not like ndcg@10, hr@5 or mrr@20")
-    k = int(match[1])
+@dataclasses.dataclass(frozen=True)
+class ValidationScore:
+    """The validation score --score of a model; its name belongs to the run's identity."""
 
-    def score(model: SequenceEncoder) -> float:
-        return evaluate(model, data, split="validation", k=(k,))[metric]
+    metric: str
+    data: SequenceDataset
 
-    return score
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"(?:hr|mrr|ndcg)@[1-9]\d{0,8}", self.metric) is None:
+            odd = shown(self.metric)
+            raise InputError(f"--score: {odd} is not like ndcg@10, hr@5 or mrr@20")
+
+    def __call__(self, model: SequenceEncoder) -> float:
+        k = int(self.metric.partition("@")[2])
+        return evaluate(model, self.data, split="validation", k=(k,))[self.metric]

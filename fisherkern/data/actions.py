@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkern.data.dataset import SequenceDataset
-from fisherkern.errors import InputError
-from fisherkern.files import read_json
+from fisherkern.documents import MAX_JSON, read_bytes
+from fisherkern.errors import InputError, shown
+from fisherkern.files import is_file, read_json
 
 
 @dataclass
@@ -122,7 +123,7 @@ def read_attributes(path: Path, items: frozenset[str]) -> dict[str, list[int]] |
     Items outside `items` are checked like the others and then left out. Raises
     InputError naming the file, and the line of a syntax error or the item.
     """
-    if not path.exists():
+    if not is_file(path):
         return None
     content = read_json(path)
     if not isinstance(content, Mapping):
@@ -130,14 +131,14 @@ def read_attributes(path: Path, items: frozenset[str]) -> dict[str, list[int]] |
     for item, values in content.items():
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise InputError(
-                f"{path}:{_line_of_key(path, item)}: the attributes of item {item!r} "
+                f"{path}:{_line_of_key(path, item)}: the attributes of item {shown(item)} "
                 "must be a list of integers"
             )
     return {item: values for item, values in content.items() if item in items}
 
 
 def _line_of_key(path: Path, key: str) -> int:
-    text = path.read_text(encoding="utf-8")
+    text = read_bytes(path, MAX_JSON).decode("utf-8")
     return text.count("\n", 0, max(text.find(f'"{key}"'), 0)) + 1
 
 
@@ -154,5 +155,6 @@ def _short_user(actions: Actions, path: Path, counts: NDArray[np.int64], min_act
     return (
         f"{path}{actions.location(row)}: user {actions.user_ids[user]} has only {number} "
         f"action{'s' if number > 1 else ''} and {min_actions} are needed; "
-        f"drop_short=True leaves out the {int((counts < min_actions).sum())} such users"
+        f"drop_short=True (--drop-short) leaves out the {int((counts < min_actions).sum())} "
+        "such users"
     )

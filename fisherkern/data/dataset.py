@@ -20,7 +20,7 @@ from fisherkern.data.batching import (
     target_positions,
     window_batches,
 )
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 
 class SequenceDataset:
@@ -75,7 +75,9 @@ class SequenceDataset:
         if attributes is not None:
             unknown = next((item for item in attributes if item not in known), None)
             if unknown is not None:
-                raise InputError(f"attributes names item {unknown!r}, which is not in item_ids")
+                raise InputError(
+                    f"attributes names item {shown(unknown)}, which is not in item_ids"
+                )
             attributes = {item: list(values) for item, values in attributes.items()}
         values = {
             "name": name,
@@ -141,7 +143,7 @@ class SequenceDataset:
         missing = [item for item in self.item_ids if item not in internal]
         if missing:
             raise InputError(
-                f"{self.name}: item {missing[0]!r} and {len(missing) - 1} more are not in the"
+                f"{self.name}: item {shown(missing[0])} and {len(missing) - 1} more are not in the"
                 f" other catalogue of {len(internal)}"
             )
         table = np.array([0, *(internal[item] for item in self.item_ids)])

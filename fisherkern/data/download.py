@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -43,7 +44,7 @@ def download_ml_1m(folder: Path, *, url: str = ML_1M_URL, md5: str = ML_1M_MD5) 
     with tempfile.TemporaryDirectory(prefix="fisherkern-") as scratch:
         try:
             archive = pooch.retrieve(
-                url, f"md5:{md5}", fname="ml-1m.zip", path=scratch, progressbar=True
+                url, f"md5:{md5}", fname="ml-1m.zip", path=scratch, progressbar=sys.stderr.isatty()
             )
         except (OSError, ValueError) as error:  # requests' errors are the system's
             raise InputError(

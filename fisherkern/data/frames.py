@@ -14,8 +14,9 @@ from fisherkern.checks import check_count
 from fisherkern.data.actions import Actions, assemble, number_ids
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.tables import Columns, IdCodes
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
+MOST_ROWS = 1 << 12  # for each byte of a file
 _BLOCK_ROWS = 1 << 20  # bounds how many ids are Python strings at once
 
 
@@ -70,9 +71,15 @@ def frame_actions(frame: Any, columns: Columns, where: str) -> Actions:
         empty = frame[name].is_null().to_numpy()
         if empty.any():
             raise InputError(f"{where}: row {int(empty.argmax()) + 1}: {name} is empty")
-    users, user_ids = _codes(frame[columns.user], where)
-    items, item_ids = _codes(frame[columns.item], where)
-    times = None if columns.time is None else _times(frame[columns.time], where)
+    try:
+        users, user_ids = _codes(frame[columns.user], where)
+        items, item_ids = _codes(frame[columns.item], where)
+        times = None if columns.time is None else _times(frame[columns.time], where)
+    except (ArithmeticError, NotImplementedError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        # Of whatever library the frame is: a type or a value that it cannot turn into ours.
+        raise InputError(f"{where}: could not be read: {error}") from error
     lines = np.arange(1, len(users) + 1)
     return Actions(users, items, times, lines, user_ids, item_ids, unit="row")
 
@@ -87,9 +94,15 @@ def read_parquet(path: Path, columns: Columns) -> Actions:
     if not isinstance(columns.user, str):
         raise InputError(f"{path}: the columns of a Parquet file have names: user='user_id', ...")
     try:
-        columns.find(str(path), parquet.read_schema(path).names)
+        about = parquet.read_metadata(path)
+        columns.find(str(path), about.schema.to_arrow_schema().names)
+        # A run of equal values takes no room: what a few bytes stand for would not fit in memory.
+        if about.num_rows > MOST_ROWS * path.stat().st_size:
+            raise InputError(f"{path}: {about.num_rows:,} rows are too many for its size")
         table = parquet.read_table(path, columns=columns.wanted())
-    except (OSError, arrow.ArrowException) as error:
+    except (OSError, ValueError, arrow.ArrowException) as error:  # names that are no text too
+        if isinstance(error, InputError):
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: could not be read as Parquet: {reason}") from error
     return frame_actions(nw.from_native(table), columns, str(path))
@@ -108,6 +121,10 @@ def _codes(column: Any, where: str) -> tuple[NDArray[np.int32], list[str]]:
                 f"{where}: row {row + 1}: {column.name} is {values[row]}, neither integer nor text"
             )
         return number_ids(values.astype(np.int64), by_appearance=True)
+    if not isinstance(column.dtype, nw.String | nw.Categorical | nw.Enum | nw.Decimal):
+        raise InputError(
+            f"{where}: column {shown(column.name)} holds {column.dtype}, neither integers nor text"
+        )
     codes, text = IdCodes(), column.cast(nw.String)
     blocks = [
         codes.encode(text[first : first + _BLOCK_ROWS].to_list())
@@ -117,14 +134,19 @@ def _codes(column: Any, where: str) -> tuple[NDArray[np.int32], list[str]]:
 
 
 def _times(column: Any, where: str) -> NDArray[Any]:
-    """Numbers as they are, dates and timestamps in microseconds since 1970 (UTC if unsaid)."""
+    """Numbers as they are, dates and timestamps since 1970 in their own unit (UTC if unsaid)."""
     if column.dtype.is_temporal():
-        if column.dtype == nw.Date or isinstance(column.dtype, nw.Datetime):
-            return column.dt.timestamp("us").to_numpy()
+        if isinstance(column.dtype, nw.Datetime):
+            unit = column.dtype.time_unit
+            if unit == "s":  # in milliseconds the largest would wrap round
+                return column.cast(nw.Int64).to_numpy()
+            return column.dt.timestamp(unit).to_numpy()
+        if column.dtype == nw.Date:
+            return column.dt.timestamp("ms").to_numpy()
     elif column.dtype.is_numeric():
         times = column.to_numpy()
         if times.dtype.kind in "iuf":
             return times
     raise InputError(
-        f"{where}: column {column.name!r} holds {column.dtype}, neither numbers nor dates"
+        f"{where}: column {shown(column.name)} holds {column.dtype}, neither numbers nor dates"
     )

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherkern.data.actions import Actions, number_ids, open_binary
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
+BOM = b"\xef\xbb\xbf"
 _BLOCK_BYTES = 1 << 22
 _MOST_DIGITS = 18  # what always fits in int64
 _NEWLINE, _RETURN, _SPACE, _COLON, _ZERO = (ord(character) for character in "\n\r :0")
@@ -63,6 +64,8 @@ def read_integers(
     with open_binary(path) as stream:
         while block := stream.read(_BLOCK_BYTES):
             block += stream.readline()
+            if line == 1:
+                block = block.removeprefix(BOM)
             if not block.endswith(b"\n"):
                 block += b"\n"
             values, filled = _parse_block(block, layout, path, line)
@@ -103,7 +106,7 @@ def _parse_block(
         index = int(np.argmax(bad))
         text = block.split(b"\n", index + 1)[index].decode(errors="replace").strip("\r")
         form = ("::" if layout.colons else " ").join(layout.columns)
-        raise InputError(f"{path}:{line + index}: {_shown(text)} is not of the form {form!r}")
+        raise InputError(f"{path}:{line + index}: {shown(text)} is not of the form {form!r}")
     values = []
     for column in layout.wanted:
         value, good = _parse_integers(data, starts[:, column], stops[:, column])
@@ -111,7 +114,7 @@ def _parse_block(
             row = int(np.argmin(good))
             token = block[starts[row, column] : stops[row, column]].decode(errors="replace")
             raise InputError(
-                f"{path}:{line + filled[row]}: {layout.columns[column]} {_shown(token)} "
+                f"{path}:{line + filled[row]}: {layout.columns[column]} {shown(token)} "
                 "is not an integer from 0 to 10^18 - 1"
             )
         values.append(value)
@@ -132,7 +135,3 @@ def _parse_integers(
         good &= (digit <= 9) | ~live
         value = np.where(live, value * 10 + digit, value)
     return value, good
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -27,6 +27,8 @@ def load(
     item: Column = "item_id",
     time: Column | None = "timestamp",
     separator: str | None = None,
+    header: bool | None = None,
+    quotes: bool | None = None,
 ) -> SequenceDataset:
     r"""Read interactions as sequences, one per user, oldest item first.
 
@@ -42,6 +44,7 @@ def load(
       index in a file without one. Times are numbers or ISO 8601 dates.
     - "recbole": the .inter file, tab-separated with header cells `name:type`.
     - "parquet": needs pyarrow.
+    - "json": a record a line, JSON or a Python dictionary, columns by name.
 
     All but seqrec number internal ids by first appearance in the file and sort every user's rows
     by time, equal times in file order. Attributes come from PATH.attributes.json (the suffix
@@ -51,16 +54,18 @@ def load(
 
     Args:
         name_or_path: a data set's name, or a file.
-        format: one of the names above; "auto" goes by the suffix (.dat, .csv, .tsv, .inter,
-            .parquet, each also with .gz) and then by the first line.
+        format: one of the names above; "auto" goes by the suffix (.csv, .tsv, .inter, .parquet,
+            .json, .jsonl, each also with .gz) and then by the first line.
         name: the data set's name, for tables and file names; default: the file's.
         min_actions: least number of rows of a user, default 3.
         drop_short: leave out users with fewer rows, and items nobody else has, rather than raise.
         user: column of user ids, its name or its index from 0.
         item: column of item ids, likewise.
         time: column of times, likewise; None for a file in time order already.
-        separator: one character, for "csv"; None: the most frequent of comma, tab, semicolon and
-            bar in the first line.
+        separator: one character or "tab", for "csv"; None: the most frequent of comma, tab,
+            semicolon and bar in the first line.
+        header: whether a "csv" begins with a line of names; None: where columns are named.
+        quotes: whether quotes hold a cell of a "csv" together; None: unless tabs separate cells.
 
     Returns:
         The sequences, with internal item ids 1..V.
@@ -97,6 +102,8 @@ def load(
         item=item,
         time=time,
         separator=separator,
+        header=header,
+        quotes=quotes,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -12,18 +13,20 @@ from fisherkern.checks import check_choice, check_count
 from fisherkern.data.actions import assemble, base_path, open_binary
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.frames import read_parquet
-from fisherkern.data.integers import read_movielens, read_seqrec
-from fisherkern.data.tables import Column, Columns, read_csv, read_recbole
-from fisherkern.errors import InputError
-from fisherkern.files import atomic_path, write_json
+from fisherkern.data.integers import BOM, read_movielens, read_seqrec
+from fisherkern.data.json_lines import read_json_lines
+from fisherkern.data.tables import Column, Columns, TextForm, read_csv, read_recbole
+from fisherkern.errors import InputError, shown
+from fisherkern.files import atomic_path, is_file, write_json
 
-FORMATS = ("seqrec", "movielens", "csv", "recbole", "parquet")
+FORMATS = ("seqrec", "movielens", "csv", "recbole", "parquet", "json")
 _FORMAT_OF_SUFFIX = {
-    ".dat": "movielens",
     ".csv": "csv",
     ".tsv": "csv",
     ".inter": "recbole",
     ".parquet": "parquet",
+    ".json": "json",
+    ".jsonl": "json",
 }
 
 
@@ -38,14 +41,16 @@ def read_file(
     item: Column = "item_id",
     time: Column | None = "timestamp",
     separator: str | None = None,
+    header: bool | None = None,
+    quotes: bool | None = None,
 ) -> SequenceDataset:
     """Read one file of interactions; the arguments and errors are those of `load`."""
     path = Path(path)
     check_choice("format", format, ("auto", *FORMATS))
     check_count("min_actions", min_actions)
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    columns = Columns(user, item, time)
+    if not is_file(path):
+        raise InputError(f"{path}: no such file")
+    columns, form = Columns(user, item, time), TextForm(separator, header, quotes)
     try:
         match detect_format(path) if format == "auto" else format:
             case "seqrec":
@@ -53,9 +58,11 @@ def read_file(
             case "movielens":
                 actions = read_movielens(path)
             case "csv":
-                actions = read_csv(path, columns, separator)
+                actions = read_csv(path, columns, form)
             case "recbole":
                 actions = read_recbole(path, columns)
+            case "json":
+                actions = read_json_lines(path, columns)
             case _:
                 actions = read_parquet(path, columns)
     except (OSError, EOFError, zlib.error) as error:
@@ -79,9 +86,16 @@ def detect_format(path: Path) -> str:
         first = stream.readline(1 << 16)
     if b"::" in first:
         return "movielens"
-    if b"\t" in first and b":" in first:
+    if first.removeprefix(BOM).lstrip().startswith(b"{"):
+        return "json"
+    cells = first.removeprefix(BOM).split(b"\t")
+    if len(cells) > 1 and all(re.fullmatch(rb"\s*\w+:\w+\s*", cell) for cell in cells):
         return "recbole"
-    return "csv" if b"," in first else "seqrec"
+    if any(mark in first for mark in (b",", b";", b"|")) or len(cells) > 2:
+        return "csv"
+    # Two integers with a tab between them may stand in `user item` lines as well.
+    numbers = [cell.strip().isdigit() for cell in cells]
+    return "seqrec" if len(cells) == 1 or all(numbers) else "csv"
 
 
 def write_seqrec(data: SequenceDataset, path: str | os.PathLike[str]) -> None:
@@ -94,7 +108,7 @@ def write_seqrec(data: SequenceDataset, path: str | os.PathLike[str]) -> None:
     for kind, ids in (("user", data.user_ids), ("item", data.item_ids)):
         wrong = next((value for value in ids if not (value.isascii() and value.isdigit())), None)
         if wrong is not None:
-            raise InputError(f"{path}: {kind} id {wrong!r} is not an integer from 0 up")
+            raise InputError(f"{path}: {kind} id {shown(wrong)} is not an integer from 0 up")
     path = Path(path)
     if data.attributes is not None:
         write_json(path.with_suffix(".attributes.json"), data.attributes)

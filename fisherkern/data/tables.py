@@ -7,6 +7,7 @@ its frames to `from_frame`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -22,10 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fisherkern.checks import check_choice
 from fisherkern.data.actions import Actions, open_binary
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, one_line, shown
 
 SEPARATORS = ",\t;|"
+LONGEST_LINE = 1 << 20
 # Few enough that Python's garbage collector, which counts 700 new lists, does not scan them.
 _BLOCK_ROWS = 500
 _LINE_BREAK = re.compile("\r\n|\r|\n")
@@ -48,7 +51,7 @@ class Columns:
         kinds = set()
         for role, value in zip(("user", "item", "time"), self.wanted(), strict=False):
             if isinstance(value, bool) or not isinstance(value, str | int):
-                raise InputError(f"{role} must be a column's name or index, got {value!r}")
+                raise InputError(f"{role} must be a column's name or index, got {shown(value)}")
             kinds.add(type(value))
         if len(kinds) > 1:
             raise InputError("user, item and time must all be names, or all be indices")
@@ -62,10 +65,14 @@ class Columns:
         for role, name in zip(("user", "item", "time"), self.wanted(), strict=False):
             if name not in header:
                 hint = ", or None for a file in time order" if role == "time" else ""
+                if any(_is_number(cell) for cell in header):
+                    hint += "; in a file without header by its number from 0"
                 raise InputError(
-                    f"{where}: no column {name!r} among {', '.join(header)}; "
-                    f"name the {role} column with {role}={hint}"
+                    f"{where}: no column {shown(name)} among {one_line(', '.join(header), 300)}; "
+                    f"name the {role} column with --{role} or {role}={hint}"
                 )
+            if list(header).count(str(name)) > 1:
+                raise InputError(f"{where}: two columns are called {shown(name)}")
         return [header.index(str(name)) for name in self.wanted()]
 
 
@@ -81,35 +88,49 @@ class IdCodes(defaultdict[str, int]):
         return np.fromiter(map(self.__getitem__, values), np.int32, len(values))
 
 
-def read_csv(path: Path, columns: Columns, separator: str | None = None) -> Actions:
-    """Text with a header, or indices for `columns`; cells may be quoted.
+@dataclass(frozen=True)
+class TextForm:
+    """How a file's lines are cut into cells.
 
-    separator None: the one of comma, tab, semicolon and bar that the first line has most of.
+    separator: None: the one of comma, tab, semicolon and bar that the first line has most of.
+    header: whether the first line holds names; None: where columns are given by name.
+    quotes: whether quotes hold a cell together; None: unless tabs do, whose texts have stray ones.
     """
-    if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
-        raise InputError(f"separator must be one character, got {separator!r}")
-    return _read_text(path, columns, separator, typed=False)
+
+    separator: str | None = None
+    header: bool | None = None
+    quotes: bool | None = None
+
+    def __post_init__(self) -> None:
+        separator = {"tab": "\t", "\\t": "\t"}.get(self.separator or "", self.separator)
+        object.__setattr__(self, "separator", separator)
+        if separator is not None and (len(separator) != 1 or separator in '"\r\n'):
+            raise InputError(f"separator must be one character, got {shown(separator)}")
+        for name in ("header", "quotes"):
+            check_choice(name, getattr(self, name), (True, False, None))
+
+
+def read_csv(path: Path, columns: Columns, form: TextForm | None = None) -> Actions:
+    """Text with a header, or indices for `columns`; cells may be quoted."""
+    return _read_text(path, columns, form or TextForm(), typed=False)
 
 
 def read_recbole(path: Path, columns: Columns) -> Actions:
     """RecBole's atomic .inter file: tab-separated, header cells `name:type`, no quoting."""
-    return _read_text(path, columns, "\t", typed=True)
+    return _read_text(path, columns, TextForm("\t", header=True, quotes=False), typed=True)
 
 
-def _read_text(path: Path, columns: Columns, separator: str | None, *, typed: bool) -> Actions:
+def _read_text(path: Path, columns: Columns, form: TextForm, *, typed: bool) -> Actions:
     users, items = IdCodes(), IdCodes()
-    columns_read = [array("i"), array("i"), array("i"), array("q")]
+    columns_read = new_columns()
     with open_binary(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as stream:
         try:
-            first = stream.readline()
-            if separator is None:
-                separator = max(SEPARATORS, key=first.count)
-            reader = csv.reader(
-                itertools.chain([first], stream),
-                delimiter=separator,
-                quoting=csv.QUOTE_NONE if typed else csv.QUOTE_MINIMAL,
-            )
-            width, indices, rows = _start(path, reader, columns, typed)
+            first = stream.readline(LONGEST_LINE)
+            if len(first) == LONGEST_LINE:
+                raise InputError(f"{path}:1: longer than {LONGEST_LINE:,} characters")
+            dialect = _dialect(form, first)
+            reader = csv.reader(itertools.chain([first], stream), dialect)
+            width, indices, rows = _start(path, reader, columns, form.header, typed)
             for block in rows:
                 _check_rows(path, block, width, indices, columns)
                 cells = list(zip(*block.rows, strict=True))
@@ -120,19 +141,60 @@ def _read_text(path: Path, columns: Columns, separator: str | None, *, typed: bo
                 values.append(block.lines)
                 if len(indices) > 2:
                     values.append(_times(path, block, cells[indices[2]], columns))
-                _append(columns_read, values)
+                append_block(columns_read, values)
         except csv.Error as error:
-            raise InputError(f"{path}:{reader.line_num}: {error}") from None
+            raise InputError(_broken_row(path, dialect, error)) from None
         except UnicodeDecodeError:
-            raise InputError(f"{path}:{_undecodable_line(path)}: not UTF-8 text") from None
-    user, item, line, time = (np.frombuffer(column, column.typecode) for column in columns_read)
+            raise InputError(f"{path}:{undecodable_line(path)}: not UTF-8 text") from None
+    return joined_blocks(path, columns, columns_read, users, items)
+
+
+def _dialect(form: TextForm, first: str) -> type[csv.Dialect]:
+    separator = form.separator or max(SEPARATORS, key=first.count)
+    quotes = separator != "\t" if form.quotes is None else form.quotes
+
+    class Form(csv.Dialect):
+        delimiter, quotechar, doublequote, skipinitialspace = separator, '"', True, False
+        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        lineterminator, strict = "\n", True  # nothing may follow a closing quote
+
+    return Form
+
+
+def _broken_row(path: Path, dialect: type[csv.Dialect], error: csv.Error) -> str:
+    """Return what is wrong, and the line in which the row starts that the reader gave up in."""
+    line = 1
+    with open_binary(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, dialect)
+        with contextlib.suppress(csv.Error):
+            for _ in reader:
+                line = reader.line_num + 1
+        more = reader.line_num - line
+    if not more:
+        return f"{path}:{line}: {error}"
+    return (
+        f"{path}:{line}: a quote opens a cell here that goes on for {more} lines and does not end; "
+        "quotes=False (--no-quotes) takes quotes as they stand"
+    )
+
+
+def new_columns() -> list[array[Any]]:
+    """Return the columns that `append_block` fills: users, items, lines and times."""
+    return [array("i"), array("i"), array("i"), array("q")]
+
+
+def joined_blocks(
+    path: Path, columns: Columns, read: list[array[Any]], users: IdCodes, items: IdCodes
+) -> Actions:
+    """Return the rows that `append_block` has collected; InputError where there are none."""
+    user, item, line, time = (np.frombuffer(column, column.typecode) for column in read)
     if not len(user):
         raise InputError(f"{path}:1: the file holds no interactions")
     times = None if columns.time is None else time
     return Actions(user, item, times, line, list(users), list(items))
 
 
-def _append(columns: list[array[Any]], values: list[NDArray[Any]]) -> None:
+def append_block(columns: list[array[Any]], values: list[NDArray[Any]]) -> None:
     """Add a block to the columns; the times, the last, stay integers while all of them are."""
     for index, new in enumerate(values):
         if new.dtype.kind == "f" and columns[index].typecode == "q":
@@ -169,10 +231,12 @@ def _height(row: list[str]) -> int:
 
 
 def _start(
-    path: Path, reader: Any, columns: Columns, typed: bool
+    path: Path, reader: Any, columns: Columns, header_line: bool | None, typed: bool
 ) -> tuple[int, list[int], Iterator[_Block]]:
     """(Cells in a row, the wanted columns' indices, the rows after the header)."""
     if not isinstance(columns.user, str):
+        if header_line:
+            next(reader, None)
         blocks = _read_blocks(reader)
         first = next(blocks, None)
         if first is None:
@@ -183,6 +247,8 @@ def _start(
             line = first.lines[0]
             raise InputError(f"{path}:{line}: no column {outside}, only 0 to {width - 1}")
         return width, indices, itertools.chain([first], blocks)
+    if header_line is False:
+        raise InputError("user, item and time are numbers from 0 in a file without header")
     header: list[str] = next(reader, [])
     if not header:
         raise InputError(f"{path}:1: the file holds no interactions")
@@ -190,7 +256,7 @@ def _start(
         untyped = next((cell for cell in header if ":" not in cell), None)
         if untyped is not None:
             raise InputError(
-                f"{path}:1: header cell {untyped!r} has no type, as in 'user_id:token'"
+                f"{path}:1: header cell {shown(untyped)} has no type, as in 'user_id:token'"
             )
         header = [cell.rpartition(":")[0] for cell in header]
     return len(header), columns.find(f"{path}:1", header), _read_blocks(reader)
@@ -206,27 +272,41 @@ def _check_rows(
     for line, row in zip(block.lines.tolist(), block.rows, strict=True):
         if len(row) != width:
             named = "header names" if isinstance(columns.user, str) else "first row has"
-            raise InputError(f"{path}:{line}: {len(row)} columns, but the {named} {width}")
+            more = _height(row) - 1
+            over = f" (a quoted cell goes on for {more} lines)" if more else ""
+            where = f"{path}:{line - more}"
+            raise InputError(f"{where}: {len(row)} columns{over}, but the {named} {width}")
         if not row[user] or not row[item]:
             column = columns.item if row[user] else columns.user
             raise InputError(f"{path}:{line}: {column} is empty")
         if len(indices) > 2:
-            _seconds(row[indices[2]], path, line, columns.time)
+            seconds_of(row[indices[2]], path, line, columns.time)
 
 
 def _times(
     path: Path, block: _Block, cells: Sequence[str], columns: Columns
 ) -> NDArray[np.int64] | NDArray[np.float64]:
     """Return the block's times: int64 where all are whole numbers, float64 otherwise."""
+    return times_of(path, block.lines, cells, columns.time)
+
+
+def times_of(
+    path: Path, lines: NDArray[np.int32], cells: Sequence[str], column: Column | None
+) -> NDArray[np.int64] | NDArray[np.float64]:
+    """Return times as they stand in a file: int64 where all are whole numbers, else float64."""
     try:
         return np.fromiter(map(int, cells), np.int64, len(cells))
     except (ValueError, OverflowError):
-        numbered = zip(cells, block.lines.tolist(), strict=True)
-        seconds = [_seconds(cell, path, line, columns.time) for cell, line in numbered]
+        numbered = zip(cells, lines.tolist(), strict=True)
+        seconds = [seconds_of(cell, path, line, column) for cell, line in numbered]
         return np.array(seconds, np.float64)
 
 
-def _seconds(cell: str, path: Path, line: int, column: Column | None) -> float:
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d*)?", text.strip()) is not None
+
+
+def seconds_of(cell: str, path: Path, line: int, column: Column | None) -> float:
     """Return a number as it stands, or the seconds since 1970 of an ISO date (UTC if unsaid)."""
     try:
         return float(cell)
@@ -234,14 +314,16 @@ def _seconds(cell: str, path: Path, line: int, column: Column | None) -> float:
         pass
     try:
         moment = datetime.fromisoformat(cell)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(
-            f"{path}:{line}: {column} {cell!r} is neither a number nor an ISO 8601 date"
+            f"{path}:{line}: {column} {shown(cell)} is neither a number nor an ISO 8601 date"
         ) from None
+    # A date without a zone is of UTC, so that no file depends on where it is read.
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _undecodable_line(path: Path) -> int:
+def undecodable_line(path: Path) -> int:
+    """Return the first line that is not UTF-8."""
     with open_binary(path) as stream:
         for number, line in enumerate(stream, start=1):
             try:

@@ -7,6 +7,7 @@ from fisherkern.encoders.gru4rec import GRU4Rec
 from fisherkern.encoders.parallel import ParallelEncoders
 from fisherkern.encoders.registry import ENCODERS
 from fisherkern.encoders.sasrec import SASRec
+from fisherkern.encoders.stored import stored_encoder
 from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
 #: What a model file may hold, by class name; `postmerge` adds its own.
@@ -29,5 +30,6 @@ __all__ = [
     "SequenceEncoder",
     "Symmetries",
     "SymmetryGroup",
+    "stored_encoder",
     "whole",
 ]

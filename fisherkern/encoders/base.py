@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.checks import check_count
+from fisherkern.checks import check_count, check_positive
 from fisherkern.errors import InputError
 
 Batch = Tensor | Mapping[str, Any]
@@ -89,6 +89,7 @@ class SequenceEncoder(nn.Module):
         The normal has deviation `std` and is cut at two deviations. Drawn from torch's global
         generator, linear layers first.
         """
+        check_positive(f"{type(self).__name__}: init_std", std)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # BERT's 0.02 suits its width of 768. At 64 training stays longer on the plateau of

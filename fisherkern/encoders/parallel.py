@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fisherkern.checks import check_not_negative
 from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.registry import ENCODERS
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 
 class ParallelEncoders(SequenceEncoder):
@@ -201,8 +201,10 @@ def _member(index: int, member: SequenceEncoder | Mapping[str, Any]) -> Sequence
     if isinstance(member, Mapping):
         arguments = dict(member)
         name = arguments.pop("class", None)
-        if name not in ENCODERS:
-            raise InputError(f"ParallelEncoders: member {index} has the unknown class {name!r}")
+        if not isinstance(name, str) or name not in ENCODERS:
+            raise InputError(
+                f"ParallelEncoders: member {index} has the unknown class {shown(name)}"
+            )
         return ENCODERS[name](**arguments)
     if ENCODERS.get(type(member).__name__) is not type(member):
         raise InputError(

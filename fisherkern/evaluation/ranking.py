@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.data import SequenceDataset
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
 from fisherkern.evaluation.scorer import Scorer
@@ -191,5 +191,5 @@ def never_drawn(
 def _cutoffs(k: int | Sequence[int]) -> tuple[int, ...]:
     cutoffs = (k,) if isinstance(k, int) else tuple(k)
     if not cutoffs or any(int(cutoff) != cutoff or cutoff < 1 for cutoff in cutoffs):
-        raise InputError(f"k: expected positive integers, got {k!r}")
+        raise InputError(f"k: expected positive integers, got {shown(k)}")
     return tuple(dict.fromkeys(int(cutoff) for cutoff in cutoffs))

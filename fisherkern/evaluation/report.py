@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fisherkern.checks import check_choice
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.candidates import CANDIDATES
 
 SPLITS = ("train", "validation", "test")
@@ -41,7 +41,9 @@ class Protocol:
         check_choice("split", self.split, SPLITS)
         check_choice("candidates", self.candidates, CANDIDATES)
         if self.seen not in ("exclude", "keep") and self.last is None:
-            raise InputError(f"seen must be 'exclude' or 'keep' or 'last-N', got {self.seen!r}")
+            raise InputError(
+                f"seen must be 'exclude' or 'keep' or 'last-N', got {shown(self.seen)}"
+            )
 
     @property
     def last(self) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
 
 Self = TypeVar("Self", bound="NamedTensors")
@@ -59,9 +59,12 @@ class NamedTensors(Mapping[str, Tensor]):
         tensors, header = read_tensors(path)
         if header.get("kind") != cls.KIND or not isinstance(header.get("meta"), dict):
             raise InputError(f"{path}: {cls.OTHER}")
+        fingerprint = header["meta"].get("fingerprint")
+        if not isinstance(fingerprint, str | None):
+            raise InputError(f"{path}: its fingerprint is {shown(fingerprint)}")
         for name, tensor in tensors.items():
             if (wrong := cls._wrong(tensor)) is not None:
-                raise InputError(f"{path}: tensor '{name}' has {wrong}")
+                raise InputError(f"{path}: tensor {shown(name)} has {wrong}")
         return cls(tensors, header["meta"])
 
     @staticmethod

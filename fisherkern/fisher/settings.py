@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
 
@@ -35,10 +35,10 @@ class Settings:
         """These settings, with the sketch's default filled in; InputError for a bad one."""
         check_chunk(self.chunk)
         if self.reduction not in ("sequence", "batchwise"):
-            raise InputError(f"reduction: {self.reduction!r} is not 'sequence' or 'batchwise'")
+            raise InputError(f"reduction: {shown(self.reduction)} is not 'sequence' or 'batchwise'")
         self._check_positions()
         if self.sampler not in SAMPLERS:
-            raise InputError(f"sampler: {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+            raise InputError(f"sampler: {shown(self.sampler)} is not one of {', '.join(SAMPLERS)}")
         if self.k is not None and self.k < 1:
             raise InputError(f"k: must be at least 1, got {self.k}")
         if self.probes is not None and self.probes < 1:
@@ -46,11 +46,15 @@ class Settings:
         if self.tol is not None and not 0 <= self.tol < 1:
             raise InputError(f"tol: must be in [0, 1), got {self.tol}")
         if self.weight not in ("probability", "one"):
-            raise InputError(f"weight: {self.weight!r} is not 'probability' or 'one'")
+            raise InputError(f"weight: {shown(self.weight)} is not 'probability' or 'one'")
         if not self.replacement and self.sampler != "model":
-            raise InputError(f"replacement: False is for sampler 'model', not {self.sampler!r}")
+            raise InputError(
+                f"replacement: False is for sampler 'model', not {shown(self.sampler)}"
+            )
         if self.reduction == "batchwise" and self.sampler in ("exact", "sketch"):
-            raise InputError(f"reduction: 'batchwise' needs an item sampler, not {self.sampler!r}")
+            raise InputError(
+                f"reduction: 'batchwise' needs an item sampler, not {shown(self.sampler)}"
+            )
         if self.sampler == "sketch" and self.probes is None:
             return dataclasses.replace(self, probes=_SKETCH_PROBES)
         return self

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters import ModelAdapter
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 log = logging.getLogger("fisherkern")
 
@@ -87,7 +87,7 @@ def check_ids(owner: str, ids: Sequence[str], size: int | None) -> None:
     """Raise InputError for an id listed twice, or as many ids as there are not items."""
     if len(set(ids)) != len(ids):
         twice = Counter(ids).most_common(1)[0][0]
-        raise InputError(f"{owner} has item id {twice!r} twice in its item_ids")
+        raise InputError(f"{owner} has item id {shown(twice)} twice in its item_ids")
     if size is not None and size != len(ids):
         raise InputError(f"{owner} has {size} items but {len(ids)} item_ids")
 

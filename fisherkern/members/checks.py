@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import CatalogueUnion
 from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.members.ties import Tie, find_ties, named_tensors
@@ -125,7 +125,8 @@ def check_settings(configs: Sequence[Any]) -> None:
         if odd is not None:
             key, first, other = odd
             raise InputError(
-                f"member {number} was built with {key}={other!r} and member 0 with {key}={first!r}"
+                f"member {number} was built with {key}={shown(other)} and member 0 with "
+                f"{key}={shown(first)}"
             )
 
 
@@ -136,7 +137,9 @@ def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> lis
     try:
         values = [float(weight) for weight in weights]
     except (TypeError, ValueError):
-        raise InputError(f"weights is {weights!r} where {members} numbers were expected") from None
+        raise InputError(
+            f"weights is {shown(weights)} where {members} numbers were expected"
+        ) from None
     if len(values) != members:
         raise InputError(f"weights has {len(values)} numbers for {members} members")
     for number, weight in enumerate(values):

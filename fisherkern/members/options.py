@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 
 class Domain(Protocol):
@@ -108,7 +108,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
 def check_option(name: str, value: Any, domain: Domain) -> None:
     """Raise InputError unless `domain` allows `value`."""
     if not domain.allows(value):
-        raise InputError(f"{name} is {value!r} where {domain.expected} was expected")
+        raise InputError(f"{name} is {shown(value)} where {domain.expected} was expected")
 
 
 def check_options(
@@ -126,7 +126,7 @@ def check_options(
         if name not in options:
             known = ", ".join(options)
             raise InputError(
-                f"method {method!r} has no option {name!r}; "
+                f"method {shown(method)} has no option {shown(name)}; "
                 + (f"it has {known}" if known else "it has none")
             )
         check_option(f"option {name!r}", value, options[name].domain)

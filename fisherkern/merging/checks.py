@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import fingerprint
 from fisherkern.members.options import check_options
 from fisherkern.members.ties import Tie
@@ -30,10 +30,10 @@ def choose_method(
         name = "uniform" if weights is None else "weighted"
         name = name if inputs["fishers"] is None else "fisher"
     if name not in METHODS:
-        raise InputError(f"method {name!r} is not one of {', '.join(METHODS)}")
+        raise InputError(f"method {shown(name)} is not one of {', '.join(METHODS)}")
     method = METHODS[name]
     if isinstance(weights, str) and weights != "search":
-        raise InputError(f"weights is {weights!r} where numbers or 'search' were expected")
+        raise InputError(f"weights is {shown(weights)} where numbers or 'search' were expected")
     searching = isinstance(weights, str)
     if searching and "products" in method.inputs:
         raise InputError(f"method {name!r} takes numbers as weights, not 'search'")
@@ -56,7 +56,7 @@ def choose_method(
     if not (math.isfinite(floor) and floor >= 0):
         raise InputError(f"floor is {floor} where a number of at least 0 was expected")
     if normalize not in ("mean", None):
-        raise InputError(f"normalize is {normalize!r} where 'mean' or None was expected")
+        raise InputError(f"normalize is {shown(normalize)} where 'mean' or None was expected")
     if steps is not None and steps < 0:
         raise InputError(f"steps is {steps} where a number of at least 0 was expected")
     return method, check_options(name, method.options, options)

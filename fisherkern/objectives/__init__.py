@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.objectives.attributes import Attributes
 from fisherkern.objectives.base import Objective, TrainingSequences, WeightedSum
 from fisherkern.objectives.cl4srec import CL4SRec
@@ -36,7 +36,9 @@ def from_settings(settings: Mapping[str, Any]) -> Objective:
     """
     objective = _made(settings)
     if not isinstance(objective, Objective):
-        raise InputError(f"the settings of an objective are a mapping with its name: {settings!r}")
+        raise InputError(
+            f"the settings of an objective are a mapping with its name: {shown(settings)}"
+        )
     return objective
 
 
@@ -48,7 +50,7 @@ def _made(value: Any) -> Any:
     arguments = {key: _made(item) for key, item in value.items()}
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in OBJECTIVES:
-        raise InputError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
+        raise InputError(f"unknown objective {shown(name)}; known: {', '.join(OBJECTIVES)}")
     try:
         return OBJECTIVES[name](**arguments)
     except TypeError as error:

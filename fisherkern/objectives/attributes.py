@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
 from fisherkern.objectives.masked_items import MaskedItems
 
@@ -32,7 +32,9 @@ class AttributeTable:
         internal = {item: v for v, item in enumerate(data.item_ids, start=1)}
         unknown = [item for item in data.attributes if item not in internal]
         if unknown:
-            raise InputError(f"Attributes: item {unknown[0]!r} is not in the data set's item_ids")
+            raise InputError(
+                f"Attributes: item {shown(unknown[0])} is not in the data set's item_ids"
+            )
         numbers = sorted({number for own in data.attributes.values() for number in own})
         if not numbers:
             raise InputError("Attributes: no item of the data set has an attribute")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_not_negative
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 Self = TypeVar("Self", bound="Objective")
 
@@ -110,7 +110,7 @@ class WeightedSum(Objective):
             )
         for part in self.parts:
             if not isinstance(part, Objective):
-                raise InputError(f"WeightedSum: {part!r} is not an objective")
+                raise InputError(f"WeightedSum: {shown(part)} is not an objective")
         for weight in self.weights:
             check_not_negative("the weight of an objective", weight)
 

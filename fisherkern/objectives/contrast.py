@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern.checks import check_choice, check_positive, check_unit
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 
 class ContrastiveLoss(Protocol):
@@ -119,7 +119,9 @@ class SymmetricNoiseTolerant:
 def check_loss(name: str, loss: Any) -> None:
     """Raise InputError unless `loss`, an argument of objective `name`, can be called."""
     if not callable(loss):
-        raise InputError(f"{name}: loss must be a contrastive loss such as NTXent(), got {loss!r}")
+        raise InputError(
+            f"{name}: loss must be a contrastive loss such as NTXent(), got {shown(loss)}"
+        )
 
 
 def _scaled(views: Tensor, similarity: str) -> Tensor:

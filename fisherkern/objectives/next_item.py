@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
 from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
@@ -77,7 +77,7 @@ class NextItem(Objective):
         check_count("NextItem: negatives", self.negatives)
         check_unit("NextItem: t", self.t)
         if self.log_q and self.loss != "sampled_softmax":
-            raise InputError(f"NextItem: log_q corrects 'sampled_softmax', not {self.loss!r}")
+            raise InputError(f"NextItem: log_q corrects 'sampled_softmax', not {shown(self.loss)}")
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.ops import proven
 
 BACKENDS = ("auto", "torch", "triton", "cuda")
@@ -57,7 +57,7 @@ def gpu_paths() -> Iterator[None]:
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the block with `name`; "auto" leaves the choice in force as it is."""
     if name not in BACKENDS:
-        raise InputError(f"backend: {name!r} is not one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend: {shown(name)} is not one of {', '.join(BACKENDS)}")
     token = _chosen.set(_chosen.get() if name == "auto" else name)
     try:
         yield
@@ -72,7 +72,7 @@ def backend() -> str:
         return name
     name = os.environ.get(VARIABLE) or "auto"
     if name not in BACKENDS:
-        raise InputError(f"{VARIABLE}: {name!r} is not one of {', '.join(BACKENDS)}")
+        raise InputError(f"{VARIABLE}: {shown(name)} is not one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -105,7 +105,7 @@ def use_triton(
     if reason is None:
         return True
     if name != "auto":
-        raise InputError(f"backend: {name!r} cannot be used: {reason}")
+        raise InputError(f"backend: {shown(name)} cannot be used: {reason}")
     return False
 
 

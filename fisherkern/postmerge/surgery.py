@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.encoders.base import prediction_tokens
 from fisherkern.encoders.transformer import Block
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.members import checks
 from fisherkern.members.checks import check_encoders
 from fisherkern.members.fitting import collect_batches, minimize
@@ -245,7 +245,7 @@ def _check(
             checks.check_config([merged, member])
     for index in targets or ():
         if isinstance(index, bool) or index not in range(len(members)):
-            raise InputError(f"targets names member {index!r} of {len(members)}")
+            raise InputError(f"targets names member {shown(index)} of {len(members)}")
 
 
 Target = list[Tensor]

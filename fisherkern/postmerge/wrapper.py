@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fisherkern.encoders import ENCODERS, MODELS, Batch, SequenceEncoder
 from fisherkern.encoders.base import prediction_tokens
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 
 class FrozenEncoderWrapper(SequenceEncoder):
@@ -89,7 +89,7 @@ def network_of(network: SequenceEncoder | Mapping[str, Any], owner: str) -> Sequ
     arguments = dict(network)
     name = arguments.pop("class", None)
     if not isinstance(name, str) or name not in ENCODERS:
-        raise InputError(f"{owner}: the network has the unknown class {name!r}")
+        raise InputError(f"{owner}: the network has the unknown class {shown(name)}")
     return ENCODERS[name](**arguments)
 
 

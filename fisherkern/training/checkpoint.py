@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder, stored_encoder
+from fisherkern.errors import InputError, shown
 from fisherkern.files import (
     atomic_path,
+    is_file,
     read_json,
     read_tensors,
     write_json,
@@ -23,6 +24,7 @@ from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.provenance import versions
 
 PathLike = str | os.PathLike[str]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def save_model(
@@ -89,25 +91,31 @@ def load_model(path: PathLike) -> SequenceEncoder:
     if header.get("kind") != "model":
         raise InputError(f"{path}: not a model file of fisherkern")
     name = header.get("class")
-    name = FORMER_NAMES.get(str(name), name)
-    if name not in MODELS:
-        raise InputError(f"{path}: unknown encoder {name!r}; known: {', '.join(MODELS)}")
-    try:
-        # On the meta device nothing is drawn or allocated; the file's tensors move in below.
-        with torch.device("meta"):
-            model = MODELS[name](**header["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: its config does not fit {name}: {error}") from None
+    name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
+    shapes = {own: tensor.shape for own, tensor in tensors.items()}
+    model = stored_encoder(path, name, header.get("config"), shapes, MODELS)
     check_stored_tensors(path, tensors, model.state_dict())
-    model.load_state_dict(tensors, assign=True)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:  # values that a part of the model refuses
+        raise InputError(f"{path}: {error}") from None
     about = path.with_suffix(".json")
-    if about.is_file():
-        content = read_json(about)
-        item_ids = content.get("item_ids") if isinstance(content, dict) else None
-        if item_ids_sha256(item_ids) != header.get("item_ids_sha256"):
-            raise InputError(f"{about}: its item_ids are not those of {path.name}")
-        model.item_ids = item_ids
+    if is_file(about):
+        model.item_ids = _item_ids(path, about, header.get("item_ids_sha256"), model.num_items)
     return model.eval()
+
+
+def _item_ids(path: Path, about: Path, expected: object, size: int) -> list[str] | None:
+    """Return the item ids in the JSON beside a model file, which has their hash."""
+    content = read_json(about)
+    item_ids = content.get("item_ids") if isinstance(content, dict) else None
+    if item_ids is not None:
+        strings = isinstance(item_ids, list) and all(isinstance(item, str) for item in item_ids)
+        if not strings or len(item_ids) != size:
+            raise InputError(f"{about}: its item_ids are not the {size} strings of the model")
+    if item_ids_sha256(item_ids) != expected:
+        raise InputError(f"{about}: its item_ids are not those of {path.name}")
+    return item_ids
 
 
 def check_stored_tensors(
@@ -116,17 +124,18 @@ def check_stored_tensors(
     """Raise InputError unless `tensors` has the names, shapes and kinds of `expected`."""
     for name, tensor in expected.items():
         if name not in tensors:
-            raise InputError(f"{path}: tensor {name!r} is missing")
+            raise InputError(f"{path}: tensor {shown(name)} is missing")
         if tensors[name].shape != tensor.shape:
             raise InputError(
-                f"{path}: tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                f"{path}: tensor {shown(name)} has shape {tuple(tensors[name].shape)}, "
                 f"not {tuple(tensor.shape)}"
             )
-        if tensors[name].is_floating_point() != tensor.is_floating_point():
-            raise InputError(f"{path}: tensor {name!r} is {tensors[name].dtype}")
+        found = tensors[name].dtype
+        if found not in FLOATS if tensor.is_floating_point() else found != tensor.dtype:
+            raise InputError(f"{path}: tensor {shown(name)} is {tensors[name].dtype}")
     for name in tensors:
         if name not in expected:
-            raise InputError(f"{path}: tensor {name!r} is not part of the model")
+            raise InputError(f"{path}: tensor {shown(name)} is not part of the model")
 
 
 def _model_path(path: PathLike) -> Path:

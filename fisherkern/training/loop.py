@@ -8,7 +8,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_count, check_positive
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
+from fisherkern.files import is_file
+from fisherkern.fingerprint import json_sha256
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
@@ -121,10 +122,12 @@ def train(
         data: the sequences; their catalogue is the model's.
         objective: the loss; None: `MaskedItems(0.2)`.
         validate: gives the score of an epoch, validate(model), higher being better; at the end the
-            model has the weights of the best epoch. None: of the last.
+            model has the weights of the best epoch. None: of the last. Its attribute `metric`,
+            where it has one, tells one run from another.
         on_epoch: called as on_epoch(epoch, model, mean_loss), epochs counted from 1, before the
             epoch's state is saved.
-        state: file to save the run to, and to go on from if it exists.
+        state: file to save the run to, and to go on from if it exists. A run is known by its
+            settings, its data and the weights that it starts from.
         save_every: epochs between saves.
         save_every_steps: steps between saves inside an epoch; None: none.
         save_every_seconds: seconds between saves inside an epoch; None: none.
@@ -201,10 +204,13 @@ class TrainLoop:
             "model": {"class": type(model).__name__, **model.config},
             "objective": objective.settings(),
             "data": data.fingerprint(),
-            "validation": validate is not None,
+            "attributes": json_sha256(getattr(data, "attributes", None)),
+            "validation": getattr(validate, "metric", validate is not None),
         }
         self.progress = TrainProgress()
-        if saving.path is not None and Path(saving.path).exists():
+        if saving.path is not None:
+            self.identity["start"] = self.state.start()
+        if saving.path is not None and is_file(saving.path):
             self.progress = load_state(saving.path, self.state, self.identity)
         distributed.check_same_start(self.progress.step, self.device)
         compiled = {}
@@ -227,6 +233,12 @@ class TrainLoop:
 
     def go(self, show: bool) -> TrainingLog:
         """Run the epochs that are left; with a progress bar if `show`."""
+        try:
+            return self._go(show)
+        finally:
+            self.state.leave(self.identity.get("start", {}))
+
+    def _go(self, show: bool) -> TrainingLog:
         now, settings = self.progress, self.settings
         self.scalars.resume(now.step)
         with progress_bar(total=self.total, initial=now.step, unit="step", show=show) as bar:
@@ -352,7 +364,7 @@ class TrainLoop:
 def _backend(name: bool | str) -> str:
     name = "inductor" if name is True else str(name)
     if name not in torch._dynamo.list_backends(exclude_tags=()):
-        raise InputError(f"compile: {name!r} is no backend of torch.compile")
+        raise InputError(f"compile: {shown(name)} is no backend of torch.compile")
     return name
 
 

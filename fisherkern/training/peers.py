@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.files import read_tensors, save_tensors
+from fisherkern.files import is_file, read_tensors, save_tensors
 from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
@@ -28,7 +27,7 @@ from fisherkern.training.loop import (
     Validate,
     checked_settings,
 )
-from fisherkern.training.state import PathLike, TrainProgress, check_run, contents, restore
+from fisherkern.training.state import PathLike, check_run, contents, read_progress, restore
 from fisherkern.training.tensorboard import TensorBoardLogger
 
 NAMES = ("a", "b")
@@ -237,10 +236,21 @@ class _Pair:
         self.identity = dataclasses.asdict(rule)
         for name, run in zip(NAMES, runs, strict=True):
             self.identity |= {f"{name}.{key}": value for key, value in run.identity.items()}
-        if path is not None and Path(path).exists():
+        if path is not None:
+            for name, run in zip(NAMES, runs, strict=True):
+                self.identity[f"{name}.start"] = run.state.start()
+        if path is not None and is_file(path):
             self.load(path)
 
     def go(self, show: bool) -> None:
+        """Run the epochs that are left."""
+        try:
+            self._go(show)
+        finally:
+            for name, run in zip(NAMES, self.runs, strict=True):
+                run.state.leave(self.identity.get(f"{name}.start", {}))
+
+    def _go(self, show: bool) -> None:
         total, initial = sum(r.total for r in self.runs), sum(r.progress.step for r in self.runs)
         with progress_bar(total=total, initial=initial, unit="step", show=show) as bar:
             while not self.finished():
@@ -275,17 +285,19 @@ class _Pair:
 
     def load(self, path: PathLike) -> None:
         tensors, header = read_tensors(path)
-        if header.get("kind") != "peers" or "progress" not in header:
+        reached = header.get("progress")
+        if header.get("kind") != "peers" or not isinstance(reached, list) or len(reached) != 2:
             raise InputError(f"{path}: not a state of two peers")
-        check_run(path, header["run"], self.identity)
-        for name, run, reached in zip(NAMES, self.runs, header["progress"], strict=True):
+        check_run(path, header.get("run"), self.identity)
+        found = [read_progress(path, fields) for fields in reached]
+        for name, run, progress in zip(NAMES, self.runs, found, strict=True):
             own = {
                 key.removeprefix(f"{name}."): tensor
                 for key, tensor in tensors.items()
                 if key.startswith(f"{name}.")
             }
             restore(path, run.state, own)
-            run.progress = TrainProgress.from_json(reached)
+            run.progress = progress
             distributed.check_same_start(run.progress.step, run.device)
 
 

@@ -11,7 +11,7 @@ from fisherkern.checks import (
     check_positive,
     check_unit,
 )
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 CHOICES = {"schedule": ("constant", "linear"), "precision": ("fp32", "bf16")}
 
@@ -71,10 +71,12 @@ class TrainingSettings:
             check_choice(name, getattr(self, name), choices)
         check_positive("lr", self.lr)
         check_not_negative("weight_decay", self.weight_decay)
-        if self.clip is not None and not self.clip > 0:
-            raise InputError(f"clip must be positive or None, got {self.clip}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.clip is not None:
+            check_positive("clip", self.clip)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise InputError(f"betas must be two numbers in [0, 1), got {shown(self.betas)}")
+        for beta in self.betas:
+            check_unit("betas", beta, "[0, 1)")
         if self.ema is not None:
             check_unit("ema", self.ema, "[0, 1)")
 

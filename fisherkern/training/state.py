@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
 from fisherkern.training.checkpoint import check_stored_tensors
 
@@ -51,8 +53,7 @@ class TrainProgress:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TrainProgress:
         """Make the object that `to_json` described."""
-        scores = {int(epoch): score for epoch, score in fields["scores"]}
-        return cls(**{**fields, "scores": scores})
+        return cls(**{**fields, "scores": dict(fields["scores"])})
 
 
 @dataclasses.dataclass
@@ -79,6 +80,20 @@ class TrainState:
                     found[f"{part}.{name}"] = tensor
         return found
 
+    def start(self) -> dict[str, str]:
+        """Return a sha256 of each part's weights, which tells a run from one of another start.
+
+        A part that an earlier call in this process left as it is, by an interrupt or at its end,
+        has the start of that call: whoever calls again with the same objects goes on.
+        """
+        found = {part: _sha256(own) for part, own in self.parts.items() if part != "ema"}
+        return {part: _starts.get(now, now) for part, now in found.items()}
+
+    def leave(self, start: Mapping[str, str]) -> None:
+        """Remember for `start` what the parts that began as that are now."""
+        for part, first in start.items():
+            _starts[_sha256(self.parts[part])] = first
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what the optimiser moves, by the names of `tensors`; a shared one, once."""
         seen: set[nn.Parameter] = set()
@@ -102,6 +117,20 @@ class TrainState:
             own[name].copy_(tensor)
 
 
+# What weights are now -> what they were when their run began; see `TrainState.start`.
+_starts: dict[str, str] = {}
+
+
+def _sha256(module: nn.Module) -> str:
+    """Return the sha256 of a module's state: names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
 def save_state(
     path: PathLike, state: TrainState, progress: TrainProgress, run: Mapping[str, Any]
 ) -> None:
@@ -120,11 +149,12 @@ def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> Tra
     objective or data.
     """
     tensors, header = read_tensors(path)
-    if header.get("kind") != "training" or "progress" not in header:
+    if header.get("kind") != "training":
         raise InputError(f"{path}: not a training state")
-    check_run(path, header["run"], run)
+    check_run(path, header.get("run"), run)
+    progress = read_progress(path, header.get("progress"))
     restore(path, state, tensors)
-    return TrainProgress.from_json(header["progress"])
+    return progress
 
 
 def contents(state: TrainState) -> dict[str, Tensor]:
@@ -139,14 +169,47 @@ def contents(state: TrainState) -> dict[str, Tensor]:
     return tensors
 
 
-def check_run(path: PathLike, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+def check_run(path: PathLike, saved: object, run: Mapping[str, Any]) -> None:
     """Raise InputError unless the run in a file is this one."""
+    if not isinstance(saved, Mapping):
+        raise InputError(f"{path}: does not say of which run it is")
     for name in sorted(run.keys() | saved.keys()):
-        if saved.get(name) != run.get(name):
+        theirs, ours = saved.get(name), run.get(name)
+        # 1 and True are equal and no settings of one run.
+        if theirs != ours or isinstance(theirs, bool) != isinstance(ours, bool):
             raise InputError(
-                f"{path}: belongs to a run with {name} = {saved.get(name)}, "
-                f"not {run.get(name)}; remove it or use another state file"
+                f"{path}: belongs to a run with {_differing(name, theirs, ours)}; "
+                "remove it or use another state file"
             )
+
+
+def _differing(name: str, theirs: Any, ours: Any) -> str:
+    """Name what differs inside a setting of several parts, and both values."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        keys = sorted(theirs.keys() | ours.keys())
+        key = next((key for key in keys if theirs.get(key) != ours.get(key)), None)
+        if key is not None:
+            return _differing(f"{name}.{key}", theirs.get(key), ours.get(key))
+    return f"{name} = {shown(theirs)}, not {shown(ours)}"
+
+
+def read_progress(path: PathLike, stored: object) -> TrainProgress:
+    """Make the progress that a state file holds, which anybody may have written."""
+    fields = stored if isinstance(stored, Mapping) else {}
+    counts, scores, losses = ("step", "batch"), fields.get("scores"), fields.get("losses")
+    right = (
+        fields.keys() == TrainProgress().to_json().keys()
+        and all(type(fields[name]) is int and fields[name] >= 0 for name in counts)
+        and type(fields["batch_losses"]) in (int, float)
+        and isinstance(losses, list)
+        and all(type(loss) in (int, float) for loss in losses)
+        and isinstance(scores, list)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in scores)
+        and all(type(epoch) is int and type(score) in (int, float) for epoch, score in scores)
+    )
+    if not right:
+        raise InputError(f"{path}: does not say how far its run is")
+    return TrainProgress.from_json(fields)
 
 
 def restore(path: PathLike, state: TrainState, tensors: Mapping[str, Tensor]) -> None:

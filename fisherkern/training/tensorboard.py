@@ -23,7 +23,11 @@ class TensorBoardLogger:
     def resume(self, step: int) -> None:
         """Start writing at `step`; what an interrupted run wrote from there on is not shown."""
         if self.log_dir is not None:
-            self.writer = _writer_class()(str(self.log_dir), purge_step=step or None)
+            try:
+                self.writer = _writer_class()(str(self.log_dir), purge_step=step or None)
+            except OSError as error:
+                reason = error.strerror
+                raise InputError(f"log_dir: {self.log_dir}: cannot be written: {reason}") from None
 
     def add(self, name: str, value: float, step: int) -> None:
         """One point of a curve."""

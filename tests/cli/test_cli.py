@@ -64,7 +64,7 @@ def test_train_fisher_merge_evaluate(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "full ranking, seen items excluded" in printed and "95 % interval" in printed
-    result = read_json(out / "result.json")
+    result = read_json(out / "result-evaluate.json")  # beside that of the merge
     report = fk.evaluate(merged, fk.load(folder / "data.txt"))
     assert result[path]["metrics"] == pytest.approx(dict(report))
     assert result["difference"]["differences"]["ndcg@10"]["low"] is not None

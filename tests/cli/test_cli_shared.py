@@ -12,7 +12,7 @@ from fisherkern.cli import main
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--threads", "0"], "--threads: must be at least 1, got 0"),
+        (["--threads", "0"], "--threads: must be from 1 to 64, got 0"),
         (["--out", "{folder}/file"], "{folder}/file: no folder can be written there"),
         (["--out", "{folder}/file/in/it"], "{folder}/file/in/it: no folder can be written there"),
     ],

@@ -223,12 +223,12 @@ def test_resume_gives_the_same_bits(cooperation, stop, tmp_path):
     data.asked.append(stop)
     with pytest.raises(Stop):
         run(path, data=data, **changes)
-    models, again = run(path, models=(new(7), new(8)), **changes)
+    models, again = run(path, **changes)
     assert (again.losses, again.scores, again.peer) == (log.losses, log.scores, log.peer)
     for own, expected in zip(models, whole, strict=True):
         assert_same_bits(bits(own), bits(expected))
     saved = path.read_bytes()
-    done, _ = run(path, models=(new(7), new(8)), **changes)
+    done, _ = run(path, **changes)
     assert path.read_bytes() == saved
     assert_same_bits(bits(done[0]), bits(whole[0]))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fisherkern.merging.rules import METHODS
-from fisherkern.tables import markdown_table
+from fisherkern.tables import Code, escaped, markdown_table
 
 
 def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
@@ -20,19 +20,19 @@ def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any
         provenance: See `merge_files`.
     """
     members, weights = provenance["members"], provenance["weights"]
-    kind = about.get("class", "tensors")
+    kind = escaped(str(about.get("class", "tensors")))
     method = METHODS[provenance["method"]]
     title = f"[{method.title}]({method.source})" if method.source else method.title
     lines = [
         *_metadata(name, provenance),
-        f"# {name}",
+        f"# {escaped(name)}",
         "",
         f"{kind}, merged from {len(members)} members by fisherkern "
         f"{provenance['versions']['fisherkern']} (method `{method.name}`: {title}).",
         "",
         markdown_table(
             [
-                {"member": own["file"], "weight": weight, "sha256": f"`{own['sha256']}`"}
+                {"member": own["file"], "weight": weight, "sha256": Code(own["sha256"])}
                 for own, weight in zip(members, weights, strict=True)
             ]
         ),
@@ -55,7 +55,7 @@ def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any
         ("Metrics", _metrics(provenance)),
         (
             "Configuration",
-            [{"argument": key, "value": value} for key, value in about.get("config", {}).items()],
+            [{"argument": key, "value": value} for key, value in _config(about).items()],
         ),
     ):
         if rows:
@@ -63,9 +63,15 @@ def model_card(name: str, about: Mapping[str, Any], provenance: Mapping[str, Any
     return "\n".join(lines) + "\n"
 
 
+def _config(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of a file's metadata, which anybody may have written."""
+    config = about.get("config")
+    return config if isinstance(config, Mapping) else {}
+
+
 def _file(own: Mapping[str, Any]) -> dict[str, Any]:
     made = ", ".join(f"{key}={value}" for key, value in own.get("made", {}).items())
-    return {"file": own["file"], "made with": made, "sha256": f"`{own['sha256']}`"}
+    return {"file": own["file"], "made with": made, "sha256": Code(own["sha256"])}
 
 
 def _metrics(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.names import fit_names
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums
@@ -109,9 +109,10 @@ class FisherFiles:
                     member.path,
                 )
                 continue
+            told = expected[:12] if isinstance(expected, str) else shown(expected)
             raise InputError(
                 f"{file.path}: was computed on another model than {member.path}: its "
-                f"fingerprint is {expected[:12]} and the member's {found[:12]}"
+                f"fingerprint is {told} and the member's {found[:12]}"
             )
 
     def uncovered(self, names: Sequence[str]) -> list[str]:

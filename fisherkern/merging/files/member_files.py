@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fisherkern.encoders import ENCODERS, SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.encoders import ENCODERS, SequenceEncoder, stored_encoder
+from fisherkern.errors import InputError, shown
 from fisherkern.files import read_json
 from fisherkern.fingerprint import item_ids_sha256
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
@@ -140,6 +140,10 @@ class MemberFiles:
     def _read_catalogues(self, rows: dict[str, int]) -> None:
         """The united catalogue, and where the base keeps its items; reads each JSON once."""
         hashes = [file.about.get("item_ids_sha256") for file in self.everything]
+        odd = next((h for h in hashes if not isinstance(h, str | None)), None)
+        if odd is not None:
+            path = self.everything[hashes.index(odd)].path
+            raise InputError(f"{path}: its item_ids_sha256 is {shown(odd)}")
         members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
         self._base_catalogue = None
         ids: list[str] | None = None
@@ -206,13 +210,11 @@ def _length(file: TensorFile, name: str) -> int:
 
 def _model_of(file: TensorFile) -> SequenceEncoder | None:
     """An empty model of the file's class, whose tensors the file holds; None for another file."""
-    if file.about.get("kind") != "model" or file.about.get("class") not in ENCODERS:
+    name = file.about.get("class")
+    if file.about.get("kind") != "model" or not isinstance(name, str) or name not in ENCODERS:
         return None
-    try:
-        with torch.device("meta"):
-            model = ENCODERS[file.about["class"]](**file.about["config"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file.path}: its config does not fit its class: {error}") from None
+    shapes = {name: shape for name, (_, shape) in file.layout.items()}
+    model = stored_encoder(file.path, name, file.about.get("config"), shapes)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ file.layout.keys()):
         fault = "is missing" if name in expected else "is not part of the model"
@@ -306,6 +308,10 @@ def _read_about(
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object")
     ids = content.pop("item_ids", None)
+    metrics = content.get("metrics", {})
+    numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
+    if not numbers:
+        raise InputError(f"{path}: its metrics are not numbers by name")
     if file.about.get("item_ids_sha256") != item_ids_sha256(ids):
         raise InputError(f"{path}: its item_ids are not those of {file.path.name}")
     if size is not None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import blocks as blocks_in_memory
@@ -164,7 +164,9 @@ def _choose(
         raise InputError("merge_files takes numbers as weights, not words")
     unused = dict.fromkeys(("grams", "products", "score", "validation"))
     if method is not None and method not in STREAMED:
-        raise InputError(f"method {method!r} is not one that files merge by: {', '.join(STREAMED)}")
+        raise InputError(
+            f"method {shown(method)} is not one that files merge by: {', '.join(STREAMED)}"
+        )
     unused_inputs = {**inputs, **unused}
     chosen = checks.choose_method(method, unused_inputs, options, floor, normalize, None)
     if chosen[1].get("group") == "head":

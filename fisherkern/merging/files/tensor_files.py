@@ -12,13 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-import safetensors
 import torch
 from torch import Tensor
 
 from fisherkern.adapters import Checkpoint
-from fisherkern.errors import InputError
-from fisherkern.files import read_into
+from fisherkern.documents import TensorHeader
+from fisherkern.errors import InputError, shown
+from fisherkern.files import is_file, read_header, read_into
 
 # Safetensors' names of the types that PyTorch computes with, and the types.
 TYPES = {
@@ -53,35 +53,31 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
+        if not is_file(self.path):
             raise InputError(f"{self.path}: no such file")
         try:
-            # Refuses a header that is too long, no JSON or of unknown types, and tensors that
-            # overlap, leave gaps, or do not fill the file.
-            with safetensors.safe_open(str(self.path), framework="pt") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
             # Read rather than mapped, as pages of a mapped file count as memory in use.
             self._stream = self.path.open("rb", buffering=0)
-            length = int.from_bytes(self._stream.read(8), "little")
-            header = json.loads(self._stream.read(length))
-        except (OSError, safetensors.SafetensorError) as error:
-            # Of an unknown type it goes on to list all known ones.
-            reason = str(error).partition(", expected one of")[0]
-            raise InputError(f"{self.path}: not a whole safetensors file: {reason}") from None
+        except OSError as error:
+            raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
+        try:
+            self._read(read_header(self._stream, self.path))
+        except InputError:
+            self._stream.close()
+            raise
+
+    def _read(self, header: TensorHeader) -> None:
+        self.metadata: dict[str, str] = header.metadata
+        self.about = header.about(self.path)
         self._places: dict[str, int] = {}
         self.layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name in sorted(header.keys() - {"__metadata__"}):
-            kind = header[name]["dtype"]
-            if kind not in TYPES:
-                raise InputError(f"{self.path}: tensor {name!r} is {kind}, which cannot be merged")
-            self.layout[name] = (kind, tuple(header[name]["shape"]))
-            self._places[name] = 8 + length + header[name]["data_offsets"][0]
-        try:
-            self.about = json.loads(self.metadata.get("fisherkern", "{}"))
-        except json.JSONDecodeError:
-            raise InputError(f"{self.path}: its fisherkern metadata is not JSON") from None
-        if not isinstance(self.about, dict):
-            raise InputError(f"{self.path}: its fisherkern metadata is not a JSON object")
+        for name, own in sorted(header.tensors.items()):
+            if own.dtype not in TYPES:
+                raise InputError(
+                    f"{self.path}: tensor {shown(name)} is {own.dtype}, which cannot be merged"
+                )
+            self.layout[name] = (own.dtype, own.shape)
+            self._places[name] = own.start
 
     def close(self) -> None:
         """Close the file."""

@@ -238,13 +238,17 @@ def test_nothing_of_others_is_overwritten(tmp_path, capsys):
     merged = folder / "merged.pth"
     paths[0].rename(merged)
     before = merged.read_bytes()
-    assert "would be overwritten by the merge" in refused(capsys, merged, paths[1], "--out", folder)
+    assert "would be written over, and is read" in refused(
+        capsys, merged, paths[1], "--out", folder
+    )
     merged.rename(paths[0])
     (folder / "result.json").write_text(json.dumps({"arguments": {"command": "train"}}))
-    assert "result.json: is not of an earlier merge" in refused(capsys, *paths, "--out", folder)
-    (folder / "result.json").unlink()
+    assert main(["merge", *map(str, paths), "--out", str(folder)]) == 0
+    assert json.loads((folder / "result.json").read_text())["arguments"]["command"] == "train"
+    (folder / "result-merge.json").unlink()
     (folder / "merged.pth").write_text("mine")
-    assert "merged.pth: is not of an earlier merge" in refused(capsys, *paths, "--out", folder)
+    line = refused(capsys, *paths, "--out", folder)
+    assert "merged.pth: exists, and `fisherkern merge` did not make it" in line
     assert paths[0].read_bytes() == before and merged.read_text() == "mine"
     for number in range(2):
         fk.save_model(fk.SASRec(5, max_len=3, dim=4, layers=1), tmp_path / f"{number}.safetensors")
@@ -253,7 +257,7 @@ def test_nothing_of_others_is_overwritten(tmp_path, capsys):
     line = refused(
         capsys, tmp_path / "merged.safetensors", tmp_path / "1.safetensors", "--out", tmp_path
     )
-    assert "would be overwritten by the merge" in line
+    assert "would be written over, and is read" in line
 
 
 def test_a_folder_stays_where_the_next_merge_fails(tmp_path, capsys):

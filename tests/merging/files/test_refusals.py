@@ -53,7 +53,7 @@ def test_a_hostile_file_is_refused_in_one_sentence(fault, tmp_path):
     for path in paths:
         safetensors.torch.save_file({"a": torch.ones(4), "b": torch.ones(4)}, path)
     HOSTILE[fault](paths[1])
-    with pytest.raises(InputError, match="1.safetensors: not a whole safetensors file") as error:
+    with pytest.raises(InputError, match="1.safetensors:.* (not|overlap|unknown)") as error:
         merge_files(paths, tmp_path / "out.safetensors")
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]

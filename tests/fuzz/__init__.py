@@ -1,0 +1,1 @@
+"""Every reader of the package under mutated files: `python -m tests.fuzz` for long runs."""
