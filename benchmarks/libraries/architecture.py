@@ -1,4 +1,4 @@
-"""What the table needs of a model of another library: the model, its batches, its logits by hand."""
+"""A model of another library as the table needs it: with its batches, and logits by hand."""
 
 from __future__ import annotations
 
