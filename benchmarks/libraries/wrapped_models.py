@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,11 +87,7 @@ def network(seed: int) -> nn.Module:
 def one_process() -> None:
     """A process group of one, on gloo; left as it is, for more members."""
     if not torch.distributed.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        handle, path = tempfile.mkstemp()
-        os.close(handle)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+        path = Path(tempfile.mkdtemp()) / "store"
         torch.distributed.init_process_group("gloo", f"file://{path}", rank=0, world_size=1)
 
 
