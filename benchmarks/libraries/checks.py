@@ -27,7 +27,10 @@ class Wrong(AssertionError):
 @functools.cache
 def members(entry: Architecture) -> tuple[Member, Member]:
     """Two networks of one architecture."""
-    return entry.build(0), entry.build(1)
+    pair = entry.build(0), entry.build(1)
+    # RecBole's trainer switches it on for the whole process. gSASRec has NaN between two masks.
+    torch.autograd.set_detect_anomaly(False)
+    return pair
 
 
 @functools.cache
