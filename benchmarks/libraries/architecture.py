@@ -29,10 +29,12 @@ class Member:
         module: the bare network, which names the parameters.
         batches: native batches, as the library's loader or collator makes them.
         logits: (module, batch) -> (N, columns), by hand from the library's documentation.
-        columns: the logit column of item 1, 2, ... of a `SequenceDataset`.
-        make_batch: a native batch of histories of item numbers 1, 2, ...; None where the
-            table does not evaluate.
+        columns: the logit columns of the model's items 1, 2, ....
+        make_batch: histories of item numbers 1, 2, ... -> a native batch; None where the
+            package refuses to make one.
+        takes_users: whether `make_batch` takes the users' numbers 0, 1, ... as well.
         targets: the next items of all batches as logit columns; None where batches have none.
+        item_ids: what the model itself calls its items 1, 2, ...; None where it does not say.
         more_batches: native batches of other kinds, by name, that the same logits serve.
     """
 
@@ -41,8 +43,10 @@ class Member:
     batches: list[Any]
     logits: Callable[[nn.Module, Any], Tensor]
     columns: Tensor
-    make_batch: Callable[[Histories], Any] | None = None
+    make_batch: Callable[..., Any] | None = None
+    takes_users: bool = False
     targets: Tensor | None = None
+    item_ids: list[str] | None = None
     more_batches: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -100,12 +104,16 @@ def padded(
     return rows
 
 
-def dataset() -> fk.SequenceDataset:
-    """The same users for `evaluate`: item number i is the library's i-th item."""
+def dataset(item_ids: list[str] | None = None) -> fk.SequenceDataset:
+    """The same users for `evaluate`: item number i is the model's i-th item.
+
+    Where the model names its items the data set has them in the opposite order, so that it is
+    the model's item V + 1 − i.
+    """
     users = histories()
     ends = torch.tensor([0, *map(len, users)]).cumsum(0)
     flat = [item for user in users for item in user]
-    item_ids = [str(i) for i in range(1, NUM_ITEMS + 1)]
+    item_ids = item_ids[::-1] if item_ids else [str(i) for i in range(1, NUM_ITEMS + 1)]
     user_ids = [str(i) for i in range(len(users))]
     return fk.SequenceDataset("libraries", flat, ends.numpy(), item_ids, user_ids)
 

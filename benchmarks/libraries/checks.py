@@ -76,10 +76,20 @@ def more_batches_error(entry: Architecture, glue: bool = False) -> float | None:
 
 
 def targets_error(entry: Architecture) -> float | None:
-    """The empirical Fisher of the next items that the batches name; None where they name none."""
+    """The empirical Fisher of the next items that the batches name.
+
+    None where the package says that they name none.
+    """
     member = members(entry)[0]
+    settings = {"sampler": "target", "weight": "one"}
     if member.targets is None:
-        return None
+        try:
+            fisher_of(member, member.batches, False, **settings)
+        except fk.InputError as refusal:
+            if "sampler 'target'" in str(refusal):
+                return None
+            raise
+        raise Wrong("next items that no batch names")
     named = {n: p for n, p in member.module.named_parameters() if p.requires_grad}
     log_p = torch.cat([member.logits(member.module, b).log_softmax(1) for b in member.batches])
     sums = {name: torch.zeros_like(p) for name, p in named.items()}
@@ -90,7 +100,7 @@ def targets_error(entry: Architecture) -> float | None:
         for name, gradient in zip(named, gradients, strict=True):
             if gradient is not None:
                 sums[name] += gradient.square() / len(member.targets)
-    found = fisher_of(member, member.batches, False, sampler="target", weight="one")
+    found = fisher_of(member, member.batches, False, **settings)
     return error_of(found, sums)
 
 
@@ -126,14 +136,26 @@ def preflight_runs(entry: Architecture) -> str:
 
 
 def ranks_are_right(entry: Architecture) -> str | None:
-    """Every user's rank by `evaluate` against the rank by hand, its history left out."""
-    member, data, wrong = members(entry)[0], dataset(), []
+    """Every user's rank by `evaluate` against the rank by hand, its history left out.
+
+    None where the package says that a history alone is no question to the model.
+    """
+    member, wrong = members(entry)[0], []
     if member.make_batch is None:
-        return None
+        try:
+            fk.evaluate(member.model, dataset(member.item_ids), k=10)
+        except fk.InputError as refusal:
+            if "make_batch" in str(refusal):
+                return None
+            raise
+        raise Wrong("ranks of a question that the model was not trained on")
+    data = dataset(member.item_ids)
     report = fk.evaluate(member.model, data, k=10)
     for user, rank in zip(report.users.tolist(), report.ranks.tolist(), strict=True):
         items = data.items[data.offsets[user] : data.offsets[user + 1]].tolist()
-        right = rank_by_hand(member, items[:-1], items[-1])
+        if member.item_ids is not None:
+            items = [data.num_items + 1 - item for item in items]
+        right = rank_by_hand(member, user, items[:-1], items[-1])
         if rank != right:
             wrong.append(f"user {user} {rank} for {right}")
     if wrong:
@@ -141,10 +163,11 @@ def ranks_are_right(entry: Architecture) -> str | None:
     return "right"
 
 
-def rank_by_hand(member: Member, history: list[int], target: int) -> int:
+def rank_by_hand(member: Member, user: int, history: list[int], target: int) -> int:
     assert member.make_batch is not None
+    users = ([user],) if member.takes_users else ()
     with torch.no_grad():
-        row: Tensor = member.logits(member.module, member.make_batch([history]))[0]
+        row: Tensor = member.logits(member.module, member.make_batch([history], *users))[0]
     scores = row[member.columns].float()
     others = [v for v in range(1, len(scores) + 1) if v != target and v not in history]
     return 1 + sum(bool(scores[v - 1] >= scores[target - 1]) for v in others)

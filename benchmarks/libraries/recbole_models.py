@@ -90,18 +90,19 @@ def build(name: str, seed: int) -> Member:
         logits=LOGITS[name],
         columns=torch.arange(1, NUM_ITEMS + 1),
         make_batch=functools.partial(interaction, model),
+        takes_users=True,
         targets=torch.cat([batch[model.ITEM_ID] for batch in batches]),
         more_batches={"test loader": list(test)},
     )
 
 
-def interaction(model: Any, histories: Histories) -> Any:
+def interaction(model: Any, histories: Histories, users: list[int]) -> Any:
     from recbole.data.interaction import Interaction
 
     lengths = torch.tensor([min(len(h), MAX_LEN) for h in histories])
     rows = padded(histories, MAX_LEN, side="right")
-    users = torch.arange(1, len(histories) + 1)
-    return Interaction({model.USER_ID: users, model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
+    numbers = torch.tensor(users) + 1
+    return Interaction({model.USER_ID: numbers, model.ITEM_SEQ: rows, model.ITEM_SEQ_LEN: lengths})
 
 
 def history(model: Any, batch: Any) -> tuple[Tensor, Tensor]:

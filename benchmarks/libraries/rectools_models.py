@@ -115,6 +115,9 @@ def build(name: str, seed: int, part: str = "model") -> Member:
         make_batch=None
         if name == "HSTUModel"
         else functools.partial(left_padded, mask=1 if masked else None),
+        item_ids=None
+        if part == "torch_model"
+        else list(model.data_preparator.item_id_map.external_ids)[first:],
         targets=None if masked else torch.cat([batch["y"][:, -1] for batch in train]),
         more_batches={} if masked else {"recommend loader": recommend},
     )

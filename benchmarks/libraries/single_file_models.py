@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.libraries.architecture import (
     MAX_LEN,
@@ -121,16 +121,34 @@ def gsasrec_untied(seed: int) -> Member:
 
 
 def features(histories: Histories, times: bool) -> SequentialFeatures:
-    """Lengths and ids padded on the right; times of every action."""
+    """Lengths and ids padded on the right, with a place for the next item; times of actions."""
     lengths = torch.tensor([min(len(h), MAX_LEN) for h in histories])
     ids = padded(histories, MAX_LEN, side="right")
-    stamps = 1000 * torch.arange(MAX_LEN) ** 2 + 7 * ids
+    stamps = 1000 * torch.arange(MAX_LEN + 1).expand(len(ids), -1) ** 2
+    stamps = stamps * (torch.arange(MAX_LEN + 1) <= lengths[:, None])
+    ids = nn.functional.pad(ids, (0, 1))
     return SequentialFeatures(lengths, ids, None, {"timestamps": stamps} if times else {})
+
+
+def row(histories: Histories) -> dict[str, Tensor]:
+    """What its data set gives, of which its trainer makes the features."""
+    made = features([h[:-1] for h in histories], times=True)
+    stamps = made.past_payloads["timestamps"]
+    last = made.past_lengths[:, None]
+    return {
+        "history_lengths": made.past_lengths,
+        "historical_ids": made.past_ids[:, :-1],
+        "historical_timestamps": stamps.scatter(1, last, 0)[:, :-1],
+        "target_ids": torch.tensor([h[-1] for h in histories]),
+        "target_timestamps": stamps.gather(1, last)[:, 0],
+    }
 
 
 def meta_logits(model: Any, batch: Any) -> Tensor:
     """Both sides have length 1, as its samplers and its index make the items'."""
-    batch = batch[0] if isinstance(batch, tuple) and len(batch) == 3 else batch
+    if isinstance(batch, dict):
+        batch = features([ids[ids != 0].tolist() for ids in batch["historical_ids"]], times=True)
+    batch = batch[0] if len(batch) == 3 else batch
     states = model.encode(
         past_lengths=batch.past_lengths,
         past_ids=batch.past_ids,
@@ -156,7 +174,8 @@ def meta(model: Any, seed: int, times: bool) -> Member:
         more_batches={
             "features, target ids, ratings": [
                 (batch, end, torch.ones_like(end)) for batch, end in zip(batches, ends, strict=True)
-            ]
+            ],
+            "rows": [row(part) for part in parts()],
         },
     )
 
@@ -164,10 +183,10 @@ def meta(model: Any, seed: int, times: bool) -> Member:
 @architecture("Meta HSTU (research)", "torch")
 def meta_hstu(seed: int) -> Member:
     torch.manual_seed(seed)
-    return meta(HSTU(NUM_ITEMS, MAX_LEN, WIDTH), seed, times=True)
+    return meta(HSTU(NUM_ITEMS, MAX_LEN + 1, WIDTH), seed, times=True)
 
 
 @architecture("Meta SASRec (research)", "torch")
 def meta_sasrec(seed: int) -> Member:
     torch.manual_seed(seed)
-    return meta(MetaSASRec(NUM_ITEMS, MAX_LEN, WIDTH), seed, times=False)
+    return meta(MetaSASRec(NUM_ITEMS, MAX_LEN + 1, WIDTH), seed, times=False)
