@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters.batches import field, histories, model_input
-from fisherkern.adapters.libraries.base import Library, config_of, token_ids
+from fisherkern.adapters.libraries.base import Library, config_of, right_padded, token_ids
 from fisherkern.adapters.libraries.plain import logits_in
+from fisherkern.errors import InputError
 
 _LOSSES = ("labels", "target", "targets", "user", "return_dict", "label")
 
@@ -81,6 +82,13 @@ class HuggingFace(Library):
         return config_of(module)
 
     def make_batch(self, module: Any, items: Tensor) -> Any:
+        if not self._encodes(module) and not self._is_causal(module):
+            raise InputError(
+                f"model: {_bare_name(module)} is asked by a mask token, which its configuration "
+                "does not name; give fk.adapt(model, make_batch=...)"
+            )
+        # Padded as collators do: positions of the left-padded would begin at the padding.
+        items, _ = right_padded(items, 0)
         tokens = token_ids(items, self.first_token(module), self.pad_id(module) or 0)
         return {"input_ids": tokens, "attention_mask": (items != 0).long()}
 
