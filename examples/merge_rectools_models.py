@@ -46,7 +46,9 @@ def fitted(seed: int, start: SASRecModel | None = None) -> SASRecModel:
     model.fit_partial(dataset, min_epochs=0, max_epochs=0)
     if start is not None:
         model.torch_model.load_state_dict(start.torch_model.state_dict())
-    return model.fit_partial(dataset, min_epochs=20 if start is None else 5, max_epochs=20 if start is None else 5)
+    return model.fit_partial(
+        dataset, min_epochs=20 if start is None else 5, max_epochs=20 if start is None else 5
+    )
 
 
 base = fitted(seed=0)

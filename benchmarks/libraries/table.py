@@ -1,8 +1,8 @@
 """Every architecture through the public functions: python -m benchmarks.libraries.table
 
 The Fisher equals autograd over every item, `merge` the formula, and `evaluate` ranks by hand. A
-row of `benchmarks/results/libraries.csv` is one architecture. `--glue` hands the logits over by
-hand, which proves the harness rather than the package.
+row of `benchmarks/results/libraries.csv` is one architecture, and `libraries.md` beside it is the
+table. `--glue` hands the logits over by hand, which proves the harness rather than the package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import csv
 import logging
 import re
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.libraries import checks
 from benchmarks.libraries.architecture import Architecture, build_all
+from fisherkern.tables import markdown_table
 
 FALLBACK = re.compile(r"no (?:rule|handler) for (.*): one backward")
 
@@ -59,7 +59,6 @@ def fast_path(entry: Architecture, glue: bool) -> str:
 
 def row_of(entry: Architecture, glue: bool) -> dict[str, str]:
     """A line of the table; a cell that begins with NO is a failure."""
-    started = time.perf_counter()
     try:
         checks.definition(entry)
     except ImportError as error:
@@ -82,7 +81,7 @@ def row_of(entry: Architecture, glue: bool) -> dict[str, str]:
             "preflight": cell(checks.preflight_runs, entry),
             "evaluate": cell(checks.ranks_are_right, entry),
         }
-    return row | {"seconds": f"{time.perf_counter() - started:.1f}"}
+    return row
 
 
 def main() -> None:
@@ -102,6 +101,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(max(rows, key=len)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    (RESULTS / "libraries.md").write_text(markdown_table(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
