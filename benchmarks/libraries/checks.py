@@ -106,6 +106,9 @@ def targets_error(entry: Architecture) -> float | None:
 
 def merge_error(entry: Architecture) -> float:
     """`merge` with the definition's Fishers against the formula, in what came in."""
+    if entry.library == "peft":
+        # Its factors mean nothing one by one, so that no Fisher can weigh them.
+        return products_error(entry)
     pair = members(entry)
     fishers = [definition(entry)[i]["exact"] for i in (0, 1)]
     tensors = [
@@ -118,6 +121,21 @@ def merge_error(entry: Architecture) -> float:
         raise Wrong(f"a {type(merged).__name__} came back")
     named = dict(module_inside(pair[0], merged).named_parameters())
     return error_of({name: named[name].detach() for name in expected}, expected)
+
+
+def products_error(entry: Architecture) -> float:
+    """LoRA: `merge` against the mean of B A scale, cut back to the members' rank by an SVD."""
+    pair = [member.model for member in members(entry)]
+    merged = fk.merge(pair)
+    expected, found = {}, {}
+    for name, layer in merged.named_modules():
+        if hasattr(layer, "get_delta_weight") and hasattr(layer, "lora_A"):
+            own = [m.get_submodule(name).get_delta_weight("default").detach() for m in pair]
+            u, values, v = torch.linalg.svd((own[0] + own[1]) / 2, full_matrices=False)
+            rank = layer.r["default"]
+            expected[name] = (u[:, :rank] * values[:rank]) @ v[:rank]
+            found[name] = layer.get_delta_weight("default").detach()
+    return error_of(found, expected)
 
 
 def module_inside(member: Member, merged: Any) -> nn.Module:
