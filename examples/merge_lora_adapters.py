@@ -2,7 +2,8 @@
 
 Tokens are items. `make libraries` installs peft; then run
 .venv-libraries/bin/python examples/merge_lora_adapters.py. Takes under a minute on one core.
-An average of the factors A and B would not be an average of their products.
+An average of the factors A and B would not be an average of their products. The merged adapter
+has the rank of the members, so that a part of the average may be cut off.
 """
 
 import copy
