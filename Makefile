@@ -1,10 +1,12 @@
 # `make demo` and `make test` work on a fresh clone: both set up .venv first.
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup libraries clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+LIBRARIES := .venv-libraries
+LIBRARIES_PYTHON := python3.11
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python)
 # What an interpreter must be able to do; a version manager's shim may exist and still fail.
 PROBE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
@@ -39,6 +41,15 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*
 	$(VENV)/bin/python -c 'from fisherkern.ops import build; print(build.status())'
 	@touch $@
 
+# RecBole, RecTools, RePlay, transformers and peft, for their tests and examples. An environment
+# of its own: they need older releases of NumPy and pandas, and RecBole's ray needs Python 3.11.
+libraries: $(LIBRARIES)/.installed
+
+$(LIBRARIES)/.installed: benchmarks/libraries/requirements.txt pyproject.toml
+	$(LIBRARIES_PYTHON) -m venv --clear $(LIBRARIES)
+	$(LIBRARIES)/bin/python -m pip install --quiet --editable . --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fisherkern/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LIBRARIES) build dist *.egg-info fisherkern/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

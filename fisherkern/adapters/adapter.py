@@ -167,8 +167,11 @@ class ModelAdapter:
         """The tables that are looked up by item, or are the output layer."""
         length = min(number, self.max_len or number, 8)
         items = torch.arange(1, length + 1, device=self.device)
-        with eval_mode(self.module):
+        try:
             batches = [self.make_batch(own[None]) for own in (items, number + 1 - items)]
+        except InputError:  # a history alone is no question to this model
+            return tables_by_size(self.module, number, first)
+        with eval_mode(self.module):
             found = dict.fromkeys(looked_up_tables(self.module, self.all_logits, batches), first)
             layer = find_output_layer(self.all_logits, self.module, batches[0])
         if not isinstance(layer, str):
@@ -209,7 +212,8 @@ class ModelAdapter:
             return given(items)
         if "logits" in self.given or type(self.library) is PlainModule:
             return {"history": items, **beside}
-        return self.library.make_batch(self.module, items)
+        batch = self.library.make_batch(self.module, items)
+        return self.library.with_users(self.module, batch, beside.get("user"))
 
     def positions(self, batch: Any) -> Tensor | None:
         """Which positions hold items, (N, T) bool; None where nothing says so."""
@@ -251,7 +255,7 @@ class ModelAdapter:
         else:
             items = self.library.targets(self.module, batch)
             if items is None and (labels := self.library.labels(self.module, batch)) is not None:
-                items = last_label(labels)
+                items = last_label(labels, self.positions(batch))
         if items is None:
             raise InputError(
                 "sampler 'target': a batch holds no next items; give mappings with 'history'"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters.batches import histories, mapped, real_places
+from fisherkern.errors import InputError
 
 
 class Library:
@@ -84,6 +86,10 @@ class Library:
         """A native batch of histories (N, T) int64, items 1..V with 0 on the left for none."""
         return items
 
+    def with_users(self, module: Any, batch: Any, users: Tensor | None) -> Any:
+        """A batch of `make_batch` with the data's users (N,), for models that take them."""
+        return batch
+
     def item_tables(self, module: Any) -> dict[str, int] | None:
         """Parameter -> row of the first item; None: they are found by their sizes."""
         return None
@@ -129,18 +135,37 @@ def last_place(places: Tensor | None, length: int, rows: int) -> Tensor | None:
     return torch.where(places, steps, -1).amax(dim=1).clamp(min=0)
 
 
-def last_label(labels: Tensor) -> Tensor:
-    """The last label of each sequence that counts, (N,): not −100."""
-    steps = torch.arange(labels.shape[1], device=labels.device)
-    last = torch.where(labels != -100, steps, -1).amax(dim=1).clamp(min=0)
-    return labels.gather(1, last[:, None])[:, 0]
+def last_label(labels: Tensor, places: Tensor | None) -> Tensor:
+    """The label of each sequence's last real position, (N,).
+
+    Args:
+        labels: (N, T), −100 for none.
+        places: (N, T) bool, which positions hold items; None for all.
+
+    Raises:
+        InputError: A sequence has none there, as labels that are the history itself.
+    """
+    index = last_place(places, labels.shape[1], len(labels))
+    if index is None:
+        index = torch.full_like(labels[:, 0], labels.shape[1] - 1)
+    found = labels.gather(1, index[:, None].to(labels.device))[:, 0]
+    if bool((found == -100).any()):
+        raise InputError(
+            "sampler 'target': a batch's labels name no item after the last of a sequence; give "
+            "histories without their last item and fk.adapt(model, target=...)"
+        )
+    return found
 
 
 def history_of(batch: Any) -> Tensor:
     """The history of a batch, which must hold one."""
-    found = histories(mapped(batch, lambda name, value: torch.as_tensor(value)))
+    found = histories(mapped(batch, _as_tensor))
     assert found is not None
     return found
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def shifted_left(tokens: Tensor, new: int) -> Tensor:

@@ -10,9 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters.batches import field, histories, model_input
-from fisherkern.adapters.libraries.base import Library, config_of, token_ids
+from fisherkern.adapters.libraries.base import Library, config_of, right_padded, token_ids
 from fisherkern.adapters.libraries.plain import logits_in
+from fisherkern.errors import InputError
 
+# What a configuration says of files, versions, outputs and training rather than the function.
+_BESIDE_FUNCTION = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "gradient_checkpointing",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_TRAINING = ("drop", "init", "attn_implementation")
 _LOSSES = ("labels", "target", "targets", "user", "return_dict", "label")
 
 
@@ -78,9 +98,17 @@ class HuggingFace(Library):
         return None
 
     def settings(self, module: Any) -> Mapping[str, Any] | None:
-        return config_of(module)
+        config = config_of(module)
+        return None if config is None else _of_function(config)
 
     def make_batch(self, module: Any, items: Tensor) -> Any:
+        if not self._encodes(module) and not self._is_causal(module):
+            raise InputError(
+                f"model: {_bare_name(module)} is asked by a mask token, which its configuration "
+                "does not name; give fk.adapt(model, make_batch=...)"
+            )
+        # Padded as collators do: positions of the left-padded would begin at the padding.
+        items, _ = right_padded(items, 0)
         tokens = token_ids(items, self.first_token(module), self.pad_id(module) or 0)
         return {"input_ids": tokens, "attention_mask": (items != 0).long()}
 
@@ -90,6 +118,15 @@ class HuggingFace(Library):
 
     def _is_causal(self, module: Any) -> bool:
         return not self._encodes(module) and "MaskedLM" not in _bare_name(module)
+
+
+def _of_function(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change what a model computes, also those inside of others."""
+    return {
+        name: _of_function(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _BESIDE_FUNCTION and not any(part in name for part in _TRAINING)
+    }
 
 
 def _bare_name(module: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters.batches import field
 from fisherkern.adapters.libraries.base import Library, right_padded
+from fisherkern.errors import InputError
 
 
 class GenerativeRecommender(Library):
@@ -21,11 +23,17 @@ class GenerativeRecommender(Library):
         names = ("generate_user_embeddings", "encode", "get_item_embeddings")
         return all(hasattr(module, name) for name in names)
 
+    def prepared(self, module: Any, batch: Any) -> Any:
+        if isinstance(batch, Mapping) and "historical_ids" in batch:
+            return _of_row(module, batch)
+        if isinstance(batch, (tuple, list)) and hasattr(batch[0], "past_ids"):
+            # (features, target ids, target ratings)
+            return {**batch[0]._asdict(), "target_ids": batch[1]}
+        return batch if isinstance(batch, Mapping) else batch._asdict()
+
     def logits(self, module: Any, batch: Any) -> Tensor:
-        lengths, ids = _lengths(batch), _ids(batch)
-        payloads = batch.get("past_payloads", {}) if isinstance(batch, dict) else {}
-        if not isinstance(batch, dict):
-            payloads = getattr(batch, "past_payloads", {})
+        lengths, ids = batch["past_lengths"], batch["past_ids"]
+        payloads = batch["past_payloads"]
         states = module.encode(
             past_lengths=lengths,
             past_ids=ids,
@@ -60,20 +68,34 @@ class GenerativeRecommender(Library):
         return value if isinstance(value, int) else None
 
     def make_batch(self, module: Any, items: Tensor) -> Any:
+        if any(name.endswith("_ts_w") for name, _ in module.named_parameters()):
+            raise InputError(
+                "model: its attention takes the times of actions, which a history has none of; "
+                "give fk.adapt(model, make_batch=...)"
+            )
         tokens, lengths = right_padded(items, 0)
         return {"past_lengths": lengths.clamp(min=1), "past_ids": tokens, "past_payloads": {}}
 
 
-def _lengths(batch: Any) -> Tensor:
-    found = field(batch, ("past_lengths", "history_lengths"))
-    assert found is not None
-    return found[1]
-
-
-def _ids(batch: Any) -> Tensor:
-    found = field(batch, ("past_ids", "historical_ids"))
-    assert found is not None
-    return found[1]
+def _of_row(module: Any, row: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the models take of a batch of the data set: places for the next items at the end."""
+    ids, lengths = row["historical_ids"], row["history_lengths"].reshape(-1)
+    width = max(ids.shape[1], len(module._attn_mask))
+    after = (0, width - ids.shape[1])
+    payloads = {
+        name: F.pad(row[f"historical_{name}"], after)
+        for name in ("timestamps", "ratings")
+        if f"historical_{name}" in row
+    }
+    if after[1] and "timestamps" in payloads and "target_timestamps" in row:
+        times = row["target_timestamps"].reshape(-1, 1)
+        payloads["timestamps"] = payloads["timestamps"].scatter(1, lengths[:, None], times)
+    return {
+        "past_lengths": lengths,
+        "past_ids": F.pad(ids, after),
+        "past_payloads": payloads,
+        "target_ids": row["target_ids"],
+    }
 
 
 def _table(module: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fisherkern.adapters.batches import model_input
+from fisherkern.adapters.batches import field, model_input
 from fisherkern.adapters.libraries.base import Library, history_of, token_ids
 
 
@@ -23,7 +23,11 @@ class SASRecPyTorch(Library):
     def logits(self, module: Any, batch: Any) -> Tensor:
         # Its code takes NumPy arrays, and moves them to its device itself.
         states = module.log2feats(history_of(batch).cpu().numpy())
-        return F.linear(states, module.item_emb.weight)
+        # `predict` scores items; the padding is none.
+        return F.linear(states, module.item_emb.weight[1:])
+
+    def first_column(self, module: Any) -> int:
+        return 1
 
     def targets(self, module: Any, batch: Any) -> Tensor | None:
         # Its sampler gives users, sequences, positive and negative items.
@@ -59,6 +63,19 @@ class GSASRec(Library):
     def fits(self, module: nn.Module) -> bool:
         names = ("get_predictions", "get_output_embeddings", "num_items")
         return all(hasattr(module, name) for name in names)
+
+    def prepared(self, module: Any, batch: Any) -> Any:
+        # Its loaders give [histories, negatives], next items included, and
+        # [histories, sets of seen items, next items].
+        if not isinstance(batch, (tuple, list)) or not isinstance(batch[-1], Tensor):
+            return batch
+        if len(batch) == 2 and batch[1].dim() == 3:
+            return {"history": batch[0][:, :-1], "target": batch[0][:, -1]}
+        return {"history": batch[0], "target": batch[-1]} if len(batch) == 3 else batch
+
+    def targets(self, module: Any, batch: Any) -> Tensor | None:
+        found = field(batch, ("target",))
+        return None if found is None else found[1]
 
     def logits(self, module: Any, batch: Any) -> Tensor:
         states = module(history_of(model_input(batch)))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters.batches import field
 from fisherkern.adapters.libraries.base import Library, config_of, right_padded
+from fisherkern.errors import InputError
+
+log = logging.getLogger("fisherkern")
 
 
 class RecBole(Library):
@@ -47,3 +52,18 @@ class RecBole(Library):
     def make_batch(self, module: Any, items: Tensor) -> Any:
         items, lengths = right_padded(items, 0)
         return {module.ITEM_SEQ: items, module.ITEM_SEQ_LEN: lengths.clamp(min=1)}
+
+    def with_users(self, module: Any, batch: Any, users: Tensor | None) -> Any:
+        table = getattr(module, "user_embedding", None)
+        if not isinstance(table, nn.Embedding):
+            return batch
+        # Row 0 is padding's.
+        rows = torch.ones_like(batch[module.ITEM_SEQ_LEN]) if users is None else users + 1
+        if int(rows.max()) >= table.num_embeddings:
+            raise InputError(
+                f"model: {type(module).__name__} knows {table.num_embeddings - 1} users, and the "
+                f"data have more: user number {int(rows.max()) - 1}"
+            )
+        if users is not None and int(users[0]) == 0:
+            log.warning("%s: user i of the data is taken to be its i-th user", self.name)
+        return {**batch, module.USER_ID: rows}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters.batches import field
 from fisherkern.adapters.libraries.base import Library, shifted_left, token_ids
+from fisherkern.errors import InputError
 
 # Tokens before the first item: padding, and BERT4Rec's mask after it.
 _MASK = 1
@@ -32,7 +33,9 @@ class RecTools(Library):
         # Training hides items anywhere; the next item is asked for by a mask after the last.
         if labels is not None and labels.shape == tokens.shape:
             tokens = torch.where(labels != 0, labels, tokens)
-        return {**batch, "x": shifted_left(tokens, _MASK)}
+        # Labels are those of the hidden places, and none of the next item.
+        beside = {name: value for name, value in batch.items() if name not in ("x", "y")}
+        return {**beside, "x": shifted_left(tokens, _MASK)}
 
     def logits(self, module: Any, batch: Any) -> Tensor:
         scores: Tensor = module(batch)
@@ -66,6 +69,11 @@ class RecTools(Library):
         return length if length is None or not _is_masked(module) else length - 1
 
     def make_batch(self, module: Any, items: Tensor) -> Any:
+        if any(name.endswith("time_weights") for name, _ in module.named_parameters()):
+            raise InputError(
+                "model: its attention takes the times of actions, which a history has none of; "
+                "give fk.adapt(model, make_batch=...)"
+            )
         tokens = token_ids(items, self.first_token(module))
         if not _is_masked(module):
             return {"x": tokens}

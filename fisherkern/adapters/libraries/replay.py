@@ -45,9 +45,8 @@ class SasRec(Library):
         }
 
     def max_len(self, module: Any) -> int | None:
-        aggregator = getattr(module.body, "embedding_aggregator", None)
-        value = getattr(aggregator, "max_sequence_length", None)
-        return value if isinstance(value, int) else None
+        positions = getattr(module.body.embedding_aggregator, "pe", None)
+        return positions.num_embeddings if isinstance(positions, nn.Embedding) else None
 
 
 class SasRecModel(SasRec):
@@ -63,7 +62,8 @@ class SasRecModel(SasRec):
         return scores
 
     def labels(self, module: Any, batch: Any) -> Tensor | None:
-        return _labels(field(batch, ("labels",)), field(batch, ("labels_padding_mask",)))
+        masks = ("labels_padding_mask", "target_padding_mask")
+        return _labels(field(batch, ("labels", "positive_labels")), field(batch, masks))
 
     def num_items(self, module: Any) -> int | None:
         return int(module.item_count) if hasattr(module, "item_count") else None
@@ -153,5 +153,4 @@ def _labels(found: Any, mask: Any) -> Tensor | None:
 
 
 def _item_name(module: Any) -> str:
-    name = getattr(module.body.embedder, "item_feature_name", "item_id")
-    return str(name)
+    return str(getattr(module.body.embedder, "_item_feature_name", "item_id"))

@@ -1,0 +1,1 @@
+"""Models of other libraries as their users have them, and what the package makes of them."""
