@@ -182,7 +182,13 @@ class Engine:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         stats = SoftmaxStats.of(h, weight, bias, sequence_ids, target, self.settings)
         check_softmax(stats.lse, sequence_ids)
-        return stats, factor_covariance(stats, self.settings)
+        return stats, self._factor(stats)
+
+    def _factor(self, stats: SoftmaxStats | LogitStats) -> CovarianceFactor:
+        """The factor that the sampler asks for."""
+        if isinstance(stats, LogitStats):
+            return factor_logits(stats, self.settings)
+        return factor_covariance(stats, self.settings)
 
     def _add_output(
         self,
@@ -243,7 +249,7 @@ class Engine:
             if layer is None:
                 log_stats = LogitStats(torch.log_softmax(own, dim=1), rows.ids, target)
                 check_softmax(log_stats.log_p.amax(dim=1), rows.ids)
-                factor, stats = factor_logits(log_stats, self.settings), None
+                factor, stats = self._factor(log_stats), None
             else:
                 stats, factor = self._factored(own, layer, rows.ids, target)
                 for weight in rows.weight.unique().tolist():
@@ -293,7 +299,7 @@ class Engine:
             raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
         stats = LogitStats(torch.log_softmax(z, dim=1), sequence_ids, target)
         check_softmax(stats.log_p.amax(dim=1), sequence_ids)
-        self._probe(batch, forwards, factor_logits(stats, self.settings), lambda forward: {})
+        self._probe(batch, forwards, self._factor(stats), lambda forward: {})
 
     def _probe(
         self, batch: Any, forwards: list[CapturedForward], factor: CovarianceFactor, tied: Tied

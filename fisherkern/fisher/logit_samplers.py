@@ -67,17 +67,20 @@ class LogitStats:
 
 def factor_logits(stats: LogitStats, settings: Settings) -> CovarianceFactor:
     """The factor that `settings.sampler` asks for; its columns are over the V logits."""
-    p = stats.log_p.exp()
     if settings.sampler == "sketch":
-        return _sketch(p, stats, settings)
-    ids: Tensor | None
+        return _sketch(stats.log_p.exp(), stats, settings)
     if settings.sampler == "exact":
-        ids, omega, mass = None, p, None
-        probes = stats.num_items
-    else:
-        ids, omega, mass = sample(stats, settings)
-        probes = ids.shape[1]
+        return factor_logit_items(stats, None, stats.log_p.exp())
+    return factor_logit_items(stats, *sample(stats, settings))
+
+
+def factor_logit_items(
+    stats: LogitStats, ids: Tensor | None, omega: Tensor, mass: Tensor | None = None
+) -> CovarianceFactor:
+    """The factor of some items of each sequence: ids (N, K), None for all, weights ω (N, K)."""
+    p = stats.log_p.exp()
     omega = omega.to(p.dtype)
+    probes = omega.shape[1]
 
     def columns(sequence: Tensor, span: slice) -> Tensor:
         root = omega[sequence, span].sqrt().t()[:, :, None]

@@ -113,7 +113,7 @@ def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFact
             return _hybrid_sketch(stats, settings)
         return _streamed_sketch(stats, settings)
     ids, omega, mass = sample(stats, settings)
-    return _from_items(stats, ids, omega, mass)
+    return factor_items(stats, ids, omega, mass)
 
 
 def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:
@@ -168,9 +168,10 @@ def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tens
     return ids, p * scale, None
 
 
-def _from_items(
-    stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None
+def factor_items(
+    stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None = None
 ) -> CovarianceFactor:
+    """The factor of some items of each sequence: ids (N, K), weights ω (N, K), mass (N,)."""
     mean = stats.mean
     root = omega.to(mean.dtype).sqrt()
     columns = root[:, :, None] * (stats.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)

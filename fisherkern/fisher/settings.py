@@ -30,6 +30,7 @@ class Settings:
     reduction: str = "sequence"
     chunk: int | None = None
     positions: str | int = "last"
+    check: bool = True
 
     def checked(self) -> Settings:
         """These settings, with the sketch's default filled in; InputError for a bad one."""
