@@ -1,6 +1,6 @@
 """Small random recommenders from a seed, and their Fishers against brute force.
 
-    python -m tests.fisher.generated_models --models 2000
+python -m tests.fisher.generated_models --models 2000
 """
 
 from __future__ import annotations
