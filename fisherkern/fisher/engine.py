@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern import ops
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size, batch_slice, batch_take
 from fisherkern.adapters.parameters import Parameters, ParamView
@@ -30,7 +29,12 @@ from fisherkern.fisher.positions import (
     counted_positions,
     position_targets,
 )
-from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
+from fisherkern.fisher.samplers import (
+    SoftmaxStats,
+    add_output_,
+    check_softmax,
+    factor_covariance,
+)
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
 
@@ -208,10 +212,7 @@ class Engine:
         own = [
             None if s is None else torch.zeros_like(s) if apart else s for s in (sums, sums_bias)
         ]
-        ids = None if factor.ids is None else factor.ids[rows]
-        omega = None if factor.omega is None else factor.omega[rows]
-        inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
-        ops.head_sqgrad_(own[0], own[1], *inputs, ids, omega)
+        add_output_(own, stats, factor, rows)
         if apart and sums is not None and own[0] is not None:
             if layer.fixed_rows is not None:
                 own[0].masked_fill_(layer.fixed_rows[:, None], 0.0)

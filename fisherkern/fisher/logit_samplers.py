@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.samplers import sample
+from fisherkern.fisher.saturated import complement
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 from fisherkern.ops.sample_distinct import distinct_from_ranges
@@ -79,7 +80,7 @@ def factor_logit_items(
 ) -> CovarianceFactor:
     """The factor of some items of each sequence: ids (N, K), None for all, weights ω (N, K)."""
     p = stats.log_p.exp()
-    omega = omega.to(p.dtype)
+    rest, omega = complement(p), omega.to(p.dtype)
     probes = omega.shape[1]
 
     def columns(sequence: Tensor, span: slice) -> Tensor:
@@ -87,7 +88,9 @@ def factor_logit_items(
         items = torch.arange(probes, device=p.device)[span].expand(len(sequence), -1)
         if ids is not None:
             items = ids[sequence, span]
-        return (-root * p[sequence]).scatter_add_(2, items.t()[:, :, None], root)
+        place = items.t()[:, :, None]
+        own = root * rest[sequence].expand(len(root), -1, -1).gather(2, place)
+        return (-root * p[sequence]).scatter_(2, place, own)
 
     return CovarianceFactor(
         probes=probes, probe_vectors=columns, tied_cross_term=_no_cross, mass=mass
@@ -97,13 +100,20 @@ def factor_logit_items(
 def _sketch(p: Tensor, stats: LogitStats, settings: Settings) -> CovarianceFactor:
     assert settings.probes is not None
     probes, items = settings.probes, torch.arange(stats.num_items, device=p.device)
+    rest = complement(p)
     signed = counter_rng.apply_random_signs_(p.sqrt(), settings.seed, stats.sequence_ids, items)
     bucket = counter_rng.bucket_of(settings.seed, items, probes)
 
     def columns(sequence: Tensor, span: slice) -> Tensor:
         probe = torch.arange(probes, device=p.device)[span]
         signs = signed[sequence] * (bucket == probe[:, None])[:, None]
-        return signs - p[sequence] * signs.sum(dim=2, keepdim=True)
+        # s_v (1 − p_v) − p_v Σ_{u≠v} s_u: of an item with nearly all the mass nothing cancels.
+        large = p[sequence] > 0.5
+        top = signs.masked_fill(~large, 0.0)
+        others = (signs - top).sum(dim=2, keepdim=True)
+        total = others + top.sum(dim=2, keepdim=True)
+        apart = signs * rest[sequence] - p[sequence] * others
+        return torch.where(large, apart, signs - p[sequence] * total)
 
     return CovarianceFactor(probes=probes, probe_vectors=columns, tied_cross_term=_no_cross)
 
