@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,13 +17,23 @@ from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logit_items
 from fisherkern.fisher.positions import POSITION_IDS, counted_positions
 from fisherkern.fisher.samplers import SoftmaxStats, factor_items
-from fisherkern.ops import counter_rng
 
 # Sequences that go through the engine together, of which the first and the last are compared.
 _TOGETHER = 32
+# From the most likely item to the one that is compared.
+_STEP = 7919
 # By dtype: what gradients may differ by, of their tensor's largest, and of the model's largest.
 _TOLERANCE = {torch.float64: (1e-5, 1e-11), torch.float32: (1e-2, 1e-5)}
 _COARSE = (0.25, 0.05)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlainGradients:
+    """∂ log p(y) / ∂θ of item y, by parameter where any comes, and the logits (V,)."""
+
+    item: int
+    logits: Tensor
+    gradients: dict[str, Tensor]
 
 
 class FirstBatchCheck:
@@ -52,17 +63,16 @@ class FirstBatchCheck:
             return
         self._most = n
         part = batch_slice(batch, 0, n)
-        single = _OneItem(self.engine, sorted({0, n - 1}))
+        alone = {i: self._plain(batch_slice(part, i, i + 1), 0) for i in sorted({0, n - 1})}
+        single = _OneItem(self.engine, {i: plain.item for i, plain in alone.items()})
         single.add(part, torch.arange(n, device=single.device))
-        alone = [self._plain(batch_slice(part, i, i + 1), 0, i) for i in single.compared]
-        fault = self._difference(single.fisher, [gradients for gradients, _ in alone])
+        fault = self._difference(single.fisher, alone.values())
         if fault is None:
             return
         # Next to a kink of the model, rounding decides: then all is equal within the batch.
-        beside = [self._plain(part, i, i) for i in single.compared]
-        pairs = zip(alone, beside, strict=True)
-        if self._difference(single.fisher, [gradients for gradients, _ in beside]) is None and all(
-            distance(own, other) is None for (_, own), (_, other) in pairs
+        beside = {i: self._plain(part, i, plain.item) for i, plain in alone.items()}
+        if self._difference(single.fisher, beside.values()) is None and all(
+            distance(alone[i].logits, beside[i].logits) is None for i in alone
         ):
             return
         raise InputError(
@@ -71,31 +81,32 @@ class FirstBatchCheck:
             " it all the same"
         )
 
-    def _plain(self, batch: Any, row: int, sequence: int) -> tuple[dict[str, Tensor], Tensor]:
-        """∂ log p(y) / ∂θ of a row by autograd, without what is zero, and its logits (V,)."""
+    def _plain(self, batch: Any, row: int, item: int | None = None) -> _PlainGradients:
+        """∂ log p(y) / ∂θ of a row by autograd, of a less likely item if none is given."""
         model, named = self.engine.model, self.engine.parameters.named
         with torch.enable_grad(), self.engine.autocast.on(), batch_norm_refused():
             z = model.all_logits(batch) if self.engine.every else model.logits(batch)
         if self.engine.every:
             counted = counted_positions(model, batch, (z.shape[0], z.shape[1]))[row]
             if not bool(counted.any()):
-                return {}, z[row, -1].detach()
+                return _PlainGradients(0, z[row, -1].detach(), {})
             z = z[:, int(counted.nonzero().max())]
         z = z[row]
-        item = int(_items(torch.tensor([sequence]), len(z)))
+        if item is None:
+            # Of the most likely one 1 − p may be a rounding of autograd's.
+            item = (int(z.argmax()) + 1 + _STEP % max(len(z) - 1, 1)) % len(z)
         log_p = torch.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=0)[item]
         gradients = torch.autograd.grad(log_p, list(named.values()), allow_unused=True)
         pairs = zip(named, gradients, strict=True)
-        return {name: g.to_dense() for name, g in pairs if g is not None}, z.detach()
+        present = {name: g.to_dense() for name, g in pairs if g is not None}
+        return _PlainGradients(item, z.detach(), present)
 
-    def _difference(
-        self, ours: dict[str, Tensor], gradients: list[dict[str, Tensor]]
-    ) -> str | None:
+    def _difference(self, ours: dict[str, Tensor], plain: Iterable[_PlainGradients]) -> str | None:
         """The parameter that is further from its gradients than rounding, and how far."""
         named = self.engine.parameters.named
         expected = {name: torch.zeros_like(total) for name, total in ours.items()}
-        for found in gradients:
-            for name, gradient in found.items():
+        for found in plain:
+            for name, gradient in found.gradients.items():
                 expected[name] += gradient.to(expected[name].dtype).square().flatten()
         kinds = [_TOLERANCE.get(p.dtype, _COARSE) for p in named.values()]
         if self.engine.autocast.enabled:
@@ -114,9 +125,9 @@ class FirstBatchCheck:
 
 
 class _OneItem(Engine):
-    """The engine with one item of weight 1 for each sequence of `compared`, 0 for the others."""
+    """The engine with an item of weight 1 for each sequence in `compared`, 0 for the others."""
 
-    def __init__(self, engine: Engine, compared: list[int]) -> None:
+    def __init__(self, engine: Engine, compared: dict[int, int]) -> None:
         settings = dataclasses.replace(
             engine.settings, sampler="random", k=1, probes=None, tol=None,
             positions="all" if engine.every else "last",
@@ -132,17 +143,12 @@ class _OneItem(Engine):
         ids = stats.sequence_ids
         if self.every:
             ids = ids // POSITION_IDS
-        compared = torch.isin(ids, torch.tensor(self.compared, device=ids.device))
-        if self.every:  # the last position of each sequence alone
-            compared[:-1] &= ids[:-1] != ids[1:]
-        items = _items(ids, stats.num_items)[:, None]
-        omega = compared.double()[:, None]
+        items, omega = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.float64)
+        for sequence, item in self.compared.items():
+            # Of all positions the last of a sequence.
+            place = (ids == sequence).nonzero()[-1:, 0]
+            items[place], omega[place] = item, 1.0
+        items, omega = items[:, None], omega[:, None]
         if isinstance(stats, LogitStats):
             return factor_logit_items(stats, items, omega)
         return factor_items(stats, items, omega)
-
-
-def _items(sequence_ids: Tensor, num_items: int) -> Tensor:
-    """An item for each sequence, (N,)."""
-    draw = counter_rng.uniform(0, sequence_ids, sequence_ids.new_zeros(1))[:, 0]
-    return (draw * num_items).long()

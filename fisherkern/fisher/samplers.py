@@ -151,12 +151,12 @@ def add_output_(
         keep = torch.zeros(len(stats.h), dtype=torch.bool, device=stats.h.device)
         keep[rows] = True
         saturated = stats.saturated.select(keep)
-        saturated.add_output_(*sums, factor.ids, factor.omega)
+        saturated.add_output_(sums[0], sums[1], factor.ids, factor.omega)
         rows = keep & (saturated.place < 0)
     ids = None if factor.ids is None else factor.ids[rows]
     omega = None if factor.omega is None else factor.omega[rows]
     inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
-    ops.head_sqgrad_(*sums, *inputs, ids, omega)
+    ops.head_sqgrad_(sums[0], sums[1], *inputs, ids, omega)
 
 
 def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import brute
-from fisher.generated_blocks import Around, HandsOn, Head, Reading, block
-from fisher.generated_pieces import ITEMS, LENGTH, Lookup, Positions
 
 import fisherkern as fk
+from fisher.generated_blocks import Around, HandsOn, Head, Reading, block
+from fisher.generated_pieces import ITEMS, LENGTH, Lookup, Positions
 
 # Of the largest entry of a parameter's Fisher.
 TOLERANCE = 1e-8

@@ -17,7 +17,6 @@ import fisherkern as fk
 from fisherkern.fisher.layers import HANDLERS
 from fisherkern.fisher.layers.grads import EmbeddingGrad, LinearGrad
 
-
 # Of one length, so that they stay together.
 FULL = HISTORIES % NUM_ITEMS + 1
 

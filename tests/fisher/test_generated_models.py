@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from fisher.generated_models import run
 
 # Each found a fault once: a batch's mean behind a first batch of one sequence, a batch norm
