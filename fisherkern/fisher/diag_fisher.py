@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
@@ -21,6 +22,7 @@ from fisherkern.ops.backend import use_backend
 from fisherkern.progress import progress_bar
 
 
+@takes_numpy
 def diag_fisher(
     model: Any,
     loader: Iterable[Any],

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from fisherkern.checks import takes_numpy
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
@@ -20,6 +21,7 @@ from fisherkern.merging.search import greedy_weights, search_weights
 ModelT = TypeVar("ModelT")
 
 
+@takes_numpy
 def merge(
     models: Sequence[ModelT],
     *,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherkern.checks import check_count, check_positive
+from fisherkern.checks import check_count, check_positive, takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file
@@ -86,6 +86,7 @@ class CheckpointPolicy:
             check_positive("save_every_seconds", self.every_seconds)
 
 
+@takes_numpy
 def train(
     model: SequenceEncoder,
     data: TrainingData,
