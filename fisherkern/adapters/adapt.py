@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from fisherkern.adapters.adapter import HeadTensors, ModelAdapter
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.modes import eval_mode
 
 log = logging.getLogger("fisherkern")
 
 
+@takes_numpy
 def adapt(
     model: Any,
     *,

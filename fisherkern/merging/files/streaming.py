@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 from fisherkern.members.checks import check_weights
@@ -44,6 +45,7 @@ STREAMED = ("uniform", "weighted", "fisher", "slerp", "task_arithmetic", "ties",
 READ = 16 * BLOCK
 
 
+@takes_numpy
 def merge_files(
     paths: Sequence[PathLike],
     out: PathLike,
