@@ -33,11 +33,12 @@ def batch_norm_refused() -> Iterator[None]:
 
 def check_function(adapter: Any, batch: Any) -> None:
     """Refuse logits that are not the same twice, or not the same without other sequences."""
-    versions = {name: p._version for name, p in adapter.module.named_parameters()}
+    parameters = [(n, p) for n, p in adapter.module.named_parameters() if not p.is_inference()]
+    versions = [parameter._version for _, parameter in parameters]
     with torch.no_grad(), batch_norm_refused():
         z = adapter.logits(batch)
-        for name, parameter in adapter.module.named_parameters():
-            if parameter._version != versions[name]:
+        for (name, parameter), version in zip(parameters, versions, strict=True):
+            if parameter._version != version:
                 raise InputError(f"model: its forward pass changes '{name}' in place")
         if z.dim() != 2:
             raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")

@@ -11,10 +11,9 @@ import torch
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
-from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.first_batch import FirstBatchCheck
-from fisherkern.fisher.plain_run import plainly
+from fisherkern.fisher.plain_run import buffers_kept, plainly
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
 from fisherkern.modes import eval_mode
@@ -130,11 +129,11 @@ def diag_fisher(
     engine = Engine(adapter, settings)
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
-    before = fingerprint(adapter.module) if check else None
     first_batch = FirstBatchCheck(engine)
     count = 0
     bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
-    with use_backend(backend), eval_mode(adapter.module, gradients=True), plainly():
+    in_eval = eval_mode(adapter.module, gradients=True)
+    with use_backend(backend), in_eval, buffers_kept(adapter.module), plainly():
         for batch in bar:
             count += engine.add_batch(batch, count)
             first_batch(batch)
@@ -143,16 +142,19 @@ def diag_fisher(
     total = int(engine.num_positions) if engine.every else count
     if total == 0:
         raise InputError("loader: none of its positions counts")
-    after = fingerprint(adapter.module)
-    if before not in (None, after):
-        raise InputError("model: its forward pass changes its weights, in eval mode too")
-    meta = settings.meta(engine.num_items) | {
+    meta = settings.meta(engine.num_items) | _meta(engine, count, total)
+    meta["fingerprint"] = first_batch.fingerprint_after()
+    return DiagFisher(engine.finish(total), meta)
+
+
+def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:
+    """What `meta` says of `count` sequences with `total` positions that count."""
+    sampler = engine.settings.sampler
+    return {
         "probes": engine.probes or None,
         "num_sequences": count,
         "num_positions": total if engine.every else None,
         "captured_mass": float(engine.mass) / total if sampler == "topk" else None,
         "kept_energy": float(engine.kept) / total if sampler == "exact" else None,
-        "fingerprint": after,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    return DiagFisher(engine.finish(total), meta)

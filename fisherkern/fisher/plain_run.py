@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint as checkpointing
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.errors import InputError
@@ -67,6 +68,29 @@ def plainly() -> Iterator[None]:
             _running -= 1
             if _running == 0:
                 _changes.close()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the buffers that forward passes inside the block change: counters, caches."""
+    before = [
+        (module._buffers, name, buffer, _version(buffer), buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for holder, name, buffer, version, value in before:
+            if _version(buffer) != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+            holder[name] = buffer
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class NormGuard(TorchFunctionMode):

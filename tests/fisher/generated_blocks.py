@@ -20,36 +20,18 @@ from fisher.generated_pieces import (
     Norm,
     Recurrent,
     parameter,
+    words,
 )
 
 
 class Odd(nn.Module):
     """A use of parameters that no layer class stands for."""
 
-    KINDS = [
-        "gate",
-        "scalar_gate",
-        "vector_scale",
-        "dropout",
-        "where",
-        "assigned",
-        "filled",
-        "masked",
-        "token",
-        "mixture",
-        "fourier",
-        "prelu",
-        "gaps",
-        "item_bias",
-        "hyper",
-        "squeeze",
-        "highway",
-        "unbound",
-        "cumulative",
-        "outer",
-        "deep_copy_row",
-        "power",
-    ]
+    KINDS = words(
+        "gate scalar_gate vector_scale dropout where assigned filled masked token mixture "
+        "fourier prelu gaps item_bias hyper squeeze highway unbound cumulative outer "
+        "deep_copy_row power"
+    )
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -130,7 +112,7 @@ class Odd(nn.Module):
 class Wrong(nn.Module):
     """What has no Fisher of a sequence: to be refused."""
 
-    KINDS = ["batch_mean", "batch_norm", "random", "counting"]
+    KINDS = words("batch_mean batch_norm random counting")
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -153,15 +135,7 @@ class Wrong(nn.Module):
 class Around(nn.Module):
     """A block with something around it."""
 
-    KINDS = [
-        "alone",
-        "residual",
-        "rezero",
-        "checkpoint",
-        "checkpoint_reentrant",
-        "twice",
-        "pre_norm",
-    ]
+    KINDS = words("alone residual rezero checkpoint checkpoint_reentrant twice pre_norm")
 
     def __init__(self, rng: random.Random, block: nn.Module) -> None:
         super().__init__()
@@ -197,17 +171,7 @@ def block(rng: random.Random) -> nn.Module:
 class Reading(nn.Module):
     """States (N, T, D) to one of each sequence, (N, D)."""
 
-    KINDS = [
-        "last",
-        "mean",
-        "masked_mean",
-        "most",
-        "summed",
-        "first",
-        "weighted",
-        "place",
-        "squeezed",
-    ]
+    KINDS = words("last mean masked_mean most summed first weighted place squeezed")
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -240,27 +204,11 @@ class Reading(nn.Module):
 class Head(nn.Module):
     """h (N, D) to logits, by a matrix of its own or the table of the lookup."""
 
-    KINDS = [
-        "own",
-        "own_biased",
-        "bare",
-        "tied",
-        "tied_items",
-        "tied_biased",
-        "tied_scaled",
-        "tied_temperature",
-        "tied_cosine",
-        "tied_projected",
-        "tied_einsum",
-        "tied_sum",
-        "tied_hidden",
-        "tied_log",
-        "cosine",
-        "two",
-        "bilinear",
-        "masked",
-        "joined",
-    ]
+    KINDS = words(
+        "own own_biased bare tied tied_items tied_biased tied_scaled tied_temperature "
+        "tied_cosine tied_projected tied_einsum tied_sum tied_hidden tied_log cosine two "
+        "bilinear masked joined"
+    )
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()

@@ -22,27 +22,18 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) * 0.7)
 
 
+def words(text: str) -> list[str]:
+    """The kinds of a piece."""
+    return text.split()
+
+
 class Lookup(nn.Module):
     """Ids (N, T) to vectors (N, T, D); `table` gives all of them, (V + 1, D)."""
 
-    KINDS = [
-        "plain",
-        "padding",
-        "scaled",
-        "bare",
-        "flat",
-        "select",
-        "one_hot",
-        "computed",
-        "normalised",
-        "product",
-        "factorised",
-        "composed",
-        "sparse",
-        "bag",
-        "added",
-        "frozen",
-    ]
+    KINDS = words(
+        "plain padding scaled bare flat select one_hot computed normalised product "
+        "factorised composed sparse bag added frozen"
+    )
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -98,23 +89,10 @@ class Lookup(nn.Module):
 class Positions(nn.Module):
     """x (N, T, D) with something about the places put to it."""
 
-    KINDS = [
-        "none",
-        "arange",
-        "leading",
-        "expanded",
-        "repeated",
-        "first_rows",
-        "bare",
-        "reversed",
-        "counted",
-        "buffer",
-        "selected",
-        "scaled",
-        "joined",
-        "time_first",
-        "doubled",
-    ]
+    KINDS = words(
+        "none arange leading expanded repeated first_rows bare reversed counted buffer "
+        "selected scaled joined time_first doubled"
+    )
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -173,35 +151,12 @@ class Positions(nn.Module):
 class Dense(nn.Module):
     """A product with a matrix, said in one of many ways, and an activation."""
 
-    KINDS = [
-        "linear",
-        "bare_linear",
-        "matmul",
-        "matmul_bias",
-        "einsum",
-        "einsum_turned",
-        "tensordot",
-        "addmm",
-        "bmm",
-        "summed",
-        "loop",
-        "chunked",
-        "conv1d",
-        "conv_depth",
-        "bilinear",
-        "twice",
-        "turned_back",
-        "in_place",
-        "time_first",
-        "weight_norm",
-        "old_weight_norm",
-        "spectral",
-        "orthogonal",
-        "function",
-        "vmapped",
-        "frozen",
-        "low_rank",
-    ]
+    KINDS = words(
+        "linear bare_linear matmul matmul_bias einsum einsum_turned tensordot addmm bmm "
+        "summed loop chunked conv1d conv_depth bilinear twice turned_back in_place "
+        "time_first weight_norm old_weight_norm spectral orthogonal function vmapped frozen "
+        "low_rank"
+    )
     ACTIVATIONS = (
         torch.tanh, F.relu, F.gelu, F.silu, F.elu, F.softplus, F.leaky_relu, torch.sigmoid,
         lambda x: x, lambda x: x.relu_(), lambda x: F.glu(torch.cat([x, x * 2], -1)),
@@ -291,17 +246,7 @@ class _Product(torch.autograd.Function):
 class Norm(nn.Module):
     """A normalisation of features."""
 
-    KINDS = [
-        "layer",
-        "bare_layer",
-        "no_affine",
-        "rms",
-        "own_rms",
-        "batch",
-        "group",
-        "instance",
-        "scaled",
-    ]
+    KINDS = words("layer bare_layer no_affine rms own_rms batch group instance scaled")
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -335,7 +280,7 @@ class Norm(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer over the places."""
 
-    KINDS = ["gru", "gru_time_first", "lstm", "rnn", "two_layers", "start", "cell", "two_ways"]
+    KINDS = words("gru gru_time_first lstm rnn two_layers start cell two_ways")
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
@@ -368,20 +313,10 @@ class Recurrent(nn.Module):
 class Attention(nn.Module):
     """Self-attention of two heads."""
 
-    KINDS = [
-        "own",
-        "fused",
-        "sdpa",
-        "sdpa_causal",
-        "sdpa_mask",
-        "multihead",
-        "multihead_time_first",
-        "multihead_masked",
-        "bias",
-        "linear",
-        "encoder",
-        "shared_qk",
-    ]
+    KINDS = words(
+        "own fused sdpa sdpa_causal sdpa_mask multihead multihead_time_first "
+        "multihead_masked bias linear encoder shared_qk"
+    )
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()

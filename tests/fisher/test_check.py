@@ -133,6 +133,30 @@ def test_weights_that_a_pass_changes_are_refused(data: bool) -> None:
         fisher(shaken(Decaying()))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_buffers_that_count_passes_are_left_as_they_were(in_place: bool) -> None:
+    """Where the logits do not depend on them; after a refusal as well."""
+
+    class Counting(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, history: Tensor) -> Tensor:
+            if in_place:
+                self.passes += 1
+            else:
+                self.passes = self.passes + 1
+            return super().forward(history)
+
+    model = shaken(Counting())
+    before = model.passes
+    fisher(model)
+    with pytest.raises(fk.InputError):
+        fisher(model, [])
+    assert model.passes is before and int(before) == 0
+
+
 def test_random_passes_are_refused() -> None:
     """Noise of the gradients alone, which the logits do not show."""
 
