@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
@@ -63,6 +64,8 @@ def diag_fisher(
     N·V·D²/2 multiply-adds; the others pass over the items in two matrix products of N·V·D,
     "sketch" for large V in four. A model with `encode` and `head` (see `adapt`) needs these few
     probes; one known only by its logits needs V for "exact" and k for the rest.
+    Where `torch.distributed` is initialised, every process calls this with the same arguments and
+    gets the same result, the sum of all processes' parts of each batch.
     Layers without a handler fall back to per-sequence autograd: slower, equally exact, with one
     warning that names the parameter.
 
@@ -112,11 +115,16 @@ def diag_fisher(
     engine = Engine(adapter, settings)
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
-    count = 0
-    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
+    own = fingerprint(adapter.module)
+    processes.check_same({"settings": settings, "model": own})
+    count, show = 0, progress and processes.rank() == 0
+    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=show)
     with use_backend(backend), eval_mode(adapter.module, gradients=True), plainly():
-        for batch in bar:
-            count += engine.add_batch(batch, count)
+        with processes.together():
+            for number, batch in enumerate(bar):
+                count += engine.add_batch(batch, count, number)
+        processes.check_same({"loader": count})
+        engine.join()
     if count == 0:
         raise InputError("loader: it gave no sequences")
     total = int(engine.num_positions) if engine.every else count
@@ -128,7 +136,7 @@ def diag_fisher(
         "num_positions": total if engine.every else None,
         "captured_mass": float(engine.mass) / total if sampler == "topk" else None,
         "kept_energy": float(engine.kept) / total if sampler == "exact" else None,
-        "fingerprint": fingerprint(adapter.module),
+        "fingerprint": own,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return DiagFisher(engine.finish(total), meta)

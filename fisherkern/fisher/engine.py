@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, batch_slice, batch_take
+from fisherkern.adapters.batches import batch_size, batch_slice, batch_take, sequence_lengths
 from fisherkern.adapters.parameters import Parameters, ParamView
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
@@ -33,6 +33,7 @@ from fisherkern.fisher.positions import (
 from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
+from fisherkern.processes import gathered, joined_sum, own_part, world
 
 log = logging.getLogger("fisherkern")
 
@@ -101,8 +102,11 @@ class Engine:
     def _logits(self) -> Callable[[Any], Tensor]:
         return self.model.all_logits if self.every else self.model.logits
 
-    def add_batch(self, batch: Any, first: int) -> int:
-        """Add a loader's batch, whose first sequence has the id `first`; returns their number."""
+    def add_batch(self, batch: Any, first: int, number: int = 0) -> int:
+        """Add this process's part of a loader's batch; returns its number of sequences.
+
+        `first` is the id of the first one, `number` the batch's.
+        """
         batch = self.model.prepared(batch)
         n = batch_size(batch)
         if n == 0:
@@ -112,6 +116,9 @@ class Engine:
         # Ids, by which random numbers are keyed, are places in the loader.
         device = next(iter(self.fisher.values())).device
         ids = torch.arange(first, first + n, device=device)
+        if world() > 1:
+            own = own_part(number, sequence_lengths(batch))
+            batch, ids = batch_slice(batch, own.start, own.stop), ids[own]
         if self.settings.reduction == "batchwise":
             reached, mass = add_batchwise_(
                 self.fisher, self.model, self.parameters, self.settings, batch, ids
@@ -120,9 +127,17 @@ class Engine:
             if mass is not None:
                 self.mass += mass.double().sum()
             return n
-        for part, start, stop in self.schedule.micro_batches(batch, n):
+        for part, start, stop in self.schedule.micro_batches(batch, len(ids)):
             self.add(part, ids[start:stop])
         return n
+
+    def join(self) -> None:
+        """Add up what several processes have, in their order; all have the sums afterwards."""
+        for total in (*self.fisher.values(), self.mass, self.kept, self.num_positions):
+            total.copy_(joined_sum(total))
+        every = gathered((self.reached, self.probes))
+        self.reached = set().union(*(reached for reached, _ in every))
+        self.probes = max(probes for _, probes in every)
 
     def add(self, batch: Any, sequence_ids: Tensor) -> None:
         """Add the sequences of a micro-batch; `sequence_ids` (N,) int64."""

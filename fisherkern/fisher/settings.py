@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from fisherkern.errors import InputError, shown
+from fisherkern.processes import world
 
 SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
 
@@ -66,6 +67,10 @@ class Settings:
         if not known:
             raise InputError(
                 f"positions: {self.positions!r} is not 'last', 'all' or a number of at least 1"
+            )
+        if self.reduction == "batchwise" and world() > 1:
+            raise InputError(
+                "reduction: 'batchwise' squares whole batches, so it takes one process"
             )
         if self.positions != "last" and self.reduction == "batchwise":
             raise InputError("positions: 'batchwise' takes the last position only")

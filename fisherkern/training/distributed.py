@@ -17,20 +17,7 @@ from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import Objective
 from fisherkern.objectives.scoring import LOCAL_SLICE
-
-
-def rank() -> int:
-    """Return this process's number, 0 where there is only one."""
-    return dist.get_rank() if _joined() else 0
-
-
-def world() -> int:
-    """Return the number of processes in the run."""
-    return dist.get_world_size() if _joined() else 1
-
-
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
+from fisherkern.processes import rank, world
 
 
 @contextlib.contextmanager
