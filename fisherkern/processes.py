@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,25 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _ALONE.reset(token)
+
+
+@contextlib.contextmanager
+def joined_by_torchrun(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes where torchrun started this one; gives the device to work on.
+
+    NCCL between GPUs, one per process of a machine; gloo otherwise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def own_part(number: int, lengths: Tensor) -> slice:

@@ -35,7 +35,6 @@ from fisherkern.objectives import (
 from fisherkern.training import (
     TrainingLog,
     TrainingSettings,
-    distributed,
     load_model,
     save_model,
     train,
@@ -110,7 +109,7 @@ def train_encoder(
     model, data = _model(run, data)
     validating = run.values["patience"] is not None or validate_every is not None
     settings = {name: run.values[name] for name in _settings()}
-    with distributed.init_distributed(run.device) as own_device:
+    with processes.joined_by_torchrun(run.device) as own_device:
         rank = processes.rank()
         given = {
             **run.of(train),
