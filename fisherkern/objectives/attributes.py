@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
-from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
+from fisherkern.objectives.base import Objective, Term, TrainingSequences, no_loss
 from fisherkern.objectives.masked_items import MaskedItems
 
 
@@ -97,6 +97,8 @@ class Attributes(Objective):
     table: AttributeTable | None = dataclasses.field(default=None, repr=False, compare=False)
     head: nn.Linear | None = dataclasses.field(default=None, repr=False, compare=False)
 
+    needs = "an item with attributes"
+
     def __post_init__(self) -> None:
         check_count("Attributes: dim", self.dim)
         check_unit("Attributes: ratio", self.ratio, "(0, 1]")
@@ -106,6 +108,16 @@ class Attributes(Objective):
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
+        return self.terms(model, tokens, generator)[0].loss
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return P for all positions: the items that have an attribute."""
+        return 0 if self.table is None else int(self.table.known(tokens[tokens != 0].cpu()).sum())
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the loss with P."""
         if self.table is None or self.head is None:
             raise InputError("Attributes must be bound first: objective.bind(data, max_len)")
         if self.dim != model.dim:
@@ -120,10 +132,10 @@ class Attributes(Objective):
             items = tokens[tokens != 0].cpu()
         known = self.table.known(items)
         if not known.any():
-            return no_loss(model)
+            return [Term(no_loss(model), 0)]
         logits = self.head(model.transform(states[known.to(states.device)]))
         labels = self.table.rows(items[known]).to(logits)
-        return F.binary_cross_entropy_with_logits(logits, labels)
+        return [Term(F.binary_cross_entropy_with_logits(logits, labels), len(labels))]
 
     def bind(self, data: TrainingSequences, max_len: int) -> Attributes:
         """With the attribute table of `data` and a head for it.

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.objectives.base import Objective
+from fisherkern.objectives.base import Objective, Term
 from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
 
@@ -52,12 +52,28 @@ class MaskedItems(Objective):
         CPU, so that the draws do not depend on the model's device. Raises InputError if no row
         has an item.
         """
+        return self.terms(model, tokens, generator)[0].loss
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return |M| where `last_ratio` is 0."""
+        return int(self._counts((tokens != 0).sum(dim=1)).sum())
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the loss with the number of places that were masked."""
         positions, chosen = self.draw(tokens, generator)
         masked = model.mask_items(tokens, positions, chosen)
         hidden = states_by_length(model, masked, positions, chosen)
         weight, bias = model.head()
         column = tokens.gather(1, positions)[chosen] - model.first_item
-        return softmax_loss(model.transform(hidden[chosen]), column, weight, bias)
+        return [
+            Term(softmax_loss(model.transform(hidden[chosen]), column, weight, bias), len(column))
+        ]
+
+    def _counts(self, lengths: Tensor) -> Tensor:
+        """How many places of sequences of so many items are masked, (N,) int64."""
+        return (lengths * self.ratio).round().long().clamp(min=1).minimum(lengths)
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Places to mask: columns (N, Q) int64, distinct in a row, and which count (N, Q) bool.
@@ -65,7 +81,7 @@ class MaskedItems(Objective):
         Q is the largest number of masked places of any row.
         """
         lengths = (tokens != 0).sum(dim=1)
-        counts = (lengths * self.ratio).round().long().clamp(min=1).minimum(lengths)
+        counts = self._counts(lengths)
         # The highest keys are masked. Padding stays below every item, whose keys are in [0, 1).
         keys = torch.rand(tokens.shape, generator=generator).to(tokens.device)
         keys = keys.masked_fill(tokens == 0, -1.0)
