@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
-from fisherkern.objectives.base import Objective, Term, TrainingSequences, no_loss
+from fisherkern.objectives.base import Objective, Term, TrainingSequences, no_loss, same_draws
 from fisherkern.objectives.masked_items import MaskedItems
 
 
@@ -108,16 +108,6 @@ class Attributes(Objective):
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the loss, 0-dim, of `tokens` (N, T) int64 left-padded with 0."""
-        return self.terms(model, tokens, generator)[0].loss
-
-    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
-        """Return P for all positions: the items that have an attribute."""
-        return 0 if self.table is None else int(self.table.known(tokens[tokens != 0].cpu()).sum())
-
-    def terms(
-        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
-    ) -> list[Term]:
-        """Return the loss with P."""
         if self.table is None or self.head is None:
             raise InputError("Attributes must be bound first: objective.bind(data, max_len)")
         if self.dim != model.dim:
@@ -132,10 +122,24 @@ class Attributes(Objective):
             items = tokens[tokens != 0].cpu()
         known = self.table.known(items)
         if not known.any():
-            return [Term(no_loss(model), 0)]
+            return no_loss(model)
         logits = self.head(model.transform(states[known.to(states.device)]))
         labels = self.table.rows(items[known]).to(logits)
-        return [Term(F.binary_cross_entropy_with_logits(logits, labels), len(labels))]
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return P of all positions: the items that have an attribute."""
+        return 0 if self.table is None else int(self.table.known(tokens[tokens != 0].cpu()).sum())
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the loss with P."""
+        hidden = tokens
+        if self.positions == "masked":
+            places, chosen = MaskedItems(self.ratio).draw(tokens, same_draws(generator))
+            hidden = tokens.gather(1, places) * chosen
+        return [Term(self(model, tokens, generator), self.targets(model, hidden))]
 
     def bind(self, data: TrainingSequences, max_len: int) -> Attributes:
         """With the attribute table of `data` and a head for it.

@@ -197,6 +197,11 @@ class WeightedSum(Objective):
         }
 
 
+def same_draws(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that draws what `generator` will."""
+    return torch.Generator().set_state(generator.get_state())
+
+
 def no_loss(model: SequenceEncoder) -> Tensor:
     """Return a zero that can be differentiated, for a batch with nothing to learn from."""
     return model.head()[0].sum() * 0.0

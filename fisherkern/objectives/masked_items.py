@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.objectives.base import Objective, Term
+from fisherkern.objectives.base import Objective, Term, same_draws
 from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
 
@@ -52,7 +52,12 @@ class MaskedItems(Objective):
         CPU, so that the draws do not depend on the model's device. Raises InputError if no row
         has an item.
         """
-        return self.terms(model, tokens, generator)[0].loss
+        positions, chosen = self.draw(tokens, generator)
+        masked = model.mask_items(tokens, positions, chosen)
+        hidden = states_by_length(model, masked, positions, chosen)
+        weight, bias = model.head()
+        column = tokens.gather(1, positions)[chosen] - model.first_item
+        return softmax_loss(model.transform(hidden[chosen]), column, weight, bias)
 
     def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
         """Return |M| where `last_ratio` is 0."""
@@ -61,18 +66,14 @@ class MaskedItems(Objective):
     def terms(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> list[Term]:
-        """Return the loss with the number of places that were masked."""
-        positions, chosen = self.draw(tokens, generator)
-        masked = model.mask_items(tokens, positions, chosen)
-        hidden = states_by_length(model, masked, positions, chosen)
-        weight, bias = model.head()
-        column = tokens.gather(1, positions)[chosen] - model.first_item
-        return [
-            Term(softmax_loss(model.transform(hidden[chosen]), column, weight, bias), len(column))
-        ]
+        """Return the loss with |M|."""
+        count = self.targets(model, tokens)
+        if self.last_ratio:
+            count = int(self.draw(tokens, same_draws(generator))[1].sum())
+        return [Term(self(model, tokens, generator), count)]
 
     def _counts(self, lengths: Tensor) -> Tensor:
-        """How many places of sequences of so many items are masked, (N,) int64."""
+        """Return how many places of sequences of `lengths` (N,) items are masked, (N,)."""
         return (lengths * self.ratio).round().long().clamp(min=1).minimum(lengths)
 
     def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
