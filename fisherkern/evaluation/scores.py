@@ -181,6 +181,20 @@ class OutputLayer:
     @classmethod
     def of(cls, adapter: ModelAdapter, batch: object) -> OutputLayer | None:
         """Find the output layer on a prepared batch; None where it cannot be split off."""
+        found = cls._found(adapter, batch)
+        types = {tensor.dtype for tensor in adapter.module.parameters()}
+        if (
+            found is None
+            and types == {torch.float32}
+            and torch.is_autocast_enabled(adapter.device.type)
+        ):
+            # Autocast may round a product and not the bias after it: the layer is the same without.
+            with _no_autocast(adapter.device):
+                found = cls._found(adapter, batch)
+        return found
+
+    @classmethod
+    def _found(cls, adapter: ModelAdapter, batch: object) -> OutputLayer | None:
         try:
             adapter = adapter.with_output_layer(batch)
         except InputError:  # random, or of the whole batch: whatever it is, its logits are asked
