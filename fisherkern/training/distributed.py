@@ -20,7 +20,7 @@ from fisherkern.processes import rank, world
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a 0-dim tensor, the same bits in every process."""
+    """Return the mean of a tensor, the same bits in every process."""
     if world() == 1:
         return value
     value = value.detach().clone()
@@ -72,14 +72,18 @@ class BatchLoss(nn.Module):
             rows = _Rows()
             self.methods = {name: functools.partial(rows, own[name]) for name in own}
 
-    def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss, 0-dim, of `tokens` (N, T)."""
+    def forward(
+        self, tokens: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the loss of `tokens` (N, T), 0-dim; its terms, weighted; and their targets."""
         before = LOCAL_SLICE.set(local_slice if world() > 1 else None)
         try:
             with _shadowed(self.model, self.methods):
-                return self.objective(self.model, tokens, generator)
+                terms = self.objective.terms(self.model, tokens, generator)
         finally:
             LOCAL_SLICE.reset(before)
+        parts = torch.stack([term.weight * term.loss for term in terms])
+        return parts.sum(), parts.detach(), [term.targets if term.weight else 0 for term in terms]
 
 
 def local_slice(count: int) -> tuple[slice, float]:

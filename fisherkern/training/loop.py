@@ -54,7 +54,7 @@ class TrainingLog:
     """What a run was like.
 
     Args:
-        losses: each epoch's mean loss over its steps.
+        losses: each epoch's mean loss over its targets, summed over the objective's terms.
         seconds: wall time of this call.
         steps: steps made, by earlier calls too.
         scores: validation score by epoch, counted from 1.
@@ -104,9 +104,10 @@ def train(
 ) -> TrainingLog:
     """Minimise `objective` over the windows of `data` with AdamW.
 
-    The step's loss is the objective's mean over a batch of windows, its gradient clipped. Random
-    numbers depend on (seed, step) alone; the caller's generators are left untouched. Sets
-    `model.item_ids` and leaves the model in eval mode.
+    The step's loss is the objective's mean over the targets of a batch of windows, its gradient
+    clipped; a batch without a target changes nothing. Random numbers depend on (seed, step) alone;
+    the caller's generators are left untouched. Sets `model.item_ids` and leaves the model in eval
+    mode.
 
     With `state` an interrupted run goes on from that file: its tensors replace those of the model
     and of the objective's modules, and the bits are those of a run never interrupted (same machine,
@@ -142,7 +143,8 @@ def train(
 
     Raises:
         InputError: settings out of range, data of another catalogue size, the state of another run,
-            a missing TensorBoard, or a loss, gradient or score that is not finite.
+            a missing TensorBoard, data with nothing to learn from, or a loss, gradient or score
+            that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
@@ -220,7 +222,10 @@ class TrainLoop:
         self.loss = distributed.wrap_ddp(distributed.BatchLoss(model, objective, modules, compiled))
         for part in (model, parts.get("ema", model)):
             part.item_ids = list(data.item_ids)
-        self.total = settings.epochs * len(self.windows(1))
+        first_epoch = self.windows(1)
+        if not any(objective.targets(model, tokens) for tokens in first_epoch):
+            raise InputError(f"no user has {objective.needs} to train on")
+        self.total = settings.epochs * len(first_epoch)
 
     def windows(self, epoch: int) -> Any:
         """Return the epoch's batches, with the objective's lookahead."""
@@ -262,15 +267,12 @@ class TrainLoop:
         now, epoch = self.progress, len(self.progress.losses) + 1
         self.trained.train()
         for tokens in itertools.islice(self.windows(epoch), now.batch, None):
-            loss = self.step(tokens)
-            now.step += 1
-            now.batch += 1
-            now.batch_losses += loss
+            loss, losses, targets = self.step(tokens)
+            now.add(losses, targets)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             self.save_inside()
-        now.losses.append(now.batch_losses / now.batch)
-        now.batch, now.batch_losses = 0, 0.0
+        now.end_epoch()
         last = epoch == self.settings.epochs
         if self.validate is not None and (last or epoch % self.settings.validate_every == 0):
             self.score(epoch)
@@ -311,8 +313,11 @@ class TrainLoop:
             save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 
-    def step(self, tokens: Tensor) -> float:
-        """One step of the optimiser on one batch of windows; its loss."""
+    def step(self, tokens: Tensor) -> tuple[float, list[float], list[int]]:
+        """One step on one batch of windows: the loss, its terms, and their numbers of targets.
+
+        Without a target there is no step of the optimiser, whose weight decay would go on.
+        """
         settings, step = self.settings, self.progress.step
         # A compiler would have to look into the mode at every call, and has its own ways.
         kernels = contextlib.nullcontext() if settings.compile else FastCPUKernels()
@@ -322,7 +327,7 @@ class TrainLoop:
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
             kernels,
         ):
-            loss = self.loss(tokens.to(self.device), generator)
+            loss, terms, targets = self.loss(tokens.to(self.device), generator)
         rate = learning_rate(
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
         )
@@ -333,7 +338,10 @@ class TrainLoop:
             backward(loss)
         limit = math.inf if settings.clip is None else settings.clip
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
-        value, size = distributed.mean_over_processes(loss).item(), norm.item()
+        value, *losses = distributed.mean_over_processes(
+            torch.cat([loss.detach()[None], terms])
+        ).tolist()
+        size = norm.item()
         if not math.isfinite(value + size):
             raise InputError(
                 f"training diverged at step {step} with lr = {rate:g}: "
@@ -341,12 +349,13 @@ class TrainLoop:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        if self.average is not None:
+        if any(targets):
+            self.optimizer.step()
+        if self.average is not None and any(targets):
             self.average.update(self.model, step)
         for name, scalar in (("loss", value), ("learning_rate", rate), ("gradient_norm", size)):
             self.scalars.add(name, scalar, step)
-        return value
+        return value, losses, targets
 
     @contextlib.contextmanager
     def drawing(self, step: int) -> Iterator[torch.Generator]:
