@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from fisherkern.adapters.adapter import HeadTensors, ModelAdapter
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.modes import eval_mode
 
 
+@takes_numpy
 def adapt(
     model: Any,
     *,

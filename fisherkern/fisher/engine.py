@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern import ops
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size, batch_slice, batch_take, sequence_lengths
 from fisherkern.adapters.parameters import Parameters, ParamView
@@ -30,7 +29,12 @@ from fisherkern.fisher.positions import (
     counted_positions,
     position_targets,
 )
-from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
+from fisherkern.fisher.samplers import (
+    SoftmaxStats,
+    add_output_,
+    check_softmax,
+    factor_covariance,
+)
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
 from fisherkern.processes import gathered, joined_sum, own_part, world
@@ -197,7 +201,13 @@ class Engine:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         stats = SoftmaxStats.of(h, weight, bias, sequence_ids, target, self.settings)
         check_softmax(stats.lse, sequence_ids)
-        return stats, factor_covariance(stats, self.settings)
+        return stats, self._factor(stats)
+
+    def _factor(self, stats: SoftmaxStats | LogitStats) -> CovarianceFactor:
+        """The factor that the sampler asks for."""
+        if isinstance(stats, LogitStats):
+            return factor_logits(stats, self.settings)
+        return factor_covariance(stats, self.settings)
 
     def _add_output(
         self,
@@ -217,10 +227,7 @@ class Engine:
         own = [
             None if s is None else torch.zeros_like(s) if apart else s for s in (sums, sums_bias)
         ]
-        ids = None if factor.ids is None else factor.ids[rows]
-        omega = None if factor.omega is None else factor.omega[rows]
-        inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
-        ops.head_sqgrad_(own[0], own[1], *inputs, ids, omega)
+        add_output_(own, stats, factor, rows)
         if apart and sums is not None and own[0] is not None:
             if layer.fixed_rows is not None:
                 own[0].masked_fill_(layer.fixed_rows[:, None], 0.0)
@@ -258,7 +265,7 @@ class Engine:
             if layer is None:
                 log_stats = LogitStats(torch.log_softmax(own, dim=1), rows.ids, target)
                 check_softmax(log_stats.log_p.amax(dim=1), rows.ids)
-                factor, stats = factor_logits(log_stats, self.settings), None
+                factor, stats = self._factor(log_stats), None
             else:
                 stats, factor = self._factored(own, layer, rows.ids, target)
                 for weight in rows.weight.unique().tolist():
@@ -308,7 +315,7 @@ class Engine:
             raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
         stats = LogitStats(torch.log_softmax(z, dim=1), sequence_ids, target)
         check_softmax(stats.log_p.amax(dim=1), sequence_ids)
-        self._probe(batch, forwards, factor_logits(stats, self.settings), lambda forward: {})
+        self._probe(batch, forwards, self._factor(stats), lambda forward: {})
 
     def _probe(
         self, batch: Any, forwards: list[CapturedForward], factor: CovarianceFactor, tied: Tied

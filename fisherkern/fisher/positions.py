@@ -23,7 +23,7 @@ from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 
 # Positions of a sequence have ids beside each other: sequence · 2²⁰ + number.
-_IDS = 2**20
+POSITION_IDS = 2**20
 # Keys the draws of positions and their signs apart from those of items.
 _DRAWN, _SIGNED = 0x504F53, 0x534947
 
@@ -45,10 +45,10 @@ class PositionRows:
     @classmethod
     def of(cls, counted: Tensor, sequence_ids: Tensor, settings: Settings) -> PositionRows:
         """The rows of positions `counted` (n, T) bool of the sequences with these ids (n,)."""
-        if counted.shape[1] >= _IDS:
+        if counted.shape[1] >= POSITION_IDS:
             raise InputError(f"positions: {counted.shape[1]} of a sequence are too many")
         number = counted.cumsum(dim=1) - 1
-        keys = sequence_ids[:, None] * _IDS + number
+        keys = sequence_ids[:, None] * POSITION_IDS + number
         total = counted.sum(dim=1)
         weight = torch.ones_like(total, dtype=torch.float64)
         if isinstance(settings.positions, int):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern import processes
-from fisherkern.checks import check_count, check_positive
+from fisherkern.checks import check_count, check_positive, takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file
@@ -87,6 +87,7 @@ class CheckpointPolicy:
             check_positive("save_every_seconds", self.every_seconds)
 
 
+@takes_numpy
 def train(
     model: SequenceEncoder,
     data: TrainingData,
