@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.parameters import ParamView
+from fisherkern.adapters.row_scaling import RowScaling
 from fisherkern.errors import InputError
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.plan import ParamGrad
+from fisherkern.fisher.samplers import SoftmaxStats
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 
@@ -145,8 +147,9 @@ class TiedPositionGrad:
 
     grad: ParamGrad
     probes: PositionProbes
-    hidden: Tensor
+    stats: SoftmaxStats
     weight: ParamView
+    row_scaling: RowScaling | None
 
     def add_square_(self, fisher: Tensor, span: slice, deltas: list[Tensor | None]) -> None:
         """fisher[v] += Σ_r S_v^r ∘ (S_v^r + 2 Σ_t β_tvr h_t) of some probes."""
@@ -156,7 +159,10 @@ class TiedPositionGrad:
         outside = (ids < 0) | (items < 0) | (items >= self.weight.shape[0])
         count = len(range(self.probes.count)[span])
         delta = self.grad.joined_delta(deltas, count).to(fisher.dtype)  # (R, n, m, D)
-        cross = self.probes.cross_terms(self.hidden, items.masked_fill(outside, 0), span)
+        items = items.masked_fill(outside, 0)
+        cross = self.probes.cross_terms(self.stats.h, items, span)
+        if self.row_scaling is not None:
+            cross = self.row_scaling.pulled(self.stats.weight, items, cross)
         cross = cross.to(fisher.dtype).masked_fill_(outside[None, :, :, None], 0.0)
         # Equal ids of one sequence are summed before squaring; their cross term is the same.
         flat = ids.flatten()
