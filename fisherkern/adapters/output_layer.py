@@ -363,7 +363,7 @@ def gathered_rows(module: nn.Module, weight: Tensor) -> _Rows | str:
             return part, fixed if bool(fixed.any()) else None, None
         if bool(gradient[:first].any() | gradient[rows.stop :].any()):
             continue
-        scaled = find_row_scaling(table[rows], weight, lambda d, rows=rows: pull(d)[rows])
+        scaled = find_row_scaling(table[rows], weight, pull, rows)
         if scaled is not None:
             scaling, fixed = scaled
             return part, fixed if bool(fixed.any()) else None, scaling

@@ -44,14 +44,15 @@ class RowScaling:
 
 
 def find_row_scaling(
-    table: Tensor, weight: Tensor, pull: Callable[[Tensor], Tensor]
+    table: Tensor, weight: Tensor, pull: Callable[[Tensor], Tensor], span: slice
 ) -> tuple[RowScaling, Tensor] | None:
     """Find the scaling that makes a weight of a table's rows, and prove it on random directions.
 
     Args:
         table: (V, D) rows of a parameter.
         weight: (V, D) values computed from them.
-        pull: Gradient of the weight, (V, D), -> gradient of the table's rows.
+        pull: Gradient of the weight, (V, D), -> gradient of the parameter.
+        span: Where in the parameter the rows are.
 
     Returns:
         The scaling and the rows that get no gradient, (V,) bool; None for any other function.
@@ -65,20 +66,20 @@ def find_row_scaling(
     )
     square, length = rows.square().sum(dim=1), values.square().sum(dim=1)
     there, scored = square > 0, length > 0
-    gradient = pull(first)
+    gradient = pull(first)[span]
     fixed = (gradient == 0).all(dim=1)
     along = torch.where(there, (rows * first).sum(dim=1) / square, 0.0)
     across = first - along[:, None] * rows
     factor = (gradient * across).sum(dim=1) / across.square().sum(dim=1)
     by_value = torch.where(there, (rows * values).sum(dim=1) / square, 0.0)
     factor = torch.where(fixed, by_value, factor)
-    stretch = torch.where(there, (pull(rows) * rows).sum(dim=1) / square, factor)
+    stretch = torch.where(there, (pull(rows)[span] * rows).sum(dim=1) / square, factor)
     bend = torch.where(scored & ~fixed, (stretch - factor) / length, 0.0)
     scaling = RowScaling(table, factor, bend)
     claimed = scaling.pulled(values, torch.arange(len(rows), device=rows.device), second)
     claimed = claimed.masked_fill(fixed[:, None], 0.0)
     rounding = _ROUNDINGS * torch.finfo(values.dtype).eps
     size = (factor.abs() + bend.abs() * length) * second.norm(dim=1)
-    proved = (claimed - pull(second)).norm(dim=1) <= rounding * size
+    proved = (claimed - pull(second)[span]).norm(dim=1) <= rounding * size
     equal = (factor[:, None] * rows - values).norm(dim=1) <= rounding * length.sqrt()
     return (scaling, fixed) if bool((proved & equal).all()) else None
