@@ -166,7 +166,13 @@ def mixed(rows: Tensor) -> Tensor:
     return F.normalize(rows, dim=0)
 
 
-@pytest.mark.parametrize("scaling", [centred, shifted, mixed, None])
+def crossed(rows: Tensor) -> Tensor:
+    """The cosine's values, with a gradient from row to row."""
+    total = rows.sum()
+    return F.normalize(rows) * (total / total.detach())
+
+
+@pytest.mark.parametrize("scaling", [centred, shifted, mixed, crossed, None])
 def test_other_computed_weights_go_through_the_logits(scaling: Any) -> None:
     model = shaken(WithGain() if scaling is None else Cosine(scaling=scaling))
     fisher = found(model, sampler="exact")
