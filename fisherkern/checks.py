@@ -13,18 +13,18 @@ from fisherkern.errors import InputError, shown
 
 MOST = 2**63 - 1  # what every library below can count to
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+CallParameters = ParamSpec("CallParameters")
+Result = TypeVar("Result")
 
 
-def takes_numpy(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def takes_numpy(function: Callable[CallParameters, Result]) -> Callable[CallParameters, Result]:
     """Make a public function take NumPy's numbers for Python's, which never overflow.
 
     As arguments, and inside lists, tuples and mappings that are arguments.
     """
 
     @functools.wraps(function)
-    def called(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    def called(*args: CallParameters.args, **kwargs: CallParameters.kwargs) -> Result:
         given: Any = [_plain(value) for value in args]
         named: Any = {name: _plain(value) for name, value in kwargs.items()}
         return function(*given, **named)

@@ -7,6 +7,7 @@ import numpy as np
 from fisherkern.errors import InputError
 
 NUM_NEGATIVES = 100
+_KEYS = 1 << 22  # numbers drawn at once
 CANDIDATES = ("full", "uniform-100", "popular-100", "top-popular-100")
 
 
@@ -25,27 +26,44 @@ def sample_negatives(
     (seed, u) and the catalogue alone, not on the batch or the model.
 
     users (N,) int64; forbidden = (row, item) pairs, each (E,) int64; popularity (V,)
-    counts of items 1..V. Returns (N, 100) int64 items, allocates (N, V) float64.
+    counts of items 1..V. Returns (N, 100) int64 items; allocates 2^22 keys or V, whichever is more.
     Raises InputError when a user has fewer than 100 items to draw from.
     """
     check_enough(kind, users, forbidden, popularity)
     num_items = len(popularity)
     if kind == "top-popular-100":
-        place = np.empty(num_items)
-        place[np.argsort(-popularity, kind="stable")] = np.arange(num_items)
-        keys = np.tile(place, (len(users), 1))
+        keys_of = np.empty(num_items)
+        keys_of[np.argsort(-popularity, kind="stable")] = np.arange(num_items)
     else:
-        weight = np.ones(num_items) if kind == "uniform-100" else popularity.astype(np.float64)
-        # An exponential race: the S smallest of E_v / weight_v, E_v ~ Exp(1), are a draw
-        # without replacement in proportion to the weights (the Gumbel top-k trick).
-        keys = np.empty((len(users), num_items))
-        for draw, user in zip(keys, users, strict=True):
-            np.random.default_rng((seed, int(user))).standard_exponential(out=draw)
-        with np.errstate(divide="ignore"):
-            keys /= weight
+        keys_of = np.ones(num_items) if kind == "uniform-100" else popularity.astype(np.float64)
     row, item = forbidden
-    keys[row, item - 1] = np.inf
-    return np.argpartition(keys, NUM_NEGATIVES - 1, axis=1)[:, :NUM_NEGATIVES] + 1
+    found = np.empty((len(users), NUM_NEGATIVES), np.int64)
+    block = max(1, _KEYS // num_items)
+    for first in range(0, len(users), block):
+        own = users[first : first + block]
+        if kind == "top-popular-100":
+            keys = np.tile(keys_of, (len(own), 1))
+        else:
+            keys = _race(own, keys_of, seed)
+        inside = (row >= first) & (row < first + block)
+        keys[row[inside] - first, item[inside] - 1] = np.inf
+        lowest = np.argpartition(keys, NUM_NEGATIVES - 1, axis=1)[:, :NUM_NEGATIVES]
+        found[first : first + block] = lowest + 1
+    return found
+
+
+def _race(users: np.ndarray, weight: np.ndarray, seed: int) -> np.ndarray:
+    """Exponential races (N, V), of rates `weight` (V,).
+
+    The S smallest of E_v / weight_v, E_v ~ Exp(1), are a draw without replacement in proportion to
+    the weights (the Gumbel top-k trick).
+    """
+    keys = np.empty((len(users), len(weight)))
+    for draw, user in zip(keys, users, strict=True):
+        np.random.default_rng((seed, int(user))).standard_exponential(out=draw)
+    with np.errstate(divide="ignore"):
+        keys /= weight
+    return keys
 
 
 def check_enough(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.errors import InputError
+from fisherkern.evaluation.scores import ScoringLayer, rounds
 
 
 class ScoreEnsemble(nn.Module):
@@ -44,7 +46,7 @@ class ScoreEnsemble(nn.Module):
         """Return the mean of the log-probabilities, (N, V_out)."""
         total: Tensor | None = None
         for index, member in enumerate(self._adapters):
-            scores = member(_last(batch, _max_len(member))).log_softmax(dim=-1)
+            scores = _logits(member, _last(batch, _max_len(member))).log_softmax(dim=-1)
             if total is not None and scores.shape != total.shape:
                 raise InputError(
                     f"ScoreEnsemble: member {index} gives scores of shape {tuple(scores.shape)}, "
@@ -53,6 +55,16 @@ class ScoreEnsemble(nn.Module):
             total = scores if total is None else total + scores
         assert total is not None
         return total / len(self.members)
+
+
+def _logits(member: ModelAdapter, batch: Any) -> Tensor:
+    """Return a member's logits in fp32 or wider; see `evaluate`."""
+    batch = member.prepared(batch)
+    layer = ScoringLayer.of(member, batch) if rounds(member) else None
+    if layer is not None:
+        return layer.logits(batch)
+    logits = member.logits(batch)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _max_len(member: ModelAdapter) -> int:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_count, takes_numpy
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
 from fisherkern.evaluation.scorer import Scorer
+from fisherkern.evaluation.scores import NaNScoreError, Scores
 from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
 
@@ -29,6 +30,7 @@ def evaluate(
     candidates: str = "full",
     seen: str = "exclude",
     batch_size: int = 256,
+    max_scores: int = 2**25,
     seed: int = 0,
     users: np.ndarray | Sequence[int] | None = None,
     progress: bool = False,
@@ -38,7 +40,10 @@ def evaluate(
         rank = 1 + #{candidates, the target left out, that score at least as high}
         HR@k = [rank <= k],  NDCG@k = [rank <= k] / log2(1 + rank),  MRR@k = [rank <= k] / rank
 
-    averaged over users; ties count against the model. Allocates a few (batch_size, V) tensors.
+    averaged over users; ties count against the model. Scores are fp32, or fp64 where the model's
+    are. Of a model in half precision, or under autocast, the product with the output layer is done
+    in fp32, so that no ties come of rounding, where `fisherkern.adapt` finds that layer. Its logits
+    are widened otherwise.
 
     Args:
         model: A model of any library, as it is or adapted, or a function. Plain modules and
@@ -57,7 +62,10 @@ def evaluate(
         seen: what a full ranking leaves out: "exclude" the items of the user's whole history (but
             not the target), "keep" none of them, as DuoRec's code, "last-N" the items of the last
             N places of the history, as EMKD's code with N = T - 1.
-        batch_size: users scored at once.
+        batch_size: users whose histories are encoded at once.
+        max_scores: scores held at once, at most, but for two sequences'. A batch of fewer is scored
+            by the model itself. Of a larger one the output layer's product is done by item tiles
+            of a few megabytes; where that layer is not found, the batch is cut to what fits.
         seed: of the drawn candidates.
         users: (n,) indices of the users to evaluate; None: all. Users without a history in the
             split are left out, and `report.users` says who is in.
@@ -90,7 +98,8 @@ def evaluate(
     """
     protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
     cutoffs = _cutoffs(k)
-    scorer = Scorer.of(model, data)
+    check_count("max_scores", max_scores)
+    scorer = Scorer(model, data, max_scores)
     chosen = np.arange(data.num_users) if users is None else np.asarray(users)
     view = data if users is None else data.subset(chosen)
     if len(np.unique(chosen)) != len(chosen):
@@ -101,8 +110,7 @@ def evaluate(
     with torch.no_grad(), eval_mode(scorer.module):
         for batch in progress_bar(loader, desc="evaluate", unit="batch", show=progress):
             batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
-            scores = scorer.scores(batch)
-            ranks.append(_ranks(scores, batch, data, protocol, popularity).cpu())
+            ranks += _batch_ranks(scorer, batch, data, protocol, popularity)
             kept_users.append(batch["user"])
     all_ranks = torch.cat(ranks).numpy()
     return Report(
@@ -111,33 +119,6 @@ def evaluate(
         ranks=all_ranks,
         protocol=protocol,
     )
-
-
-def full_ranks(scores: Tensor, target: Tensor, excluded: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rank of each target among all items: 1 + #{v != target, v not excluded: score_v >= score}.
-
-    scores (N, V), column v-1 is item v, no NaN; target (N,) int64 items in 1..V on the
-    same device; excluded = (row, item) int64 pairs, each (E,), whose items are no
-    candidates, or None. A pair that names a row's own target is ignored. Ties count
-    against the target. Returns (N,) int64; allocates one (N, V) bool tensor.
-    """
-    own = scores.gather(1, target[:, None] - 1)
-    ahead = scores >= own
-    if excluded is not None:
-        row, item = excluded
-        ahead[row, item - 1] = False
-    ahead.scatter_(1, target[:, None] - 1, True)  # the "1 +" of the formula
-    return ahead.sum(dim=1)
-
-
-def sampled_ranks(scores: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
-    """Rank of each target among its negatives: 1 + #{v in negatives: score_v >= score}.
-
-    scores (N, V) and target (N,) as in `full_ranks`; negatives (N, S) int64 items in
-    1..V, distinct within a row and without the target. Returns (N,) int64.
-    """
-    own = scores.gather(1, target[:, None] - 1)
-    return 1 + (scores.gather(1, negatives - 1) >= own).sum(dim=1)
 
 
 def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -154,8 +135,27 @@ def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndar
     return {f"{name}@{k}": gain * (ranks <= k) for k in cutoffs for name, gain in gains.items()}
 
 
+def _batch_ranks(
+    scorer: Scorer,
+    batch: dict[str, Tensor],
+    data: SequenceDataset,
+    protocol: Protocol,
+    popularity: np.ndarray,
+) -> list[Tensor]:
+    """Return the ranks of a batch's targets, part by part; scores are let go one after another."""
+    found = []
+    for part in scorer.parts(batch):
+        try:
+            ranks = _ranks(scorer.scores(part), part, data, protocol, popularity)
+        except NaNScoreError as error:
+            user = int(part["user"][error.row])
+            raise InputError(f"model: a score of user number {user} is NaN") from None
+        found.append(ranks.cpu())
+    return found
+
+
 def _ranks(
-    scores: Tensor,
+    scores: Scores,
     batch: dict[str, Tensor],
     data: SequenceDataset,
     protocol: Protocol,
@@ -163,15 +163,15 @@ def _ranks(
 ) -> Tensor:
     target = batch["target"].to(scores.device)
     if protocol.candidates == "full" and protocol.seen == "keep":
-        return full_ranks(scores, target, None)
+        return scores.full_ranks(target, None)
     users = batch["user"].numpy()
     if protocol.candidates == "full":
         seen = seen_pairs(data, users, protocol.split, protocol.last)
         row, item = (torch.from_numpy(own).to(scores.device) for own in seen)
-        return full_ranks(scores, target, (row, item))
+        return scores.full_ranks(target, (row, item))
     forbidden = never_drawn(data, users, batch["target"].numpy(), protocol.split)
     drawn = sample_negatives(protocol.candidates, users, forbidden, popularity, protocol.seed)
-    return sampled_ranks(scores, target, torch.from_numpy(drawn).to(scores.device))
+    return scores.sampled_ranks(target, torch.from_numpy(drawn).to(scores.device))
 
 
 def seen_pairs(

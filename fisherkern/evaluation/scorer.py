@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,94 +12,122 @@ from torch import Tensor, nn
 from fisherkern.adapters import ModelAdapter
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError
+from fisherkern.evaluation.scores import Scores, ScoringLayer, WholeScores, rounds
 
 log = logging.getLogger("fisherkern")
 
 # Columns of a history for models that do not say how many they take.
 _MAX_LEN = 50
 
+DataBatch = dict[str, Tensor]
 
-@dataclasses.dataclass(frozen=True)
+
 class Scorer:
     """Scores of the items 1..V of a data set.
 
-    Args:
+    Attributes:
         module: The bare module, None for a function.
         max_len: Columns of a history.
-        first_item: The item of column 0, where the model counts items as the data does.
-        num_items: V.
-        ask: A batch of the data -> scores (N, V_out).
-        columns: (V,) int64, the column of each item, where the model orders items by itself.
-        tokens: (V + 1,) int64, the model's item of each of the data's; 0 stays 0.
     """
 
-    module: nn.Module | None
-    max_len: int
-    first_item: int
-    num_items: int
-    ask: Callable[[Any], Any]
-    columns: Tensor | None = None
-    tokens: Tensor | None = None
+    def __init__(self, model: Any, data: SequenceDataset, max_scores: int) -> None:
+        """Take a model, or a function of batches.
 
-    @classmethod
-    def of(cls, model: Any, data: SequenceDataset) -> Scorer:
-        """Make the scorer of a model, or of a function of batches.
+        Args:
+            model: As `evaluate` takes it.
+            data: The sequences.
+            max_scores: Scores held at once, at most; one sequence's are always.
 
         Raises:
             InputError: The model has other items than the data.
         """
-        if not isinstance(model, (ModelAdapter, nn.Module)) and not callable(model):
-            if isinstance(model, str):
-                raise InputError(f"model: expected something to call, got {type(model).__name__}")
-            return cls._of_adapter(ModelAdapter.of(model), data)
-        if isinstance(model, (ModelAdapter, nn.Module)):
-            return cls._of_adapter(ModelAdapter.of(model), data)
+        self.num_items, self.max_scores = data.num_items, max_scores
+        self.adapter: ModelAdapter | None = None
+        self.module: nn.Module | None = None
+        self._columns: Tensor | None = None  # (V,) int64, where the model orders items by itself
+        self._layer: ScoringLayer | None = None
+        self._sought = False
+        if isinstance(model, str):
+            raise InputError(f"model: expected something to call, got {type(model).__name__}")
+        if isinstance(model, ModelAdapter | nn.Module) or not callable(model):
+            self._take_adapter(ModelAdapter.of(model), data)
+            return
         own = getattr(model, "item_ids", None)
         if own is not None and list(own) != list(data.item_ids):
             raise _other_catalogue(len(own), data)
-        return cls(
-            module=None,
-            max_len=int(getattr(model, "max_len", _MAX_LEN)),
-            first_item=int(getattr(model, "first_item", 0)),
-            num_items=data.num_items,
-            ask=model,
-        )
+        self.max_len = int(getattr(model, "max_len", _MAX_LEN))
+        self.first_item = int(getattr(model, "first_item", 0))
+        self._native: Callable[[DataBatch], Any] = lambda batch: batch
+        self._logits: Callable[[Any], Any] = model
 
-    @classmethod
-    def _of_adapter(cls, adapter: ModelAdapter, data: SequenceDataset) -> Scorer:
+    def _take_adapter(self, adapter: ModelAdapter, data: SequenceDataset) -> None:
         first = adapter.library.first_token(adapter.module)
-        columns, tokens = _matched(adapter, data, first)
-        offset = first - 1
+        self._columns, tokens = _matched(adapter, data, first)
 
-        def ask(batch: dict[str, Tensor]) -> Tensor:
-            items = batch["history"]
-            if tokens is not None:
-                items = tokens[items]
+        def native(batch: DataBatch) -> Any:
+            items = batch["history"] if tokens is None else tokens[batch["history"]]
             beside = {name: value for name, value in batch.items() if name != "history"}
-            native = adapter.make_batch(items, **beside)
-            return adapter.logits(adapter.prepared(native))
+            return adapter.prepared(adapter.make_batch(items, **beside))
 
-        return cls(
-            module=adapter.module,
-            max_len=adapter.max_len or _MAX_LEN,
-            first_item=adapter.first_item - offset,
-            num_items=data.num_items,
-            ask=ask,
-            columns=columns,
-            tokens=tokens,
-        )
+        self.adapter, self.module = adapter, adapter.module
+        self.max_len = adapter.max_len or _MAX_LEN
+        # The item of column 0, where the model counts items as the data does.
+        self.first_item = adapter.first_item - (first - 1)
+        self._native, self._logits = native, adapter.logits
 
-    def scores(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the scores of items 1..V for a batch, (N, V), other columns cut off.
+    def parts(self, batch: DataBatch) -> Iterator[DataBatch]:
+        """Yield a batch of the data in parts, one where the scores fit or are made by tiles."""
+        rows = len(batch["history"])
+        most = max(1, self.max_scores // self.num_items)
+        if rows > most or (self.adapter is not None and rounds(self.adapter)):
+            self._seek(batch)
+        if self._layer is not None:
+            most = rows
+        for first in range(0, rows, most):
+            yield {name: value[first : first + most] for name, value in batch.items()}
+
+    def scores(self, batch: DataBatch) -> Scores:
+        """Return the scores of one of the `parts`.
 
         Raises:
-            InputError: A wrong shape, or a NaN; the user is named.
+            InputError: The model's have a wrong shape.
+            NaNScoreError: A score is NaN.
         """
-        found = self.ask(batch)
-        rows, start = len(batch["history"]), 1 - self.first_item
+        native = self._native(batch)
+        if self._layer is None:
+            found = self._logits(native)
+            self._check_shape(found, len(batch["history"]))
+            if self.adapter is not None and rounds(self.adapter, found):
+                self._seek(batch)
+            if self._layer is None:
+                found = found[:, self._places(found.device)]
+                # Half-precision scores tie where the model's own do not.
+                return WholeScores(found.to(torch.promote_types(found.dtype, torch.float32)))
+        columns = self._columns if self._columns is not None else 1 - self.first_item
+        return self._layer.scores(native, columns, self.num_items, self.max_scores)
+
+    def _seek(self, batch: DataBatch) -> None:
+        """Look for the output layer, once, on a batch of the data."""
+        if self._sought or self.adapter is None:
+            return
+        self._sought = True
+        few = {name: value[:2] for name, value in batch.items()}
+        layer = ScoringLayer.of(self.adapter, self._native(few))
+        if layer is not None:
+            self._check_shape(layer.head()[0].T, layer.head()[0].shape[1])
+        self._layer = layer
+
+    def _places(self, device: torch.device) -> slice | Tensor:
+        """Return the columns of items 1..V."""
+        if self._columns is not None:
+            return self._columns.to(device)
+        return slice(1 - self.first_item, 1 - self.first_item + self.num_items)
+
+    def _check_shape(self, found: Any, rows: int) -> None:
+        start = 1 - self.first_item
         width = start + self.num_items
-        if self.columns is not None:
-            start, width = 0, int(self.columns.max()) + 1
+        if self._columns is not None:
+            start, width = 0, int(self._columns.max()) + 1
         fits = isinstance(found, Tensor) and found.ndim == 2 and len(found) == rows
         if not fits or start < 0 or found.shape[1] < width:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -108,16 +135,6 @@ class Scorer:
                 f"model: scores of shape {shape} with column 0 for item {self.first_item} "
                 f"do not cover {rows} sequences and items 1 to {self.num_items}"
             )
-        if self.columns is None:
-            found = found[:, start:width]
-        else:
-            found = found[:, self.columns.to(found.device)]
-        bad = torch.isnan(found).any(dim=1)
-        if bad.any():
-            user = int(batch["user"][bad.cpu()][0])
-            raise InputError(f"model: a score of user number {user} is NaN")
-        # Half-precision scores tie where the model's own do not.
-        return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _matched(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
@@ -66,6 +67,8 @@ def diag_fisher(
     N·V·D²/2 multiply-adds; the others pass over the items in two matrix products of N·V·D,
     "sketch" for large V in four. A model with `encode` and `head` (see `adapt`) needs these few
     probes; one known only by its logits needs V for "exact" and k for the rest.
+    Where `torch.distributed` is initialised, every process calls this with the same arguments and
+    gets the same result, the sum of all processes' parts of each batch.
     Layers without a handler fall back to per-sequence autograd: slower, equally exact, with one
     warning that names the parameter.
 
@@ -97,8 +100,7 @@ def diag_fisher(
         backend: "torch", "triton" or "cuda" for the ops; "auto" takes the environment's
             FISHERKERN_BACKEND, else PyTorch and, on a GPU, the kernels proven faster there.
         check: Whether to compare gradients of two sequences of the first batch with those of plain
-            autograd, parameter by parameter, and the weights after all passes with those before.
-            Costs two passes of up to 32 sequences.
+            autograd, parameter by parameter. Costs two passes of up to 32 sequences.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -129,22 +131,29 @@ def diag_fisher(
     engine = Engine(adapter, settings)
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
+    before = fingerprint(adapter.module)
+    processes.check_same({"settings": settings, "model": before})
     first_batch = FirstBatchCheck(engine)
-    count = 0
-    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
+    count, show = 0, progress and processes.rank() == 0
+    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=show)
     in_eval = eval_mode(adapter.module, gradients=True)
     with use_backend(backend), in_eval, buffers_kept(adapter.module), plainly():
-        for batch in bar:
-            count += engine.add_batch(batch, count)
-            first_batch(batch)
+        with processes.together():
+            for number, batch in enumerate(bar):
+                count += engine.add_batch(batch, count, number)
+                first_batch(batch)
+        processes.check_same({"loader": count})
+        engine.join()
     if count == 0:
         raise InputError("loader: it gave no sequences")
     total = int(engine.num_positions) if engine.every else count
     if total == 0:
         raise InputError("loader: none of its positions counts")
+    after = fingerprint(adapter.module)
+    if before != after:
+        raise InputError("model: its forward pass changes its weights, in eval mode too")
     meta = settings.meta(engine.num_items) | _meta(engine, count, total)
-    meta["fingerprint"] = first_batch.fingerprint_after()
-    return DiagFisher(engine.finish(total), meta)
+    return DiagFisher(engine.finish(total), meta | {"fingerprint": after})
 
 
 def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fisherkern.adapters.agreement import batch_norm_refused, distance
 from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.errors import InputError
-from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logit_items
@@ -48,7 +47,6 @@ class FirstBatchCheck:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._most = 0  # sequences of the batches checked
-        self._before = fingerprint(engine.model.module) if engine.settings.check else None
 
     def __call__(self, batch: Any) -> None:
         """Check a batch that the engine was given: the first, and the first of several sequences.
@@ -82,17 +80,6 @@ class FirstBatchCheck:
             " wrong; is every pass the same function of each sequence alone? check=False computes"
             " it all the same"
         )
-
-    def fingerprint_after(self) -> str:
-        """The weights' fingerprint after all passes.
-
-        Raises:
-            InputError: It was another before.
-        """
-        after = fingerprint(self.engine.model.module)
-        if self._before not in (None, after):
-            raise InputError("model: its forward pass changes its weights, in eval mode too")
-        return after
 
     def _plain(self, batch: Any, row: int, item: int | None = None) -> _PlainGradients:
         """∂ log p(y) / ∂θ of a row by autograd, of a less likely item if none is given."""

@@ -136,6 +136,9 @@ def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFact
         return _exact(stats, settings)
     if settings.sampler == "sketch":
         width = stats.h.shape[1]
+        # Positions that share a probe have its signs, which drown what exact directions save.
+        if settings.positions != "last":
+            return _streamed_sketch(stats, settings)
         if len(stats.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
             return _hybrid_sketch(stats, settings)
         return _streamed_sketch(stats, settings)

@@ -5,7 +5,7 @@ from typing import Any
 
 from fisherkern.errors import InputError, shown
 from fisherkern.objectives.attributes import Attributes
-from fisherkern.objectives.base import Objective, TrainingSequences, WeightedSum
+from fisherkern.objectives.base import Objective, Term, TrainingSequences, WeightedSum
 from fisherkern.objectives.cl4srec import CL4SRec
 from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, SymmetricNoiseTolerant
 from fisherkern.objectives.duorec import DuoRec
@@ -70,6 +70,7 @@ __all__ = [
     "Objective",
     "RepPad",
     "SymmetricNoiseTolerant",
+    "Term",
     "TrainingSequences",
     "WeightedSum",
     "from_settings",

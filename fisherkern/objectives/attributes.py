@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fisherkern.checks import check_choice, check_count, check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
-from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
+from fisherkern.objectives.base import Objective, Term, TrainingSequences, no_loss, same_draws
 from fisherkern.objectives.masked_items import MaskedItems
 
 
@@ -97,6 +97,8 @@ class Attributes(Objective):
     table: AttributeTable | None = dataclasses.field(default=None, repr=False, compare=False)
     head: nn.Linear | None = dataclasses.field(default=None, repr=False, compare=False)
 
+    needs = "an item with attributes"
+
     def __post_init__(self) -> None:
         check_count("Attributes: dim", self.dim)
         check_unit("Attributes: ratio", self.ratio, "(0, 1]")
@@ -124,6 +126,20 @@ class Attributes(Objective):
         logits = self.head(model.transform(states[known.to(states.device)]))
         labels = self.table.rows(items[known]).to(logits)
         return F.binary_cross_entropy_with_logits(logits, labels)
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return P of all positions: the items that have an attribute."""
+        return 0 if self.table is None else int(self.table.known(tokens[tokens != 0].cpu()).sum())
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the loss with P."""
+        hidden = tokens
+        if self.positions == "masked":
+            places, chosen = MaskedItems(self.ratio).draw(tokens, same_draws(generator))
+            hidden = tokens.gather(1, places) * chosen
+        return [Term(self(model, tokens, generator), self.targets(model, hidden))]
 
     def bind(self, data: TrainingSequences, max_len: int) -> Attributes:
         """With the attribute table of `data` and a head for it.

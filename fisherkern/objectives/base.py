@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -29,11 +29,21 @@ class TrainingSequences(Protocol):
         """V, the size of the catalogue."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A part of a loss: `weight` times `loss`, 0-dim, a mean over `targets` of them."""
+
+    loss: Tensor
+    targets: int
+    weight: float = 1.0
+
+
 class Objective:
     """A loss of a model on a batch of windows: subclass it as a frozen dataclass.
 
     `objective(model, tokens, generator)` is the loss, 0-dim, of `tokens` (N, T + lookahead)
-    int64, left-padded with 0; every random draw of its own comes from the CPU `generator`.
+    int64, left-padded with 0; every random draw of its own comes from the CPU `generator`. It is
+    a mean over targets: a subclass says in `targets` how many, where they are not the rows.
     Objectives of one loop add up: `MaskedItems() + 0.1 * CL4SRec()`.
     """
 
@@ -41,12 +51,27 @@ class Objective:
     lookahead: int = 0
     #: Whether a row's items must stand side by side, without the delimiters of `RepPad`.
     contiguous: bool = False
+    #: What a user must have for there to be something to learn, as an error says it.
+    needs: str = "an item"
 
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the loss, 0-dim; see the class."""
         raise NotImplementedError
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """How many targets the loss of `tokens` is the mean over, as far as no draw decides.
+
+        0 says that there is nothing to learn from. Here: rows that hold an item.
+        """
+        return int((tokens != 0).any(dim=1).sum())
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the loss as terms that add up to it, each a mean over targets of its own."""
+        return [Term(self(model, tokens, generator), self.targets(model, tokens))]
 
     def settings(self) -> dict:
         """Name and arguments as JSON values; a resumed run must have the same.
@@ -124,15 +149,39 @@ class WeightedSum(Objective):
         """Whether any part needs contiguous rows."""
         return any(part.contiguous for part in self.parts)
 
+    @property
+    def needs(self) -> str:  # type: ignore[override]
+        """The first part's."""
+        return self.parts[0].needs
+
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the weighted sum of the parts' losses, 0-dim."""
-        losses = []
+        terms = self.terms(model, tokens, generator)
+        return torch.stack([term.weight * term.loss for term in terms]).sum()
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return the sum over the parts whose weight is not 0."""
+        return sum(
+            part.targets(model, columns)
+            for weight, part, columns in self._columns_of_parts(tokens)
+            if weight
+        )
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the parts' terms, weighted."""
+        return [
+            dataclasses.replace(term, weight=weight * term.weight)
+            for weight, part, columns in self._columns_of_parts(tokens)
+            for term in part.terms(model, columns, generator)
+        ]
+
+    def _columns_of_parts(self, tokens: Tensor) -> Iterator[tuple[float, Objective, Tensor]]:
         for weight, part in zip(self.weights, self.parts, strict=True):
-            columns = part.columns(tokens, self.lookahead - part.lookahead)
-            losses.append(weight * part(model, columns, generator))
-        return torch.stack(losses).sum()
+            yield weight, part, part.columns(tokens, self.lookahead - part.lookahead)
 
     def bind(self, data: TrainingSequences, max_len: int) -> WeightedSum:
         """Bind every part."""
@@ -146,6 +195,11 @@ class WeightedSum(Objective):
             for index, part in enumerate(self.parts)
             for name, module in part.modules().items()
         }
+
+
+def same_draws(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that draws what `generator` will."""
+    return torch.Generator().set_state(generator.get_state())
 
 
 def no_loss(model: SequenceEncoder) -> Tensor:

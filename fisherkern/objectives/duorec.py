@@ -56,6 +56,7 @@ class DuoRec(Objective):
     same_target: SameTarget | None = dataclasses.field(default=None, repr=False, compare=False)
 
     contiguous = True
+    needs = "a next item"
 
     def __post_init__(self) -> None:
         check_loss("DuoRec", self.loss)
@@ -79,6 +80,10 @@ class DuoRec(Objective):
         first, *others = encode_views(model, torch.cat(rows)).chunk(len(rows))
         same = target[:, None] == target if self.mask_same_target else None
         return torch.stack([self.loss(first, other, same) for other in others]).sum()
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return the number of rows with a history."""
+        return int((tokens[:, :-1] != 0).any(dim=1).sum())
 
     def bind(self, data: TrainingSequences, max_len: int) -> DuoRec:
         """With the training samples grouped by target: 8 bytes an action, user and item."""

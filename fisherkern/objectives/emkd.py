@@ -174,6 +174,15 @@ class EMKD(Objective):
             ]
         return torch.stack(terms).sum() if terms else no_loss(model)
 
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return the number of rows that anything is learnt from.
+
+        A causal encoder is not asked for a first item.
+        """
+        rows = tokens != 0
+        alone = self.contrast_weight or self.attribute_weight or hasattr(model, "mask_token")
+        return int((rows.sum(dim=1) >= (1 if alone else 2)).sum())
+
     def draw(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fisherkern.checks import check_unit
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.objectives.base import Objective
+from fisherkern.objectives.base import Objective, Term, same_draws
 from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
 
@@ -59,13 +59,30 @@ class MaskedItems(Objective):
         column = tokens.gather(1, positions)[chosen] - model.first_item
         return softmax_loss(model.transform(hidden[chosen]), column, weight, bias)
 
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return |M| where `last_ratio` is 0."""
+        return int(self._counts((tokens != 0).sum(dim=1)).sum())
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the loss with |M|."""
+        count = self.targets(model, tokens)
+        if self.last_ratio:
+            count = int(self.draw(tokens, same_draws(generator))[1].sum())
+        return [Term(self(model, tokens, generator), count)]
+
+    def _counts(self, lengths: Tensor) -> Tensor:
+        """Return how many places of sequences of `lengths` (N,) items are masked, (N,)."""
+        return (lengths * self.ratio).round().long().clamp(min=1).minimum(lengths)
+
     def draw(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Places to mask: columns (N, Q) int64, distinct in a row, and which count (N, Q) bool.
 
         Q is the largest number of masked places of any row.
         """
         lengths = (tokens != 0).sum(dim=1)
-        counts = (lengths * self.ratio).round().long().clamp(min=1).minimum(lengths)
+        counts = self._counts(lengths)
         # The highest keys are masked. Padding stays below every item, whose keys are in [0, 1).
         keys = torch.rand(tokens.shape, generator=generator).to(tokens.device)
         keys = keys.masked_fill(tokens == 0, -1.0)

@@ -66,6 +66,7 @@ class NextItem(Objective):
     log_popularity: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     lookahead = 1
+    needs = "a next item"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -111,6 +112,11 @@ class NextItem(Objective):
         if self.loss == "softmax":
             return softmax_loss(h, column, weight, bias)
         return self._sampled(h, column, row, len(tokens), weight, bias, generator)
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return P, the number of positions that have a next item."""
+        valid = (tokens[:, :-1] != 0) & (tokens[:, 1:] != 0)
+        return int(valid[:, -1].sum() if self.last_only else valid.sum())
 
     def _sampled(
         self,

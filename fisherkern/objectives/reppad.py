@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fisherkern.checks import check_choice
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.objectives.base import Objective, TrainingSequences
+from fisherkern.objectives.base import Objective, Term, TrainingSequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,26 @@ class RepPad(Objective):
         """The repeated objective's."""
         return self.objective.lookahead
 
+    @property
+    def needs(self) -> str:  # type: ignore[override]
+        """The repeated objective's."""
+        return self.objective.needs
+
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
         return self.objective(model, self.repeat(tokens, generator), generator)
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return the repeated objective's for the windows as they are; copies add to it."""
+        return self.objective.targets(model, tokens)
+
+    def terms(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> list[Term]:
+        """Return the repeated objective's terms."""
+        return self.objective.terms(model, self.repeat(tokens, generator), generator)
 
     def repeat(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """`tokens` (N, T) with the padding filled, a new tensor."""

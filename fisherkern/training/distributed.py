@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,43 +16,11 @@ from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import Objective
 from fisherkern.objectives.scoring import LOCAL_SLICE
-
-
-def rank() -> int:
-    """Return this process's number, 0 where there is only one."""
-    return dist.get_rank() if _joined() else 0
-
-
-def world() -> int:
-    """Return the number of processes in the run."""
-    return dist.get_world_size() if _joined() else 1
-
-
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-@contextlib.contextmanager
-def init_distributed(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes where torchrun started this one; the device to work on.
-
-    NCCL between GPUs, one per process of a machine; gloo otherwise.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+from fisherkern.processes import rank, world
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a 0-dim tensor, the same bits in every process."""
+    """Return the mean of a tensor, the same bits in every process."""
     if world() == 1:
         return value
     value = value.detach().clone()
@@ -105,14 +72,18 @@ class BatchLoss(nn.Module):
             rows = _Rows()
             self.methods = {name: functools.partial(rows, own[name]) for name in own}
 
-    def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss, 0-dim, of `tokens` (N, T)."""
+    def forward(
+        self, tokens: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the loss of `tokens` (N, T), 0-dim; its terms, weighted; and their targets."""
         before = LOCAL_SLICE.set(local_slice if world() > 1 else None)
         try:
             with _shadowed(self.model, self.methods):
-                return self.objective(self.model, tokens, generator)
+                terms = self.objective.terms(self.model, tokens, generator)
         finally:
             LOCAL_SLICE.reset(before)
+        parts = torch.stack([term.weight * term.loss for term in terms])
+        return parts.sum(), parts.detach(), [term.targets if term.weight else 0 for term in terms]
 
 
 def local_slice(count: int) -> tuple[slice, float]:

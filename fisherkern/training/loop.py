@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.checks import check_count, check_positive, takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
@@ -53,7 +54,7 @@ class TrainingLog:
     """What a run was like.
 
     Args:
-        losses: each epoch's mean loss over its steps.
+        losses: each epoch's mean loss over its targets, summed over the objective's terms.
         seconds: wall time of this call.
         steps: steps made, by earlier calls too.
         scores: validation score by epoch, counted from 1.
@@ -104,9 +105,10 @@ def train(
 ) -> TrainingLog:
     """Minimise `objective` over the windows of `data` with AdamW.
 
-    The step's loss is the objective's mean over a batch of windows, its gradient clipped. Random
-    numbers depend on (seed, step) alone; the caller's generators are left untouched. Sets
-    `model.item_ids` and leaves the model in eval mode.
+    The step's loss is the objective's mean over the targets of a batch of windows, its gradient
+    clipped; a batch without a target changes nothing. Random numbers depend on (seed, step) alone;
+    the caller's generators are left untouched. Sets `model.item_ids` and leaves the model in eval
+    mode.
 
     With `state` an interrupted run goes on from that file: its tensors replace those of the model
     and of the objective's modules, and the bits are those of a run never interrupted (same machine,
@@ -142,14 +144,15 @@ def train(
 
     Raises:
         InputError: settings out of range, data of another catalogue size, the state of another run,
-            a missing TensorBoard, or a loss, gradient or score that is not finite.
+            a missing TensorBoard, data with nothing to learn from, or a loss, gradient or score
+            that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    with TensorBoardLogger(log_dir if distributed.rank() == 0 else None) as scalars:
+    with TensorBoardLogger(log_dir if processes.rank() == 0 else None) as scalars:
         run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and distributed.rank() == 0)
+        return run.go(progress and processes.rank() == 0)
 
 
 def checked_settings(
@@ -220,7 +223,10 @@ class TrainLoop:
         self.loss = distributed.wrap_ddp(distributed.BatchLoss(model, objective, modules, compiled))
         for part in (model, parts.get("ema", model)):
             part.item_ids = list(data.item_ids)
-        self.total = settings.epochs * len(self.windows(1))
+        first_epoch = self.windows(1)
+        if not any(objective.targets(model, tokens) for tokens in first_epoch):
+            raise InputError(f"no user has {objective.needs} to train on")
+        self.total = settings.epochs * len(first_epoch)
 
     def windows(self, epoch: int) -> Any:
         """Return the epoch's batches, with the objective's lookahead."""
@@ -262,20 +268,18 @@ class TrainLoop:
         now, epoch = self.progress, len(self.progress.losses) + 1
         self.trained.train()
         for tokens in itertools.islice(self.windows(epoch), now.batch, None):
-            loss = self.step(tokens)
-            now.step += 1
-            now.batch += 1
-            now.batch_losses += loss
+            loss, losses, targets = self.step(tokens)
+            now.add(losses, targets)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             self.save_inside()
-        now.losses.append(now.batch_losses / now.batch)
-        now.batch, now.batch_losses = 0, 0.0
+        now.end_epoch()
         last = epoch == self.settings.epochs
         if self.validate is not None and (last or epoch % self.settings.validate_every == 0):
             self.score(epoch)
-        if self.on_epoch is not None and distributed.rank() == 0:
-            self.on_epoch(epoch, self.model, now.losses[-1])
+        if self.on_epoch is not None and processes.rank() == 0:
+            with processes.alone():
+                self.on_epoch(epoch, self.model, now.losses[-1])
         last = last or now.out_of_patience(self.settings.patience)
         if last or epoch % self.saving.every == 0:
             self.save()
@@ -284,9 +288,10 @@ class TrainLoop:
         """Validate, and keep the weights if they are the best so far."""
         self.trained.eval()
         score = 0.0
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             assert self.validate is not None
-            score = float(self.validate(self.model))
+            with processes.alone():
+                score = float(self.validate(self.model))
         score = distributed.from_first_process(score, self.device)
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")
@@ -305,12 +310,15 @@ class TrainLoop:
 
     def save(self) -> None:
         """Save the state where there is a file for it; process 0 alone."""
-        if self.saving.path is not None and distributed.rank() == 0:
+        if self.saving.path is not None and processes.rank() == 0:
             save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 
-    def step(self, tokens: Tensor) -> float:
-        """One step of the optimiser on one batch of windows; its loss."""
+    def step(self, tokens: Tensor) -> tuple[float, list[float], list[int]]:
+        """One step on one batch of windows: the loss, its terms, and their numbers of targets.
+
+        Without a target there is no step of the optimiser, whose weight decay would go on.
+        """
         settings, step = self.settings, self.progress.step
         # A compiler would have to look into the mode at every call, and has its own ways.
         kernels = contextlib.nullcontext() if settings.compile else FastCPUKernels()
@@ -320,7 +328,7 @@ class TrainLoop:
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
             kernels,
         ):
-            loss = self.loss(tokens.to(self.device), generator)
+            loss, terms, targets = self.loss(tokens.to(self.device), generator)
         rate = learning_rate(
             step, self.total, settings.lr, settings.schedule, settings.warmup_steps
         )
@@ -331,7 +339,10 @@ class TrainLoop:
             backward(loss)
         limit = math.inf if settings.clip is None else settings.clip
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), limit)
-        value, size = distributed.mean_over_processes(loss).item(), norm.item()
+        value, *losses = distributed.mean_over_processes(
+            torch.cat([loss.detach()[None], terms])
+        ).tolist()
+        size = norm.item()
         if not math.isfinite(value + size):
             raise InputError(
                 f"training diverged at step {step} with lr = {rate:g}: "
@@ -339,12 +350,13 @@ class TrainLoop:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
-        if self.average is not None:
+        if any(targets):
+            self.optimizer.step()
+        if self.average is not None and any(targets):
             self.average.update(self.model, step)
         for name, scalar in (("loss", value), ("learning_rate", rate), ("gradient_norm", size)):
             self.scalars.add(name, scalar, step)
-        return value
+        return value, losses, targets
 
     @contextlib.contextmanager
     def drawing(self, step: int) -> Iterator[torch.Generator]:
@@ -356,7 +368,7 @@ class TrainLoop:
         """
         seed = self.settings.seed
         _, draws = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64)
-        dropout = np.random.SeedSequence([seed, step, distributed.rank()])
+        dropout = np.random.SeedSequence([seed, step, processes.rank()])
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
             yield torch.Generator().manual_seed(int(draws))

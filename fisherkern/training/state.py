@@ -24,15 +24,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainProgress:
     """How far a run is.
 
-    step: steps made. losses: mean loss of each whole epoch. batch, batch_losses: steps made in
-    the epoch after them, and the sum of their losses. scores: validation score by epoch.
+    step: steps made. losses: mean loss of each whole epoch. batch: steps made in the
+    epoch after them. sums: of those steps and each term of the objective, the sum of the losses of
+    its targets, and their number. scores: validation score by epoch.
     """
 
     step: int = 0
     losses: list[float] = dataclasses.field(default_factory=list)
     batch: int = 0
-    batch_losses: float = 0.0
+    sums: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, losses: list[float], targets: list[int]) -> None:
+        """Add a step's terms, each a mean over so many targets."""
+        before = self.sums or [(0.0, 0)] * len(losses)
+        self.sums = [
+            (total + loss * number, count + number)
+            for (total, count), loss, number in zip(before, losses, targets, strict=True)
+        ]
+        self.step += 1
+        self.batch += 1
+
+    def end_epoch(self) -> None:
+        """Close an epoch: its loss is the sum of the terms' means over their targets."""
+        self.losses.append(sum(total / count for total, count in self.sums if count))
+        self.batch, self.sums = 0, []
 
     @property
     def best_epoch(self) -> int | None:
@@ -53,7 +69,8 @@ class TrainProgress:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TrainProgress:
         """Make the object that `to_json` described."""
-        return cls(**{**fields, "scores": dict(fields["scores"])})
+        sums = [(total, count) for total, count in fields["sums"]]
+        return cls(**{**fields, "sums": sums, "scores": dict(fields["scores"])})
 
 
 @dataclasses.dataclass
@@ -197,10 +214,13 @@ def read_progress(path: PathLike, stored: object) -> TrainProgress:
     """Make the progress that a state file holds, which anybody may have written."""
     fields = stored if isinstance(stored, Mapping) else {}
     counts, scores, losses = ("step", "batch"), fields.get("scores"), fields.get("losses")
+    sums = fields.get("sums")
     right = (
         fields.keys() == TrainProgress().to_json().keys()
         and all(type(fields[name]) is int and fields[name] >= 0 for name in counts)
-        and type(fields["batch_losses"]) in (int, float)
+        and isinstance(sums, list)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in sums)
+        and all(type(total) in (int, float) and type(count) is int for total, count in sums)
         and isinstance(losses, list)
         and all(type(loss) in (int, float) for loss in losses)
         and isinstance(scores, list)

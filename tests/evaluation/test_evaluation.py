@@ -15,7 +15,8 @@ from fisherkern.data import SequenceDataset, load
 from fisherkern.errors import InputError
 from fisherkern.evaluation import evaluate
 from fisherkern.evaluation.candidates import check_enough, sample_negatives
-from fisherkern.evaluation.ranking import full_ranks, metrics_at, sampled_ranks
+from fisherkern.evaluation.ranking import metrics_at
+from fisherkern.evaluation.scores import full_ranks, sampled_ranks
 
 SAMPLED = ("uniform-100", "popular-100", "top-popular-100")
 
