@@ -12,6 +12,7 @@ from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
+from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.first_batch import FirstBatchCheck
 from fisherkern.fisher.plain_run import buffers_kept, plainly
