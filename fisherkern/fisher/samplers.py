@@ -76,8 +76,7 @@ class SoftmaxStats:
             saturated = SaturatedRows.among(*inputs, p[:, 0], lse.dtype)
             return cls(*inputs, sequence_ids, target, lse, mean, (p, ids), None, saturated)
         lse, mean, ranges = ops.softmax_mean(*inputs)
-        most = (ranges.amax(dim=1) - lse).exp()
-        saturated = SaturatedRows.among(*inputs, most, lse.dtype)
+        saturated = SaturatedRows.among(*inputs, (ranges.amax(dim=1) - lse).exp(), lse.dtype)
         return cls(*inputs, sequence_ids, target, lse, mean, None, ranges, saturated)
 
     @property
