@@ -31,6 +31,7 @@ from fisherkern.fisher.factor import (
 )
 from fisherkern.fisher.saturated import SaturatedRows
 from fisherkern.fisher.settings import Settings
+from fisherkern.fisher.streamed_sketch import streamed_sketch
 from fisherkern.ops import counter_rng
 
 # Multiply-adds per sequence up to which C is formed: 10⁵ items at D = 64.
@@ -137,10 +138,10 @@ def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFact
         width = stats.h.shape[1]
         # Positions that share a probe have its signs, which drown what exact directions save.
         if settings.positions != "last":
-            return _streamed_sketch(stats, settings)
+            return streamed_sketch(stats, settings)
         if len(stats.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
             return _hybrid_sketch(stats, settings)
-        return _streamed_sketch(stats, settings)
+        return streamed_sketch(stats, settings)
     ids, omega, mass = sample(stats, settings)
     return factor_items(stats, ids, omega, mass)
 
@@ -378,23 +379,3 @@ def _hybrid_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
         probe_vectors=matrix_vectors(columns, stats.mean.dtype),
         tied_cross_term=cross,
     )
-
-
-def _streamed_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
-    assert settings.probes is not None
-    probes, seed = settings.probes, settings.seed
-    u, totals = ops.softmax_sketch(
-        stats.h, stats.weight, stats.bias, stats.lse, stats.mean, stats.sequence_ids, probes, seed
-    )
-
-    def cross(sequence: Tensor, items: Tensor) -> Tensor:
-        log_p = stats.log_probability(sequence, items)
-        ids, item = torch.broadcast_tensors(stats.sequence_ids[sequence][:, None], items)
-        signs = counter_rng.random_signs_at(seed, ids, item, u.dtype)
-        bucket = counter_rng.bucket_of(seed, items, probes)
-        beta = -log_p.exp()[:, :, None] * totals[sequence][:, None]
-        signed = (0.5 * log_p).exp() * signs
-        # One entry of each (sequence, item): no order to keep.
-        return beta.scatter_add_(2, bucket[:, :, None], signed[:, :, None])
-
-    return CovarianceFactor(probes=probes, probe_vectors=stored_vectors(u), tied_cross_term=cross)

@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.ops import counter_rng
 from fisherkern.ops.products import add_rows_
 from fisherkern.ops.softmax_lse import logit_tiles
 
@@ -78,6 +79,31 @@ class SaturatedRows:
                 centred = items - self.weight[item].double()
                 found[row] += (p[row, :, None] * centred).T @ centred
         return found
+
+    def sketch(self, sequence_ids: Tensor, probes: int, seed: int) -> tuple[Tensor, Tensor]:
+        """u (M, R, D) of `ops.softmax_sketch`, and its sums without the items t, (M, R)."""
+        ids = sequence_ids[self.rows]
+        u = self.offset.new_zeros(len(ids), probes, self.h.shape[1])
+        others = self.offset.new_zeros(len(ids), probes)
+        for start, stop, z in logit_tiles(self.h, self.weight, self.bias):
+            items = torch.arange(start, stop, device=z.device)
+            root = _without(z.sub_(self.lse[:, None]).mul_(0.5).exp_(), self.item - start)
+            signed = root * _signs(seed, ids[:, None], items[None])
+            dealing = torch.nn.functional.one_hot(
+                counter_rng.bucket_of(seed, items, probes), probes
+            )
+            dealing = dealing.to(signed.dtype)
+            others += signed @ dealing
+            vectors = self.weight[start:stop].double()
+            for row, item in enumerate(self.item):
+                centred = vectors - self.weight[item].double()
+                u[row] += (signed[row, :, None] * dealing).T @ centred
+        totals = others.scatter_add(
+            1,
+            counter_rng.bucket_of(seed, self.item, probes)[:, None],
+            ((1 - self.rest).sqrt() * _signs(seed, ids, self.item))[:, None],
+        )
+        return u - totals[:, :, None] * self.offset[:, None], others
 
     def select(self, keep: Tensor) -> SaturatedRows:
         """Those of them that are in keep (N,) bool."""
@@ -150,6 +176,11 @@ def _most_likely(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
         item = torch.where(value > highest, index + start, item)
         highest = torch.maximum(highest, value)
     return item, highest
+
+
+def _signs(seed: int, ids: Tensor, items: Tensor) -> Tensor:
+    row, item = torch.broadcast_tensors(ids, items)
+    return counter_rng.random_signs_at(seed, row, item, torch.float64)
 
 
 def _without(values: Tensor, column: Tensor) -> Tensor:

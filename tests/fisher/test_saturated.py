@@ -11,6 +11,7 @@ from models import HISTORIES, NUM_ITEMS, shaken
 from torch import Tensor, nn
 
 import fisherkern as fk
+from fisherkern.fisher import samplers
 from fisherkern.fisher.saturated import SaturatedRows, complement
 
 SAMPLERS: list[dict[str, Any]] = [
@@ -76,6 +77,16 @@ def test_all_items_of_saturated_softmaxes(
 def test_in_float32(scale: float, tied: bool, settings: dict[str, Any]) -> None:
     """What is left of the accuracy is that of the logits themselves."""
     assert_near(Saturated(scale, tied, bias=True), 1e-3, **settings)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 200.0])
+def test_a_streamed_sketch_with_a_bucket_for_each_item(
+    scale: float, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact, as no two items meet."""
+    monkeypatch.setattr(samplers, "_COVARIANCE_LIMIT", 0)
+    assert_near(Saturated(scale, tied).double(), 1e-7, sampler="sketch", probes=NUM_ITEMS + 1)
 
 
 @pytest.mark.parametrize("width", [3, 20])
