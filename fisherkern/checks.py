@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from fisherkern.errors import InputError, shown
 
 MOST = 2**63 - 1  # what every library below can count to
+
+CallParameters = ParamSpec("CallParameters")
+Result = TypeVar("Result")
+
+
+def takes_numpy(function: Callable[CallParameters, Result]) -> Callable[CallParameters, Result]:
+    """Make a public function take NumPy's numbers for Python's, which never overflow.
+
+    As arguments, and inside lists, tuples and mappings that are arguments.
+    """
+
+    @functools.wraps(function)
+    def called(*args: CallParameters.args, **kwargs: CallParameters.kwargs) -> Result:
+        given: Any = [_plain(value) for value in args]
+        named: Any = {name: _plain(value) for name, value in kwargs.items()}
+        return function(*given, **named)
+
+    return called
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.shape == ()):
+        return value.item()
+    numbers = isinstance(value, list | tuple) and any(isinstance(v, np.generic) for v in value)
+    if numbers and type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    if type(value) is dict and any(isinstance(v, np.generic) for v in value.values()):
+        return {key: _plain(own) for key, own in value.items()}
+    return value
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -46,6 +46,7 @@ LEVELS = {
     "modes": 0,
     "progress": 0,
     "tables": 0,
+    "processes": 0,
 }
 # The same thing wherever it is defined: loggers, type variables, tables of a room's handlers, the
 # block that files are read in.
@@ -56,6 +57,7 @@ SIDEWAYS = {
     ("files", "documents"),
     ("files", "errors"),
     ("checks", "errors"),
+    ("processes", "errors"),
     ("fingerprint", "errors"),
     ("tables", "errors"),
     ("fingerprint", "files"),

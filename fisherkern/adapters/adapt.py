@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from fisherkern.adapters.adapter import HeadTensors, ModelAdapter
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.modes import eval_mode
 
-log = logging.getLogger("fisherkern")
 
-
+@takes_numpy
 def adapt(
     model: Any,
     *,
@@ -58,7 +58,8 @@ def adapt(
         example: A native batch, on which the output layer is found at once.
 
     Returns:
-        What every function takes in place of a model; its repr says what was recognised.
+        What every function takes in place of a model. Its repr, which goes to standard error,
+        says what was recognised.
 
     Raises:
         InputError: `encode` without `head`, or `head` without `encode`; or no module in `model`.
@@ -83,5 +84,5 @@ def adapt(
     if example is not None:
         with eval_mode(adapter.module):
             adapter = adapter.with_output_layer(adapter.prepared(example))
-    log.info("%r", adapter)
+    print(repr(adapter), file=sys.stderr)
     return adapter

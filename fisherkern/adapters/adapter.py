@@ -29,6 +29,7 @@ from fisherkern.adapters.libraries import Library, PlainModule, recognised
 from fisherkern.adapters.libraries.base import last_label, last_place
 from fisherkern.adapters.libraries.plain import describes_itself, factored, logits_in
 from fisherkern.adapters.output_layer import OutputLayerParts, find_output_layer
+from fisherkern.adapters.row_scaling import RowScaling
 from fisherkern.adapters.wrappers import copy_wrapped, unwrap
 from fisherkern.errors import InputError
 from fisherkern.modes import eval_mode
@@ -56,6 +57,7 @@ class ModelAdapter:
             output layer is not split off.
         head: () -> (W (V, D), b (V,) or None); None likewise.
         fixed_rows: Rows of W that get no gradient, (V,) bool, or None.
+        row_scaling: How W is made of a table's rows, where it is not a parameter's; or None.
         given: What the user gave to `adapt`, by argument.
         looked_for: Whether an output layer was looked for.
     """
@@ -68,6 +70,7 @@ class ModelAdapter:
     all_hidden: Callable[[Any], Tensor] | None = None
     head: Callable[[], HeadTensors] | None = None
     fixed_rows: Tensor | None = None
+    row_scaling: RowScaling | None = None
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     looked_for: bool = False
 
@@ -304,11 +307,12 @@ class ModelAdapter:
             InputError: The functions that `adapt` was given disagree, or the logits of a batch
                 are not the same twice.
         """
-        if self.looked_for:
+        if self.looked_for and self.row_scaling is None:
             return self
         part = batch_slice(batch, 0, min(_EXAMPLE, batch_size(batch)))
         check_function(self, part)
-        if self.all_hidden is None:
+        # A scaling is of the table's values, which may be others by now.
+        if self.all_hidden is None or self.row_scaling is not None:
             return self._with_found(part)
         difference = head_difference(self, part)
         if difference is None:
@@ -341,6 +345,7 @@ class ModelAdapter:
             all_hidden=parts.encoder(self.all_logits),
             head=lambda: parts.head(module),
             fixed_rows=parts.fixed_rows,
+            row_scaling=parts.row_scaling,
             looked_for=True,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +12,33 @@ from torch import Tensor, nn
 from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.errors import InputError
 
+_BATCH_DEPENDENT = (
+    "they depend on the other sequences (batch norm without running statistics, a batch mean); "
+    "its Fisher is not defined"
+)
+
+
+@contextlib.contextmanager
+def batch_norm_refused() -> Iterator[None]:
+    """Say of a pass of one sequence that a batch norm of the batch's own statistics needs more."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"model: it gives no logits of one sequence, as {_BATCH_DEPENDENT}"
+        ) from None
+
 
 def check_function(adapter: Any, batch: Any) -> None:
     """Refuse logits that are not the same twice, or not the same without other sequences."""
-    with torch.no_grad():
+    versions = {name: p._version for name, p in adapter.module.named_parameters()}
+    with torch.no_grad(), batch_norm_refused():
         z = adapter.logits(batch)
+        for name, parameter in adapter.module.named_parameters():
+            if parameter._version != versions[name]:
+                raise InputError(f"model: its forward pass changes '{name}' in place")
         if z.dim() != 2:
             raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
         n = batch_size(batch)
@@ -27,19 +51,10 @@ def check_function(adapter: Any, batch: Any) -> None:
             )
         if n == 1:
             return
-        try:
-            alone = adapter.logits(batch_slice(batch, 0, 1))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            gap = "unlike any"
-        else:
-            gap = distance(z[:1], alone)
-        if gap is not None:
+        if (gap := distance(z[:1], adapter.logits(batch_slice(batch, 0, 1)))) is not None:
             raise InputError(
-                f"model: a sequence's logits alone are {gap} from those in a batch, so they depend "
-                "on the other sequences (batch norm without running statistics, a batch mean); "
-                "its Fisher is not defined"
+                f"model: a sequence's logits alone are {gap} from those in a batch, so "
+                + _BATCH_DEPENDENT
             )
 
 

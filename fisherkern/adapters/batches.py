@@ -140,6 +140,14 @@ def histories(batch: Any) -> Tensor | None:
     return None
 
 
+def sequence_lengths(batch: Any) -> Tensor:
+    """How many ids of each sequence are not 0, (N,) int64 on the CPU; 1 where there are no ids."""
+    ids = histories(batch)
+    if ids is None:
+        return torch.ones(batch_size(batch), dtype=torch.int64)
+    return (ids != 0).sum(dim=1).clamp(min=1).cpu()
+
+
 def real_places(batch: Any, pad: int | None = None) -> Tensor | None:
     """Which places of a batch hold items, (N, T) bool: by its mask, its lengths, or its padding.
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fisherkern.adapters.row_scaling import RowScaling, find_row_scaling
+
 LogitsFunction = Callable[[Any], Tensor]
 
 
@@ -42,6 +44,7 @@ class OutputLayerParts:
 
     `call` counts the linear maps onto as many columns that come before it. `fixed_rows`: rows of W
     that get no gradient, (V,) bool, as those of padding in a table that is looked up whole.
+    `row_scaling`: how W is made of the rows of the tensor `weight`, where it is not these rows.
     """
 
     call: int
@@ -51,10 +54,13 @@ class OutputLayerParts:
     bias: TensorPart | None
     fixed_rows: Tensor | None
     position: int | None
+    row_scaling: RowScaling | None = None
 
     def head(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """W (V, D) and b (V,) or None, views of the module's tensors."""
-        return self.weight.of(module), None if self.bias is None else self.bias.of(module)
+        """W (V, D) and b (V,) or None: views of the module's tensors, or W made of one."""
+        scaling = self.row_scaling
+        weight = self.weight.of(module) if scaling is None else scaling.weight()
+        return weight, None if self.bias is None else self.bias.of(module)
 
     def encoder(self, logits: LogitsFunction) -> Callable[[Any], Tensor]:
         """The hidden state before the output layer: (N, D), or (N, T, D) of every position."""
@@ -277,9 +283,12 @@ def _parts(
     found = _weight_of(module, derived.weight)
     if isinstance(found, str):
         return found
-    whole, fixed = found
-    depth = whole.shape[1]
+    whole, fixed, scaling = found
+    depth, columns = whole.shape[1], slice(first, first + width)
     weight = TensorPart(whole.name, whole.start + first * depth, (width, depth))
+    if scaling is not None:
+        kept = scaling.factor[columns], scaling.bend[columns]
+        scaling = RowScaling(weight.of(module), *kept)
     bias = None
     if derived.bias is not None:
         part = part_of(module, derived.bias)
@@ -287,8 +296,8 @@ def _parts(
             return "the bias of the logits is computed"
         bias = TensorPart(part.name, part.start + first, (width,))
     calls = {d.call for _, d in candidates if len(d.weight) >= width and d.call < derived.call}
-    rows = None if fixed is None else fixed[first : first + width]
-    return OutputLayerParts(len(calls), width, derived.scale, weight, bias, rows, position)
+    rows = None if fixed is None else fixed[columns]
+    return OutputLayerParts(len(calls), width, derived.scale, weight, bias, rows, position, scaling)
 
 
 def part_of(module: nn.Module, tensor: Tensor) -> TensorPart | None:
@@ -307,20 +316,25 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def _weight_of(module: nn.Module, weight: Tensor) -> tuple[TensorPart, Tensor | None] | str:
-    """The part of a parameter that the weight comes from, and its rows without gradient."""
+# The part of a parameter that a weight comes from, its rows without gradient, and how the weight's
+# rows are made of the part's where they are not the same.
+_Rows = tuple[TensorPart, Tensor | None, RowScaling | None]
+
+
+def _weight_of(module: nn.Module, weight: Tensor) -> _Rows | str:
     if (part := part_of(module, weight)) is not None:
-        return part, None
+        return part, None, None
     if not weight.requires_grad:
         return "the output weight is no tensor of the model"
     return gathered_rows(module, weight)
 
 
-def gathered_rows(module: nn.Module, weight: Tensor) -> tuple[TensorPart, Tensor | None] | str:
-    """The rows of a single parameter that a computed (V, D) tensor equals, gradient and all.
+def gathered_rows(module: nn.Module, weight: Tensor) -> _Rows | str:
+    """The rows of a single parameter of which a computed (V, D) tensor is made, gradient and all.
 
     Where it is a table that was looked up whole, its rows are the parameter's, and a gradient on
-    it is the parameter's gradient, but for rows of padding, which get none.
+    it is the parameter's gradient, but for rows of padding, which get none. Rows may be scaled
+    by a function of their lengths.
     """
     named = {id(parameter): name for name, parameter in module.named_parameters()}
     names = {named[id(leaf)] for leaf in _leaves(weight) if id(leaf) in named}
@@ -331,19 +345,28 @@ def gathered_rows(module: nn.Module, weight: Tensor) -> tuple[TensorPart, Tensor
     table = dict(module.named_parameters())[name]
     if table.dim() != 2 or table.shape[1:] != weight.shape[1:] or len(table) < len(weight):
         return reason
+
+    def pull(direction: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(weight, table, direction, retain_graph=True)
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(weight.shape, generator=generator).to(weight)
-    (gradient,) = torch.autograd.grad(weight, table, direction, retain_graph=True)
+    gradient = pull(direction)
     for first in range(len(table) - len(weight) + 1):
         rows = slice(first, first + len(weight))
-        if not torch.equal(weight.detach(), table.detach()[rows]):
-            continue
-        own = gradient[rows].to_dense() if gradient.is_sparse else gradient[rows]
-        fixed = (own == 0).all(dim=1)
-        if not torch.equal(own[~fixed], direction[~fixed]):
-            return reason
         part = TensorPart(name, first * table.shape[1], tuple(weight.shape))
-        return part, fixed if bool(fixed.any()) else None
+        if torch.equal(weight.detach(), table.detach()[rows]):
+            fixed = (gradient[rows] == 0).all(dim=1)
+            if not torch.equal(gradient[rows][~fixed], direction[~fixed]):
+                return reason
+            return part, fixed if bool(fixed.any()) else None, None
+        if bool(gradient[:first].any() | gradient[rows.stop :].any()):
+            continue
+        scaled = find_row_scaling(table[rows], weight, pull, rows)
+        if scaled is not None:
+            scaling, fixed = scaled
+            return part, fixed if bool(fixed.any()) else None, scaling
     return reason
 
 

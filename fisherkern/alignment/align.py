@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fisherkern.alignment.activations import item_map, match_activations, paired_activations
 from fisherkern.alignment.loss import learn_rotations
 from fisherkern.alignment.weights import WeightPair, match_weights
+from fisherkern.checks import takes_numpy
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup
 from fisherkern.errors import InputError, shown
 from fisherkern.members import checks
@@ -31,6 +32,7 @@ BY = {
 }
 
 
+@takes_numpy
 def align(
     models: Sequence[ModelT],
     *,

@@ -14,6 +14,7 @@ from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.fisher import diag_fisher
+from fisherkern.processes import joined_by_torchrun, rank
 from fisherkern.tables import print_table
 
 
@@ -55,7 +56,10 @@ def fisher(
         data = over_catalogue_of(network, run.data(), checkpoint or Path(name))
         batches = run.batches(network, data, split=split, batch_size=batch_size, limit=limit)
     settings = {key: value for key, value in run.of(diag_fisher).items() if key != "model"}
-    found = diag_fisher(network, batches, **settings)
+    with joined_by_torchrun(run.device) as own:
+        found = diag_fisher(network.to(own), batches, **settings)
+        if rank() > 0:
+            return
     found.save(path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}

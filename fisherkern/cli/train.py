@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 
+from fisherkern import processes
 from fisherkern.cli.arguments import command
 from fisherkern.cli.evaluate import show_report
 from fisherkern.cli.run import BEST_DEVICE, Run, check_most, over_catalogue_of
@@ -34,7 +35,6 @@ from fisherkern.objectives import (
 from fisherkern.training import (
     TrainingLog,
     TrainingSettings,
-    distributed,
     load_model,
     save_model,
     train,
@@ -109,8 +109,8 @@ def train_encoder(
     model, data = _model(run, data)
     validating = run.values["patience"] is not None or validate_every is not None
     settings = {name: run.values[name] for name in _settings()}
-    with distributed.init_distributed(run.device) as own_device:
-        rank = distributed.rank()
+    with processes.joined_by_torchrun(run.device) as own_device:
+        rank = processes.rank()
         given = {
             **run.of(train),
             **settings,

@@ -10,7 +10,7 @@ import narwhals.stable.v2 as nw
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkern.checks import check_count
+from fisherkern.checks import check_count, takes_numpy
 from fisherkern.data.actions import Actions, assemble, number_ids
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.tables import Columns, IdCodes
@@ -20,6 +20,7 @@ MOST_ROWS = 1 << 12  # for each byte of a file
 _BLOCK_ROWS = 1 << 20  # bounds how many ids are Python strings at once
 
 
+@takes_numpy
 def from_frame(
     frame: Any,
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fisherkern.checks import takes_numpy
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.download import download_ml_1m
 from fisherkern.data.reading import read_file
@@ -16,6 +17,7 @@ _DATA_VARIABLE = "FISHERKERN_DATA"
 _CACHE_VARIABLE = "FISHERKERN_CACHE"
 
 
+@takes_numpy
 def load(
     name_or_path: str | os.PathLike[str],
     *,

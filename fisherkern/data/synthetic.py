@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherkern.checks import check_count, check_not_negative, check_unit
+from fisherkern.checks import check_count, check_not_negative, check_unit, takes_numpy
 from fisherkern.data.dataset import SequenceDataset
 
 _BLOCK_USERS = 1024  # bounds the memory for what each user has seen
 
 
+@takes_numpy
 def synthetic(
     num_users: int = 2000,
     num_items: int = 500,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.evaluation.report import Protocol, Report
 
@@ -54,6 +55,7 @@ class Comparison(Mapping[str, Difference]):
         return "\n".join(lines)
 
 
+@takes_numpy
 def compare(a: Report, b: Report) -> Comparison:
     """Compare two reports user by user: a minus b, for every metric that both have.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.errors import InputError
-from fisherkern.evaluation.scores import OutputLayer, rounds
+from fisherkern.evaluation.scores import ScoringLayer, rounds
 
 
 class ScoreEnsemble(nn.Module):
@@ -60,7 +60,7 @@ class ScoreEnsemble(nn.Module):
 def _logits(member: ModelAdapter, batch: Any) -> Tensor:
     """Return a member's logits in fp32 or wider; see `evaluate`."""
     batch = member.prepared(batch)
-    layer = OutputLayer.of(member, batch) if rounds(member) else None
+    layer = ScoringLayer.of(member, batch) if rounds(member) else None
     if layer is not None:
         return layer.logits(batch)
     logits = member.logits(batch)

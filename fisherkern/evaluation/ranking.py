@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherkern.checks import check_count
+from fisherkern.checks import check_count, takes_numpy
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.candidates import sample_negatives
@@ -20,6 +20,7 @@ from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
 
 
+@takes_numpy
 def evaluate(
     model: Any,
     data: SequenceDataset,

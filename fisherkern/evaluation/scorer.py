@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from fisherkern.adapters import ModelAdapter
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError
-from fisherkern.evaluation.scores import OutputLayer, Scores, WholeScores, rounds
+from fisherkern.evaluation.scores import Scores, ScoringLayer, WholeScores, rounds
 
 log = logging.getLogger("fisherkern")
 
 # Columns of a history for models that do not say how many they take.
 _MAX_LEN = 50
 
-Batch = dict[str, Tensor]
+DataBatch = dict[str, Tensor]
 
 
 class Scorer:
@@ -45,7 +45,7 @@ class Scorer:
         self.adapter: ModelAdapter | None = None
         self.module: nn.Module | None = None
         self._columns: Tensor | None = None  # (V,) int64, where the model orders items by itself
-        self._layer: OutputLayer | None = None
+        self._layer: ScoringLayer | None = None
         self._sought = False
         if isinstance(model, str):
             raise InputError(f"model: expected something to call, got {type(model).__name__}")
@@ -57,14 +57,14 @@ class Scorer:
             raise _other_catalogue(len(own), data)
         self.max_len = int(getattr(model, "max_len", _MAX_LEN))
         self.first_item = int(getattr(model, "first_item", 0))
-        self._native: Callable[[Batch], Any] = lambda batch: batch
+        self._native: Callable[[DataBatch], Any] = lambda batch: batch
         self._logits: Callable[[Any], Any] = model
 
     def _take_adapter(self, adapter: ModelAdapter, data: SequenceDataset) -> None:
         first = adapter.library.first_token(adapter.module)
         self._columns, tokens = _matched(adapter, data, first)
 
-        def native(batch: Batch) -> Any:
+        def native(batch: DataBatch) -> Any:
             items = batch["history"] if tokens is None else tokens[batch["history"]]
             beside = {name: value for name, value in batch.items() if name != "history"}
             return adapter.prepared(adapter.make_batch(items, **beside))
@@ -75,7 +75,7 @@ class Scorer:
         self.first_item = adapter.first_item - (first - 1)
         self._native, self._logits = native, adapter.logits
 
-    def parts(self, batch: Batch) -> Iterator[Batch]:
+    def parts(self, batch: DataBatch) -> Iterator[DataBatch]:
         """Yield a batch of the data in parts, one where the scores fit or are made by tiles."""
         rows = len(batch["history"])
         most = max(1, self.max_scores // self.num_items)
@@ -86,7 +86,7 @@ class Scorer:
         for first in range(0, rows, most):
             yield {name: value[first : first + most] for name, value in batch.items()}
 
-    def scores(self, batch: Batch) -> Scores:
+    def scores(self, batch: DataBatch) -> Scores:
         """Return the scores of one of the `parts`.
 
         Raises:
@@ -106,13 +106,13 @@ class Scorer:
         columns = self._columns if self._columns is not None else 1 - self.first_item
         return self._layer.scores(native, columns, self.num_items, self.max_scores)
 
-    def _seek(self, batch: Batch) -> None:
+    def _seek(self, batch: DataBatch) -> None:
         """Look for the output layer, once, on a batch of the data."""
         if self._sought or self.adapter is None:
             return
         self._sought = True
         few = {name: value[:2] for name, value in batch.items()}
-        layer = OutputLayer.of(self.adapter, self._native(few))
+        layer = ScoringLayer.of(self.adapter, self._native(few))
         if layer is not None:
             self._check_shape(layer.head()[0].T, layer.head()[0].shape[1])
         self._layer = layer

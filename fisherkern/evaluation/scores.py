@@ -13,8 +13,8 @@ from fisherkern.adapters import ModelAdapter
 from fisherkern.errors import InputError
 from fisherkern.ops.softmax_lse import LogitProduct, tile_rows
 
-# Pairs of a row and an item, each (E,) int64.
-Pairs = tuple[Tensor, Tensor]
+# ItemPairs of a row and an item, each (E,) int64.
+ItemPairs = tuple[Tensor, Tensor]
 # Rows whose targets' scores are made at once.
 _ROWS = 64
 
@@ -26,7 +26,7 @@ class Scores(Protocol):
     def device(self) -> torch.device:
         """Where the scores are computed."""
 
-    def full_ranks(self, target: Tensor, excluded: Pairs | None) -> Tensor:
+    def full_ranks(self, target: Tensor, excluded: ItemPairs | None) -> Tensor:
         """Return the ranks (N,) of `target` (N,) among all items; see `full_ranks`."""
 
     def sampled_ranks(self, target: Tensor, negatives: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class WholeScores:
         """Where the scores are."""
         return self.scores.device
 
-    def full_ranks(self, target: Tensor, excluded: Pairs | None) -> Tensor:
+    def full_ranks(self, target: Tensor, excluded: ItemPairs | None) -> Tensor:
         """Return the ranks among all items; allocates one (N, V) bool tensor."""
         return full_ranks(self.scores, target, excluded)
 
@@ -110,7 +110,7 @@ class TiledScores:
                 rows = self.columns[start:stop]
             yield start, product(self.weight[rows], None if self.bias is None else self.bias[rows])
 
-    def full_ranks(self, target: Tensor, excluded: Pairs | None) -> Tensor:
+    def full_ranks(self, target: Tensor, excluded: ItemPairs | None) -> Tensor:
         """Return the ranks among all items; holds two tiles."""
         with _no_autocast(self.device):
             own = self._guess(target)
@@ -151,7 +151,9 @@ class TiledScores:
             found.append(z.diagonal().clone())
         return torch.cat(found)
 
-    def _count(self, own: Tensor, target: Tensor, excluded: Pairs | None) -> tuple[Tensor, Tensor]:
+    def _count(
+        self, own: Tensor, target: Tensor, excluded: ItemPairs | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the ranks (N,) of targets that score `own` (N,), and their scores in the tiles."""
         ranks, exact = torch.zeros_like(target), own.clone()
         bad = torch.zeros_like(target, dtype=torch.bool)
@@ -173,13 +175,13 @@ class TiledScores:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputLayer:
+class ScoringLayer:
     """The output layer of a model, with which the last product is done in fp32."""
 
     adapter: ModelAdapter
 
     @classmethod
-    def of(cls, adapter: ModelAdapter, batch: object) -> OutputLayer | None:
+    def of(cls, adapter: ModelAdapter, batch: object) -> ScoringLayer | None:
         """Find the output layer on a prepared batch; None where it cannot be split off."""
         found = cls._found(adapter, batch)
         types = {tensor.dtype for tensor in adapter.module.parameters()}
@@ -194,7 +196,7 @@ class OutputLayer:
         return found
 
     @classmethod
-    def _found(cls, adapter: ModelAdapter, batch: object) -> OutputLayer | None:
+    def _found(cls, adapter: ModelAdapter, batch: object) -> ScoringLayer | None:
         try:
             adapter = adapter.with_output_layer(batch)
         except InputError:  # random, or of the whole batch: whatever it is, its logits are asked
@@ -238,7 +240,7 @@ def rounds(adapter: ModelAdapter, logits: Tensor | None = None) -> bool:
     return own or torch.is_autocast_enabled(adapter.device.type)
 
 
-def full_ranks(scores: Tensor, target: Tensor, excluded: Pairs | None) -> Tensor:
+def full_ranks(scores: Tensor, target: Tensor, excluded: ItemPairs | None) -> Tensor:
     """Rank of each target among all items: 1 + #{v != target, v not excluded: score_v >= score}.
 
     scores (N, V), column v-1 is item v, no NaN; target (N,) int64 items in 1..V on the

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
+from fisherkern.fisher.first_batch import FirstBatchCheck
 from fisherkern.fisher.plain_run import plainly
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
@@ -20,6 +23,7 @@ from fisherkern.ops.backend import use_backend
 from fisherkern.progress import progress_bar
 
 
+@takes_numpy
 def diag_fisher(
     model: Any,
     loader: Iterable[Any],
@@ -36,6 +40,7 @@ def diag_fisher(
     replacement: bool = True,
     chunk: int | None = None,
     backend: str = "auto",
+    check: bool = True,
     progress: bool = True,
 ) -> DiagFisher:
     """Compute the diagonal Fisher of every trainable parameter, the mean over the sequences.
@@ -63,6 +68,8 @@ def diag_fisher(
     N·V·D²/2 multiply-adds; the others pass over the items in two matrix products of N·V·D,
     "sketch" for large V in four. A model with `encode` and `head` (see `adapt`) needs these few
     probes; one known only by its logits needs V for "exact" and k for the rest.
+    Where `torch.distributed` is initialised, every process calls this with the same arguments and
+    gets the same result, the sum of all processes' parts of each batch.
     Layers without a handler fall back to per-sequence autograd: slower, equally exact, with one
     warning that names the parameter.
 
@@ -93,6 +100,9 @@ def diag_fisher(
             one probe block.
         backend: "torch", "triton" or "cuda" for the ops; "auto" takes the environment's
             FISHERKERN_BACKEND, else PyTorch and, on a GPU, the kernels proven faster there.
+        check: Whether to compare gradients of two sequences of the first batch with those of plain
+            autograd, parameter by parameter, and the weights after all passes with those before.
+            Costs two passes of up to 32 sequences.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -100,35 +110,56 @@ def diag_fisher(
         or wider, with `meta`. Frozen parameters are left out.
 
     Raises:
-        InputError: Bad arguments, an empty loader, non-finite logits, or a trainable parameter
-            that the logits do not depend on.
+        InputError: Bad arguments, an empty loader, non-finite logits, a trainable parameter
+            that the logits do not depend on, or a failed check.
 
     Source: Ryu et al., arXiv 2307.05476, eqs. 5 to 9; distinct draws: Kool et al., ICLR 2020.
     """
     settings = Settings(
-        sampler, k, probes, seed, tol, rescale, weight, replacement, reduction, chunk, positions
+        sampler,
+        k,
+        probes,
+        seed,
+        tol,
+        rescale,
+        weight,
+        replacement,
+        reduction,
+        chunk,
+        positions,
+        check,
     ).checked()
     adapter = ModelAdapter.of(model)
     engine = Engine(adapter, settings)
     if not engine.parameters.named:
         raise InputError("model: it has no trainable parameter")
-    count = 0
-    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=progress)
+    before = fingerprint(adapter.module)
+    processes.check_same({"settings": settings, "model": before})
+    first_batch = FirstBatchCheck(engine)
+    count, show = 0, progress and processes.rank() == 0
+    bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=show)
     with use_backend(backend), eval_mode(adapter.module, gradients=True), plainly():
-        for batch in bar:
-            count += engine.add_batch(batch, count)
+        with processes.together():
+            for number, batch in enumerate(bar):
+                count += engine.add_batch(batch, count, number)
+                first_batch(batch)
+        processes.check_same({"loader": count})
+        engine.join()
     if count == 0:
         raise InputError("loader: it gave no sequences")
     total = int(engine.num_positions) if engine.every else count
     if total == 0:
         raise InputError("loader: none of its positions counts")
+    after = fingerprint(adapter.module)
+    if before != after:
+        raise InputError("model: its forward pass changes its weights, in eval mode too")
     meta = settings.meta(engine.num_items) | {
         "probes": engine.probes or None,
         "num_sequences": count,
         "num_positions": total if engine.every else None,
         "captured_mass": float(engine.mass) / total if sampler == "topk" else None,
         "kept_energy": float(engine.kept) / total if sampler == "exact" else None,
-        "fingerprint": fingerprint(adapter.module),
+        "fingerprint": after,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     return DiagFisher(engine.finish(total), meta)

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern import ops
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, batch_slice, batch_take
-from fisherkern.adapters.parameters import Parameters, ParamView
+from fisherkern.adapters.batches import batch_size, batch_slice, batch_take, sequence_lengths
+from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.batchwise import add_batchwise_
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.forward_backward import CapturedForward, ForwardBackward
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
+from fisherkern.fisher.output_layers import OutputLayer, why_not_factored
 from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import TiedEmbeddingGrad, tied_embedding_grads
 from fisherkern.fisher.positions import (
@@ -30,28 +30,19 @@ from fisherkern.fisher.positions import (
     counted_positions,
     position_targets,
 )
-from fisherkern.fisher.samplers import SoftmaxStats, check_softmax, factor_covariance
+from fisherkern.fisher.samplers import (
+    SoftmaxStats,
+    check_softmax,
+    factor_covariance,
+)
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
+from fisherkern.processes import gathered, joined_sum, own_part, world
 
 log = logging.getLogger("fisherkern")
 
 # The tied gradients of one forward pass, by index in its plan.
 Tied = Callable[[CapturedForward], Mapping[int, TiedEmbeddingGrad | TiedPositionGrad]]
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputLayer:
-    """W (V, D), b (V,) or None, and which parameters they view; None where they view none.
-
-    Rows of W that get no gradient are `fixed_rows`, (V,) bool.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    weight_param: ParamView | None
-    bias_param: ParamView | None
-    fixed_rows: Tensor | None = None
 
 
 class Engine:
@@ -101,8 +92,11 @@ class Engine:
     def _logits(self) -> Callable[[Any], Tensor]:
         return self.model.all_logits if self.every else self.model.logits
 
-    def add_batch(self, batch: Any, first: int) -> int:
-        """Add a loader's batch, whose first sequence has the id `first`; returns their number."""
+    def add_batch(self, batch: Any, first: int, number: int = 0) -> int:
+        """Add this process's part of a loader's batch; returns its number of sequences.
+
+        `first` is the id of the first one, `number` the batch's.
+        """
         batch = self.model.prepared(batch)
         n = batch_size(batch)
         if n == 0:
@@ -112,6 +106,9 @@ class Engine:
         # Ids, by which random numbers are keyed, are places in the loader.
         device = next(iter(self.fisher.values())).device
         ids = torch.arange(first, first + n, device=device)
+        if world() > 1:
+            own = own_part(number, sequence_lengths(batch))
+            batch, ids = batch_slice(batch, own.start, own.stop), ids[own]
         if self.settings.reduction == "batchwise":
             reached, mass = add_batchwise_(
                 self.fisher, self.model, self.parameters, self.settings, batch, ids
@@ -120,16 +117,24 @@ class Engine:
             if mass is not None:
                 self.mass += mass.double().sum()
             return n
-        for part, start, stop in self.schedule.micro_batches(batch, n):
+        for part, start, stop in self.schedule.micro_batches(batch, len(ids)):
             self.add(part, ids[start:stop])
         return n
+
+    def join(self) -> None:
+        """Add up what several processes have, in their order; all have the sums afterwards."""
+        for total in (*self.fisher.values(), self.mass, self.kept, self.num_positions):
+            total.copy_(joined_sum(total))
+        every = gathered((self.reached, self.probes))
+        self.reached = set().union(*(reached for reached, _ in every))
+        self.probes = max(probes for _, probes in every)
 
     def add(self, batch: Any, sequence_ids: Tensor) -> None:
         """Add the sequences of a micro-batch; `sequence_ids` (N,) int64."""
         with self.autocast.off():
             layer = None if self.by_logits else self._output_layer()
             forwards = self._forward(batch, len(sequence_ids), layer)
-            if layer is not None and (reason := _why_not_factored(layer, forwards)) is not None:
+            if layer is not None and (reason := why_not_factored(layer, forwards)) is not None:
                 log.warning("%s; taking the slower path through the logits", reason)
                 forwards.clear()
                 layer, self.by_logits = None, True
@@ -148,8 +153,9 @@ class Engine:
         assert self.model.head is not None
         weight, bias = self.model.head()
         view_of = self.parameters.view_of
-        fixed = self.model.fixed_rows
-        return OutputLayer(weight, bias, view_of(weight), view_of(bias), fixed)
+        fixed, scaling = self.model.fixed_rows, self.model.row_scaling
+        own = view_of(weight if scaling is None else scaling.table)
+        return OutputLayer(weight, bias, own, view_of(bias), fixed, scaling)
 
     def _forward(self, batch: Any, n: int, layer: OutputLayer | None) -> list[CapturedForward]:
         """A forward pass of each length bucket of the micro-batch."""
@@ -172,7 +178,8 @@ class Engine:
 
         def tied(forward: CapturedForward) -> dict[int, TiedEmbeddingGrad]:
             param = layer.weight_param
-            return tied_embedding_grads(forward.plan, forward.index, param, stats, factor)
+            grads = tied_embedding_grads(forward.plan, forward.index, param, stats, factor)
+            return {i: layer.tied(grad, stats.weight) for i, grad in grads.items()}
 
         self._probe(batch, forwards, factor, tied)
 
@@ -182,7 +189,13 @@ class Engine:
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         stats = SoftmaxStats.of(h, weight, bias, sequence_ids, target, self.settings)
         check_softmax(stats.lse, sequence_ids)
-        return stats, factor_covariance(stats, self.settings)
+        return stats, layer.of_rows(self._factor(stats))
+
+    def _factor(self, stats: SoftmaxStats | LogitStats) -> CovarianceFactor:
+        """The factor that the sampler asks for."""
+        if isinstance(stats, LogitStats):
+            return factor_logits(stats, self.settings)
+        return factor_covariance(stats, self.settings)
 
     def _add_output(
         self,
@@ -198,20 +211,7 @@ class Engine:
         sums, sums_bias = (None if p is None else p.of(self.fisher[p.name]) for p in params)
         if sums is None and sums_bias is None:
             return
-        apart = weight != 1 or layer.fixed_rows is not None
-        own = [
-            None if s is None else torch.zeros_like(s) if apart else s for s in (sums, sums_bias)
-        ]
-        ids = None if factor.ids is None else factor.ids[rows]
-        omega = None if factor.omega is None else factor.omega[rows]
-        inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
-        ops.head_sqgrad_(own[0], own[1], *inputs, ids, omega)
-        if apart and sums is not None and own[0] is not None:
-            if layer.fixed_rows is not None:
-                own[0].masked_fill_(layer.fixed_rows[:, None], 0.0)
-            sums += weight * own[0]
-        if apart and sums_bias is not None and own[1] is not None:
-            sums_bias += weight * own[1]
+        layer.add_square_(sums, sums_bias, stats, factor, rows, weight)
 
     def _add_positions(
         self,
@@ -243,7 +243,7 @@ class Engine:
             if layer is None:
                 log_stats = LogitStats(torch.log_softmax(own, dim=1), rows.ids, target)
                 check_softmax(log_stats.log_p.amax(dim=1), rows.ids)
-                factor, stats = factor_logits(log_stats, self.settings), None
+                factor, stats = self._factor(log_stats), None
             else:
                 stats, factor = self._factored(own, layer, rows.ids, target)
                 for weight in rows.weight.unique().tolist():
@@ -266,7 +266,7 @@ class Engine:
             if layer is None or layer.weight_param is None or stats is None:
                 return {}
             return {
-                i: TiedPositionGrad(grad, probes, stats.h, layer.weight_param)
+                i: TiedPositionGrad(grad, probes, stats, layer.weight_param, layer.row_scaling)
                 for i, grad in enumerate(forward.plan.grads)
                 if grad.param.name == layer.weight_param.name
             }
@@ -293,7 +293,7 @@ class Engine:
             raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
         stats = LogitStats(torch.log_softmax(z, dim=1), sequence_ids, target)
         check_softmax(stats.log_p.amax(dim=1), sequence_ids)
-        self._probe(batch, forwards, factor_logits(stats, self.settings), lambda forward: {})
+        self._probe(batch, forwards, self._factor(stats), lambda forward: {})
 
     def _probe(
         self, batch: Any, forwards: list[CapturedForward], factor: CovarianceFactor, tied: Tied
@@ -356,25 +356,6 @@ class Engine:
             name: (self.fisher[name] / num_sequences).view(parameter.shape).clamp_(min=0)
             for name, parameter in named.items()
         }
-
-
-def _why_not_factored(layer: OutputLayer, forwards: Sequence[CapturedForward]) -> str | None:
-    """Why the output layer has no closed form here; None where it has."""
-    weight, bias = layer.weight_param, layer.bias_param
-    for tensor, param in ((layer.weight, weight), (layer.bias, bias)):
-        if tensor is not None and param is None and tensor.requires_grad:
-            return "the output weight is computed from parameters, not one of them"
-    for plan in (forward.plan for forward in forwards):
-        if bias is not None and bias.name in plan.reached:
-            return f"the output bias '{bias.name}' is used inside the encoder as well"
-        if weight is None:
-            continue
-        for grad in plan.grads_of(weight.name):
-            if not grad.embedding_only or grad.param.shape[1] != weight.shape[1]:
-                return f"the output weight '{weight.name}' is used by more than a lookup"
-        if weight.name in plan.fallback:
-            return f"the output weight '{weight.name}' has a use no rule describes"
-    return None
 
 
 def _results(forwards: Sequence[CapturedForward]) -> Tensor:

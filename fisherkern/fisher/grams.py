@@ -11,6 +11,7 @@ from torch import Tensor
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size
 from fisherkern.adapters.parameters import Parameters
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.capture import Capture
@@ -31,6 +32,7 @@ class LinearGrams(NamedTensors):
     OTHER = "not a file of Gram matrices; `LinearGrams.save` writes one"
 
 
+@takes_numpy
 def linear_grams(
     model: Any, loader: Iterable[Any], *, chunk: int | None = None, progress: bool = True
 ) -> LinearGrams:

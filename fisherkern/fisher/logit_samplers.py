@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.samplers import sample
+from fisherkern.fisher.saturated import complement
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 from fisherkern.ops.sample_distinct import distinct_from_ranges
@@ -67,24 +68,29 @@ class LogitStats:
 
 def factor_logits(stats: LogitStats, settings: Settings) -> CovarianceFactor:
     """The factor that `settings.sampler` asks for; its columns are over the V logits."""
-    p = stats.log_p.exp()
     if settings.sampler == "sketch":
-        return _sketch(p, stats, settings)
-    ids: Tensor | None
+        return _sketch(stats.log_p.exp(), stats, settings)
     if settings.sampler == "exact":
-        ids, omega, mass = None, p, None
-        probes = stats.num_items
-    else:
-        ids, omega, mass = sample(stats, settings)
-        probes = ids.shape[1]
-    omega = omega.to(p.dtype)
+        return factor_logit_items(stats, None, stats.log_p.exp())
+    return factor_logit_items(stats, *sample(stats, settings))
+
+
+def factor_logit_items(
+    stats: LogitStats, ids: Tensor | None, omega: Tensor, mass: Tensor | None = None
+) -> CovarianceFactor:
+    """The factor of some items of each sequence: ids (N, K), None for all, weights ω (N, K)."""
+    p = stats.log_p.exp()
+    rest, omega = complement(p), omega.to(p.dtype)
+    probes = omega.shape[1]
 
     def columns(sequence: Tensor, span: slice) -> Tensor:
         root = omega[sequence, span].sqrt().t()[:, :, None]
         items = torch.arange(probes, device=p.device)[span].expand(len(sequence), -1)
         if ids is not None:
             items = ids[sequence, span]
-        return (-root * p[sequence]).scatter_add_(2, items.t()[:, :, None], root)
+        place = items.t()[:, :, None]
+        own = root * rest[sequence].expand(len(root), -1, -1).gather(2, place)
+        return (-root * p[sequence]).scatter_(2, place, own)
 
     return CovarianceFactor(
         probes=probes, probe_vectors=columns, tied_cross_term=_no_cross, mass=mass
@@ -94,13 +100,20 @@ def factor_logits(stats: LogitStats, settings: Settings) -> CovarianceFactor:
 def _sketch(p: Tensor, stats: LogitStats, settings: Settings) -> CovarianceFactor:
     assert settings.probes is not None
     probes, items = settings.probes, torch.arange(stats.num_items, device=p.device)
+    rest = complement(p)
     signed = counter_rng.apply_random_signs_(p.sqrt(), settings.seed, stats.sequence_ids, items)
     bucket = counter_rng.bucket_of(settings.seed, items, probes)
 
     def columns(sequence: Tensor, span: slice) -> Tensor:
         probe = torch.arange(probes, device=p.device)[span]
         signs = signed[sequence] * (bucket == probe[:, None])[:, None]
-        return signs - p[sequence] * signs.sum(dim=2, keepdim=True)
+        # s_v (1 − p_v) − p_v Σ_{u≠v} s_u: of an item with nearly all the mass nothing cancels.
+        large = p[sequence] > 0.5
+        top = signs.masked_fill(~large, 0.0)
+        others = (signs - top).sum(dim=2, keepdim=True)
+        total = others + top.sum(dim=2, keepdim=True)
+        apart = signs * rest[sequence] - p[sequence] * others
+        return torch.where(large, apart, signs - p[sequence] * total)
 
     return CovarianceFactor(probes=probes, probe_vectors=columns, tied_cross_term=_no_cross)
 

@@ -16,14 +16,16 @@ from torch import Tensor
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.parameters import ParamView
+from fisherkern.adapters.row_scaling import RowScaling
 from fisherkern.errors import InputError
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.plan import ParamGrad
+from fisherkern.fisher.samplers import SoftmaxStats
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 
 # Positions of a sequence have ids beside each other: sequence · 2²⁰ + number.
-_IDS = 2**20
+POSITION_IDS = 2**20
 # Keys the draws of positions and their signs apart from those of items.
 _DRAWN, _SIGNED = 0x504F53, 0x534947
 
@@ -45,10 +47,10 @@ class PositionRows:
     @classmethod
     def of(cls, counted: Tensor, sequence_ids: Tensor, settings: Settings) -> PositionRows:
         """The rows of positions `counted` (n, T) bool of the sequences with these ids (n,)."""
-        if counted.shape[1] >= _IDS:
+        if counted.shape[1] >= POSITION_IDS:
             raise InputError(f"positions: {counted.shape[1]} of a sequence are too many")
         number = counted.cumsum(dim=1) - 1
-        keys = sequence_ids[:, None] * _IDS + number
+        keys = sequence_ids[:, None] * POSITION_IDS + number
         total = counted.sum(dim=1)
         weight = torch.ones_like(total, dtype=torch.float64)
         if isinstance(settings.positions, int):
@@ -84,6 +86,8 @@ class PositionProbes:
     index: Tensor
     seed: int
     alone: bool
+    # The items and β of the last lookup asked for.
+    _made: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -102,41 +106,66 @@ class PositionProbes:
 
     def vectors(self, index: Tensor, span: slice) -> Tensor:
         """The probes of a span at sequences `index` (m,) of the micro-batch, (R, m, T, D)."""
-        found = [self.rows.by_place(column, own) for own, column in self._columns(span)]
-        whole = torch.stack(found)
+        if self.alone:
+            columns = [
+                self.rows.by_place(self.factor.probe_vectors(own, column)[0] * root[:, None], own)
+                for own, column, root in self._apart(span)
+            ]
+            whole = torch.stack(columns)
+        else:
+            given = self.factor.probe_vectors(self._every, span)
+            given = given * self._signed[:, span].t()[:, :, None].to(given.dtype)
+            whole = self.rows.by_place(given.transpose(0, 1), self._every).movedim(2, 0)
         if len(index) == len(self.index):
             return whole
         return whole[:, (self.index[None] == index[:, None]).int().argmax(dim=1)]
 
     def cross_terms(self, hidden: Tensor, items: Tensor, span: slice) -> Tensor:
         """Σ_t β_tvr h_t of items (n, m) and the probes of a span: (R, n, m, D)."""
+        if not self.alone:
+            beta = self._beta(items)[:, :, span].to(hidden.dtype)
+            return self._over_places(beta, hidden, self._every).permute(2, 0, 1, 3)
         found = []
-        for own, probe, scale in self._probes(span):
-            beta = self.factor.tied_cross_term(own, items[self.rows.sequence[own]])
-            beta = beta[:, :, probe].to(hidden.dtype) * scale.to(hidden.dtype)[:, None]
-            by_place = self.rows.by_place(beta, own), self.rows.by_place(hidden[own], own)
-            found.append(torch.einsum("ntm,ntd->nmd", *by_place))
+        for own, column, root in self._apart(span):
+            beta = self.factor.tied_cross_term(own, items[self.rows.sequence[own]])[:, :, column]
+            beta = (beta * root[:, None, None]).to(hidden.dtype)
+            found.append(self._over_places(beta, hidden[own], own)[:, :, 0])
         return torch.stack(found)
 
-    def _columns(self, span: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """(Rows, their columns (m, D)) of each probe."""
-        for own, probe, scale in self._probes(span):
-            column = self.factor.probe_vectors(own, slice(probe, probe + 1))[0]
-            yield own, column * scale.to(column.dtype)[:, None]
+    def _over_places(self, beta: Tensor, hidden: Tensor, own: Tensor) -> Tensor:
+        """Σ_t β_tvr h_t of some rows: (M, m, R) and (M, D) -> (n, m, R, D)."""
+        by_place = self.rows.by_place(beta.flatten(1), own), self.rows.by_place(hidden, own)
+        summed: Tensor = by_place[0].transpose(1, 2) @ by_place[1]
+        apart: Tensor = summed.unflatten(1, beta.shape[1:])
+        return apart
 
-    def _probes(self, span: slice) -> Iterator[tuple[Tensor, int, Tensor]]:
-        """(Rows, column of L, what they are multiplied by) of each probe."""
+    def _beta(self, items: Tensor) -> Tensor:
+        """β (M, m, R) of every row with its signs, made once for all probes."""
+        if self._made.get("items") is not items:
+            beta = self.factor.tied_cross_term(self._every, items[self.rows.sequence])
+            beta = beta * self._signed[:, None].to(beta.dtype)
+            self._made.update(items=items, beta=beta)
+        return self._made["beta"]
+
+    @functools.cached_property
+    def _every(self) -> Tensor:
+        return torch.arange(len(self.rows), device=self.rows.ids.device)
+
+    @functools.cached_property
+    def _signed(self) -> Tensor:
+        """What each row's columns are multiplied by where all share a probe, (M, R)."""
+        columns = torch.arange(self.factor.probes, device=self.rows.ids.device)
+        bits = counter_rng.random_bits(self.seed ^ _SIGNED, self.rows.ids, columns)
         root = self.rows.weight.sqrt()
-        every = torch.arange(len(self.rows), device=root.device)
+        return root[:, None] * counter_rng.signs(bits, 17, root.dtype)
+
+    def _apart(self, span: slice) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """(Rows, column of L, what they are multiplied by) of each probe of one position."""
+        root = self.rows.weight.sqrt()
         for number in range(self.count)[span]:
             place, probe = divmod(number, self.factor.probes)
-            if self.alone:
-                own = (self._number == place).nonzero()[:, 0]
-                yield own, probe, root[own]
-            else:
-                columns = every.new_full((1,), probe)
-                bits = counter_rng.random_bits(self.seed ^ _SIGNED, self.rows.ids, columns)
-                yield every, probe, root * counter_rng.signs(bits[:, 0], 17, root.dtype)
+            own = (self._number == place).nonzero()[:, 0]
+            yield own, slice(probe, probe + 1), root[own]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,31 +174,46 @@ class TiedPositionGrad:
 
     grad: ParamGrad
     probes: PositionProbes
-    hidden: Tensor
+    stats: SoftmaxStats
     weight: ParamView
+    row_scaling: RowScaling | None
 
     def add_square_(self, fisher: Tensor, span: slice, deltas: list[Tensor | None]) -> None:
         """fisher[v] += Σ_r S_v^r ∘ (S_v^r + 2 Σ_t β_tvr h_t) of some probes."""
-        ids = self.grad.joined_lookup().ids
-        offset = (self.weight.start - self.grad.param.start) // self.weight.shape[1]
-        items = ids - offset
-        outside = (ids < 0) | (items < 0) | (items >= self.weight.shape[0])
         count = len(range(self.probes.count)[span])
+        items, outside = self._items
         delta = self.grad.joined_delta(deltas, count).to(fisher.dtype)  # (R, n, m, D)
-        cross = self.probes.cross_terms(self.hidden, items.masked_fill(outside, 0), span)
-        cross = cross.to(fisher.dtype).masked_fill_(outside[None, :, :, None], 0.0)
+        cross = self.probes.cross_terms(self.stats.h, items, span)
+        if self.row_scaling is not None:
+            cross = self.row_scaling.pulled(self.stats.weight, items, cross)
+        cross = cross.to(fisher.dtype).masked_fill(outside[None, :, :, None], 0.0)
         # Equal ids of one sequence are summed before squaring; their cross term is the same.
-        flat = ids.flatten()
-        first = torch.arange(len(ids), device=flat.device)[:, None] * (len(fisher) + 1)
-        _, segment = torch.unique((first + ids + 1).flatten(), return_inverse=True)
-        number = int(segment.max()) + 1 if len(segment) else 0
-        sums = delta.new_zeros(len(delta), number, delta.shape[-1])
+        row, segment, begin = self._segments
+        sums = delta.new_zeros(len(delta), len(row), delta.shape[-1])
         sums.index_add_(1, segment, delta.flatten(1, 2))
-        begin = torch.full((number,), len(flat), device=flat.device)
-        begin.scatter_reduce_(0, segment, torch.arange(len(flat), device=flat.device), "amin")
         square = (sums * (sums + 2 * cross.flatten(1, 2)[:, begin])).sum(dim=0)
-        row = flat[begin]
         fisher.index_add_(0, row.clamp(min=0), square.masked_fill_((row < 0)[:, None], 0.0))
+
+    @functools.cached_property
+    def _items(self) -> tuple[Tensor, Tensor]:
+        """The logit columns of the lookups (n, m), and which are none."""
+        ids = self.grad.joined_lookup().ids
+        items = ids - (self.weight.start - self.grad.param.start) // self.weight.shape[1]
+        outside = (ids < 0) | (items < 0) | (items >= self.weight.shape[0])
+        return items.masked_fill(outside, 0), outside
+
+    @functools.cached_property
+    def _segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of pairs of a sequence and a row: the row, each lookup's pair, each pair's first."""
+        ids = self.grad.joined_lookup().ids
+        flat = ids.flatten()
+        numbers = torch.arange(len(flat), device=flat.device)
+        span = int(ids.max()) + 2 if len(flat) else 1
+        first = torch.arange(len(ids), device=flat.device)[:, None] * span
+        _, segment = torch.unique((first + ids + 1).flatten(), return_inverse=True)
+        begin = torch.full((int(segment.max()) + 1 if len(segment) else 0,), len(flat))
+        begin = begin.to(flat.device).scatter_reduce_(0, segment, numbers, "amin")
+        return flat[begin], segment, begin
 
 
 def counted_positions(model: ModelAdapter, batch: Any, shape: tuple[int, int]) -> Tensor:

@@ -12,7 +12,8 @@ m_v = Σ_y ω_y (1[v=y] − p_v)(w_y − w̄), the sum over the items the sample
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from fisherkern.fisher.factor import (
     solve_lower,
     stored_vectors,
 )
+from fisherkern.fisher.saturated import SaturatedRows
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 
@@ -43,7 +45,7 @@ class SoftmaxStats:
     loader, which key random numbers; target (N,) int64 columns, for
     sampler="target" only. lse (N,); mean (N, D): w̄; top: probabilities and columns of
     the most likely items, (N, k) each, for sampler="topk" only; ranges (N, ⌈V/256⌉):
-    log-sum-exps of the ranges of items, for the others.
+    log-sum-exps of the ranges of items, for the others; saturated: the rows that need more care.
     """
 
     h: Tensor
@@ -55,6 +57,7 @@ class SoftmaxStats:
     mean: Tensor
     top: tuple[Tensor, Tensor] | None
     ranges: Tensor | None
+    saturated: SaturatedRows | None
 
     @classmethod
     def of(
@@ -70,9 +73,12 @@ class SoftmaxStats:
         inputs = h, weight, bias
         if settings.sampler == "topk":
             p, ids, lse, mean = ops.softmax_topk(*inputs, settings.num_sampled(len(weight)))
-            return cls(*inputs, sequence_ids, target, lse, mean, (p, ids), None)
+            saturated = SaturatedRows.among(*inputs, p[:, 0], lse.dtype)
+            return cls(*inputs, sequence_ids, target, lse, mean, (p, ids), None, saturated)
         lse, mean, ranges = ops.softmax_mean(*inputs)
-        return cls(*inputs, sequence_ids, target, lse, mean, None, ranges)
+        most = (ranges.amax(dim=1) - lse).exp()
+        saturated = SaturatedRows.among(*inputs, most, lse.dtype)
+        return cls(*inputs, sequence_ids, target, lse, mean, None, ranges, saturated)
 
     @property
     def num_items(self) -> int:
@@ -102,6 +108,27 @@ class SoftmaxStats:
             z = z + self.bias[items]
         return z - self.lse[sequence, None]
 
+    def centred(self, sequence: Tensor, items: Tensor) -> Tensor:
+        """w_v − w̄ of items (n, m) of sequences (n,): (n, m, D)."""
+        vectors, mean = self.weight[items].to(self.mean.dtype), self.mean[sequence][:, None]
+        if self.saturated is None:
+            return vectors - mean
+        place = self.saturated.place[sequence]
+        top = self.weight[self.saturated.item[place]].to(vectors.dtype)[:, None]
+        offset = self.saturated.offset[place][:, None]
+        near = ((vectors - top) - offset).to(vectors.dtype)
+        return torch.where((place >= 0)[:, None, None], near, vectors - mean)
+
+    def hit_less_p(self, sequence: Tensor, items: Tensor, ids: Tensor) -> Tensor:
+        """1[v = y] − p_v of items v (n, m) and y (n, K): (n, m, K)."""
+        p = self.log_probability(sequence, items).exp()
+        rest = 1 - p
+        if self.saturated is not None:
+            place = self.saturated.place[sequence]
+            top = (items == self.saturated.item[place][:, None]) & (place >= 0)[:, None]
+            rest = torch.where(top, self.saturated.rest[place][:, None].to(p.dtype), rest)
+        return torch.where(ids[:, None] == items[:, :, None], rest[:, :, None], -p[:, :, None])
+
 
 def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
     """The factor that `settings.sampler` asks for."""
@@ -109,11 +136,30 @@ def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFact
         return _exact(stats, settings)
     if settings.sampler == "sketch":
         width = stats.h.shape[1]
+        # Positions that share a probe have its signs, which drown what exact directions save.
+        if settings.positions != "last":
+            return _streamed_sketch(stats, settings)
         if len(stats.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
             return _hybrid_sketch(stats, settings)
         return _streamed_sketch(stats, settings)
     ids, omega, mass = sample(stats, settings)
-    return _from_items(stats, ids, omega, mass)
+    return factor_items(stats, ids, omega, mass)
+
+
+def add_output_(
+    sums: Sequence[Tensor | None], stats: SoftmaxStats, factor: CovarianceFactor, rows: Any
+) -> None:
+    """Add squares of some rows to the output layer's weight and bias, saturated rows apart."""
+    if stats.saturated is not None:
+        keep = torch.zeros(len(stats.h), dtype=torch.bool, device=stats.h.device)
+        keep[rows] = True
+        saturated = stats.saturated.select(keep)
+        saturated.add_output_(sums[0], sums[1], factor.ids, factor.omega)
+        rows = keep & (saturated.place < 0)
+    ids = None if factor.ids is None else factor.ids[rows]
+    omega = None if factor.omega is None else factor.omega[rows]
+    inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
+    ops.head_sqgrad_(sums[0], sums[1], *inputs, ids, omega)
 
 
 def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:
@@ -168,18 +214,17 @@ def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tens
     return ids, p * scale, None
 
 
-def _from_items(
-    stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None
+def factor_items(
+    stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None = None
 ) -> CovarianceFactor:
-    mean = stats.mean
-    root = omega.to(mean.dtype).sqrt()
-    columns = root[:, :, None] * (stats.weight[ids].to(mean.dtype) - mean[:, None])  # (N, K, D)
+    """The factor of some items of each sequence: ids (N, K), weights ω (N, K), mass (N,)."""
+    root = omega.to(stats.mean.dtype).sqrt()
+    every = torch.arange(len(ids), device=ids.device)
+    columns = root[:, :, None] * stats.centred(every, ids)  # (N, K, D)
 
     def coefficients(sequence: Tensor, items: Tensor) -> Tensor:
         """sqrt(ω_j) (1[v = y_j] − p_v), (n, m, K)."""
-        p = stats.log_probability(sequence, items).exp()
-        hit = (ids[sequence][:, None] == items[:, :, None]).to(p.dtype)
-        return root[sequence][:, None] * (hit - p[:, :, None])
+        return root[sequence][:, None] * stats.hit_less_p(sequence, items, ids[sequence])
 
     if ids.shape[1] <= stats.h.shape[1]:
         return CovarianceFactor(
@@ -210,11 +255,14 @@ def _from_items(
 def _all_items_moments(stats: SoftmaxStats, sequence: Tensor, items: Tensor) -> Tensor:
     """m_v = p_v (w_v − w̄), the sum over all items: (n, m, D)."""
     p = stats.log_probability(sequence, items).exp()
-    return p[:, :, None] * (stats.weight[items].to(p.dtype) - stats.mean[sequence][:, None])
+    return p[:, :, None] * stats.centred(sequence, items)
 
 
 def _covariance(stats: SoftmaxStats) -> Tensor:
-    return ops.softmax_covariance(stats.h, stats.weight, stats.bias, stats.lse, stats.mean)
+    found = ops.softmax_covariance(stats.h, stats.weight, stats.bias, stats.lse, stats.mean)
+    if stats.saturated is None:
+        return found
+    return found.double().index_copy(0, stats.saturated.rows, stats.saturated.covariance())
 
 
 def _eigen_of_covariance(stats: SoftmaxStats) -> tuple[Tensor, Tensor, Tensor]:

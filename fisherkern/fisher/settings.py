@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from fisherkern.checks import check_count, check_unit
 from fisherkern.errors import InputError, shown
+from fisherkern.processes import world
 
 SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
 
@@ -30,6 +32,7 @@ class Settings:
     reduction: str = "sequence"
     chunk: int | None = None
     positions: str | int = "last"
+    check: bool = True
 
     def checked(self) -> Settings:
         """These settings, with the sketch's default filled in; InputError for a bad one."""
@@ -39,12 +42,12 @@ class Settings:
         self._check_positions()
         if self.sampler not in SAMPLERS:
             raise InputError(f"sampler: {shown(self.sampler)} is not one of {', '.join(SAMPLERS)}")
-        if self.k is not None and self.k < 1:
-            raise InputError(f"k: must be at least 1, got {self.k}")
-        if self.probes is not None and self.probes < 1:
-            raise InputError(f"probes: must be at least 1, got {self.probes}")
-        if self.tol is not None and not 0 <= self.tol < 1:
-            raise InputError(f"tol: must be in [0, 1), got {self.tol}")
+        check_count("seed:", self.seed, least=0)
+        for name in ("k", "probes"):
+            if getattr(self, name) is not None:
+                check_count(f"{name}:", getattr(self, name))
+        if self.tol is not None:
+            check_unit("tol:", self.tol, "[0, 1)")
         if self.weight not in ("probability", "one"):
             raise InputError(f"weight: {shown(self.weight)} is not 'probability' or 'one'")
         if not self.replacement and self.sampler != "model":
@@ -60,12 +63,16 @@ class Settings:
         return self
 
     def _check_positions(self) -> None:
-        known = self.positions in ("last", "all") if isinstance(self.positions, str) else None
-        if known is None:
-            known = not isinstance(self.positions, bool) and int(self.positions) >= 1
+        known = self.positions in ("last", "all") if isinstance(self.positions, str) else False
+        if isinstance(self.positions, int) and not isinstance(self.positions, bool):
+            known = self.positions >= 1
         if not known:
             raise InputError(
-                f"positions: {self.positions!r} is not 'last', 'all' or a number of at least 1"
+                f"positions: {shown(self.positions)} is not 'last', 'all' or a number of at least 1"
+            )
+        if self.reduction == "batchwise" and world() > 1:
+            raise InputError(
+                "reduction: 'batchwise' squares whole batches, so it takes one process"
             )
         if self.positions != "last" and self.reduction == "batchwise":
             raise InputError("positions: 'batchwise' takes the last position only")
@@ -107,5 +114,5 @@ class Settings:
 
 def check_chunk(chunk: int | None) -> None:
     """Raise InputError for a number of sequences below 1."""
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk: must be at least 1, got {chunk}")
+    if chunk is not None:
+        check_count("chunk:", chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,17 @@ from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import CatalogueUnion
 from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.members.ties import Tie, find_ties, named_tensors
+
+# What counts steps of training, and plays no part in a prediction.
+_COUNTER = re.compile(
+    r"(^|[._])(num_batches_tracked|n_averaged|(num_)?(steps?|updates|iterations?|iters?|epochs?"
+    r"|calls|counts?|counter))$"
+)
+
+
+def is_counter(name: str, shape: Sequence[int]) -> bool:
+    """Whether an integer buffer is one number that counts, as batch norm's does its batches."""
+    return len(shape) == 0 and _COUNTER.search(name) is not None
 
 
 def bare_modules(models: Sequence[Any]) -> list[nn.Module]:

@@ -45,12 +45,18 @@ class MemberSet:
         self._base: tuple[dict[str, Tensor], CatalogueUnion] | None = None
         # Integer tensors, and floating buffers the members agree on (masks may hold infinities).
         self.fixed: dict[str, Tensor] = {}
+        # Counters of training that differ; member 0's is kept.
+        self.counters: list[str] = []
         for tie in self.ties:
             own = self.of(tie)
             if own[0].is_floating_point() and tie.name in self.parameters:
                 checks.check_finite(own, tie.name)
                 continue
             agreed, member = agree(own, self.rows(tie))
+            counted = not own[0].is_floating_point() and tie.name not in self.parameters
+            if agreed is None and counted and checks.is_counter(tie.name, own[0].shape):
+                agreed = own[0].detach().clone()
+                self.counters.append(tie.name)
             if agreed is not None:
                 self.fixed[tie.name] = agreed
             elif own[0].is_floating_point():

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from fisherkern.checks import takes_numpy
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
@@ -20,6 +21,7 @@ from fisherkern.merging.search import greedy_weights, search_weights
 ModelT = TypeVar("ModelT")
 
 
+@takes_numpy
 def merge(
     models: Sequence[ModelT],
     *,
@@ -113,8 +115,8 @@ def merge(
         method, members, weights (a list, or tensor -> list where learned by layer), options, floor,
         normalize, candidates (weights and score of each tried), items (number of owners -> number
         of items), coverage (tensor -> per member, share of entries whose Fisher exceeds the floor),
-        averaged_buffers, residuals of "full_fisher", and low_rank (ranks, and the share of the
-        energy kept).
+        averaged_buffers, counters (of training, that differ: member 0's are kept), residuals of
+        "full_fisher", and low_rank (ranks, and the share of the energy kept).
 
     Raises:
         InputError: Something does not fit; the message names the member, tensor or argument.
@@ -155,6 +157,7 @@ def merge(
         "items": members.catalogue.owners(),
         "coverage": members.coverage(floor),
         "averaged_buffers": members.averaged_buffers,
+        "counters": members.counters,
     }
     solved, more = _solve(plan, lam, products, updates, steps)
     plan.write(lam, solved)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters.lora import find_low_rank
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.merging.low_rank import LowRankMembers
 from fisherkern.merging.member_set import MemberSet
@@ -58,6 +59,7 @@ class Preflight:
         return asdict(self)
 
 
+@takes_numpy
 def preflight(
     models: Sequence[ModelT],
     *,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
+from fisherkern.ops.active_rows import active_positions
 from fisherkern.ops.library import register_op
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -42,6 +43,20 @@ def attention_backward(
     Returns:
         dq, dk and dv, (R, ...) of the shapes of q, k and v.
     """
+    if (queries := active_positions(delta)) is None:
+        return _of_queries(p, delta, q, k, v, scale)
+    number = torch.arange(len(q), device=q.device)[:, None]
+    own = p.transpose(1, 2)[number, queries].transpose(1, 2)
+    given = own, delta[:, number, queries], q[number, queries]
+    active, dk, dv = _of_queries(*given, k, v, scale)
+    dq = q.new_zeros(len(delta), *q.shape)
+    dq[:, number, queries] = active
+    return dq, dk, dv
+
+
+def _of_queries(
+    p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Gradients:
     p = p.contiguous()
     extension = _extension.extension_for("attention_backward", p, delta, q, k, v)
     if extension is not None and not p.is_cuda and q.dtype == torch.float32:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.ops import _extension
+from fisherkern.ops.active_rows import active_rows
 from fisherkern.ops.library import register_op
 
 
@@ -29,6 +30,14 @@ def layer_norm_backward(
     Returns:
         (R, P, D).
     """
+    if (rows := active_rows(delta)) is not None:
+        result = torch.zeros_like(delta)
+        result[:, rows] = _of_rows(delta[:, rows], normalised[rows], weight, rstd[rows])
+        return result
+    return _of_rows(delta, normalised, weight, rstd)
+
+
+def _of_rows(delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
     normalised = normalised.contiguous()
     extension = _extension.extension_for("layer_norm_backward", normalised, delta, weight, rstd)
     if extension is not None and not delta.is_cuda and delta.dtype == torch.float32:

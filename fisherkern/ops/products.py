@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherkern.ops.active_rows import active_rows
 from fisherkern.ops.backend import on_gpu
 from fisherkern.ops.library import register_op
 
@@ -73,9 +74,16 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ of all rows: (R, ..., I), (O, I) -> (R, ..., O), as `product`.
 
-    torch.vmap over x is more of R in one call.
+    torch.vmap over x is more of R in one call. Rows of zeros cost a look.
     """
-    result = product(x.reshape(-1, x.shape[-1]), weight)
+    by_row = x.reshape(len(x), -1, x.shape[-1])
+    rows = active_rows(by_row)
+    if rows is None:
+        result = product(by_row.flatten(0, 1), weight)
+    else:
+        result = x.new_zeros(*by_row.shape[:2], len(weight))
+        active = product(by_row[:, rows].flatten(0, 1), weight)
+        result[:, rows] = active.view(len(x), len(rows), len(weight))
     return result.view(*x.shape[:-1], len(weight))
 
 

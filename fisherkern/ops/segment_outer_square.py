@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fisherkern.errors import InputError
 from fisherkern.ops import _extension
+from fisherkern.ops.active_rows import active_positions
 from fisherkern.ops.backend import on_gpu, use_triton
 from fisherkern.ops.launch_table import outer_split
 from fisherkern.ops.library import register_op
@@ -77,6 +78,9 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
             f"delta {tuple(delta.shape)} and inputs {tuple(inputs.shape)} are not (R, N, T, O)"
             f" and (N, T, I) of fisher, (O, I) {tuple(fisher.shape)}"
         )
+    if (places := active_positions(delta)) is not None:
+        number = torch.arange(len(inputs), device=inputs.device)[:, None]
+        delta, inputs = delta[:, number, places], inputs[number, places]
     probes, n, positions, rows = delta.shape
     columns = inputs.shape[2]
     if positions == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,39 +16,7 @@ from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.objectives import Objective
 from fisherkern.objectives.scoring import LOCAL_SLICE
-
-
-def rank() -> int:
-    """Return this process's number, 0 where there is only one."""
-    return dist.get_rank() if _joined() else 0
-
-
-def world() -> int:
-    """Return the number of processes in the run."""
-    return dist.get_world_size() if _joined() else 1
-
-
-def _joined() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-@contextlib.contextmanager
-def init_distributed(device: torch.device) -> Iterator[torch.device]:
-    """Join the other processes where torchrun started this one; the device to work on.
-
-    NCCL between GPUs, one per process of a machine; gloo otherwise.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+from fisherkern.processes import rank, world
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

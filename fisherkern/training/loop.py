@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fisherkern.checks import check_count, check_positive
+from fisherkern import processes
+from fisherkern.checks import check_count, check_positive, takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file
@@ -86,6 +87,7 @@ class CheckpointPolicy:
             check_positive("save_every_seconds", self.every_seconds)
 
 
+@takes_numpy
 def train(
     model: SequenceEncoder,
     data: TrainingData,
@@ -148,9 +150,9 @@ def train(
     chosen = checked_settings(model, data, validate, settings)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    with TensorBoardLogger(log_dir if distributed.rank() == 0 else None) as scalars:
+    with TensorBoardLogger(log_dir if processes.rank() == 0 else None) as scalars:
         run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and distributed.rank() == 0)
+        return run.go(progress and processes.rank() == 0)
 
 
 def checked_settings(
@@ -275,8 +277,9 @@ class TrainLoop:
         last = epoch == self.settings.epochs
         if self.validate is not None and (last or epoch % self.settings.validate_every == 0):
             self.score(epoch)
-        if self.on_epoch is not None and distributed.rank() == 0:
-            self.on_epoch(epoch, self.model, now.losses[-1])
+        if self.on_epoch is not None and processes.rank() == 0:
+            with processes.alone():
+                self.on_epoch(epoch, self.model, now.losses[-1])
         last = last or now.out_of_patience(self.settings.patience)
         if last or epoch % self.saving.every == 0:
             self.save()
@@ -285,9 +288,10 @@ class TrainLoop:
         """Validate, and keep the weights if they are the best so far."""
         self.trained.eval()
         score = 0.0
-        if distributed.rank() == 0:
+        if processes.rank() == 0:
             assert self.validate is not None
-            score = float(self.validate(self.model))
+            with processes.alone():
+                score = float(self.validate(self.model))
         score = distributed.from_first_process(score, self.device)
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")
@@ -306,7 +310,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Save the state where there is a file for it; process 0 alone."""
-        if self.saving.path is not None and distributed.rank() == 0:
+        if self.saving.path is not None and processes.rank() == 0:
             save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 
@@ -364,7 +368,7 @@ class TrainLoop:
         """
         seed = self.settings.seed
         _, draws = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64)
-        dropout = np.random.SeedSequence([seed, step, distributed.rank()])
+        dropout = np.random.SeedSequence([seed, step, processes.rank()])
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(dropout.generate_state(1, np.uint64)[0]))
             yield torch.Generator().manual_seed(int(draws))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherkern import processes
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
@@ -213,7 +214,7 @@ def train_peers(
             TrainLoop(model, data, objective, own, validate, None, quiet, scalars)
             for model, own in ((model_a, chosen), (model_b, other))
         ]
-        _Pair(pair, rule, state).go(progress and distributed.rank() == 0)
+        _Pair(pair, rule, state).go(progress and processes.rank() == 0)
     reached = [run.progress for run in pair]
     best = [-math.inf if p.best_epoch is None else p.scores[p.best_epoch] for p in reached]
     kept = 1 if best[1] > best[0] else 0
@@ -272,7 +273,7 @@ class _Pair:
         )
 
     def save(self) -> None:
-        if self.path is None or distributed.rank() != 0:
+        if self.path is None or processes.rank() != 0:
             return
         tensors = {
             f"{name}.{key}": tensor

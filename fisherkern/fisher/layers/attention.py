@@ -12,6 +12,7 @@ from torch import Tensor
 from fisherkern import ops
 from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
 from fisherkern.fisher.fast_ops import apply
+from fisherkern.ops.backend import on_gpu
 
 
 def attention(
@@ -83,19 +84,24 @@ def _projected(
     weights: tuple[Tensor | None, ...],
     bias: Tensor | None,
 ) -> list[Tensor]:
-    """Queries, keys and values (N, T, D), by one product where inputs and weight are the same."""
+    """Queries, keys and values (N, T, D); on a GPU by one product where inputs are the same.
+
+    On a CPU it costs more to put the three gradients side by side than one product saves.
+    """
     query, key, value = inputs
     first = [tensor.transpose(0, 1) for tensor in inputs]
     if weights[0] is weights[1]:
         weight, width = weights[0], query.shape[2]
         assert weight is not None
-        if query is key and key is value:
+        gpu = on_gpu(weight)
+        if query is key and key is value and gpu:
             return list(call(F.linear, first[0], weight, bias).chunk(3, dim=2))
-        sizes = [width, 2 * width] if key is value else [width] * 3
+        together = key is value and gpu
+        sizes = [width, 2 * width] if together else [width] * 3
         biases = [None] * 3 if bias is None else bias.split(sizes)
         parts = zip(first, weight.split(sizes), biases, strict=False)
         outputs = [call(F.linear, x, w, b) for x, w, b in parts]
-        return [outputs[0], *outputs[1].chunk(2, dim=2)] if key is value else outputs
+        return [outputs[0], *outputs[1].chunk(2, dim=2)] if together else outputs
     biases = [None] * 3 if bias is None else bias.chunk(3)
     return [call(F.linear, x, w, b) for x, w, b in zip(first, weights, biases, strict=True)]
 

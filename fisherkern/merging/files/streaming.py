@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
-from fisherkern.members.checks import check_weights
+from fisherkern.members.checks import check_weights, is_counter
 from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
@@ -44,6 +45,7 @@ STREAMED = ("uniform", "weighted", "fisher", "slerp", "task_arithmetic", "ties",
 READ = 16 * BLOCK
 
 
+@takes_numpy
 def merge_files(
     paths: Sequence[PathLike],
     out: PathLike,
@@ -302,6 +304,8 @@ class StreamingMerge:
                 self._check_no_nan(name, own, files)
                 infinite = infinite or bool(own[0].isinf().any())
         if odd is not None and not files[0].floating(name):
+            if not by_method and is_counter(name, files[0].layout[name][1]):
+                return True
             raise InputError(
                 f"{files[odd].path}: tensor {name!r} differs from that of {files[0].path}, and "
                 f"values of type {TYPES[files[0].layout[name][0]]} cannot be averaged"

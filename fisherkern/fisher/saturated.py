@@ -1,0 +1,160 @@
+"""Softmaxes in which one item has nearly all the mass, without differences that cancel.
+
+For the most likely item t of such a sequence 1 − p_t = Σ_{v≠t} p_v, and with
+δ = Σ_{v≠t} p_v (w_v − w_t) the mean is w̄ = w_t + δ and the covariance
+C = Σ_{v≠t} p_v (w_v − w_t)(w_v − w_t)ᵀ − δ δᵀ: sums of what is left, in fp64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fisherkern.ops.products import add_rows_
+from fisherkern.ops.softmax_lse import logit_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class SaturatedRows:
+    """The saturated ones of N softmaxes, in fp64.
+
+    rows (M,): which; item (M,): their most likely items t; rest (M,): 1 − p_t; lse (M,);
+    offset (M, D): w̄ − w_t; place (N,): each row's number among the M, −1 for none.
+    h (M, D), weight (V, D), bias (V,): as of the softmaxes.
+    """
+
+    rows: Tensor
+    item: Tensor
+    rest: Tensor
+    lse: Tensor
+    offset: Tensor
+    place: Tensor
+    h: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def among(
+        h: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor, dtype: torch.dtype
+    ) -> SaturatedRows | None:
+        """Those of rows h (N, D) that have at most a share of some thousandths left.
+
+        most (N,): an upper bound of the largest probability; a row that it allows costs two
+        passes over the items. Below the limit 1 − p has lost a third of its digits in `dtype`.
+        """
+        limit = torch.finfo(dtype).eps ** (1 / 3)
+        rows = (most > 1 - limit).nonzero()[:, 0]
+        if not len(rows) or len(weight) < 2:
+            return None
+        own = h[rows].double()
+        item, highest = _most_likely(own, weight, bias)
+        top = weight[item].double()
+        odds, offset = torch.zeros_like(highest), torch.zeros_like(own)
+        for start, stop, z in logit_tiles(own, weight, bias):
+            e = _without(z.sub_(highest[:, None]).exp_(), item - start)
+            share = e.sum(dim=1)
+            odds += share
+            offset += e @ weight[start:stop].double() - share[:, None] * top
+        saturated = odds <= limit
+        rows, item, odds = rows[saturated], item[saturated], odds[saturated]
+        if not len(rows):
+            return None
+        place = torch.full((len(h),), -1, device=h.device)
+        place[rows] = torch.arange(len(rows), device=h.device)
+        return SaturatedRows(
+            rows, item, odds / (1 + odds), highest[saturated] + odds.log1p(),
+            offset[saturated] / (1 + odds)[:, None], place, own[saturated], weight, bias,
+        )  # fmt: skip
+
+    def covariance(self) -> Tensor:
+        """C of the saturated rows, (M, D, D)."""
+        found = -self.offset[:, :, None] * self.offset[:, None]
+        for start, stop, z in logit_tiles(self.h, self.weight, self.bias):
+            p = _without(z.sub_(self.lse[:, None]).exp_(), self.item - start)
+            items = self.weight[start:stop].double()
+            for row, item in enumerate(self.item):
+                centred = items - self.weight[item].double()
+                found[row] += (p[row, :, None] * centred).T @ centred
+        return found
+
+    def select(self, keep: Tensor) -> SaturatedRows:
+        """Those of them that are in keep (N,) bool."""
+        own = keep[self.rows]
+        fields = {name: getattr(self, name)[own] for name in ("rows", "item", "rest", "lse")}
+        place = torch.full_like(self.place, -1)
+        place[self.rows[own]] = torch.arange(int(own.sum()), device=place.device)
+        return dataclasses.replace(
+            self, **fields, offset=self.offset[own], h=self.h[own], place=place
+        )
+
+    def add_output_(
+        self,
+        weight_fisher: Tensor | None,
+        bias_fisher: Tensor | None,
+        ids: Tensor | None,
+        omega: Tensor | None,
+    ) -> None:
+        """`ops.head_sqgrad_` of these rows; ids and omega (N, K) of all."""
+        top = self.rest * (1 - self.rest)
+        if ids is not None and omega is not None:
+            ids, omega = ids[self.rows], omega[self.rows].double()
+            hit = ids == self.item[:, None]
+            others = omega.masked_fill(hit, 0.0)
+            at_top = omega.masked_fill(~hit, 0.0).sum(dim=1)
+            top = (1 - self.rest).square() * others.sum(dim=1) + at_top * self.rest.square()
+            z = (self.h[:, None] * self.weight[ids].double()).sum(dim=2)
+            if self.bias is not None:
+                z += self.bias[ids]
+            sparse = others * (1 - 2 * (z - self.lse[:, None]).exp())
+            self._add_rows_(weight_fisher, bias_fisher, ids, sparse)
+        self._add_rows_(weight_fisher, bias_fisher, self.item[:, None], top[:, None])
+        squared = self.h.square()
+        for start, stop, z in logit_tiles(self.h, self.weight, self.bias):
+            p = _without(z.sub_(self.lse[:, None]).exp_(), self.item - start)
+            share = p - p.square() if omega is None else omega.sum(dim=1)[:, None] * p.square()
+            if weight_fisher is not None:
+                weight_fisher[start:stop] += (share.T @ squared).to(weight_fisher.dtype)
+            if bias_fisher is not None:
+                bias_fisher[start:stop] += share.sum(dim=0).to(bias_fisher.dtype)
+
+    def _add_rows_(
+        self,
+        weight_fisher: Tensor | None,
+        bias_fisher: Tensor | None,
+        items: Tensor,
+        coefficient: Tensor,
+    ) -> None:
+        """Add coefficients (M, m) of items (M, m), times h² for the weight."""
+        if weight_fisher is not None:
+            terms = coefficient[:, :, None] * self.h.square()[:, None]
+            add_rows_(weight_fisher, items.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
+        if bias_fisher is not None:
+            add_rows_(bias_fisher, items.flatten(), coefficient.flatten().to(bias_fisher.dtype))
+
+
+def complement(p: Tensor) -> Tensor:
+    """1 − p of whole softmaxes (..., V), as the sum of the others for an item above one half."""
+    large = p > 0.5
+    rest = p.masked_fill(large, 0.0).sum(dim=-1, keepdim=True)
+    return torch.where(large, rest, 1 - p)
+
+
+def _most_likely(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(Items, their logits) of each row, (M,) each."""
+    highest = torch.full((len(h),), -torch.inf, dtype=h.dtype, device=h.device)
+    item = torch.zeros(len(h), dtype=torch.int64, device=h.device)
+    for start, _, z in logit_tiles(h, weight, bias):
+        value, index = z.max(dim=1)
+        item = torch.where(value > highest, index + start, item)
+        highest = torch.maximum(highest, value)
+    return item, highest
+
+
+def _without(values: Tensor, column: Tensor) -> Tensor:
+    """Values (M, C) with zero at column (M,), where that is one of theirs."""
+    inside = (column >= 0) & (column < values.shape[1])
+    index = column.clamp(min=0, max=values.shape[1] - 1)[:, None]
+    kept = values.gather(1, index).masked_fill_(inside[:, None], 0.0)
+    return values.scatter_(1, index, kept)

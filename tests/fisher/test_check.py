@@ -1,0 +1,159 @@
+"""The check of the first batch: what no rule foresees is refused, what is right passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import brute
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.fisher import assert_equal
+from models import HISTORIES, NUM_ITEMS, shaken
+from torch import Tensor, nn
+
+import fisherkern as fk
+from fisherkern.fisher.layers import HANDLERS
+from fisherkern.fisher.layers.grads import EmbeddingGrad, LinearGrad
+
+# Of one length, so that they stay together.
+FULL = HISTORIES % NUM_ITEMS + 1
+
+
+class Small(nn.Module):
+    """An embedding, a layer and an output layer, tied or not."""
+
+    def __init__(self, tied: bool = False, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.items = nn.Embedding(NUM_ITEMS + 1, 4)
+        self.mix = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, NUM_ITEMS + 1)
+        if tied:
+            self.out.weight = self.items.weight
+        self.to(dtype)
+
+    def states(self, history: Tensor) -> Tensor:
+        return self.norm(torch.tanh(self.mix(self.items(history)))).sum(1)
+
+    def forward(self, history: Tensor) -> Tensor:
+        return self.out(self.states(history))
+
+
+def fisher(model: Any, batches: Sequence[Tensor] = (HISTORIES,), **settings: Any) -> fk.DiagFisher:
+    given = {"sampler": "exact", "progress": False} | settings
+    return fk.diag_fisher(model, list(batches), **given)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_right_models_pass(tied: bool, dtype: torch.dtype, positions: str) -> None:
+    class EveryPosition(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            return self.out(self.norm(torch.tanh(self.mix(self.items(history)))))
+
+    kind = Small if positions == "last" else EveryPosition
+    found = fisher(shaken(kind(tied, dtype)), sampler="sketch", positions=positions)
+    assert all(bool((value > 0).any()) for value in found.values())
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_wrong_rule_is_refused(
+    tied: bool, positions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lookups whose gradients are 2 % too large."""
+    right = EmbeddingGrad.positions
+    monkeypatch.setattr(EmbeddingGrad, "positions", lambda use, delta: right(use, delta) * 1.02)
+    model = shaken(Small(tied))
+    with pytest.raises(fk.InputError, match=r"'items.weight' are 0\.\d+ of their largest off"):
+        fisher(model)
+    assert fisher(model, check=False)["items.weight"].isfinite().all()
+
+
+def test_a_rule_that_sees_the_wrong_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear layer's, of the next position."""
+    right = LinearGrad.__init__
+
+    def shifted(use: LinearGrad, param: Any, inputs: Tensor) -> None:
+        right(use, param, inputs.roll(1, dims=1))
+
+    monkeypatch.setattr(LinearGrad, "__init__", shifted)
+    with pytest.raises(fk.InputError, match="'mix.weight' are"):
+        fisher(shaken(Small()))
+
+
+def test_a_rule_that_leaves_a_parameter_out_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer norm without its bias."""
+    right = HANDLERS[F.layer_norm]
+    monkeypatch.setitem(HANDLERS, F.layer_norm, lambda call: right(call)[:1])
+    model = shaken(Small())
+    expected = brute.all_gradients(model, HISTORIES)
+    assert_equal(fisher(model), brute.fisher(expected[1], expected[0]))
+
+
+def test_a_closed_form_that_is_not_the_models_is_refused() -> None:
+    """Of three sequences and more another function: two, on which it is found, show nothing."""
+
+    class Switching(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            h = self.states(history)
+            return self.out(h if len(h) < 3 else h - 0.1 * h.mean(0))
+
+    with pytest.raises(fk.InputError, match="off those of plain autograd"):
+        fisher(shaken(Switching()), [FULL[:3]])
+
+
+def test_a_batch_of_one_sequence_shows_no_dependence() -> None:
+    """The first of several is checked as well."""
+
+    class Centred(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            h = self.states(history)
+            return self.out(h - 0.5 * h.mean(0))
+
+    with pytest.raises(fk.InputError, match="off those of plain autograd"):
+        fisher(shaken(Centred()), [HISTORIES[:1], HISTORIES[1:2], HISTORIES])
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_weights_that_a_pass_changes_are_refused(data: bool) -> None:
+    """In place, seen by a version counter or not."""
+
+    class Decaying(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            weight = self.mix.weight.data if data else self.mix.weight
+            with torch.no_grad():
+                weight.mul_(1 - 1e-7)
+            return super().forward(history)
+
+    with pytest.raises(fk.InputError, match="changes (its weights|'mix.weight')"):
+        fisher(shaken(Decaying()))
+
+
+def test_random_passes_are_refused() -> None:
+    """Noise of the gradients alone, which the logits do not show."""
+
+    class Noisy(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            h = self.states(history)
+            noise = torch.rand_like(h)
+            return self.out(h + noise * (h - h.detach()))
+
+    with pytest.raises(fk.InputError, match="off those of plain autograd"):
+        fisher(shaken(Noisy()))
+
+
+def test_a_kink_on_which_rounding_decides_is_no_fault() -> None:
+    """A sequence alone falls on the other side, by less than the logits' own rounding."""
+
+    class Kink(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            h = self.states(history)
+            shift = 1e-12 if len(h) > 2 else -1e-12
+            return self.out(h + F.relu(h - h.detach() + shift))
+
+    model = shaken(Kink())
+    assert fisher(model, [FULL[:3]])["items.weight"].isfinite().all()
