@@ -317,3 +317,25 @@ def test_a_table_that_lacks_items_is_refused_in_tiles_too(data):
     for max_scores in (V, 2**25):
         with pytest.raises(InputError, match=f"items 1 to {V}"):
             fk.evaluate(Short(), data, max_scores=max_scores)
+
+
+class Lightning(nn.Module):
+    """What holds a network as `self.model`, as trainers' modules do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model(batch)
+
+
+@pytest.mark.parametrize("max_scores", [7 * V, 2**25])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Lightning])
+def test_wrappers_hide_neither_length_nor_first_item(data, wrap, max_scores):
+    model = Pooled("bias")
+    expected = fk.evaluate(model, data).ranks
+    model.max_len = 3
+    assert (fk.evaluate(model, data).ranks != expected).any()
+    found = fk.evaluate(wrap(model), data, max_scores=max_scores).ranks
+    assert found.tolist() == fk.evaluate(model, data).ranks.tolist()
