@@ -339,3 +339,14 @@ def test_wrappers_hide_neither_length_nor_first_item(data, wrap, max_scores):
     assert (fk.evaluate(model, data).ranks != expected).any()
     found = fk.evaluate(wrap(model), data, max_scores=max_scores).ranks
     assert found.tolist() == fk.evaluate(model, data).ranks.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 7, 70])
+def test_ties_in_other_tiles_count_against_the_target(n):
+    generator = torch.Generator().manual_seed(n)
+    base, h = torch.randn(50, 33, generator=generator), torch.randn(n, 33, generator=generator)
+    target = torch.randint(1, 10_001, (n,), generator=generator)
+    found = TiledScores(h, base.repeat(200, 1), None, 0, 10_000, 2048 * n).full_ranks(target, None)
+    scores = h.double() @ base.double().t()
+    own = scores.gather(1, (target[:, None] - 1) % 50)
+    assert found.tolist() == (200 * (scores >= own).sum(dim=1)).tolist()
