@@ -1,7 +1,7 @@
 # `make demo` and `make test` work on a fresh clone: both set up .venv first.
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint setup libraries clean
+.PHONY: demo test lint setup sanitize libraries clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -21,6 +21,10 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The C++ loops under ASan and UBSan.
+sanitize: $(STAMP)
+	$(VENV)/bin/python -m tests.sanitized_extension
 
 setup: $(STAMP)
 
@@ -46,8 +50,12 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*
 libraries: $(LIBRARIES)/.installed
 
 $(LIBRARIES)/.installed: benchmarks/libraries/requirements.txt pyproject.toml
+	@$(LIBRARIES_PYTHON) -c 'import venv, ensurepip' || { \
+	  echo 'make libraries needs $(LIBRARIES_PYTHON) with venv; name one with LIBRARIES_PYTHON=' >&2; exit 1; }
 	$(LIBRARIES_PYTHON) -m venv --clear $(LIBRARIES)
-	$(LIBRARIES)/bin/python -m pip install --quiet --editable . --requirement $<
+	@# All at once: the releases named there go before what a library would take, torch among them.
+	$(LIBRARIES)/bin/python -m pip install --quiet --editable . --requirement $< || { \
+	  echo 'make libraries: $< could not be installed; pip says why above' >&2; exit 1; }
 	@touch $@
 
 clean:

@@ -317,3 +317,36 @@ def test_a_table_that_lacks_items_is_refused_in_tiles_too(data):
     for max_scores in (V, 2**25):
         with pytest.raises(InputError, match=f"items 1 to {V}"):
             fk.evaluate(Short(), data, max_scores=max_scores)
+
+
+class Lightning(nn.Module):
+    """What holds a network as `self.model`, as trainers' modules do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model(batch)
+
+
+@pytest.mark.parametrize("max_scores", [7 * V, 2**25])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Lightning])
+def test_wrappers_hide_neither_length_nor_first_item(data, wrap, max_scores):
+    model = Pooled("bias")
+    expected = fk.evaluate(model, data).ranks
+    model.max_len = 3
+    assert (fk.evaluate(model, data).ranks != expected).any()
+    found = fk.evaluate(wrap(model), data, max_scores=max_scores).ranks
+    assert found.tolist() == fk.evaluate(model, data).ranks.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 7, 70])
+def test_ties_in_other_tiles_count_against_the_target(n):
+    generator = torch.Generator().manual_seed(n)
+    base, h = torch.randn(50, 33, generator=generator), torch.randn(n, 33, generator=generator)
+    target = torch.randint(1, 10_001, (n,), generator=generator)
+    found = TiledScores(h, base.repeat(200, 1), None, 0, 10_000, 2048 * n).full_ranks(target, None)
+    scores = h.double() @ base.double().t()
+    own = scores.gather(1, (target[:, None] - 1) % 50)
+    assert found.tolist() == (200 * (scores >= own).sum(dim=1)).tolist()
