@@ -100,7 +100,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-def convolution(
+def pointwise_convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

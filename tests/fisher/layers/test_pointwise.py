@@ -54,5 +54,5 @@ def test_pointwise_convolutions(bias: bool, monkeypatch: pytest.MonkeyPatch) -> 
 def test_other_convolutions_are_left_as_they_are(settings: dict[str, Any]) -> None:
     x = torch.randn(2, 4, 5)
     weight = torch.randn(6, 4 // settings.get("groups", 1), 1)
-    found = fast_ops.convolution(x, weight, None, **settings)
+    found = fast_ops.pointwise_convolution(x, weight, None, **settings)
     torch.testing.assert_close(found, F.conv1d(x, weight, None, **settings))
