@@ -20,7 +20,7 @@ from benchmarks.libraries import checks
 from benchmarks.libraries.architecture import Architecture, build_all
 from fisherkern.tables import markdown_table
 
-FALLBACK = re.compile(r"no (?:rule|handler) for (.*): one backward")
+FALLBACK = re.compile(r"no (?:rule|handler) for (.*): (?:a|one) backward")
 
 
 class FallbackLog(logging.Handler):

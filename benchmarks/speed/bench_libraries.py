@@ -158,7 +158,6 @@ def measure(name: str, options: argparse.Namespace) -> None:
         raise SystemExit(f"bench_libraries: {name} is off by {error:.1e}; stopped")
     torch.manual_seed(0)
     model, batch, unit, unit_batch = make(histories(options.sequences))
-    rows = []
     for settings_name, settings in SETTINGS.items():
         found = paired(
             lambda s=settings: fk.diag_fisher(unit, [unit_batch], progress=False, **s),
@@ -168,10 +167,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
         )
         row = {"model": name, "unit": unit_name, "settings": settings_name}
         row |= {"sequences": options.sequences, "T": LENGTH, "V": ITEMS, "D": WIDTH}
-        rows.append({**row, "clock": options.clock, **found})
+        append("libraries_speed", [{**row, "clock": options.clock, **found}])
         low, high = found["ratio_low"], found["ratio_high"]
         print(f"{name}, {settings_name}: {found['ratio']:.2f} ({low:.2f} to {high:.2f})")
-    append("libraries_speed", rows)
 
 
 def main(argv: list[str] | None = None) -> None:

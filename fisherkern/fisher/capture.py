@@ -169,6 +169,7 @@ _BY_ROW = {
 _FAST_OPS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: fast_ops.linear,
     F.layer_norm: fast_ops.layer_norm,
+    F.conv1d: fast_ops.pointwise_convolution,
 }
 
 

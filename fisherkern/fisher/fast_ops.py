@@ -1,4 +1,4 @@
-"""F.linear and F.layer_norm with the backward pass that the engine needs: to the input alone.
+"""Common layers with the backward pass that the engine needs: to the input alone.
 
 Parameters are given no gradient: the engine makes theirs from the gradients at captured outputs.
 So the caller may use these only where weight and bias are parameters themselves or None; what
@@ -41,6 +41,25 @@ class _Linear(torch.autograd.Function):
         return rows_product(deltas[0][None], ctx.transposed)[0], None, None
 
 
+class _Pointwise(torch.autograd.Function):
+    """F.conv1d of one column at a time: a linear map of the channels, (N, C, L) to (N, O, L)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.transposed = weight.detach()[:, :, 0].t().contiguous()
+        by_column = input.transpose(1, 2)
+        flat = product(by_column.reshape(-1, by_column.shape[2]), weight[:, :, 0], bias)
+        # Channels last, and no view of anything, as in `_Linear`.
+        return flat.view(*by_column.shape[:2], len(weight)).transpose(1, 2).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        by_column = rows_product(deltas[0].transpose(1, 2)[None], ctx.transposed)[0]
+        return by_column.transpose(1, 2), None, None
+
+
 class _LayerNorm(torch.autograd.Function):
     """Layer norm over the last dimension."""
 
@@ -66,7 +85,11 @@ class _LayerNorm(torch.autograd.Function):
 
 
 # Nodes of the autograd graph at which a parameter's gradient ends.
-WITHOUT_PARAMETERS: tuple[type, ...] = (_Linear._backward_cls, _LayerNorm._backward_cls)
+WITHOUT_PARAMETERS: tuple[type, ...] = (
+    _Linear._backward_cls,
+    _Pointwise._backward_cls,
+    _LayerNorm._backward_cls,
+)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,6 +97,28 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not suits_linear(input, weight, bias):
         return F.linear(input, weight, bias)
     result: Tensor = apply(_Linear, input, weight, bias)
+    return result
+
+
+def pointwise_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """F.conv1d, through `_Pointwise` for a kernel of one in fp32 on a CPU."""
+    plain = stride in (1, (1,)) and padding in (0, (0,)) and groups == 1
+    if (
+        not plain
+        or not input.dim() == weight.dim() == 3
+        or weight.shape[1:] != (input.shape[1], 1)
+        or not suits_linear(input, weight[:, :, 0], bias)
+    ):
+        return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+    result: Tensor = apply(_Pointwise, input, weight, bias)
     return result
 
 
