@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 _FIRST = re.compile(
     r"^(?P<module>.*?)(?P<key>\blora_A|\blora_embedding_A|\blora_down)(?P<rest>\..*)?$"
@@ -65,7 +65,9 @@ def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
         second = f"{match['module']}{_SECOND[key]}"
         partner = second + rest
         if partner not in present:
-            raise InputError(f"tensor {name!r} is a factor of a weight, and {partner!r} is missing")
+            raise InputError(
+                f"tensor {name!r} is a factor of a weight, and {shown(partner)} is missing"
+            )
         adapter = rest.removesuffix(".weight").strip(".")
         bias = f"{second}{rest.removesuffix('.weight')}.bias"
         pair = LowRankPair(
@@ -81,7 +83,8 @@ def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
     odd = [name for name in known if _OF_LORA.search(name) and name not in used]
     if odd:
         raise InputError(
-            f"tensor {odd[0]!r} makes an update that is not a product of two factors, and cannot "
+            f"tensor {shown(odd[0])} makes an update that is not a product of two "
+            "factors, and cannot "
             "be merged but factor by factor: options={'factors': True}"
         )
     return pairs
@@ -123,7 +126,9 @@ def scaling_of(config: Mapping[str, Any], pair: LowRankPair, rank: int) -> float
     """
     alpha = _of_pattern(config.get("alpha_pattern"), pair.module, config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or rank < 1:
-        raise InputError(f"adapter_config.json: lora_alpha is {alpha!r} where a number is expected")
+        raise InputError(
+            f"adapter_config.json: lora_alpha is {shown(alpha)} where a number is expected"
+        )
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
@@ -134,7 +139,7 @@ def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
         if not re.fullmatch(r"\^?[\w.-]+\$?", pattern):
             raise InputError(
-                f"adapter_config.json: the pattern {pattern!r} is no plain name of a module"
+                f"adapter_config.json: the pattern {shown(pattern)} is no plain name of a module"
             )
         plain = pattern.strip("^$")
         bare = module.removeprefix("base_model.model.")

@@ -12,7 +12,7 @@ from typing import Any
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.fisher import diag_fisher
 from fisherkern.processes import joined_by_torchrun, rank
 from fisherkern.tables import print_table
@@ -73,7 +73,7 @@ def _built(run: Run, text: str) -> tuple[str, Any, Iterable[Any] | None]:
     """(Name of the function, its model, its batches or None)."""
     module, colon, name = text.partition(":")
     if not (module and colon and name.isidentifier()):
-        raise InputError(f"--model: {text!r} is not like module:function")
+        raise InputError(f"--model: {shown(text)} is not like module:function")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 KEYS = ("models", "merge_method", "base_model", "parameters", "dtype")
 OUTPUT_DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -47,7 +47,7 @@ def from_mergekit(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     method = content.get("merge_method")
     if method not in PARAMETERS:
         known = ", ".join(PARAMETERS)
-        raise InputError(f"{path}: merge_method {method!r} has no counterpart; {known} have")
+        raise InputError(f"{path}: merge_method {shown(method)} has no counterpart; {known} have")
     of_model, of_all = PARAMETERS[method]
     common = content.get("parameters") or {}
     _check(path, common, of_all, f"'parameters' of {method}")
@@ -129,24 +129,25 @@ def _models(path: Path, content: Any, known: tuple[str, ...]) -> list[tuple[Path
 
 def _check(path: Path, mapping: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(mapping, Mapping):
-        raise InputError(f"{path}: {where} must be a mapping, is {mapping!r}")
+        raise InputError(f"{path}: {where} must be a mapping, is {shown(mapping)}")
     for key in mapping:
         if key not in known:
-            raise InputError(f"{path}: {key!r} of {where} is not understood")
+            raise InputError(f"{path}: {shown(key)} of {where} is not understood")
 
 
 def _value(path: Path, key: str, value: Any) -> Any:
     switch = key in ("normalize", "rescale", "int8_mask")
     if isinstance(value, bool) != switch or not isinstance(value, int | float):
         expected = "true or false" if switch else "one number for all layers"
-        raise InputError(f"{path}: {key!r} is {value!r} where {expected} was expected")
+        raise InputError(f"{path}: {shown(key)} is {shown(value)} where {expected} was expected")
     return value
 
 
 def _dtype(path: Path, value: Any) -> str | None:
     if value is not None and value not in OUTPUT_DTYPES:
         raise InputError(
-            f"{path}: 'dtype' is {value!r} where one of {', '.join(OUTPUT_DTYPES)} was expected"
+            f"{path}: 'dtype' is {shown(value)} where one of {', '.join(OUTPUT_DTYPES)} "
+            "was expected"
         )
     return value
 

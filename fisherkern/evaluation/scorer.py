@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.data import SequenceDataset
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.scores import Scores, ScoringLayer, WholeScores, rounds
 
 log = logging.getLogger("fisherkern")
@@ -160,7 +160,7 @@ def _matched(
     if lacking:
         raise InputError(
             f"model: it lacks {len(lacking)} of the {len(ids)} items of {data.name}, such as "
-            f"{lacking[0]!r}; its own are like {own[0]!r}"
+            f"{lacking[0]!r}; its own are like {shown(own[0])}"
         )
     numbers = torch.tensor([place[str(item)] for item in ids])
     tokens = torch.cat([numbers.new_zeros(1), numbers + 1])

@@ -157,7 +157,7 @@ def add_output_(
         saturated.add_output_(sums[0], sums[1], factor.ids, factor.omega)
         rows = keep & (saturated.place < 0)
     ids = None if factor.ids is None else factor.ids[rows]
-    omega = None if factor.omega is None else factor.omega[rows]
+    omega = None if factor.omega is None else factor.omega[rows].to(stats.lse.dtype)
     inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
     ops.head_sqgrad_(sums[0], sums[1], *inputs, ids, omega)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,8 @@ from fisherkern.fisher.factor import CovarianceFactor, stored_vectors
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 
-if TYPE_CHECKING:
-    from fisherkern.fisher.samplers import SoftmaxStats
 
-
-def streamed_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
+def streamed_sketch(stats: Any, settings: Settings) -> CovarianceFactor:
     """The factor whose columns are sums of items with random signs."""
     assert settings.probes is not None
     probes, seed = settings.probes, settings.seed
@@ -42,7 +39,7 @@ def streamed_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor
             top = (items == saturated.item[place]) & (place >= 0)
             signed = torch.where(top, signed * saturated.rest[place].to(u.dtype), signed)
             total = torch.where(top[:, :, None], others[sequence][:, None], total)
-        beta = -log_p.exp()[:, :, None] * total
+        beta: Tensor = -log_p.exp()[:, :, None] * total
         # One entry of each (sequence, item): no order to keep.
         return beta.scatter_add_(2, bucket[:, :, None], signed[:, :, None])
 

@@ -196,8 +196,9 @@ def _check_overlap(catalogues: Sequence[Sequence[Any]]) -> None:
         if own and all(counts[item] == 1 for item in own):
             other = catalogues[0 if number else 1]
             raise InputError(
-                f"member {number} shares no item with the others: its ids are like {own[0]!r}, "
-                f"theirs like {other[0]!r}; write them alike"
+                f"member {number} shares no item with the others: its ids are like "
+                f"{shown(own[0])}, "
+                f"theirs like {shown(other[0])}; write them alike"
             )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.lora import LowRankPair, check_no_factors, find_low_rank
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.members.ties import named_tensors
 from fisherkern.merging.member_set import MemberSet
 
@@ -44,11 +44,13 @@ class LowRankOptions:
         rest = {key: value for key, value in options.items() if key not in own}
         for key in ("full", "factors"):
             if not isinstance(own.get(key, False), bool):
-                raise InputError(f"option {key!r} is {own[key]!r} where true or false was expected")
+                raise InputError(
+                    f"option {shown(key)} is {shown(own[key])} where true or false was expected"
+                )
         rank = own.get("rank")
         if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
             raise InputError(
-                f"option 'rank' is {rank!r} where an integer of at least 1 was expected"
+                f"option 'rank' is {shown(rank)} where an integer of at least 1 was expected"
             )
         if sum(own.get(key) not in (None, False) for key in ("rank", "full", "factors")) > 1:
             raise InputError("options 'rank', 'full' and 'factors' exclude one another")
@@ -106,11 +108,11 @@ def merge_low_rank(
         scale = [own[pair.a] for own in scalings]
         target = scale[0] if result_scalings is None else result_scalings[pair.a]
         if not target:
-            raise InputError(f"tensor {pair.a!r}: its update is scaled by 0")
+            raise InputError(f"tensor {shown(pair.a)}: its update is scaled by 0")
         factors = [_factors(own, pair) for own in tensors]
         shapes = {(len(b), a.shape[1]) for a, b in factors}
         if len(shapes) > 1:
-            raise InputError(f"tensor {pair.a!r}: the members' updates differ in shape")
+            raise InputError(f"tensor {shown(pair.a)}: the members' updates differ in shape")
         size = len(factors[0][0]) if rank is None else rank
         shares = [weights[m] * scale[m] / target for m in used]
         a, b, energy, whole = _nearest([factors[m] for m in used], shares, size)
@@ -133,11 +135,14 @@ def _transposed(tensors: Mapping[str, Tensor], pair: LowRankPair) -> bool:
     other = a.dim() == b.dim() == 2 and a.shape[1] == len(b)
     if not (plain or other) or a.dim() < 2 or b.dim() < 2:
         raise InputError(
-            f"tensors {pair.a!r} {tuple(a.shape)} and {pair.b!r} {tuple(b.shape)} are no factors "
+            f"tensors {shown(pair.a)} {tuple(a.shape)} and {shown(pair.b)} "
+            f"{tuple(b.shape)} are no factors "
             "of one weight"
         )
     if plain and other and len(a) == a.shape[1] == len(b):
-        raise InputError(f"tensors {pair.a!r} and {pair.b!r} are square, so which is first is open")
+        raise InputError(
+            f"tensors {shown(pair.a)} and {shown(pair.b)} are square, so which is first is open"
+        )
     return other and (not plain or a.shape[1] < len(a))
 
 
@@ -215,7 +220,8 @@ def scalings_in(model: nn.Module, pairs: Sequence[LowRankPair], owner: str) -> d
             scaling = scaling.get(pair.adapter, 1.0)
         if getattr(module, "merged", False) is True or getattr(module, "parameter_name", None):
             raise InputError(
-                f"{owner}: the update of {pair.module!r} is merged into its weight, or one of a "
+                f"{owner}: the update of {shown(pair.module)} is merged into its weight, "
+                "or one of a "
                 "part of it: unmerge the adapter before"
             )
         found[pair.a] = float(scaling)

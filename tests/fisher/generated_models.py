@@ -151,12 +151,15 @@ def _compared(fisher: Any, model: nn.Module, ids: Tensor, text: str) -> tuple[st
 def run(first: int, models: int) -> dict[str, list[tuple[int, str]]]:
     """The outcomes of so many seeds, by kind."""
     outcomes: dict[str, list[tuple[int, str]]] = {}
-    logging.getLogger("fisherkern").setLevel(logging.ERROR)
+    log = logging.getLogger("fisherkern")
+    level = log.level
+    log.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for seed in range(first, first + models):
             kind, text = outcome(seed)
             outcomes.setdefault(kind, []).append((seed, text))
+    log.setLevel(level)
     return outcomes
 
 

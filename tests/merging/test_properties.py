@@ -27,7 +27,8 @@ LOOSE = {"full_fisher": 1e-6, "learned_soup": 1e-9, "layer_wise": 1e-9}
 def catalogues(draw, members=None):
     number = members or draw(st.integers(1, 4))
     letters = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=6, unique=True)
-    return ["".join(draw(letters)) for _ in range(number)]
+    # Members that share no item are refused.
+    return ["".join(dict.fromkeys([*draw(letters), "a"])) for _ in range(number)]
 
 
 @st.composite

@@ -247,7 +247,7 @@ def test_the_shapes_alone_choose_the_form(monkeypatch: pytest.MonkeyPatch) -> No
     with use_backend("torch"):
         for t in (3, 4, 5):
             ops.segment_outer_square_(
-                torch.zeros(7, 24), torch.zeros(24, 1, t, 7), torch.zeros(1, t, 24)
+                torch.zeros(7, 24), torch.ones(24, 1, t, 7), torch.zeros(1, t, 24)
             )
     assert taken == ["_add_gram_", "_add_direct_", "_add_direct_"]
 

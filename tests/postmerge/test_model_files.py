@@ -122,7 +122,7 @@ BERT = {"class": "BERT4Rec", "num_items": 11, "max_len": 5, "dim": 6, "inner_dim
         (
             "e-wemoe",
             {"tensors": {PLACES: torch.tensor([[0, 1], [0, 1]], dtype=torch.uint8)}},
-            f"tensor '{PLACES}' is torch.uint8, not int64",
+            f"tensor '{PLACES}' is torch.uint8",
         ),
         ("surgery", {"rank": 0}, "rank is 0 where"),
         ("surgery", {"rank": 10**15}, "which no tensor of the file has"),

@@ -147,10 +147,11 @@ def _names_of(file: TensorFile, member: TensorFile, names: Sequence[str]) -> dic
         own = fitted.get(theirs)
         own = None if own is None else member.aliases.get(own, own)
         if own is None:
-            raise InputError(f"{file.path}: tensor {theirs!r} is none of {member.path}'s")
+            raise InputError(f"{file.path}: tensor {shown(theirs)} is none of {member.path}'s")
         if own in found:
             raise InputError(
-                f"{file.path}: tensors {found[own]!r} and {theirs!r} are one of {member.path}'s"
+                f"{file.path}: tensors {shown(found[own])} and {shown(theirs)} are one of "
+                f"{member.path}'s"
             )
         found[own] = theirs
     return found
@@ -161,10 +162,11 @@ def _check(file: TensorFile, member: TensorFile, names: Mapping[str, str]) -> No
         own, shape = file.layout[theirs][1], member.layout[name][1]
         if own != shape:
             raise InputError(
-                f"{file.path}: tensor {theirs!r} has shape {own} where the member's has {shape}"
+                f"{file.path}: tensor {shown(theirs)} has shape {own} where the member's "
+                f"has {shape}"
             )
         if not file.floating(theirs):
-            raise InputError(f"{file.path}: tensor {theirs!r} is {file.layout[theirs][0]}")
+            raise InputError(f"{file.path}: tensor {shown(theirs)} is {file.layout[theirs][0]}")
 
 
 def _survey(file: TensorFile, names: Mapping[str, str]) -> tuple[float, dict[str, float]]:

@@ -193,8 +193,8 @@ def _check_shared(
         if bool(has.any()) and bool((~has).any()) and int(counts[has].max()) == 1:
             example, other = (ids[int(kind.nonzero()[0])] for kind in (has, ~has))
             raise InputError(
-                f"{file.path}: shares no item with the others: its ids are like {example!r}, "
-                f"theirs like {other!r}; write them alike"
+                f"{file.path}: shares no item with the others: its ids are like {shown(example)}, "
+                f"theirs like {shown(other)}; write them alike"
             )
 
 
@@ -241,7 +241,8 @@ def _check_same_kind(files: Sequence[TensorFile], base: TensorFile | None) -> No
         for name in sorted(dict(first.aliases).items() ^ dict(other.aliases).items()):
             one, two = (first, other) if name in first.aliases.items() else (other, first)
             raise InputError(
-                f"{one.path}: tensor {name[0]!r} is tied to {name[1]!r}, and not in {two.path}"
+                f"{one.path}: tensor {shown(name[0])} is tied to {shown(name[1])}, and "
+                f"not in {two.path}"
             )
     if base is not None and (base.checkpoint is None) != (first.checkpoint is None):
         raise InputError(f"{base.path}: is a {_kind(base)} file, and {first.path} a {_kind(first)}")

@@ -21,7 +21,7 @@ from fisherkern.adapters.checkpoints import read_json_object
 from fisherkern.adapters.lora import LowRankPair, check_adapter_config, scaling_of
 from fisherkern.adapters.safetensors_files import SafetensorsFile
 from fisherkern.adapters.writing import companions, new_folder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.tensor_files import TensorFile, write_header
@@ -275,7 +275,9 @@ def _write_delta(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, card:
     files, pairs = merge.members.files, low_rank.pairs
     others = [name for name in _tensors(files[0]) if name not in merge.solved]
     if others:
-        raise InputError(f"option 'full': tensor {others[0]!r} is no part of a low-rank update")
+        raise InputError(
+            f"option 'full': tensor {shown(others[0])} is no part of a low-rank update"
+        )
     deltas: dict[str, Tensor] = {}
     for pair in pairs:
         total: Tensor | None = None
@@ -292,7 +294,9 @@ def _write_delta(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, card:
         module = pair.module.removeprefix("base_model.model.")
         deltas[f"{module}.weight"] = total.to(a.dtype).contiguous()
         if pair.bias is not None:
-            raise InputError(f"option 'full': tensor {pair.bias!r} is a bias of a low-rank update")
+            raise InputError(
+                f"option 'full': tensor {shown(pair.bias)} is a bias of a low-rank update"
+            )
     with atomic_path(out.with_suffix(".md")) as beside:
         beside.write_text(card, encoding="utf-8")
         with atomic_path(out) as temporary:

@@ -11,7 +11,7 @@ from typing import Any
 from fisherkern.adapters import Checkpoint
 from fisherkern.adapters.checkpoints import read_json_object
 from fisherkern.adapters.pickles import Pairs, Stub
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.merging.files.tensor_files import TensorFile
@@ -46,8 +46,9 @@ def check_native_settings(files: Sequence[TensorFile]) -> None:
         if odd is not None:
             key, one, two = odd
             raise InputError(
-                f"{files[number].path}: was built with {key}={two!r}, and {files[0].path} with "
-                f"{key}={one!r}"
+                f"{files[number].path}: was built with {key}={shown(two)}, and "
+                f"{files[0].path} with "
+                f"{key}={shown(one)}"
             )
 
 
@@ -101,7 +102,7 @@ class ItemIds:
         if not isinstance(ids, list) or any(isinstance(own, list | dict) for own in ids):
             raise InputError(f"{beside}: its item_ids are not a list of ids")
         if first is not None and (type(first) is not int or not 0 <= first <= EXTRA_ROWS):
-            raise InputError(f"{beside}: its first_item is {first!r}, no row of a first item")
+            raise InputError(f"{beside}: its first_item is {shown(first)}, no row of a first item")
         return ItemIds(ids, first)
 
 
