@@ -62,9 +62,12 @@ def test_targets_are_places_of_the_loss(monkeypatch):
 @pytest.mark.parametrize("model", bench_training.MODELS)
 def test_a_wrong_loss_stops_it(results, monkeypatch, model):
     right = train_fisherkern.TrainLoop.step
-    monkeypatch.setattr(
-        train_fisherkern.TrainLoop, "step", lambda self, tokens: 1.0001 * right(self, tokens)
-    )
+
+    def off(self, tokens):
+        loss, *rest = right(self, tokens)
+        return 1.0001 * loss, *rest
+
+    monkeypatch.setattr(train_fisherkern.TrainLoop, "step", off)
     with pytest.raises(SystemExit, match=f"{model}'s loss is off by 0.0001; stopped"):
         bench_training.main([*SIZES, "--models", model])
     assert not (results / "training.csv").exists()
