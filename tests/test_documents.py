@@ -15,15 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fisherkern.documents import (
-    MAX_DEPTH,
-    LinedMapping,
-    parse_json,
-    parse_yaml,
-    read_bytes,
-    read_json,
-    read_yaml,
-)
+from fisherkern.cli.yaml_documents import LinedMapping, parse_yaml, read_yaml
+from fisherkern.documents import MAX_DEPTH, parse_json, read_bytes, read_json
 from fisherkern.errors import MAX_SHOWN, InputError, shown
 from fisherkern.files import read_header, read_tensors
 

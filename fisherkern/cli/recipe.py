@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fisherkern.cli.mergekit import from_mergekit, is_mergekit
-from fisherkern.documents import LinedMapping, parse_yaml, read_yaml
+from fisherkern.cli.yaml_documents import LinedMapping, parse_yaml, read_yaml
 from fisherkern.errors import InputError, shown
 
 
