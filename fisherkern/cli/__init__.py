@@ -23,6 +23,7 @@ from fisherkern.cli import (
 )
 from fisherkern.cli.parsing import make_app, parse
 from fisherkern.errors import InputError, one_line, shown
+from fisherkern.interrupts import raise_again
 
 COMMANDS = (
     demo.show_demo,
@@ -68,6 +69,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     name = next((command.name for command in COMMANDS if command.name in words[:1]), None)
     try:
+        raise_again()
         parsed = parse(make_app(COMMANDS), words)
         if parsed is not None:
             command, run = parsed

@@ -175,20 +175,28 @@ def test_who_interrupts_is_told_the_truth(command, again, folder, tmp_path, monk
 def test_an_interrupt_during_imports_is_one_line(words, tmp_path):
     if not words[0].startswith("-") and not Path(words[0]).exists():
         pytest.skip("the command is not installed here")
-    for delay in (0.25, 0.5, 0.8):
+    # The interpreter's own start is not ours: the interrupt comes once torch is being loaded.
+    for delay in (0.0, 0.2, 0.5):
         process = subprocess.Popen(
             [sys.executable, *words, "data", "--data", "gone"],
             stderr=subprocess.PIPE, cwd=tmp_path, text=True,
             env={**os.environ, "PYTHONPATH": str(Path(fk.__file__).parents[1])},
         )  # fmt: skip
+        mapped = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and "libtorch" not in mapped.read_text():
+            time.sleep(0.01)
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=60)[1]
-        assert "fisherkern" not in error.partition("Traceback")[2], error
-        if process.returncode not in (2, -signal.SIGINT, 130):
-            raise AssertionError((process.returncode, error))
+        # Where the machine was faster than the delay, the command has ended by itself.
+        assert (process.returncode, error) == (130, "interrupted\n") or (
+            process.returncode == 2 and "gone" in error
+        ), (process.returncode, error)
 
 
-def test_an_import_leaves_the_hooks_of_others_alone():
-    code = "import sys; before = sys.excepthook; import fisherkern; assert sys.excepthook is before"
+def test_an_import_leaves_the_handlers_of_others_alone():
+    code = (
+        "import signal; before = signal.getsignal(2); import fisherkern; "
+        "assert signal.getsignal(2) is before"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
