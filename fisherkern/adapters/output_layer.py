@@ -16,26 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fisherkern.adapters.parameters import ParamView, view_among
 from fisherkern.adapters.row_scaling import RowScaling, find_row_scaling
 
 LogitsFunction = Callable[[Any], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorPart:
-    """A part of a parameter or buffer: `shape` entries from flat index `start`."""
-
-    name: str
-    start: int
-    shape: tuple[int, ...]
-
-    def of(self, module: nn.Module) -> Tensor:
-        """The part of the module's tensor of this name, a view of it."""
-        tensor = dict(_tensors_of(module))[self.name]
-        if tuple(tensor.shape) == self.shape:
-            return tensor
-        count = int(torch.Size(self.shape).numel())
-        return tensor.view(-1)[self.start : self.start + count].view(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +34,8 @@ class OutputLayerParts:
     call: int
     columns: int
     scale: float
-    weight: TensorPart
-    bias: TensorPart | None
+    weight: ParamView
+    bias: ParamView | None
     fixed_rows: Tensor | None
     position: int | None
     row_scaling: RowScaling | None = None
@@ -59,8 +43,8 @@ class OutputLayerParts:
     def head(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """W (V, D) and b (V,) or None: views of the module's tensors, or W made of one."""
         scaling = self.row_scaling
-        weight = self.weight.of(module) if scaling is None else scaling.weight()
-        return weight, None if self.bias is None else self.bias.of(module)
+        weight = _of(module, self.weight) if scaling is None else scaling.weight()
+        return weight, None if self.bias is None else _of(module, self.bias)
 
     def encoder(self, logits: LogitsFunction) -> Callable[[Any], Tensor]:
         """The hidden state before the output layer: (N, D), or (N, T, D) of every position."""
@@ -285,31 +269,30 @@ def _parts(
         return found
     whole, fixed, scaling = found
     depth, columns = whole.shape[1], slice(first, first + width)
-    weight = TensorPart(whole.name, whole.start + first * depth, (width, depth))
+    weight = ParamView(whole.name, whole.start + first * depth, (width, depth))
     if scaling is not None:
         kept = scaling.factor[columns], scaling.bend[columns]
-        scaling = RowScaling(weight.of(module), *kept)
+        scaling = RowScaling(_of(module, weight), *kept)
     bias = None
     if derived.bias is not None:
         part = part_of(module, derived.bias)
         if part is None:
             return "the bias of the logits is computed"
-        bias = TensorPart(part.name, part.start + first, (width,))
+        bias = ParamView(part.name, part.start + first, (width,))
     calls = {d.call for _, d in candidates if len(d.weight) >= width and d.call < derived.call}
     rows = None if fixed is None else fixed[columns]
     return OutputLayerParts(len(calls), width, derived.scale, weight, bias, rows, position, scaling)
 
 
-def part_of(module: nn.Module, tensor: Tensor) -> TensorPart | None:
+def part_of(module: nn.Module, tensor: Tensor) -> ParamView | None:
     """The parameter or buffer that a tensor is, or a contiguous part of."""
-    base = tensor if tensor._base is None else tensor._base
-    if not (base.is_contiguous() and tensor.is_contiguous()):
-        return None
-    for name, own in _tensors_of(module):
-        if own is base:
-            start = int(tensor.storage_offset()) - int(base.storage_offset())
-            return TensorPart(name, start, tuple(tensor.shape))
-    return None
+    return view_among({id(own): name for name, own in _tensors_of(module)}, tensor)
+
+
+def _of(module: nn.Module, part: ParamView) -> Tensor:
+    """The part of the module's tensor of this name, a view of it."""
+    tensor = dict(_tensors_of(module))[part.name]
+    return tensor if tensor.shape == part.shape else part.of(tensor.view(-1))
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -318,7 +301,7 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 # The part of a parameter that a weight comes from, its rows without gradient, and how the weight's
 # rows are made of the part's where they are not the same.
-_Rows = tuple[TensorPart, Tensor | None, RowScaling | None]
+_Rows = tuple[ParamView, Tensor | None, RowScaling | None]
 
 
 def _weight_of(module: nn.Module, weight: Tensor) -> _Rows | str:
@@ -355,7 +338,7 @@ def gathered_rows(module: nn.Module, weight: Tensor) -> _Rows | str:
     gradient = pull(direction)
     for first in range(len(table) - len(weight) + 1):
         rows = slice(first, first + len(weight))
-        part = TensorPart(name, first * table.shape[1], tuple(weight.shape))
+        part = ParamView(name, first * table.shape[1], tuple(weight.shape))
         if torch.equal(weight.detach(), table.detach()[rows]):
             fixed = (gradient[rows] == 0).all(dim=1)
             if not torch.equal(gradient[rows][~fixed], direction[~fixed]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,16 +37,7 @@ class Parameters:
 
     def view_of(self, tensor: Any) -> ParamView | None:
         """What a parameter or a contiguous view of its dtype covers, None for anything else."""
-        if not isinstance(tensor, Tensor):
-            return None
-        base = tensor if tensor._base is None else tensor._base
-        name = self._names.get(id(base))
-        if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
-            return None
-        if tensor.dtype != base.dtype:
-            return None
-        start = int(tensor.storage_offset()) - int(base.storage_offset())
-        return ParamView(name, start, tuple(tensor.shape))
+        return view_among(self._names, tensor)
 
     def view_or_transpose(self, tensor: Any) -> ParamView | None:
         """`view_of` a tensor, or, for a matrix that is no such view, of its transpose."""
@@ -53,3 +45,17 @@ class Parameters:
         if view is None and isinstance(tensor, Tensor) and tensor.dim() == 2:
             view = self.view_of(tensor.t())
         return view
+
+
+def view_among(names: Mapping[int, str], tensor: Any) -> ParamView | None:
+    """What a tensor or a contiguous view of its dtype covers of those named by their `id`."""
+    if not isinstance(tensor, Tensor):
+        return None
+    base = tensor if tensor._base is None else tensor._base
+    name = names.get(id(base))
+    if name is None or not (base.is_contiguous() and tensor.is_contiguous()):
+        return None
+    if tensor.dtype != base.dtype:
+        return None
+    start = int(tensor.storage_offset()) - int(base.storage_offset())
+    return ParamView(name, start, tuple(tensor.shape))

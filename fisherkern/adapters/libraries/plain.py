@@ -42,10 +42,8 @@ class PlainModule(Library):
             )
 
         def hidden(batch: Any) -> Tensor:
-            tokens = module.read_history(model_input(batch))
-            used = (tokens != 0).any(dim=0)
-            used[-1] = True
-            states: Tensor = module.transform(module.states(tokens[:, int(used.int().argmax()) :]))
+            tokens = module.read_history(model_input(batch), least=1)
+            states: Tensor = module.transform(module.states(tokens))
             return states
 
         return hidden
