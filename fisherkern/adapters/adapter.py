@@ -39,7 +39,7 @@ log = logging.getLogger("fisherkern")
 # W (V, D) and b (V,) or None.
 HeadTensors = tuple[Tensor, Tensor | None]
 # Sequences on which an output layer is found and compared with the logits.
-_EXAMPLE = 2
+_EXAMPLE = 4
 
 
 @dataclasses.dataclass(frozen=True)

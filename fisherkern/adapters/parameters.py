@@ -29,10 +29,15 @@ class ParamView:
 
 
 class Parameters:
-    """The trainable parameters of a module, found again from themselves or their views."""
+    """The trainable parameters of a module, found again from themselves or their views.
+
+    `named` holds those with entries, `empty` the others, of which nothing is computed.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.named = {name: p for name, p in trainable.items() if p.numel()}
+        self.empty = {name: p for name, p in trainable.items() if not p.numel()}
         self._names = {id(parameter): name for name, parameter in self.named.items()}
 
     def view_of(self, tensor: Any) -> ParamView | None:

@@ -352,10 +352,11 @@ class Engine:
             if not math.isfinite(total):
                 raise InputError(f"model: the Fisher of '{name}' is not finite")
         # Rounding, and in "sketch" the noise of the cross term, can fall below zero.
-        return {
+        means = {
             name: (self.fisher[name] / num_sequences).view(parameter.shape).clamp_(min=0)
             for name, parameter in named.items()
         }
+        return means | {name: p.detach().float() for name, p in self.parameters.empty.items()}
 
 
 def _results(forwards: Sequence[CapturedForward]) -> Tensor:

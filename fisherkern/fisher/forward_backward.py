@@ -68,6 +68,8 @@ class ForwardBackward:
         self._entries: EntriesCache = {}
         # Whether probes go back together, through a bucket and through a sequence alone.
         self.in_blocks = self.alone_in_blocks = True
+        # Whether a first block was compared with a probe alone, likewise.
+        self._compared = self._alone_compared = False
 
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
@@ -148,9 +150,13 @@ class ForwardBackward:
             span = slice(first, min(first + block, factor.probes))
             given = factor.probe_vectors(index, span).to(result.dtype)
             together = self.alone_in_blocks and len(given) > 1
-            run = batched_vector_jacobians if together else single_vector_jacobians
             try:
-                gradients = run([result], tensors, given)
+                if together:
+                    compared = not self._alone_compared
+                    gradients = batched_vector_jacobians([result], tensors, given, compared)
+                    self._alone_compared = True
+                else:
+                    gradients = single_vector_jacobians([result], tensors, given)
             except torch.OutOfMemoryError:
                 if len(given) == 1:
                     raise
@@ -176,7 +182,9 @@ class ForwardBackward:
             )
             return [None if delta is None else delta[None] for delta in single]
         try:
-            return batched_vector_jacobians([result], outputs, given)
+            found = batched_vector_jacobians([result], outputs, given, not self._compared)
+            self._compared = True
+            return found
         except torch.OutOfMemoryError:
             raise
         except Exception as reason:  # whatever a model's own backward pass may raise

@@ -14,11 +14,15 @@ from torch.autograd.graph import GradientEdge
 Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
-def batched_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
+def batched_vector_jacobians(
+    outputs: Places, inputs: Places, given: Tensor, compared: bool
+) -> list[Tensor | None]:
     """Gradients (R, ...) at `inputs` for R gradients `given` (R, ...) of the one output.
 
     By `torch.vmap`, whose reasons against a graph are raised; None for an input that gets no
-    gradient. The graph is kept.
+    gradient. The graph is kept. `compared`: the last vector's gradients are also computed alone,
+    as PyTorch's rules for `vmap` are not right for every function (`torch.cdist` in 2.13); where
+    they differ, RuntimeError is raised.
     """
     absent: set[int] = set()
 
@@ -31,7 +35,31 @@ def batched_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> 
         # Of an operator that would be called for one vector after another.
         warnings.filterwarnings("error", message=".*batching rule")
         present = iter(torch.vmap(gradients)(given))
-    return [None if i in absent else next(present) for i in range(len(inputs))]
+    together = [None if i in absent else next(present) for i in range(len(inputs))]
+    if compared:
+        alone = single_vector_jacobians(outputs, inputs, given[-1:])
+        _check_alike([found if found is None else found[-1:] for found in together], alone)
+    return together
+
+
+def _check_alike(together: Sequence[Tensor | None], alone: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError where gradients differ by more than rounding."""
+    if any((one is None) != (other is None) for one, other in zip(together, alone, strict=True)):
+        raise RuntimeError("torch.vmap gives gradients where autograd gives none")
+    gaps, sizes, roundings = [], [], []
+    for one, other in zip(together, alone, strict=True):
+        if one is not None and other is not None and one.numel():
+            gaps.append((one - other).abs().amax().double())
+            sizes.append(other.abs().amax().double())
+            roundings.append(min(2e4 * torch.finfo(other.dtype).eps, 0.25))
+    if not gaps:
+        return
+    gap, size = torch.stack([torch.stack(gaps), torch.stack(sizes)]).tolist()
+    # What cancels is rounding of the largest.
+    noise = 1e-3 * max(roundings) * max(size)
+    for off, most, rounding in zip(gap, size, roundings, strict=True):
+        if not off <= rounding * most + noise:
+            raise RuntimeError(f"torch.vmap gives gradients that are {off:.2g} of {most:.2g} off")
 
 
 def single_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
@@ -50,5 +78,5 @@ def vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Ten
     """The same, together where they can go together."""
     if len(given) > 1:
         with contextlib.suppress(Exception):  # whatever a model's own backward pass may raise
-            return batched_vector_jacobians(outputs, inputs, given)
+            return batched_vector_jacobians(outputs, inputs, given, compared=True)
     return single_vector_jacobians(outputs, inputs, given)

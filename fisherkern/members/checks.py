@@ -15,6 +15,7 @@ from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import CatalogueUnion
 from fisherkern.members.configs import differing_setting, function_settings
+from fisherkern.members.functions import check_functions
 from fisherkern.members.ties import Tie, find_ties, named_tensors
 
 # What counts steps of training, and plays no part in a prediction.
@@ -122,8 +123,10 @@ def check_finite(tensors: Sequence[Tensor], name: str) -> None:
 
 
 def check_config(models: Sequence[Any]) -> None:
-    """Settings that shape no tensor but change the function, such as the number of heads, agree."""
-    check_settings([ModelAdapter.of(model).settings for model in models])
+    """What shapes no tensor but changes the function, such as the number of heads, agrees."""
+    members = [ModelAdapter.of(model) for model in models]
+    check_settings([member.settings for member in members])
+    check_functions(members)
 
 
 def check_settings(configs: Sequence[Any]) -> None:

@@ -1,0 +1,140 @@
+"""Members that compute other functions of the same tensors are refused, wherever they differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import NUM_ITEMS
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fisherkern as fk
+from fisherkern.errors import InputError
+
+WIDTH = 6
+
+
+class Scores(nn.Module):
+    """A model of somebody's own; what shapes no tensor is an attribute, or a module."""
+
+    def __init__(self, seed: int, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.items = nn.Embedding(NUM_ITEMS + 1, WIDTH)
+        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.heads, self.temperature, self.activation = 2, 1.0, F.relu
+        self.gain: Any = None
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def forward(self, history: Tensor) -> Tensor:
+        h = self.activation(self.dense(self.items(history)[:, -1])) / self.temperature
+        h = h + h.view(len(h), self.heads, -1).softmax(-1).flatten(1)
+        h = h if self.gain is None else h * self.gain
+        return h @ self.items.weight[1:].T
+
+
+class Masked(Scores):
+    """With a buffer that is not saved."""
+
+    def __init__(self, seed: int, kept: int) -> None:
+        super().__init__(seed)
+        del self.gain
+        self.register_buffer("gain", (torch.arange(WIDTH) < kept).float(), persistent=False)
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    model.dense.register_forward_hook(lambda module, given, output: output * 2)
+    return model
+
+
+def patched(model: Any) -> nn.Module:
+    forward = model.forward
+    model.forward = lambda history: forward(history) * 2
+    return model
+
+
+OTHER_FUNCTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], str]] = {
+    "number": (lambda: Scores(0), lambda: Scores(1, temperature=2.0), "logits"),
+    "heads": (lambda: Scores(0), lambda: Scores(1, heads=3), "logits"),
+    "function": (lambda: Scores(0), lambda: Scores(1, activation=F.gelu), "logits"),
+    "tensor": (
+        lambda: Scores(0, gain=torch.ones(WIDTH)),
+        lambda: Scores(1, gain=torch.zeros(WIDTH)),
+        "logits",
+    ),
+    "buffer": (lambda: Masked(0, 6), lambda: Masked(1, 3), "logits"),
+    "hook": (lambda: Scores(0), lambda: hooked(Scores(1)), "logits"),
+    "patch": (lambda: Scores(0), lambda: patched(Scores(1)), "logits"),
+    "compiled": (
+        lambda: torch.compile(Masked(0, 6)),
+        lambda: torch.compile(Masked(1, 3)),
+        "logits",
+    ),
+    "module": (
+        lambda: Scores(0, activation=nn.ReLU()),
+        lambda: Scores(1, activation=nn.GELU()),
+        "module 'activation' is a GELU in member 1",
+    ),
+    "setting": (
+        lambda: Scores(0, activation=nn.GELU()),
+        lambda: Scores(1, activation=nn.GELU("tanh")),
+        "module 'activation' has approximate='tanh' in member 1",
+    ),
+    "epsilon": (
+        lambda: Scores(0, activation=nn.LayerNorm(WIDTH)),
+        lambda: Scores(1, activation=nn.LayerNorm(WIDTH, eps=1e-12)),
+        "module 'activation' has eps=1e-12 in member 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FUNCTIONS)
+def test_other_functions_are_refused(name: str) -> None:
+    first, other, message = OTHER_FUNCTIONS[name]
+    members = [first().eval(), other().eval()]
+    with pytest.raises(InputError, match=message):
+        fk.merge(members)
+
+
+def weight_normed(seed: int) -> Scores:
+    model = Scores(seed)
+    parametrizations.weight_norm(model.dense)
+    return model
+
+
+SAME_FUNCTION: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
+    "attributes": (Scores, lambda seed: Scores(seed, note="another", epoch=7)),
+    "dropout": (
+        lambda seed: Scores(seed, activation=nn.Dropout(0.1)),
+        lambda seed: Scores(seed, activation=nn.Identity()),
+    ),
+    "lambdas": (
+        lambda seed: Scores(seed, activation=lambda x: x),
+        lambda seed: Scores(seed, activation=lambda x: x),
+    ),
+    "buffer": (lambda seed: Masked(seed, 6), lambda seed: Masked(seed, 6)),
+    "wrapped": (lambda seed: torch.compile(Scores(seed)), Scores),
+}
+
+
+@pytest.mark.parametrize("name", SAME_FUNCTION)
+def test_one_function_is_merged(name: str) -> None:
+    first, other = (make(seed) for seed, make in enumerate(SAME_FUNCTION[name]))
+    before = copy.deepcopy([dict(first.named_parameters()), dict(other.named_parameters())])
+    merged = fk.merge([first, other]).parameters()
+    for value, a, b in zip(merged, before[0].values(), before[1].values(), strict=True):
+        torch.testing.assert_close(value, (a + b) / 2)
+    for model, own in zip((first, other), before, strict=True):
+        assert all(torch.equal(p, own[key]) for key, p in model.named_parameters())
+        assert model.training
+
+
+def test_parametrised_modules_have_a_class_each() -> None:
+    with pytest.raises(InputError, match="is a factor of a weight"):
+        fk.merge([weight_normed(0), weight_normed(1)])
