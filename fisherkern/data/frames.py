@@ -14,7 +14,7 @@ from fisherkern.checks import check_count, takes_numpy
 from fisherkern.data.actions import Actions, assemble, number_ids
 from fisherkern.data.dataset import SequenceDataset
 from fisherkern.data.tables import Columns, IdCodes
-from fisherkern.errors import InputError, shown
+from fisherkern.errors import InputError, one_line, shown
 
 MOST_ROWS = 1 << 12  # for each byte of a file
 _BLOCK_ROWS = 1 << 20  # bounds how many ids are Python strings at once
@@ -58,6 +58,8 @@ def from_frame(
         known = nw.from_native(frame)
     except TypeError:
         raise InputError(f"from_frame takes a data frame, got {type(frame).__name__}") from None
+    except Exception as error:
+        raise _unread(name, error) from error
     actions = frame_actions(known, Columns(user, item, time), name)
     return assemble(actions, Path(name), name=name, min_actions=min_actions, drop_short=drop_short)
 
@@ -65,24 +67,28 @@ def from_frame(
 def frame_actions(frame: Any, columns: Columns, where: str) -> Actions:
     """Return the interactions of a narwhals frame; `where` begins every message."""
     wanted = columns.wanted()
-    columns.find(where, frame.collect_schema().names())
-    frame = frame.select(*dict.fromkeys(wanted))
-    frame = frame.collect() if isinstance(frame, nw.LazyFrame) else frame
-    for name in wanted:
-        empty = frame[name].is_null().to_numpy()
-        if empty.any():
-            raise InputError(f"{where}: row {int(empty.argmax()) + 1}: {name} is empty")
     try:
+        columns.find(where, frame.collect_schema().names())
+        frame = frame.select(*dict.fromkeys(wanted))
+        frame = frame.collect() if isinstance(frame, nw.LazyFrame) else frame
+        for name in wanted:
+            empty = frame[name].is_null().to_numpy()
+            if empty.any():
+                raise InputError(f"{where}: row {int(empty.argmax()) + 1}: {name} is empty")
         users, user_ids = _codes(frame[columns.user], where)
         items, item_ids = _codes(frame[columns.item], where)
         times = None if columns.time is None else _times(frame[columns.time], where)
-    except (ArithmeticError, NotImplementedError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        # Of whatever library the frame is: a type or a value that it cannot turn into ours.
-        raise InputError(f"{where}: could not be read: {error}") from error
+    except InputError:
+        raise
+    # Of whatever library the frame is: two columns of a name, or what it cannot turn into ours.
+    except Exception as error:
+        raise _unread(where, error) from error
     lines = np.arange(1, len(users) + 1)
     return Actions(users, items, times, lines, user_ids, item_ids, unit="row")
+
+
+def _unread(where: str, error: Exception) -> InputError:
+    return InputError(f"{where}: could not be read: {one_line(str(error), 200)}")
 
 
 def read_parquet(path: Path, columns: Columns) -> Actions:

@@ -127,3 +127,16 @@ def test_ids_are_numbered_the_same_by_tables_and_by_sorting(ids, dtype, by_appea
     codes, names = number_ids(np.array(ids, dtype), by_appearance=by_appearance)
     assert codes.dtype == np.int32 and codes.tolist() == [distinct.index(i) for i in ids]
     assert names == [str(i) for i in distinct]
+
+
+def test_what_a_frame_s_library_refuses_is_one_line():
+    """Two columns of a name, which pyarrow allows; a lazy frame that fails when it is collected."""
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table(columns())
+    twice = table.append_column("item_id", table["item_id"])
+    with pytest.raises(InputError, match=r"^frame: could not be read: .*item_id.*$"):
+        from_frame(twice)
+    polars = pytest.importorskip("polars")
+    broken = polars.LazyFrame(columns()).with_columns(polars.col("user_id").str.head(1))
+    with pytest.raises(InputError, match=r"^frame: could not be read: .*$"):
+        from_frame(broken)
