@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.item_ids import Ids, ids_of
-from fisherkern.adapters.mapped import MappedFile, Region, Slot, shown
+from fisherkern.adapters.mapped import MappedFile, Region, Slot
 from fisherkern.adapters.pickles import Pairs
 from fisherkern.adapters.safetensors_files import SafetensorsFile, read_safetensors
 from fisherkern.adapters.states import SavedState, find_state
 from fisherkern.adapters.torch_files import TorchFile, read_torch_file
 from fisherkern.documents import MAX_SETTINGS, read_json
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 # As transformers looks for them.
 WEIGHTS = (

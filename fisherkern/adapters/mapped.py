@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.errors import shown as shown
 from fisherkern.files import read_into
 
 # A storage of zeros deflates by up to 1032; nothing that was trained comes near 100.

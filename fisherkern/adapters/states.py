@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fisherkern.adapters.mapped import Slot, shown
+from fisherkern.adapters.mapped import Slot
 from fisherkern.adapters.pickles import Pairs, Stub
 from fisherkern.adapters.torch_files import Refused
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 # Where trainers keep the weights; whatever other tensors there are is theirs.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from fisherkern.adapters import pickles
-from fisherkern.adapters.mapped import MAX_DEFLATION, MappedFile, Region, Slot, shown
+from fisherkern.adapters.mapped import MAX_DEFLATION, MappedFile, Region, Slot
 from fisherkern.adapters.pickles import Global, Pairs, PickleError
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAGIC_BYTES = MAGIC.to_bytes(10, "little")

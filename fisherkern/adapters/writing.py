@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.checkpoints import Checkpoint, CheckpointFile
-from fisherkern.adapters.mapped import CHUNK, Region, Slot, shown
-from fisherkern.errors import InputError
+from fisherkern.adapters.mapped import CHUNK, Region, Slot
+from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 
 # What a folder needs beside its weights to be loaded, and what would be wrong of a merge.

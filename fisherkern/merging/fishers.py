@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK, as_table
+
+log = logging.getLogger("fisherkern")
 
 # A tensor whose largest Fisher entry is below this share of its model's mean entry carries no
 # information: attention's key biases have Fisher exactly 0, and come out at some 1e-16 of the
 # mean by rounding in float32; real entries have been seen down to 1e-8 of it.
 NOISE = 1e-10
+
+
+def check_definitions(made: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuse Fishers that are averages of other things; warn of such as are estimated otherwise.
+
+    Args:
+        made: What each is called in a message, and its `meta`; one without `meta` is taken as it
+            is.
+    """
+    known = [(name, meta) for name, meta in made if "sampler" in meta]
+    for name, meta in known[1:]:
+        first, own = known[0][1], meta
+        for key, standard in (("reduction", "sequence"), ("positions", "last")):
+            one, other = first.get(key, standard), own.get(key, standard)
+            if (one == standard) != (other == standard):
+                raise InputError(
+                    f"{name} has {key}={shown(other)} and {known[0][0]} {key}={shown(one)}, which "
+                    "are averages of other things: compute them alike"
+                )
+        for key in ("sampler", "k", "weight"):
+            if first.get(key) != own.get(key):
+                log.warning(
+                    "%s has %s=%s and %s %s=%s: the weights of the members differ by it as well",
+                    name, key, shown(own.get(key)), known[0][0], key, shown(first.get(key)),
+                )  # fmt: skip
+                break
 
 
 def block_sums(value: Tensor) -> Iterator[float]:

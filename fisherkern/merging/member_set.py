@@ -16,7 +16,7 @@ from fisherkern.members.symmetries import symmetries_of
 from fisherkern.members.ties import Tie, named_tensors
 from fisherkern.merging import checks as merge_checks
 from fisherkern.merging.blocks import BlockIterator, agree
-from fisherkern.merging.fishers import Fishers
+from fisherkern.merging.fishers import Fishers, check_definitions
 from fisherkern.merging.united import united_model
 
 
@@ -101,6 +101,10 @@ class MemberSet:
         fishers = merge_checks.check_mappings(fishers, "Fisher", "fishers", len(self.models))
         if check_fingerprint:
             merge_checks.check_fingerprints(self.models, fishers)
+        given = [
+            (f"the Fisher of member {i}", getattr(f, "meta", {})) for i, f in enumerate(fishers)
+        ]
+        check_definitions([(name, meta) for name, meta in given if isinstance(meta, Mapping)])
         checked = [
             merge_checks.check_fisher(fisher, tensors, self.merged, number)
             for number, (fisher, tensors) in enumerate(zip(fishers, self.tensors, strict=True))

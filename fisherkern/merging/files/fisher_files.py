@@ -14,7 +14,7 @@ from fisherkern.adapters.names import fit_names
 from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
-from fisherkern.merging.fishers import NOISE, block_sums
+from fisherkern.merging.fishers import NOISE, block_sums, check_definitions
 
 log = logging.getLogger("fisherkern")
 
@@ -44,6 +44,8 @@ class FisherFiles:
         self._means = []
         # Per file: name in the member -> name in the Fisher.
         self._names: list[dict[str, str]] = []
+        made = [(str(file.path), file.about.get("meta")) for file in files]
+        check_definitions([(name, meta) for name, meta in made if isinstance(meta, dict)])
         for file, member in zip(self.files, members, strict=True):
             own = _names_of(file, member, names)
             _check(file, member, own)
