@@ -10,13 +10,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size
-from fisherkern.errors import InputError
+from fisherkern.adapters.agreement import check_function
+from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.errors import InputError, one_line
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.plain_run import NormGuard, plainly
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
 from fisherkern.modes import eval_mode
+
+
+# Sequences of which a product is compared with those of each alone, and what they may differ by.
+_COMPARED = 8
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}
 
 
 class FisherProduct:
@@ -34,6 +40,7 @@ class FisherProduct:
         self._batches = batches
         self._count = sum(batch_size(batch) for batch in batches)
         self._parameters = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+        self._checked = False
         self.meta = {
             "fingerprint": fingerprint(model.module),
             "num_sequences": self._count,
@@ -53,10 +60,34 @@ class FisherProduct:
         unfused = sdpa_kernel(SDPBackend.MATH)
         mode = eval_mode(self._model.module, gradients=True)
         with mode, torch.enable_grad(), plainly(), unfused:
+            if not self._checked:
+                self._check(direction)
+                self._checked = True
             for batch in self._batches:
                 for name, part in zip(total, self._of_batch(batch, direction), strict=True):
                     total[name] += part
         return {name: value / self._count for name, value in total.items()}
+
+    def _check(self, direction: list[Tensor]) -> None:
+        """Compare the product of a few sequences together with that of each alone."""
+        batch = self._batches[0]
+        n = min(batch_size(batch), _COMPARED)
+        part = batch_slice(batch, 0, n)
+        check_function(self._model, part)
+        if n == 1:
+            return
+        together = self._of_batch(part, direction)
+        each = [self._of_batch(batch_slice(part, i, i + 1), direction) for i in range(n)]
+        alone = [torch.stack(parts).sum(0) for parts in zip(*each, strict=True)]
+        largest = max(float(value.abs().max()) for value in alone if value.numel())
+        for name, one, other in zip(self._parameters, together, alone, strict=True):
+            gap = float((one - other).abs().max()) if one.numel() else 0.0
+            if not gap <= _TOLERANCE.get(one.dtype, 0.25) * largest:
+                raise InputError(
+                    f"model: products of '{name}' are {gap / max(largest, 1e-300):.2g} of their "
+                    "largest off those of each sequence alone; does a gradient depend on the other "
+                    "sequences (scale_grad_by_freq)?"
+                )
 
     def _of_batch(self, batch: Any, direction: list[Tensor]) -> tuple[Tensor, ...]:
         """sum_n J_n^T C_n J_n v of the logits, C_n = diag(p_n) - p_n p_n^T."""
@@ -71,7 +102,12 @@ class FisherProduct:
         )
         products = [(g * v).sum() for g, v in zip(pulled, direction, strict=True)]
         inner = torch.stack(products).sum()
-        (pushed,) = torch.autograd.grad(inner, u, retain_graph=True, materialize_grads=True)
+        try:
+            (pushed,) = torch.autograd.grad(inner, u, retain_graph=True, materialize_grads=True)
+        except NotImplementedError as error:
+            raise InputError(
+                f"model: it cannot be derived twice: {one_line(str(error), 200)}"
+            ) from None
         wide = torch.promote_types(logits.dtype, torch.float32)
         p = logits.detach().to(wide).softmax(1)
         pushed = pushed.to(wide)

@@ -3,7 +3,7 @@
 import brute
 import pytest
 import torch
-from models import HISTORIES, Foreign, bert, shaken
+from models import HISTORIES, NUM_ITEMS, Foreign, bert, shaken
 
 import fisherkern as fk
 from fisherkern.errors import InputError
@@ -104,3 +104,40 @@ def test_bad_input():
         parameter.requires_grad_(False)
     with pytest.raises(InputError, match="no trainable parameter"):
         fk.fisher_product(model, [HISTORIES])
+
+
+class Scored(torch.nn.Module):
+    """Scores whose gradient, or value, is no function of each sequence alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.items = torch.nn.Embedding(NUM_ITEMS + 1, 4, scale_grad_by_freq=kind == "frequency")
+        self.out = torch.nn.Linear(4, NUM_ITEMS)
+
+    def forward(self, history: torch.Tensor) -> torch.Tensor:
+        h = self.items(history).mean(1)
+        if self.kind == "random":
+            h = torch.nn.functional.dropout(h, 0.5, training=True)
+        if self.kind == "batch":
+            h = h * h.softmax(0)
+        if self.kind == "distance":
+            return -torch.cdist(h, self.out.weight)
+        return self.out(h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("random", "two passes over one batch"),
+        ("batch", "depend on the other sequences"),
+        ("frequency", r"products of 'items\.weight' are .* scale_grad_by_freq"),
+        ("distance", "cannot be derived twice"),
+    ],
+)
+def test_what_has_no_product_is_refused(kind: str, message: str) -> None:
+    model = Scored(kind).double()
+    vector = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(InputError, match=message):
+        fk.fisher_product(model, [HISTORIES])(vector)
