@@ -19,7 +19,6 @@ from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
 from fisherkern.modes import eval_mode
 
-
 # Sequences of which a product is compared with those of each alone, and what they may differ by.
 _COMPARED = 8
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-2}

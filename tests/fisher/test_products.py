@@ -132,7 +132,7 @@ class Scored(torch.nn.Module):
     [
         ("random", "two passes over one batch"),
         ("batch", "depend on the other sequences"),
-        ("frequency", r"products of 'items\.weight' are .* scale_grad_by_freq"),
+        ("frequency", r"products of 'items\.weight' are .*scale_grad_by_freq"),
         ("distance", "cannot be derived twice"),
     ],
 )
