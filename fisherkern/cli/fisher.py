@@ -13,9 +13,11 @@ from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
-from fisherkern.fisher import diag_fisher
+from fisherkern.fisher import DiagFisher, diag_fisher
+from fisherkern.fisher.second_moments import fisher_of_moments
 from fisherkern.processes import joined_by_torchrun, rank
 from fisherkern.tables import print_table
+from fisherkern.training.state import read_moments
 
 
 @command(
@@ -28,6 +30,7 @@ def fisher(
     checkpoint: Path | None = None,
     *,
     model: str | None = None,
+    from_state: Path | None = None,
     split: str = "train",
     batch_size: int = 256,
     limit: int | None = None,
@@ -40,6 +43,8 @@ def fisher(
         model: in place of a checkpoint, module:function, a function without arguments in a module
             of the current folder. It returns (model, batches), any that diag_fisher takes, or
             alone an encoder of ours, for --data.
+        from_state: the training state of the checkpoint's run (`train --keep-state`), whose
+            optimiser's second moments are taken for the Fisher; no data is read.
         split: train, validation or test: the histories.
         batch_size: sequences in a batch.
         limit: only this many sequences, evenly spread.
@@ -51,7 +56,12 @@ def fisher(
         name, network, batches = checkpoint.stem, run.model(checkpoint), None
     else:
         name, network, batches = _built(run, str(model))
+    if from_state is not None and checkpoint is None:
+        raise InputError("--from-state: needs the checkpoint that the run gave")
     path = run.out(f"fisher-{name}", f"{name}.fisher.safetensors") / f"{name}.fisher.safetensors"
+    if from_state is not None:
+        _finish(run, path, _free(run, from_state, network))
+        return
     if batches is None:
         data = over_catalogue_of(network, run.data(), checkpoint or Path(name))
         batches = run.batches(network, data, split=split, batch_size=batch_size, limit=limit)
@@ -60,6 +70,20 @@ def fisher(
         found = diag_fisher(network.to(own), batches, **settings)
         if rank() > 0:
             return
+    _finish(run, path, found)
+
+
+def _free(run: Run, state: Path, network: SequenceEncoder) -> DiagFisher:
+    """The Fisher of a training state's second moments."""
+    unused = {"data", "limit", "split", "batch_size", *run.of(diag_fisher)} - {"progress"}
+    for flag in sorted(unused & run.given):
+        raise InputError(f"--{flag.replace('_', '-')}: --from-state computes nothing of data")
+    optimizer, moments = read_moments(state, network)
+    return DiagFisher(*fisher_of_moments(moments, optimizer, network))
+
+
+def _finish(run: Run, path: Path, found: DiagFisher) -> None:
+    """Store a Fisher and tell its size by parameter."""
     found.save(path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}

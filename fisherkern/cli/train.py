@@ -82,6 +82,7 @@ def train_encoder(
     validate_every: int | None = None,
     score: str = "ndcg@10",
     save_every_seconds: float | None = 60.0,
+    keep_state: bool = False,
     device: str = BEST_DEVICE,
 ) -> None:
     """Train an encoder; the same command resumes an interrupted run.
@@ -99,6 +100,8 @@ def train_encoder(
         contrastive_weight: factor of the added loss.
         validate_every: epochs between validations (default: 1 with --patience).
         score: validation metric for early stopping, e.g. ndcg@10.
+        keep_state: keep state.safetensors when the run is done: its optimiser's second moments
+            are a Fisher (`fisher --from-state`).
         device: cpu, cuda or cuda:1.
     """
     check_most("networks", networks, 1000)
@@ -148,7 +151,8 @@ def _save(
         "validation": report.to_json(),
     }
     run.finish(out, result)
-    (out / "state.safetensors").unlink(missing_ok=True)  # last: until here it can be gone on from
+    if not run.values["keep_state"]:
+        (out / "state.safetensors").unlink(missing_ok=True)  # last: until here it can be gone on
     show_report(report)
     print(f"written to {out / 'model.safetensors'}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
+from fisherkern.fisher.second_moments import fisher_of_moments, moments_of
 
 Self = TypeVar("Self", bound="NamedTensors")
 
@@ -90,6 +91,32 @@ class DiagFisher(NamedTensors):
             f"DiagFisher({len(self)} tensors, {size} entries, sampler={self.meta.get('sampler')!r},"
             f" num_sequences={self.meta.get('num_sequences')})"
         )
+
+    @classmethod
+    def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: Any) -> DiagFisher:
+        """Make a Fisher of the second moments of the optimiser that trained a model.
+
+            F_i = v_i / (1 − β^t),   v_i ← β v_i + (1 − β) g_i²
+
+        g is a step's gradient: of a batch's mean loss, with the labels of the data, at earlier
+        weights. So F has neither the units nor the definition of `diag_fisher`; merge such
+        Fishers with each other. No pass over the data is made.
+
+        Args:
+            optimizer: Adam, AdamW, NAdam, RAdam or RMSprop, after a step at least.
+            model: The model that it trained, as it is; every trainable parameter has a moment.
+
+        Returns:
+            Tensors by parameter name, fp32 or wider. `meta` has the sampler "optimizer", the
+            optimiser's class and its steps.
+
+        Raises:
+            InputError: An optimiser without second moments, or a parameter it never moved.
+
+        Source: Li et al., Fishers for Free?, ICML 2025, arXiv 2507.18807.
+        """
+        moments = moments_of(optimizer, model)
+        return cls(*fisher_of_moments(moments, type(optimizer).__name__, model))
 
     @staticmethod
     def _wrong(tensor: Tensor) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
+from fisherkern.fisher.second_moments import Moment
 from fisherkern.training.checkpoint import check_stored_tensors
 
 PathLike = str | os.PathLike[str]
@@ -184,6 +185,27 @@ def contents(state: TrainState) -> dict[str, Tensor]:
         if "step" in moments:
             tensors[f"steps.{name}"] = moments["step"]
     return tensors
+
+
+def read_moments(path: PathLike, model: nn.Module) -> tuple[str, dict[str, Moment]]:
+    """Return the optimiser's class, and the second moments of a model, from its run's state file.
+
+    Raises InputError if the file is no training state, of another model, or of no step yet.
+    """
+    tensors, header = read_tensors(path)
+    if header.get("kind") != "training":
+        raise InputError(f"{path}: not a training state")
+    run = header.get("run")
+    betas = run.get("betas") if isinstance(run, Mapping) else None
+    if not (isinstance(betas, list) and len(betas) == 2 and type(betas[1]) is float):
+        raise InputError(f"{path}: does not say with what betas it was trained")
+    found = {}
+    for name, parameter in model.named_parameters():
+        moment, step = (tensors.get(f"{key}.model.{name}") for key in ("exp_avg_sq", "steps"))
+        if moment is None or step is None or moment.shape != parameter.shape or step.numel() != 1:
+            raise InputError(f"{path}: has no second moment of {name!r}, as the model has it")
+        found[name] = moment, betas[1], float(step)
+    return "AdamW", found
 
 
 def check_run(path: PathLike, saved: object, run: Mapping[str, Any]) -> None:
