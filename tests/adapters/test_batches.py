@@ -145,3 +145,47 @@ class _NoPadding(EveryPosition):
     def __init__(self) -> None:
         super().__init__()
         self.items = nn.Embedding(COLUMNS, 6)
+
+
+class OfTensors(nn.Module):
+    """Takes the histories themselves, under a name that says nothing, and counts its calls."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.items = nn.Embedding(num_items + 1, 4)
+        self.dense = nn.Linear(4, num_items)
+        self.first_item = 1
+        self.given: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append(type(x))
+        return self.dense(self.items(x).mean(1))
+
+
+class OfMappings(OfTensors):
+    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
+        return super().forward(x["history"])
+
+
+def test_a_model_of_tensors_takes_our_batches() -> None:
+    """`data.loader()` gives mappings; a model of tensors gets their histories."""
+    data = fk.synthetic(40, 20, min_length=5, max_length=8)
+    loader = data.loader(split="train", batch_size=16, max_len=5)
+    one, other = OfTensors(data.num_items), OfMappings(data.num_items)
+    fishers = [fk.diag_fisher(model, loader, progress=False) for model in (one, other)]
+    assert all(torch.equal(fishers[0][name], value) for name, value in fishers[1].items())
+    reports = [fk.evaluate(model, data) for model in (one, other)]
+    assert dict(reports[0]) == dict(reports[1])
+    target = fk.diag_fisher(one, loader, sampler="target", progress=False)
+    assert target["dense.weight"].sum() > 0
+    # The mapping was tried once.
+    assert one.given.count(dict) == 1
+
+
+def test_a_model_s_own_error_is_what_is_raised() -> None:
+    model = OfMappings(5)
+    with pytest.raises(KeyError, match="history"):
+        fk.diag_fisher(model, [{"items": torch.ones(2, 3, dtype=torch.long)}], progress=False)
+    with pytest.raises(IndexError, match="out of range"):
+        fk.diag_fisher(OfTensors(5), [{"history": torch.full((2, 3), 99)}], progress=False)

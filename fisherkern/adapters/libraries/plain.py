@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -153,12 +154,34 @@ def _called(module: Any, batch: Any) -> Any:
         keys = [name for name in names if name in batch]
         if names and names[0] in batch and all(name in batch for name in required):
             return module(**{name: batch[name] for name in keys})
-        return module(batch)
+        return _mapping_or_history(module, batch)
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
         if len(required) > 1 or (len(names) > 1 and not _holds_next_items(names, batch)):
             return module(*batch[: max(len(required), min(len(batch), len(names)))])
         return module(model_input(batch))
     return module(batch)
+
+
+# Whether a module takes the history of a mapping, in place of the mapping, once that is known.
+_takes_history: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _mapping_or_history(module: Any, batch: Mapping[Any, Any]) -> Any:
+    """What a module gives for a mapping or, where that is nothing to it, for its history alone."""
+    known = _takes_history.get(module)
+    if known is not None or not isinstance(batch.get("history"), Tensor):
+        return module(batch["history"] if known else batch)
+    try:
+        result = module(batch)
+    except Exception as error:  # whatever a module raises that wants a tensor
+        try:
+            result = module(batch["history"])
+        except Exception as second:
+            raise (second if isinstance(error, (TypeError, AttributeError)) else error) from None
+        _takes_history[module] = True
+        return result
+    _takes_history[module] = False
+    return result
 
 
 def _holds_next_items(names: list[str], batch: Any) -> bool:
