@@ -95,15 +95,15 @@ def test_a_rule_that_leaves_a_parameter_out_is_made_up_for(monkeypatch: pytest.M
 
 
 def test_a_closed_form_that_is_not_the_models_is_refused() -> None:
-    """Of three sequences and more another function: two, on which it is found, show nothing."""
+    """Of five sequences and more another function: four, on which it is found, show nothing."""
 
     class Switching(Small):
         def forward(self, history: Tensor) -> Tensor:
             h = self.states(history)
-            return self.out(h if len(h) < 3 else h - 0.1 * h.mean(0))
+            return self.out(h if len(h) < 5 else h - 0.1 * h.mean(0))
 
     with pytest.raises(fk.InputError, match="off those of plain autograd"):
-        fisher(shaken(Switching()), [FULL[:3]])
+        fisher(shaken(Switching()), [FULL[:5]])
 
 
 def test_a_batch_of_one_sequence_shows_no_dependence() -> None:
