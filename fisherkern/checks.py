@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -30,6 +31,18 @@ def takes_numpy(function: Callable[CallParameters, Result]) -> Callable[CallPara
         return function(*given, **named)
 
     return called
+
+
+def check_loader(loader: Any) -> None:
+    """Raise InputError for what cannot give batches: a single batch, a name, nothing."""
+    rows = getattr(loader, "ndim", 3) < 3  # of a tensor: a loop would give its rows
+    if rows or isinstance(loader, str | bytes | os.PathLike | Mapping):
+        raise InputError(
+            f"loader: a {type(loader).__name__} is no loader; give batches one after another, such "
+            "as [batch]"
+        )
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise InputError(f"loader: a {type(loader).__name__} gives no batches")
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
@@ -128,6 +128,7 @@ def diag_fisher(
         positions,
         check,
     ).checked()
+    check_loader(loader)
     adapter = ModelAdapter.of(model)
     engine = Engine(adapter, settings)
     if not engine.parameters.named:

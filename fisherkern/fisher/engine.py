@@ -58,7 +58,7 @@ class Engine:
             )
             for name, p in self.parameters.named.items()
         }
-        self.device = next(model.module.parameters()).device
+        self.device = model.device
         self.schedule = dataclasses.replace(Schedule.of(self.device), micro_batch=settings.chunk)
         self.autocast = Autocast.of(self.device)
         # From the batch to h where the output layer allows it, else to the logits.

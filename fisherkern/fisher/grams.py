@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.capture import Capture
@@ -64,6 +64,7 @@ def linear_grams(
     Source: Jin et al., RegMean, arXiv 2212.09849, where padding is counted.
     """
     check_chunk(chunk)
+    check_loader(loader)
     adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
     collector = _Collector(adapter)
     count = 0

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.agreement import check_function
 from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.checks import check_loader
 from fisherkern.errors import InputError, one_line
 from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.plain_run import NormGuard, plainly
@@ -142,6 +143,7 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
     Source: Martens, New insights on the natural gradient, arXiv 1412.1193, section 8 (products).
     """
     check_chunk(chunk)
+    check_loader(loader)
     adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
     if not any(p.requires_grad for p in adapter.module.parameters()):
         raise InputError("model: it has no trainable parameter")

@@ -1,0 +1,49 @@
+"""What is no loader, and what is no model, is one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import HISTORIES, bert
+from torch import nn
+
+import fisherkern as fk
+from fisherkern.errors import InputError
+
+NO_LOADERS: dict[str, tuple[Any, str]] = {
+    "nothing": (None, "a NoneType gives no batches"),
+    "a number": (3, "a int gives no batches"),
+    "a batch": (HISTORIES, "a Tensor is no loader"),
+    "an array": (HISTORIES.numpy(), "a ndarray is no loader"),
+    "a mapping": ({"history": HISTORIES}, "a dict is no loader"),
+    "a name": ("ml-1m", "a str is no loader"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LOADERS)
+def test_what_is_no_loader_is_refused(name: str) -> None:
+    loader, message = NO_LOADERS[name]
+    for function in (fk.diag_fisher, fk.linear_grams, fk.fisher_product):
+        with pytest.raises(InputError, match=f"^loader: {message}"):
+            function(bert(), loader)
+
+
+def test_what_gives_batches_is_a_loader() -> None:
+    expected = fk.diag_fisher(bert(), [HISTORIES], progress=False)
+
+    class ByIndex:
+        def __getitem__(self, number: int) -> torch.Tensor:
+            return [HISTORIES][number]
+
+    for loader in (iter([HISTORIES]), HISTORIES[None], ByIndex(), (HISTORIES,)):
+        found = fk.diag_fisher(bert(), loader, progress=False)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_model_without_parameters_is_refused() -> None:
+    for model in (nn.Sequential(), nn.Identity()):
+        with pytest.raises(InputError, match="no trainable parameter"):
+            fk.diag_fisher(model, [np.ones((2, 3))], progress=False)
