@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 from fisherkern.checks import check_count, check_unit
 from fisherkern.errors import InputError, shown
 from fisherkern.processes import world
 
-SAMPLERS = ("exact", "sketch", "topk", "model", "random", "target")
+log = logging.getLogger("fisherkern")
+
+# What a sampler has of its own, and what that is where it is not given.
+_USED = {
+    "exact": {"probes", "tol"},
+    "sketch": {"probes"},
+    "topk": {"k", "rescale"},
+    "model": {"k", "replacement"},
+    "random": {"k"},
+    "target": {"weight"},
+}
+_NOT_GIVEN = {"k": None, "probes": None, "tol": None, "rescale": False, "weight": "probability"}
+SAMPLERS = tuple(_USED)
 
 _SKETCH_PROBES = 16
 _ITEMS = 30
@@ -58,9 +71,22 @@ class Settings:
             raise InputError(
                 f"reduction: 'batchwise' needs an item sampler, not {shown(self.sampler)}"
             )
+        settings = dataclasses.replace(self, **self._unused())
         if self.sampler == "sketch" and self.probes is None:
-            return dataclasses.replace(self, probes=_SKETCH_PROBES)
-        return self
+            return dataclasses.replace(settings, probes=_SKETCH_PROBES)
+        return settings
+
+    def _unused(self) -> dict[str, Any]:
+        """What the sampler makes no use of though it was given, as it is when not given."""
+        given = {name: getattr(self, name) for name in _NOT_GIVEN}
+        unused = {
+            name: _NOT_GIVEN[name]
+            for name, value in given.items()
+            if value != _NOT_GIVEN[name] and name not in _USED[self.sampler]
+        }
+        for name in unused:
+            log.warning("%s: sampler %r makes no use of it", name, self.sampler)
+        return unused
 
     def _check_positions(self) -> None:
         known = self.positions in ("last", "all") if isinstance(self.positions, str) else False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -47,3 +48,27 @@ def test_a_model_without_parameters_is_refused() -> None:
     for model in (nn.Sequential(), nn.Identity()):
         with pytest.raises(InputError, match="no trainable parameter"):
             fk.diag_fisher(model, [np.ones((2, 3))], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given"),
+    [
+        ("exact", {"k": 5}),
+        ("topk", {"probes": 3}),
+        ("exact", {"rescale": True}),
+        ("topk", {"tol": 0.1}),
+        ("model", {"weight": "one"}),
+    ],
+)
+def test_settings_that_a_sampler_does_not_use_are_told_and_not_stored(
+    sampler: str, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bert()
+    with caplog.at_level(logging.WARNING, logger="fisherkern"):
+        found = fk.diag_fisher(model, [HISTORIES], sampler=sampler, progress=False, **given)
+    (name,) = given
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name}: sampler {sampler!r} makes no use of it"
+    ]
+    plain = fk.diag_fisher(model, [HISTORIES], sampler=sampler, progress=False)
+    assert found.meta == plain.meta
