@@ -15,12 +15,14 @@ from torch import Tensor
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
+from fisherkern.members.catalogue import ItemRows
 from fisherkern.members.checks import check_weights, is_counter
 from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
 from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.fisher_files import FisherFiles
+from fisherkern.merging.files.item_ids import MergedIds
 from fisherkern.merging.files.member_files import MemberFiles
 from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
 from fisherkern.merging.files.native_files import open_member
@@ -321,13 +323,15 @@ class StreamingMerge:
         path = self.members.everything[odd].path
         raise InputError(f"{path}: tensor {name!r} holds an infinity")
 
-    def _check_unread(self, name: str, place: Tensor, step: int) -> None:
+    def _check_unread(self, name: str, place: ItemRows, step: int) -> None:
         """No NaN in rows of the base that no member has, which are read for nothing else."""
         base = self.members.base
         assert base is not None
         shape = base.layout[name][1]
         unread = torch.ones(shape[0], dtype=torch.bool)
-        unread[place[place >= 0]] = False
+        for start, stop in spans((len(place),), step):
+            rows = place[start:stop]
+            unread[rows[rows >= 0]] = False
         for start, stop in spans(shape, step):
             if unread[start:stop].any():
                 self._check_no_nan(name, [base.rows(name, start, stop)], [base])
@@ -370,8 +374,8 @@ def _write(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None
         header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
         about = {
             "class": first.about.get("class"),
+            "item_ids": None,
             "config": members.config,
-            "item_ids": members.item_ids,
             "metrics": provenance["metrics"],
             "extra": {"merge": provenance},
             "versions": provenance["versions"],
@@ -387,7 +391,24 @@ def _write(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None
             beside.write_text(card, encoding="utf-8")
             if about is not None:
                 with atomic_path(out.with_suffix(".json")) as temporary:
-                    with temporary.open("w", encoding="utf-8") as text_stream:
-                        # AxisSpec by piece: item ids may be many.
-                        json.dump(about, text_stream, indent=1, allow_nan=False)
-                        text_stream.write("\n")
+                    _write_about(temporary, about, members.item_ids)
+
+
+def _write_about(path: Path, about: dict[str, Any], item_ids: MergedIds | None) -> None:
+    """The JSON beside a model, its item ids in the place of None and a piece at a time."""
+    text = json.dumps(about, indent=1, allow_nan=False)
+    # A word of the class before it would have its quotation marks behind backslashes.
+    before, after = text.split('"item_ids": null', 1)
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(f'{before}"item_ids": ')
+        if item_ids is None:
+            stream.write("null")
+        else:
+            start = "["
+            for ids in item_ids.pieces():
+                if ids:
+                    lines = json.dumps(ids, indent=1)[2:-2].replace("\n", "\n ")
+                    stream.write(f"{start}\n  {lines.lstrip()}")
+                    start = ","
+            stream.write("[]" if start == "[" else "\n ]")
+        stream.write(f"{after}\n")
