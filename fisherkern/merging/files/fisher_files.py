@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from fisherkern.adapters.names import fit_names
 from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
-from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
+from fisherkern.merging.files.tensor_files import TensorFile, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums, check_definitions
 
 log = logging.getLogger("fisherkern")
@@ -21,7 +22,21 @@ log = logging.getLogger("fisherkern")
 # Entries read at once, in whole blocks of `block_sums`.
 READ = 16 * BLOCK
 
-FisherReader = Callable[[int, int, Sequence[Tensor] | None], list[tuple[Tensor, float]]]
+
+@dataclass(frozen=True)
+class ScaledFisher:
+    """A tensor in the members' Fishers: its names there, which hold information, and the units."""
+
+    names: Sequence[str]
+    informed: Sequence[bool]
+    units: Sequence[float]
+
+    def of(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+        """Return each member's block, and the unit to divide it by."""
+        return [
+            (block if known else torch.zeros_like(block), unit)
+            for block, known, unit in zip(blocks, self.informed, self.units, strict=True)
+        ]
 
 
 class FisherFiles:
@@ -56,12 +71,8 @@ class FisherFiles:
         common = sum(self._means) / max(1, len(self._means))
         self._units = self._means if normalize == "mean" else [common] * len(self._means)
 
-    def scaled(self, name: str) -> FisherReader | None:
-        """Each member's Fisher of some rows and its unit; None where it is noise.
-
-        A function of (start, stop, None), or of the row of each member that each of the merged
-        rows start..stop comes from, -1 for none. As `Fishers.of` decides.
-        """
+    def scaled(self, name: str) -> ScaledFisher | None:
+        """Each member's Fisher of a tensor; None where it is noise, as `Fishers.of` decides."""
         if not all(name in own for own in self._names):
             return None
         informed = [
@@ -70,19 +81,7 @@ class FisherFiles:
         ]
         if not any(informed):
             return None
-
-        names = [own[name] for own in self._names]
-
-        def rows(
-            start: int, stop: int, wanted: Sequence[Tensor] | None
-        ) -> list[tuple[Tensor, float]]:
-            blocks = read_rows(self.files, names, start, stop, wanted)
-            return [
-                (block if known else torch.zeros_like(block), unit)
-                for block, known, unit in zip(blocks, informed, self._units, strict=True)
-            ]
-
-        return rows
+        return ScaledFisher([own[name] for own in self._names], informed, self._units)
 
     def check_fingerprints(self, members: Sequence[TensorFile], names: Sequence[str]) -> None:
         """Each Fisher that says which model it was computed on was computed on its member.

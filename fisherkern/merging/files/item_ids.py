@@ -17,6 +17,7 @@ from fisherkern.documents import MAX_SETTINGS, check_tree, parse_json
 from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file, read_json
 from fisherkern.fingerprint import ItemIdsHash, item_ids_sha256
+from fisherkern.merging.files.tensor_files import spans
 
 # Bytes of JSON read at once: a million ids or so, which are found faster together.
 PIECE = 1 << 24
@@ -166,7 +167,7 @@ class ItemNumbers:
             InputError: An id is listed twice, or there are not `size` of them.
         """
         numbers = np.empty(size, self._dtype)
-        new = np.empty((2, size), np.int64)  # memory is taken as it is filled
+        new = [np.empty(size, np.int64) for _ in range(2)]  # memory is taken as it is filled
         done = fresh = 0
         for ids in file.pieces():
             if done + len(ids) <= size:
@@ -177,14 +178,14 @@ class ItemNumbers:
                 stop = fresh + len(unknown)
                 found[unknown] = np.arange(self.count + fresh, self.count + stop)
                 numbers[done : done + len(ids)] = found
-                new[0, fresh:stop], new[1, fresh:stop] = first[unknown], second[unknown]
+                new[0][fresh:stop], new[1][fresh:stop] = first[unknown], second[unknown]
                 fresh = stop
             done += len(ids)
         if file.count is None:
             raise InputError(f"{file.path}: its item_ids are not a list of strings")
         if done != size:
             raise InputError(f"{file.path} has {size} items but {done} item_ids")
-        self._keep(new[:, :fresh])
+        self._keep(new, fresh)
         self.count += fresh
         self._check_once(file, numbers)
         return torch.from_numpy(numbers)
@@ -193,10 +194,13 @@ class ItemNumbers:
         """Release what ids are found by, when no more come."""
         self._tables.clear()
 
-    def _keep(self, new: NDArray[np.int64]) -> None:
-        order = new[0].argsort().astype(self._dtype)
-        self._tables.append((new[0][order], new[1][order], order))
-        order += self.count
+    def _keep(self, new: list[NDArray[np.int64]], fresh: int) -> None:
+        """Sorts in place, and gives back what is not needed any more: this is the most held."""
+        second, first = new.pop()[:fresh], new.pop()[:fresh]
+        order = first.argsort()
+        first.sort()
+        second = second[order]
+        self._tables.append((first, second, order.astype(self._dtype) + self._dtype(self.count)))
 
     def _find(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) numbers, -1 for none."""
@@ -224,11 +228,15 @@ class ItemNumbers:
         if len(twice):
             place = int((numbers == own[twice[0]]).nonzero()[0][0])
         else:
-            position = inverse(torch.from_numpy(numbers), self.count)
-            again = position[numbers] != torch.arange(len(numbers), dtype=position.dtype)
-            if not again.any():
+            position, place = inverse(torch.from_numpy(numbers), self.count), -1
+            for start, stop in spans((len(numbers),), PIECE):
+                found = position[torch.from_numpy(numbers[start:stop])]
+                again = (found != torch.arange(start, stop)).nonzero()
+                if len(again):
+                    place = start + int(again[0])
+                    break
+            if place < 0:
                 return
-            place = int(again.nonzero()[0])
         raise InputError(f"{file.path} has item id {shown(file.at(place))} twice in its item_ids")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,6 +25,7 @@ from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.fisher_files import FisherFiles
 from fisherkern.merging.files.item_ids import MergedIds
 from fisherkern.merging.files.member_files import MemberFiles
+from fisherkern.merging.files.moved_rows import RowReaders
 from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
 from fisherkern.merging.files.native_files import open_member
 from fisherkern.merging.files.tensor_files import (
@@ -131,7 +133,7 @@ def merge_files(
         check_name(out, files[0], low_rank)
         apart = () if low_rank is None else low_rank.names
         members = MemberFiles(files, bases[0] if bases else None, apart)
-        merge = StreamingMerge(members, chosen, settings, lam, floor, seed)
+        merge = StreamingMerge(members, chosen, settings, lam, floor, seed, out.parent)
         if fishers is not None:
             merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
             if check_fingerprint:
@@ -181,7 +183,7 @@ def _choose(
 class StreamingMerge:
     """What is merged and how, tensor by tensor.
 
-    solved: tensors that are known already, by name.
+    solved: tensors that are known already, by name. folder: for rows in other orders.
     """
 
     def __init__(
@@ -192,7 +194,9 @@ class StreamingMerge:
         weights: list[float],
         floor: float,
         seed: int,
+        folder: Path,
     ) -> None:
+        self.folder = folder
         self.members, self.weights = members, weights
         self.method, self.options = method, options
         self.function = method.with_options(options)
@@ -207,19 +211,21 @@ class StreamingMerge:
         for block in self.blocks(name):
             stream.write(raw(block))
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor, a block of rows at a time."""
+    def blocks(self, name: str, part: slice | None = None) -> Iterator[Tensor]:
+        """The merged tensor, a block of rows at a time; `part`: see `pieces`."""
         shape = self.members.layout[name][1]
         if name in self.solved:
             yield self.solved[name]
             return
         if self._kept(name):
-            yield from self.members.files[0].blocks(name, rows_per_block(shape, READ))
+            first, last = (0, shape[0] if shape else 1) if part is None else (part.start, part.stop)
+            for start, stop in spans((last - first,), self.step(name)):
+                yield self.members.files[0].rows(name, first + start, first + stop)
             return
         by_method = name in self.members.parameters
         function: Callable[[MergeBlock], Tensor] = self.function if by_method else average
         stats = self.stats.get(name) if by_method else None
-        for start, blocks in self.pieces(name):
+        for start, blocks in self.pieces(name, part):
             merged = torch.empty_like(blocks.tensors[0])
             for part, own_block in blocks.weighted(self.weights, stats):
                 moved = dataclasses.replace(own_block, start=own_block.start + start)
@@ -245,34 +251,57 @@ class StreamingMerge:
                 self._stats = self.method.prepare(tensors, self.options)
         return self._stats
 
-    def pieces(self, name: str) -> Iterator[tuple[int, BlockIterator]]:
-        """(First row, all that is known) of each part of a tensor that is read at once."""
-        members = self.members
-        shape = members.layout[name][1]
-        by_method = name in members.parameters
-        scaled = self.fishers.scaled(name) if self.fishers and by_method else None
-        places, base_place = members.rows(name), members.base_rows(name)
+    def step(self, name: str) -> int:
+        """Rows of a tensor that are read at once."""
+        shape = self.members.layout[name][1]
         # Of whole blocks, so that their sums are those of the tensor in memory.
         inner = rows_per_block(shape, blocks_in_memory.BLOCK)
         step = rows_per_block(shape, READ)
-        step = max(inner, step - step % inner)
+        return max(inner, step - step % inner)
+
+    def pieces(self, name: str, part: slice | None = None) -> Iterator[tuple[int, BlockIterator]]:
+        """(First row, all that is known) of each part of a tensor that is read at once.
+
+        `part`: rows, from a multiple of `step` on; all by default.
+        """
+        members, step = self.members, self.step(name)
+        shape = members.layout[name][1]
+        part = slice(0, shape[0] if shape else 1) if part is None else part
+        by_method = name in members.parameters
+        scaled = self.fishers.scaled(name) if self.fishers and by_method else None
+        places, base_place = members.rows(name), members.base_rows(name)
         if by_method and base_place is not None:
             self._check_unread(name, base_place, step)
-        for start, stop in spans(shape, step):
-            wanted = None if places is None else [index[start:stop] for index in places]
-            own = read_rows(members.files, name, start, stop, wanted)
-            known: dict[str, Any] = {}
-            base: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+
+            def readers(
+                files: Sequence[TensorFile], names: Sequence[str], maps: Sequence[ItemRows] | None
+            ) -> RowReaders:
+                return stack.enter_context(RowReaders(files, names, maps, part, step, self.folder))
+
+            own_rows = readers(members.files, [name] * len(members.files), places)
+            base_rows = fisher_rows = None
             if by_method and members.base is not None:
-                place = None if base_place is None else [base_place[start:stop]]
-                base = read_rows([members.base], name, start, stop, place)
-                known = {"base": base[0], "base_rows": None if place is None else _there(place[0])}
-            self._check_finite(name, [*own, *base])
-            if by_method:
-                known |= {"fishers": None if scaled is None else scaled(start, stop, wanted)}
-                known |= {"floor": self.floor, "seed": self.seed}
-            rows = None if wanted is None else [_there(index) for index in wanted]
-            yield start, BlockIterator(name, own, rows, **known)
+                base_maps = None if base_place is None else [base_place]
+                base_rows = readers([members.base], [name], base_maps)
+            if scaled is not None and self.fishers is not None:
+                fisher_rows = readers(self.fishers.files, scaled.names, places)
+            for start, stop in spans((part.stop - part.start,), step):
+                start, stop = start + part.start, stop + part.start
+                own = own_rows.read(start, stop)
+                known: dict[str, Any] = {}
+                base: list[Tensor] = []
+                if base_rows is not None:
+                    base = base_rows.read(start, stop)
+                    place = None if base_place is None else _there(base_place[start:stop])
+                    known = {"base": base[0], "base_rows": place}
+                self._check_finite(name, [*own, *base])
+                if by_method:
+                    fisher = None if fisher_rows is None else fisher_rows.read(start, stop)
+                    known |= {"floor": self.floor, "seed": self.seed}
+                    known["fishers"] = scaled.of(fisher) if scaled and fisher else None
+                rows = None if places is None else [_there(index[start:stop]) for index in places]
+                yield start, BlockIterator(name, own, rows, **known)
 
     def _kept(self, name: str) -> bool:
         """See `_is_kept`; asked once."""
