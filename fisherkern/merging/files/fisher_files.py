@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
 from fisherkern.merging.files.tensor_files import TensorFile, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums, check_definitions
+from fisherkern.processes import gathered, rank, together, world
 
 log = logging.getLogger("fisherkern")
 
@@ -61,11 +63,17 @@ class FisherFiles:
         self._names: list[dict[str, str]] = []
         made = [(str(file.path), file.about.get("meta")) for file in files]
         check_definitions([(name, meta) for name, meta in made if isinstance(meta, dict)])
-        for file, member in zip(self.files, members, strict=True):
-            own = _names_of(file, member, names)
-            _check(file, member, own)
-            self._names.append(own)
-            mean, largest = _survey(file, own)
+        with together():
+            for file, member in zip(self.files, members, strict=True):
+                own = _names_of(file, member, names)
+                _check(file, member, own)
+                self._names.append(own)
+            # Each process reads its share of the files.
+            share = [
+                (number, *_survey(files[number], self._names[number]))
+                for number in range(rank(), len(files), world())
+            ]
+        for _, mean, largest in sorted(own for part in gathered(share) for own in part):
             self._means.append(mean)
             self._largest.append(largest)
         common = sum(self._means) / max(1, len(self._means))
@@ -87,9 +95,10 @@ class FisherFiles:
         """Each Fisher that says which model it was computed on was computed on its member.
 
         Of a native checkpoint that has more tensors than the Fisher, some of which may be
-        parameters, a difference says nothing; it is logged.
+        parameters, a difference says nothing; it is logged. Each process asks about its share.
         """
-        for file, member, own in zip(self.files, members, self._names, strict=True):
+        triples = list(zip(self.files, members, self._names, strict=True))
+        for file, member, own in triples[rank() :: world()]:
             expected = file.about["meta"].get("fingerprint")
             if expected is None:
                 continue
@@ -120,13 +129,13 @@ class FisherFiles:
         """Parameters that some member's Fisher lacks, which lambda averages."""
         return [name for name in names if not all(name in own for own in self._names)]
 
-    def identities(self) -> list[dict[str, Any]]:
-        """Name, hash and settings of each file."""
+    def identities(self, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
+        """Name, hash (by path in `hashes`) and settings of each file."""
         kept = ("sampler", "k", "probes", "reduction", "seed", "num_sequences")
         return [
             {
                 "file": file.path.name,
-                "sha256": file.sha256(),
+                "sha256": hashes[file.path],
                 "made": {key: file.about["meta"][key] for key in kept if key in file.about["meta"]},
             }
             for file in self.files

@@ -200,7 +200,8 @@ class ItemNumbers:
         order = first.argsort()
         first.sort()
         second = second[order]
-        self._tables.append((first, second, order.astype(self._dtype) + self._dtype(self.count)))
+        order += self.count
+        self._tables.append((first, second, order.astype(self._dtype)))
 
     def _find(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) numbers, -1 for none."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ class MemberFiles:
 
     parameters: names of what a rule merges, sorted: of a model of ours its parameters, else every
     floating tensor but running statistics. native: whether they are checkpoints of other libraries.
-    known: whether the members are models of ours. layout, config, item_ids (None where there are
-    none, or in native checkpoints) and ids_sha256 are the merged model's. ids_beside: what is written beside a native one. abouts: the JSON beside each
-    member, without its item ids.
+    known: whether the members are models of ours. layout, config, item_ids (None without any, and
+    in native checkpoints) and ids_sha256 are the merged model's. ids_beside: what is written beside
+    a native one. abouts: the JSON beside each member, without its item ids.
     """
 
     layout: Layout
@@ -98,22 +99,22 @@ class MemberFiles:
         found = self._base_catalogue.row_maps(name, [_length(self.base, name)])
         return None if found is None else found[0]
 
-    def identities(self) -> list[dict[str, Any]]:
-        """Name, hash and metrics of each member, and the catalogue of a model of ours."""
+    def identities(self, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
+        """Name, hash (see `own_hashes`) and metrics of each member, and of ours their items."""
         return [
             {
-                **identity(file),
+                **_identity(file, hashes),
                 "metrics": about.get("metrics", {}),
                 **self._catalogue_of(file, size),
             }
             for file, about, size in zip(self.files, self.abouts, self.sizes, strict=False)
         ]
 
-    def base_identity(self) -> dict[str, Any] | None:
+    def base_identity(self, hashes: Mapping[Path, str]) -> dict[str, Any] | None:
         """The same of the base, without metrics; None without one."""
         if self.base is None:
             return None
-        return {**identity(self.base), **self._catalogue_of(self.base, self.sizes[-1])}
+        return {**_identity(self.base, hashes), **self._catalogue_of(self.base, self.sizes[-1])}
 
     def catalogue_identity(self) -> dict[str, Any] | None:
         """The merged catalogue: items, hash of their ids, number of owners -> number of items."""
@@ -207,9 +208,8 @@ def _check_shared(
             )
 
 
-def identity(file: TensorFile) -> dict[str, Any]:
-    """Name and hash."""
-    return {"file": file.path.name, "sha256": file.sha256()}
+def _identity(file: TensorFile, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    return {"file": file.path.name, "sha256": hashes[file.path]}
 
 
 def _length(file: TensorFile, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Rows that stand in another order in a file, gathered for one block of the result after another."""
+"""Rows that stand in another order in a file, gathered for the result a block at a time."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class _DealtRows:
         self._now: tuple[int, Tensor] | None = None
         counts = [int((rows[a:b] >= 0).sum()) for a, b in self._windows()]
         self._ends = list(itertools.accumulate(counts))
-        self._stream: Any = tempfile.TemporaryFile(dir=folder, buffering=0)
+        # Without a name, so that nothing is left even where the process is killed.
+        self._stream: Any = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         try:
             total = sum(counts) * self._size
             if total and hasattr(os, "posix_fallocate"):

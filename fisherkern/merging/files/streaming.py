@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,30 +14,31 @@ from torch import Tensor
 
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError, shown
-from fisherkern.files import atomic_path
 from fisherkern.members.catalogue import ItemRows
 from fisherkern.members.checks import check_weights, is_counter
 from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
-from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.fisher_files import FisherFiles
-from fisherkern.merging.files.item_ids import MergedIds
 from fisherkern.merging.files.member_files import MemberFiles
+from fisherkern.merging.files.model_writing import write_model
 from fisherkern.merging.files.moved_rows import RowReaders
 from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
 from fisherkern.merging.files.native_files import open_member
 from fisherkern.merging.files.tensor_files import (
     TYPES,
     TensorFile,
+    check_finite,
+    check_no_nan,
     opened,
+    own_hashes,
     raw,
     read_rows,
     rows_per_block,
     spans,
-    write_header,
 )
 from fisherkern.merging.rules import MergeBlock, MergeMethod, TensorBlocks, average
+from fisherkern.processes import alone, check_same, gathered, rank, together
 from fisherkern.provenance import package_version
 
 PathLike = str | os.PathLike[str]
@@ -69,11 +69,15 @@ def merge_files(
 
     Reads members and base twice, with Fishers everything three times, and once more for methods
     that look at whole tensors first. Holds a million entries of each member and Fisher (4 MB in
-    float32), and the item ids as a list of strings; where catalogues differ, also each member's row
-    of every merged item (16 bytes an item and member) and, while they are matched, a dictionary of
-    the ids and one member's list. Rows that stand in other orders are read as they lie in the file,
-    a block of the result at a time: in a random order that is a row or a few at a time, from pages
-    read up to eight times.
+    float32). Where catalogues of models of ours differ: also each member's row of every merged item
+    (4 bytes an item and member) and, while they are matched, 20 bytes an item; of native
+    checkpoints, a dictionary of the ids. Rows that stand in other orders, but for long runs, are
+    first copied to a file without a name beside the result, as large as they are, and read from it
+    half a GB at a time.
+
+    Under torchrun every process calls this with the same arguments and a folder that all see: each
+    reads and writes its rows of models of ours, and all get the same; process 0 alone writes native
+    checkpoints.
 
     Args:
         paths: M model files of `save_model` of one class, or M native checkpoints of one kind that
@@ -124,20 +128,30 @@ def merge_files(
             raise InputError(f"{out}: is one of the files that are merged")
     inputs = {"weights": weights, "fishers": fishers, "base": base}
     lam = check_weights(weights if not isinstance(weights, str) else None, len(paths))
-    with (
-        opened(paths, ancestors, by=open_member) as (files, bases),
-        opened(fishers or []) as (fisher_files,),
-    ):
-        low_rank, options = low_rank_settings(files, method, inputs, options)
-        chosen, settings = _choose(method, inputs, options, floor, normalize)
-        check_name(out, files[0], low_rank)
-        apart = () if low_rank is None else low_rank.names
-        members = MemberFiles(files, bases[0] if bases else None, apart)
-        merge = StreamingMerge(members, chosen, settings, lam, floor, seed, out.parent)
+    check_same(
+        {
+            "paths": [str(path) for path in (*paths, *(fishers or []), *ancestors, out)],
+            "settings": repr((method, lam, options, floor, normalize, check_fingerprint, seed)),
+        }
+    )
+    with contextlib.ExitStack() as stack:
+        with together():
+            files, bases = stack.enter_context(opened(paths, ancestors, by=open_member))
+            (fisher_files,) = stack.enter_context(opened(fishers or []))
+            low_rank, options = low_rank_settings(files, method, inputs, options)
+            chosen, settings = _choose(method, inputs, options, floor, normalize)
+            check_name(out, files[0], low_rank)
+            apart = () if low_rank is None else low_rank.names
+            members = MemberFiles(files, bases[0] if bases else None, apart)
+            merge = StreamingMerge(members, chosen, settings, lam, floor, seed, out.parent)
         if fishers is not None:
             merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
             if check_fingerprint:
-                merge.fishers.check_fingerprints(files, members.parameters)
+                with together():
+                    merge.fishers.check_fingerprints(files, members.parameters)
+        with together():
+            share = own_hashes([*members.everything, *fisher_files])
+        hashes = {path: digest for own in gathered(share) for path, digest in own.items()}
         provenance = {
             "method": chosen.name,
             "weights": lam,
@@ -145,18 +159,22 @@ def merge_files(
             "floor": floor,
             "normalize": normalize,
             "seed": seed,
-            "members": members.identities(),
+            "members": members.identities(hashes),
             "catalogue": members.catalogue_identity(),
-            "fishers": None if merge.fishers is None else merge.fishers.identities(),
-            "base": members.base_identity(),
+            "fishers": None if merge.fishers is None else merge.fishers.identities(hashes),
+            "base": members.base_identity(hashes),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
             "versions": {"fisherkern": package_version(), "torch": str(torch.__version__)},
         }
-        if members.native:
-            write_native(out, merge, provenance, low_rank)
-        else:
-            _write(out, merge, provenance)
-    return provenance
+        if not members.native:
+            write_model(out, merge, provenance)
+            return provenance
+        with together():
+            if rank() == 0:
+                with alone():
+                    write_native(out, merge, provenance, low_rank)
+        found: dict[str, Any] = gathered(provenance)[0]
+    return found
 
 
 def _choose(
@@ -295,7 +313,7 @@ class StreamingMerge:
                     base = base_rows.read(start, stop)
                     place = None if base_place is None else _there(base_place[start:stop])
                     known = {"base": base[0], "base_rows": place}
-                self._check_finite(name, [*own, *base])
+                check_finite(name, [*own, *base], members.everything)
                 if by_method:
                     fisher = None if fisher_rows is None else fisher_rows.read(start, stop)
                     known |= {"floor": self.floor, "seed": self.seed}
@@ -332,7 +350,7 @@ class StreamingMerge:
             if odd is not None:
                 break
             if own[0].is_floating_point():
-                self._check_no_nan(name, own, files)
+                check_no_nan(name, own, files)
                 infinite = infinite or bool(own[0].isinf().any())
         if odd is not None and not files[0].floating(name):
             if not by_method and is_counter(name, files[0].layout[name][1]):
@@ -342,15 +360,6 @@ class StreamingMerge:
                 f"values of type {TYPES[files[0].layout[name][0]]} cannot be averaged"
             )
         return odd is None and (infinite or not by_method)
-
-    def _check_finite(self, name: str, blocks: Sequence[Tensor]) -> None:
-        """`blocks` are the members', and the base's after them where it is used."""
-        if all(bool(block.isfinite().all()) for block in blocks):
-            return
-        self._check_no_nan(name, blocks, self.members.everything)
-        odd = [bool(block.isfinite().all()) for block in blocks].index(False)
-        path = self.members.everything[odd].path
-        raise InputError(f"{path}: tensor {name!r} holds an infinity")
 
     def _check_unread(self, name: str, place: ItemRows, step: int) -> None:
         """No NaN in rows of the base that no member has, which are read for nothing else."""
@@ -363,14 +372,7 @@ class StreamingMerge:
             unread[rows[rows >= 0]] = False
         for start, stop in spans(shape, step):
             if unread[start:stop].any():
-                self._check_no_nan(name, [base.rows(name, start, stop)], [base])
-
-    def _check_no_nan(
-        self, name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]
-    ) -> None:
-        for file, block in zip(files, blocks, strict=False):
-            if bool(block.isnan().any()):
-                raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
+                check_no_nan(name, [base.rows(name, start, stop)], [base])
 
 
 class _FileBlocks:
@@ -392,52 +394,3 @@ class _FileBlocks:
 def _there(index: Tensor) -> Tensor:
     """`index` of what has been read in its order: the row itself, -1 for none."""
     return torch.where(index < 0, -1, torch.arange(len(index)))
-
-
-def _write(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
-    """The model, its JSON file if it is a model of ours, and its card, all or none."""
-    members, first = merge.members, merge.members.files[0]
-    header = {**first.about, "merge": provenance}
-    about = None
-    if first.about.get("kind") == "model":
-        header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
-        about = {
-            "class": first.about.get("class"),
-            "item_ids": None,
-            "config": members.config,
-            "metrics": provenance["metrics"],
-            "extra": {"merge": provenance},
-            "versions": provenance["versions"],
-        }
-    text = json.dumps(header, sort_keys=True, allow_nan=False)
-    card = model_card(out.name, header, provenance)
-    with atomic_path(out) as model:
-        with model.open("wb") as stream:
-            metadata = {**first.metadata, "fisherkern": text}
-            for name in write_header(stream, members.layout, metadata):
-                merge.write(name, stream)
-        with atomic_path(out.with_suffix(".md")) as beside:
-            beside.write_text(card, encoding="utf-8")
-            if about is not None:
-                with atomic_path(out.with_suffix(".json")) as temporary:
-                    _write_about(temporary, about, members.item_ids)
-
-
-def _write_about(path: Path, about: dict[str, Any], item_ids: MergedIds | None) -> None:
-    """The JSON beside a model, its item ids in the place of None and a piece at a time."""
-    text = json.dumps(about, indent=1, allow_nan=False)
-    # A word of the class before it would have its quotation marks behind backslashes.
-    before, after = text.split('"item_ids": null', 1)
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(f'{before}"item_ids": ')
-        if item_ids is None:
-            stream.write("null")
-        else:
-            start = "["
-            for ids in item_ids.pieces():
-                if ids:
-                    lines = json.dumps(ids, indent=1)[2:-2].replace("\n", "\n ")
-                    stream.write(f"{start}\n  {lines.lstrip()}")
-                    start = ","
-            stream.write("[]" if start == "[" else "\n ]")
-        stream.write(f"{after}\n")
