@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,12 +34,18 @@ _IDS_AT_ONCE = 1 << 16
 
 
 class ItemIdsHash:
-    """The sha256 of item ids as the JSON of one list, made a piece at a time: they may be many."""
+    """The sha256 of item ids as the JSON of one list, made a piece at a time: they may be many.
 
-    def __init__(self) -> None:
-        self._digest, self._begun = hashlib.sha256(b"["), False
+    Args:
+        digest: What came before the list, if anything; a sha256.
+    """
 
-    def update(self, ids: list[Any]) -> None:
+    def __init__(self, digest: Any = None) -> None:
+        self._digest = hashlib.sha256() if digest is None else digest
+        self._digest.update(b"[")
+        self._begun = False
+
+    def update(self, ids: Sequence[Any]) -> None:
         """Add the next ids."""
         for start in range(0, len(ids), _IDS_AT_ONCE):
             part = json.dumps(ids[start : start + _IDS_AT_ONCE])[1:-1]
