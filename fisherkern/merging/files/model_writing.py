@@ -105,8 +105,8 @@ def _write_about(path: Path, about: dict[str, Any], item_ids: MergedIds | None) 
             start = "["
             for ids in item_ids.pieces():
                 if ids:
-                    lines = json.dumps(ids, indent=1)[2:-2].replace("\n", "\n ")
-                    stream.write(f"{start}\n  {lines.lstrip()}")
+                    lines = json.dumps(ids, separators=(",\n  ", ": "))[1:-1]
+                    stream.write(f"{start}\n  {lines}")
                     start = ","
             stream.write("[]" if start == "[" else "\n ]")
         stream.write(f"{after}\n")

@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherkern.files import read_into
 from fisherkern.members.catalogue import ItemRows
 from fisherkern.merging.files import tensor_files
-from fisherkern.merging.files.tensor_files import TYPES, TensorFile, spans
+from fisherkern.merging.files.tensor_files import TYPES, TensorFile, check_no_nan, spans
 
 # Bytes that a file is read in to be dealt out, and bytes of all files gathered at once.
 DEALT, GATHERED = 1 << 27, 1 << 29
@@ -73,6 +73,23 @@ class RowReaders(contextlib.ExitStack):
             else:
                 found.append(file.take(name, self._maps[number][start:stop]))
         return found
+
+
+def own_places(index: Tensor) -> Tensor:
+    """Return `index` of what has been read in its order: the row itself, -1 for none."""
+    return torch.where(index < 0, -1, torch.arange(len(index)))
+
+
+def check_unread(base: TensorFile, name: str, rows: ItemRows, step: int) -> None:
+    """Raise InputError for a NaN in a row of the base that no member has, read for nothing else."""
+    shape = base.layout[name][1]
+    unread = torch.ones(shape[0], dtype=torch.bool)
+    for start, stop in spans((len(rows),), step):
+        index = rows[start:stop]
+        unread[index[index >= 0]] = False
+    for start, stop in spans(shape, step):
+        if unread[start:stop].any():
+            check_no_nan(name, [base.rows(name, start, stop)], [base])
 
 
 def _row_bytes(file: TensorFile, name: str) -> int:

@@ -22,14 +22,14 @@ from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
 from fisherkern.merging.files.fisher_files import FisherFiles
 from fisherkern.merging.files.member_files import MemberFiles
 from fisherkern.merging.files.model_writing import write_model
-from fisherkern.merging.files.moved_rows import RowReaders
+from fisherkern.merging.files.moved_rows import RowReaders, check_unread, own_places
 from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
 from fisherkern.merging.files.native_files import open_member
 from fisherkern.merging.files.tensor_files import (
     TYPES,
     TensorFile,
-    check_finite,
     check_no_nan,
+    check_values,
     opened,
     own_hashes,
     raw,
@@ -145,13 +145,7 @@ def merge_files(
             members = MemberFiles(files, bases[0] if bases else None, apart)
             merge = StreamingMerge(members, chosen, settings, lam, floor, seed, out.parent)
         if fishers is not None:
-            merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
-            if check_fingerprint:
-                with together():
-                    merge.fishers.check_fingerprints(files, members.parameters)
-        with together():
-            share = own_hashes([*members.everything, *fisher_files])
-        hashes = {path: digest for own in gathered(share) for path, digest in own.items()}
+            merge.take_fishers(fisher_files, normalize, check_fingerprint)
         provenance = {
             "method": chosen.name,
             "weights": lam,
@@ -159,10 +153,7 @@ def merge_files(
             "floor": floor,
             "normalize": normalize,
             "seed": seed,
-            "members": members.identities(hashes),
-            "catalogue": members.catalogue_identity(),
-            "fishers": None if merge.fishers is None else merge.fishers.identities(hashes),
-            "base": members.base_identity(hashes),
+            **merge.identities(),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
             "versions": {"fisherkern": package_version(), "torch": str(torch.__version__)},
         }
@@ -223,6 +214,29 @@ class StreamingMerge:
         self.solved: Mapping[str, Tensor] = {}
         self._stats: Mapping[str, Any] | None = None
         self._as_they_are: dict[str, bool] = {}
+
+    def take_fishers(
+        self, fishers: Sequence[TensorFile], normalize: str | None, check_fingerprint: bool
+    ) -> None:
+        """Read the members' Fishers once, for their sums and, if asked, for what they are of."""
+        files, parameters = self.members.files, self.members.parameters
+        self.fishers = FisherFiles(fishers, files, parameters, normalize)
+        if check_fingerprint:
+            with together():
+                self.fishers.check_fingerprints(files, parameters)
+
+    def identities(self) -> dict[str, Any]:
+        """What is merged, for the provenance; each process reads its share of the files."""
+        members, fishers = self.members, self.fishers
+        with together():
+            share = own_hashes([*members.everything, *(fishers.files if fishers else ())])
+        hashes = {path: digest for own in gathered(share) for path, digest in own.items()}
+        return {
+            "members": members.identities(hashes),
+            "catalogue": members.catalogue_identity(),
+            "fishers": None if fishers is None else fishers.identities(hashes),
+            "base": members.base_identity(hashes),
+        }
 
     def write(self, name: str, stream: BinaryIO) -> None:
         """The merged tensor's bytes."""
@@ -288,8 +302,8 @@ class StreamingMerge:
         by_method = name in members.parameters
         scaled = self.fishers.scaled(name) if self.fishers and by_method else None
         places, base_place = members.rows(name), members.base_rows(name)
-        if by_method and base_place is not None:
-            self._check_unread(name, base_place, step)
+        if by_method and members.base is not None and base_place is not None:
+            check_unread(members.base, name, base_place, step)
         with contextlib.ExitStack() as stack:
 
             def readers(
@@ -311,14 +325,16 @@ class StreamingMerge:
                 base: list[Tensor] = []
                 if base_rows is not None:
                     base = base_rows.read(start, stop)
-                    place = None if base_place is None else _there(base_place[start:stop])
+                    place = None if base_place is None else own_places(base_place[start:stop])
                     known = {"base": base[0], "base_rows": place}
-                check_finite(name, [*own, *base], members.everything)
+                check_values(name, [*own, *base], members.everything)
                 if by_method:
                     fisher = None if fisher_rows is None else fisher_rows.read(start, stop)
                     known |= {"floor": self.floor, "seed": self.seed}
                     known["fishers"] = scaled.of(fisher) if scaled and fisher else None
-                rows = None if places is None else [_there(index[start:stop]) for index in places]
+                rows = (
+                    None if places is None else [own_places(index[start:stop]) for index in places]
+                )
                 yield start, BlockIterator(name, own, rows, **known)
 
     def _kept(self, name: str) -> bool:
@@ -361,19 +377,6 @@ class StreamingMerge:
             )
         return odd is None and (infinite or not by_method)
 
-    def _check_unread(self, name: str, place: ItemRows, step: int) -> None:
-        """No NaN in rows of the base that no member has, which are read for nothing else."""
-        base = self.members.base
-        assert base is not None
-        shape = base.layout[name][1]
-        unread = torch.ones(shape[0], dtype=torch.bool)
-        for start, stop in spans((len(place),), step):
-            rows = place[start:stop]
-            unread[rows[rows >= 0]] = False
-        for start, stop in spans(shape, step):
-            if unread[start:stop].any():
-                check_no_nan(name, [base.rows(name, start, stop)], [base])
-
 
 class _FileBlocks:
     """A tensor's blocks with equal weights, read anew each time: `TensorBlocks`."""
@@ -389,8 +392,3 @@ class _FileBlocks:
         for start, blocks in self._merge.pieces(self._name):
             for block in blocks:
                 yield dataclasses.replace(block, start=block.start + start)
-
-
-def _there(index: Tensor) -> Tensor:
-    """`index` of what has been read in its order: the row itself, -1 for none."""
-    return torch.where(index < 0, -1, torch.arange(len(index)))
