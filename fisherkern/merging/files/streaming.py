@@ -123,17 +123,13 @@ def merge_files(
     if fishers is not None and len(fishers) != len(paths):
         raise InputError(f"there are {len(fishers)} fishers for {len(paths)} members")
     ancestors = [] if base is None else [base]
-    for path in (*paths, *(fishers or []), *ancestors):
-        if out.exists() and Path(path).exists() and out.samefile(path):
-            raise InputError(f"{out}: is one of the files that are merged")
+    every = [*paths, *(fishers or []), *ancestors]
+    if out.exists() and any(Path(path).exists() and out.samefile(path) for path in every):
+        raise InputError(f"{out}: is one of the files that are merged")
     inputs = {"weights": weights, "fishers": fishers, "base": base}
     lam = check_weights(weights if not isinstance(weights, str) else None, len(paths))
-    check_same(
-        {
-            "paths": [str(path) for path in (*paths, *(fishers or []), *ancestors, out)],
-            "settings": repr((method, lam, options, floor, normalize, check_fingerprint, seed)),
-        }
-    )
+    own = repr((method, lam, options, floor, normalize, check_fingerprint, seed))
+    check_same({"paths": [str(path) for path in (*every, out)], "settings": own})
     with contextlib.ExitStack() as stack:
         with together():
             files, bases = stack.enter_context(opened(paths, ancestors, by=open_member))
