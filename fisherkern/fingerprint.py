@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,20 +33,40 @@ def fingerprint(model: nn.Module) -> str:
 _IDS_AT_ONCE = 1 << 16
 
 
-def item_ids_sha256(item_ids: Any) -> str | None:
-    """Return the sha256 (64 hex digits) of the item ids as JSON; None where there are none.
+class ItemIdsHash:
+    """The sha256 of item ids as the JSON of one list, made a piece at a time: they may be many.
 
-    The JSON is made a piece at a time, because item ids may be many.
+    Args:
+        digest: What came before the list, if anything; a sha256.
     """
+
+    def __init__(self, digest: Any = None) -> None:
+        self._digest = hashlib.sha256() if digest is None else digest
+        self._digest.update(b"[")
+        self._begun = False
+
+    def update(self, ids: Sequence[Any]) -> None:
+        """Add the next ids."""
+        for start in range(0, len(ids), _IDS_AT_ONCE):
+            part = json.dumps(ids[start : start + _IDS_AT_ONCE])[1:-1]
+            self._digest.update(f"{', ' if self._begun else ''}{part}".encode())
+            self._begun = True
+
+    def hexdigest(self) -> str:
+        """Return 64 hex digits, of all that came."""
+        whole = self._digest.copy()
+        whole.update(b"]")
+        return whole.hexdigest()
+
+
+def item_ids_sha256(item_ids: Any) -> str | None:
+    """Return the sha256 (64 hex digits) of the item ids as JSON; None where there are none."""
     if item_ids is None:
         return None
     if not isinstance(item_ids, list):
         return hashlib.sha256(json.dumps(item_ids).encode()).hexdigest()
-    digest = hashlib.sha256(b"[")
-    for start in range(0, len(item_ids), _IDS_AT_ONCE):
-        part = json.dumps(item_ids[start : start + _IDS_AT_ONCE])[1:-1]
-        digest.update(f"{', ' if start else ''}{part}".encode())
-    digest.update(b"]")
+    digest = ItemIdsHash()
+    digest.update(item_ids)
     return digest.hexdigest()
 
 

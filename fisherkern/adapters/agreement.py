@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.errors import InputError
 
+# Logits compared at once.
+_COMPARED = 2**22
 _BATCH_DEPENDENT = (
     "they depend on the other sequences (batch norm without running statistics, a batch mean); "
     "its Fisher is not defined"
@@ -74,16 +76,21 @@ def head_difference(adapter: Any, batch: Any) -> str | None:
 
 def distance(z: Tensor, other: Tensor) -> str | None:
     """The largest difference of logits, said; None where it is rounding of their dtype."""
-    finite = z.isfinite() & other.isfinite()
-    if not torch.equal(z.isfinite(), other.isfinite()):
-        return "infinitely far"
-    gap = (z - other)[finite].abs()
-    if not gap.numel():
-        return None
+    most = scale = 0.0
+    # A part at a time: there is a logit for every item.
+    for one, two in zip(
+        z.flatten().split(_COMPARED), other.flatten().split(_COMPARED), strict=True
+    ):
+        finite = one.isfinite()
+        if not torch.equal(finite, two.isfinite()):
+            return "infinitely far"
+        if not bool(finite.any()):
+            continue
+        one, two = one[finite], two[finite]
+        most = max(most, float((one - two).abs().max()))
+        scale = max(scale, float(one.abs().max()))
     coarse = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-3}
-    scale = z[finite].abs().max().clamp(min=1e-6)
-    most = float(gap.max())
-    return None if most <= coarse.get(z.dtype, 1e-5) * float(scale) else f"{most:.2g}"
+    return None if most <= coarse.get(z.dtype, 1e-5) * max(scale, 1e-6) else f"{most:.2g}"
 
 
 def check_side(places: Tensor | None, ids: Tensor | None) -> None:

@@ -31,11 +31,13 @@ class ParamView:
 class Parameters:
     """The trainable parameters of a module, found again from themselves or their views.
 
-    `named` holds those with entries, `empty` the others, of which nothing is computed.
+    `named` holds those with entries, `empty` the others, of which nothing is computed. Those of
+    more than `most` entries are left out, as if they were frozen.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, module: torch.nn.Module, most: float = math.inf) -> None:
+        named = module.named_parameters()
+        trainable = {n: p for n, p in named if p.requires_grad and p.numel() <= most}
         self.named = {name: p for name, p in trainable.items() if p.numel()}
         self.empty = {name: p for name, p in trainable.items() if not p.numel()}
         self._names = {id(parameter): name for name, parameter in self.named.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from fisherkern.data.batching import (
     window_batches,
 )
 from fisherkern.errors import InputError, shown
+from fisherkern.fingerprint import ItemIdsHash
 
 
 class SequenceDataset:
@@ -168,8 +168,9 @@ class SequenceDataset:
         for array in (self.items.astype("<i4"), self.offsets.astype("<i8")):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(array.tobytes())
-        digest.update(json.dumps(self.item_ids).encode())
-        return digest.hexdigest()
+        ids = ItemIdsHash(digest)
+        ids.update(self.item_ids)
+        return ids.hexdigest()
 
     def loader(
         self,

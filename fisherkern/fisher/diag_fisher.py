@@ -101,7 +101,8 @@ def diag_fisher(
         backend: "torch", "triton" or "cuda" for the ops; "auto" takes the environment's
             FISHERKERN_BACKEND, else PyTorch and, on a GPU, the kernels proven faster there.
         check: Whether to compare gradients of two sequences of the first batch with those of plain
-            autograd, parameter by parameter. Costs two passes of up to 32 sequences.
+            autograd, parameter by parameter, but for tables of more than 2²⁶ entries, whose
+            gradients are too large. Costs two passes of up to 32 sequences.
         progress: Whether to show a progress bar.
 
     Returns:

@@ -41,6 +41,9 @@ from fisherkern.processes import gathered, joined_sum, own_part, world
 
 log = logging.getLogger("fisherkern")
 
+# Entries made float64 at once.
+_WIDENED = 2**24
+
 # The tied gradients of one forward pass, by index in its plan.
 Tied = Callable[[CapturedForward], Mapping[int, TiedEmbeddingGrad | TiedPositionGrad]]
 
@@ -48,10 +51,13 @@ Tied = Callable[[CapturedForward], Mapping[int, TiedEmbeddingGrad | TiedPosition
 class Engine:
     """Sums Σ_n F_n over the batches it is given; `fisher` holds flat sums by parameter name."""
 
-    def __init__(self, model: ModelAdapter, settings: Settings) -> None:
+    def __init__(
+        self, model: ModelAdapter, settings: Settings, parameters: Parameters | None = None
+    ) -> None:
+        """`parameters`: those that are asked for; all by default."""
         self.model = model
         self.settings = settings
-        self.parameters = Parameters(model.module)
+        self.parameters = Parameters(model.module) if parameters is None else parameters
         self.fisher = {
             name: torch.zeros(
                 p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device
@@ -347,16 +353,22 @@ class Engine:
                 " freeze with requires_grad_(False) what the prediction does not use"
             )
         named = self.parameters.named
-        totals = torch.stack([self.fisher[name].double().sum().to(self.device) for name in named])
+        totals = torch.stack([_sum(self.fisher[name]).to(self.device) for name in named])
         for name, total in zip(named, totals.tolist(), strict=True):
             if not math.isfinite(total):
                 raise InputError(f"model: the Fisher of '{name}' is not finite")
         # Rounding, and in "sketch" the noise of the cross term, can fall below zero.
+        # In place, as a table of items may be most of what there is room for.
         means = {
-            name: (self.fisher[name] / num_sequences).view(parameter.shape).clamp_(min=0)
+            name: self.fisher[name].div_(num_sequences).clamp_(min=0).view(parameter.shape)
             for name, parameter in named.items()
         }
         return means | {name: p.detach().float() for name, p in self.parameters.empty.items()}
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The float64 sum of a flat tensor, of which a part at a time is widened."""
+    return torch.stack([part.double().sum() for part in values.split(_WIDENED)]).sum()
 
 
 def _results(forwards: Sequence[CapturedForward]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,17 +12,23 @@ from torch import Tensor
 
 from fisherkern.adapters.agreement import batch_norm_refused, distance
 from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logit_items
+from fisherkern.fisher.output_layers import OutputLayer
 from fisherkern.fisher.positions import POSITION_IDS, counted_positions
 from fisherkern.fisher.samplers import SoftmaxStats, factor_items
+
+log = logging.getLogger("fisherkern")
 
 # Sequences that go through the engine together, of which the first and the last are compared.
 _TOGETHER = 32
 # From the most likely item to the one that is compared.
 _STEP = 7919
+# Entries of a parameter that is compared: what is held of each is eight times as large.
+_MOST_ENTRIES = 2**26
 # By dtype: what gradients may differ by, of their tensor's largest, and of the model's largest.
 _TOLERANCE = {torch.float64: (1e-5, 1e-11), torch.float32: (1e-2, 1e-5)}
 _COARSE = (0.25, 0.05)
@@ -41,12 +48,22 @@ class FirstBatchCheck:
 
     Of two sequences, parameter by parameter. The engine works on them among others, through its
     capture, handlers, closed forms and fallback; autograd on each alone, through the logits as the
-    model gives them, with nothing recorded.
+    model gives them, with nothing recorded. A table of so many items that its gradients would take
+    more than all else is taken to be frozen meanwhile.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._most = 0  # sequences of the batches checked
+        every = engine.parameters.named
+        self._parameters = Parameters(engine.model.module, _MOST_ENTRIES)
+        self._named = self._parameters.named
+        if engine.settings.check and len(self._named) < len(every):
+            log.warning(
+                "%s: too large to compare its gradients with those of plain autograd, as those of "
+                "the other parameters are",
+                ", ".join(sorted(every.keys() - self._named.keys())),
+            )
 
     def __call__(self, batch: Any) -> None:
         """Check a batch that the engine was given: the first, and the first of several sequences.
@@ -57,6 +74,8 @@ class FirstBatchCheck:
         settings = self.engine.settings
         if self._most > 1 or not settings.check or settings.reduction == "batchwise":
             return
+        if not self._named:
+            return
         batch = self.engine.model.prepared(batch)
         n = min(batch_size(batch), _TOGETHER)
         if n <= self._most:
@@ -64,7 +83,9 @@ class FirstBatchCheck:
         self._most = n
         part = batch_slice(batch, 0, n)
         alone = {i: self._plain(batch_slice(part, i, i + 1), 0) for i in sorted({0, n - 1})}
-        single = _OneItem(self.engine, {i: plain.item for i, plain in alone.items()})
+        single = _OneItem(
+            self.engine, self._parameters, {i: plain.item for i, plain in alone.items()}
+        )
         single.add(part, torch.arange(n, device=single.device))
         fault = self._difference(single.fisher, alone.values())
         if fault is None:
@@ -83,7 +104,7 @@ class FirstBatchCheck:
 
     def _plain(self, batch: Any, row: int, item: int | None = None) -> _PlainGradients:
         """∂ log p(y) / ∂θ of a row by autograd, of a less likely item if none is given."""
-        model, named = self.engine.model, self.engine.parameters.named
+        model, named = self.engine.model, self._named
         with torch.enable_grad(), self.engine.autocast.on(), batch_norm_refused():
             z = model.all_logits(batch) if self.engine.every else model.logits(batch)
         if self.engine.every:
@@ -103,7 +124,7 @@ class FirstBatchCheck:
 
     def _difference(self, ours: dict[str, Tensor], plain: Iterable[_PlainGradients]) -> str | None:
         """The parameter that is further from its gradients than rounding, and how far."""
-        named = self.engine.parameters.named
+        named = self._named
         expected = {name: torch.zeros_like(total) for name, total in ours.items()}
         for found in plain:
             for name, gradient in found.gradients.items():
@@ -127,17 +148,24 @@ class FirstBatchCheck:
 class _OneItem(Engine):
     """The engine with an item of weight 1 for each sequence in `compared`, 0 for the others."""
 
-    def __init__(self, engine: Engine, compared: dict[int, int]) -> None:
+    def __init__(self, engine: Engine, parameters: Parameters, compared: dict[int, int]) -> None:
         settings = dataclasses.replace(
             engine.settings, sampler="random", k=1, probes=None, tol=None,
             positions="all" if engine.every else "last",
         )  # fmt: skip
-        super().__init__(engine.model, settings)
+        super().__init__(engine.model, settings, parameters)
         self.compared = compared
-        self.by_logits, self.runner, self.num_items = (
-            engine.by_logits, engine.runner, engine.num_items
-        )  # fmt: skip
+        self.by_logits, self.num_items = engine.by_logits, engine.num_items
+        alike = len(self.parameters.named) == len(engine.parameters.named)
+        self.runner = engine.runner if alike else self._runner(engine.runner.function)
         self.fallback = set(engine.fallback)  # of which was warned
+
+    def _output_layer(self) -> OutputLayer:
+        layer = super()._output_layer()
+        if layer.weight_param is not None:
+            return layer
+        # A table that is left out; any other has sent the engine through the logits before.
+        return dataclasses.replace(layer, weight=layer.weight.detach())
 
     def _factor(self, stats: SoftmaxStats | LogitStats) -> CovarianceFactor:
         ids = stats.sequence_ids

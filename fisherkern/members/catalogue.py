@@ -23,7 +23,7 @@ class CatalogueUnion:
     """The merged catalogue and where each member keeps its items.
 
     item_ids: external ids of the merged model, V of them; None if no member has any.
-    positions: one (V,) int64 per member, the member's own item index of each merged item, -1
+    positions: one (V,) of integers per member, the member's own item index of each merged item, -1
         where it lacks the item; None if all members list the same items in the same order.
     sizes: each member's number of items.
     parameters: name -> row of the member's first item (the same for every member).
@@ -34,12 +34,11 @@ class CatalogueUnion:
     sizes: list[int]
     parameters: dict[str, int]
 
-    def rows(self, name: str, lengths: Sequence[int]) -> list[Tensor] | None:
-        """Return the row of each member's tensor that each merged row comes from, -1 for none.
+    def row_maps(self, name: str, lengths: Sequence[int]) -> list[ItemRows] | None:
+        """Return where each member's tensor has the merged rows; None where nothing moves.
 
         `lengths` are the members' row counts. Rows before the first item (padding) and after
-        the last (mask) pair up by their place there, whatever the catalogue's size. None
-        where nothing moves.
+        the last (mask) pair up by their place there, whatever the catalogue's size.
         """
         if self.positions is None or name not in self.parameters:
             return None
@@ -50,19 +49,62 @@ class CatalogueUnion:
                 f"tensor {name!r} has {after} rows after its items, member by member, where all "
                 "must have the same number"
             )
-        found = []
-        for size, position in zip(self.sizes, self.positions, strict=True):
-            items = torch.where(position < 0, -1, position + first)
-            tail = torch.arange(first + size, first + size + after[0])
-            found.append(torch.cat([torch.arange(first), items, tail]))
-        return found
+        return [
+            ItemRows(position, first, size, after[0])
+            for size, position in zip(self.sizes, self.positions, strict=True)
+        ]
+
+    def rows(self, name: str, lengths: Sequence[int]) -> list[Tensor] | None:
+        """Return `row_maps` as tensors: the row that each merged row comes from, -1 for none."""
+        maps = self.row_maps(name, lengths)
+        return None if maps is None else [own[:] for own in maps]
 
     def owners(self) -> dict[str, int]:
         """Return number of members owning an item -> number of such items, for the report."""
         if self.positions is None:
             return {str(len(self.sizes)): self.sizes[0]} if self.sizes else {}
-        counts = torch.bincount(torch.stack([p >= 0 for p in self.positions]).sum(0))
-        return {str(number): int(count) for number, count in enumerate(counts) if count}
+        counts = owner_counts(self.positions)
+        found = {n: int((counts == n).sum()) for n in range(len(self.positions) + 1)}
+        return {str(number): count for number, count in found.items() if count}
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """The row of a member's tensor that each merged row comes from, a slice at a time.
+
+    positions: see `CatalogueUnion`, of any integer type. first: the row of the first item. size:
+    the member's number of items. after: rows after its items.
+    """
+
+    positions: Tensor
+    first: int
+    size: int
+    after: int
+
+    def __len__(self) -> int:
+        return self.first + len(self.positions) + self.after
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Return int64 rows, -1 for none."""
+        start, stop, _ = part.indices(len(self))
+        items = slice(max(0, start - self.first), max(0, stop - self.first))
+        position = self.positions[items].long()
+        last = self.first + len(self.positions)
+        return torch.cat(
+            [
+                torch.arange(start, min(stop, self.first)) if start < self.first else position[:0],
+                torch.where(position < 0, -1, position + self.first),
+                torch.arange(max(start, last), max(stop, last)) + self.size - len(self.positions),
+            ]
+        )
+
+
+def owner_counts(positions: Sequence[Tensor]) -> Tensor:
+    """Return (V,) int16, how many members have each merged item."""
+    counts = torch.zeros(len(positions[0]), dtype=torch.int16)
+    for position in positions:
+        counts += position >= 0
+    return counts
 
 
 def _member_ids(

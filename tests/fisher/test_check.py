@@ -181,3 +181,41 @@ def test_a_kink_on_which_rounding_decides_is_no_fault() -> None:
 
     model = shaken(Kink())
     assert fisher(model, [FULL[:3]])["items.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_tables_too_large_are_left_out_and_the_rest_is_compared(
+    tied: bool, positions: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No gradient of theirs is asked for, and a wrong rule of a smaller tensor is still found."""
+    from fisherkern.fisher import first_batch
+
+    class EveryPosition(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            return self.out(self.norm(torch.tanh(self.mix(self.items(history)))))
+
+    kind = Small if positions == "last" else EveryPosition
+    model = shaken(kind(tied))
+    whole = fisher(model, positions=positions)
+    monkeypatch.setattr(first_batch, "_MOST_ENTRIES", 20)  # mix has 16, the tables more
+    asked: list[int] = []
+    real = torch.autograd.grad
+
+    def grad(outputs: Any, inputs: Any, *given: Any, **known: Any) -> Any:
+        found = real(outputs, inputs, *given, **known)
+        asked.extend(own.numel() for own in found if own is not None and known.get("allow_unused"))
+        return found
+
+    monkeypatch.setattr(first_batch.torch.autograd, "grad", grad)
+    found = fisher(model, positions=positions)
+    assert asked and max(own for own in asked if own) <= 20 * len(FULL) * 6
+    for name, value in whole.items():
+        assert torch.equal(found[name], value)
+    assert "items.weight" in caplog.text and "too large to compare" in caplog.text
+    add = LinearGrad.add_square_
+    monkeypatch.setattr(
+        LinearGrad, "add_square_", lambda self, total, delta: add(self, total, 1.5 * delta)
+    )
+    with pytest.raises(fk.InputError, match="gradients of 'mix.weight'"):
+        fisher(model, positions=positions)

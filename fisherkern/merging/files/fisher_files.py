@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +15,30 @@ from torch import Tensor
 from fisherkern.adapters.names import fit_names
 from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
-from fisherkern.merging.files.tensor_files import TensorFile, read_rows, rows_per_block
+from fisherkern.merging.files.tensor_files import TensorFile, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums, check_definitions
+from fisherkern.processes import gathered, rank, together, world
 
 log = logging.getLogger("fisherkern")
 
 # Entries read at once, in whole blocks of `block_sums`.
 READ = 16 * BLOCK
 
-FisherReader = Callable[[int, int, Sequence[Tensor] | None], list[tuple[Tensor, float]]]
+
+@dataclass(frozen=True)
+class ScaledFisher:
+    """A tensor in the members' Fishers: its names there, which hold information, and the units."""
+
+    names: Sequence[str]
+    informed: Sequence[bool]
+    units: Sequence[float]
+
+    def of(self, blocks: Sequence[Tensor]) -> list[tuple[Tensor, float]]:
+        """Return each member's block, and the unit to divide it by."""
+        return [
+            (block if known else torch.zeros_like(block), unit)
+            for block, known, unit in zip(blocks, self.informed, self.units, strict=True)
+        ]
 
 
 class FisherFiles:
@@ -46,22 +63,24 @@ class FisherFiles:
         self._names: list[dict[str, str]] = []
         made = [(str(file.path), file.about.get("meta")) for file in files]
         check_definitions([(name, meta) for name, meta in made if isinstance(meta, dict)])
-        for file, member in zip(self.files, members, strict=True):
-            own = _names_of(file, member, names)
-            _check(file, member, own)
-            self._names.append(own)
-            mean, largest = _survey(file, own)
+        with together():
+            for file, member in zip(self.files, members, strict=True):
+                own = _names_of(file, member, names)
+                _check(file, member, own)
+                self._names.append(own)
+            # Each process reads its share of the files.
+            share = [
+                (number, *_survey(files[number], self._names[number]))
+                for number in range(rank(), len(files), world())
+            ]
+        for _, mean, largest in sorted(own for part in gathered(share) for own in part):
             self._means.append(mean)
             self._largest.append(largest)
         common = sum(self._means) / max(1, len(self._means))
         self._units = self._means if normalize == "mean" else [common] * len(self._means)
 
-    def scaled(self, name: str) -> FisherReader | None:
-        """Each member's Fisher of some rows and its unit; None where it is noise.
-
-        A function of (start, stop, None), or of the row of each member that each of the merged
-        rows start..stop comes from, -1 for none. As `Fishers.of` decides.
-        """
+    def scaled(self, name: str) -> ScaledFisher | None:
+        """Each member's Fisher of a tensor; None where it is noise, as `Fishers.of` decides."""
         if not all(name in own for own in self._names):
             return None
         informed = [
@@ -70,27 +89,16 @@ class FisherFiles:
         ]
         if not any(informed):
             return None
-
-        names = [own[name] for own in self._names]
-
-        def rows(
-            start: int, stop: int, wanted: Sequence[Tensor] | None
-        ) -> list[tuple[Tensor, float]]:
-            blocks = read_rows(self.files, names, start, stop, wanted)
-            return [
-                (block if known else torch.zeros_like(block), unit)
-                for block, known, unit in zip(blocks, informed, self._units, strict=True)
-            ]
-
-        return rows
+        return ScaledFisher([own[name] for own in self._names], informed, self._units)
 
     def check_fingerprints(self, members: Sequence[TensorFile], names: Sequence[str]) -> None:
         """Each Fisher that says which model it was computed on was computed on its member.
 
         Of a native checkpoint that has more tensors than the Fisher, some of which may be
-        parameters, a difference says nothing; it is logged.
+        parameters, a difference says nothing; it is logged. Each process asks about its share.
         """
-        for file, member, own in zip(self.files, members, self._names, strict=True):
+        triples = list(zip(self.files, members, self._names, strict=True))
+        for file, member, own in triples[rank() :: world()]:
             expected = file.about["meta"].get("fingerprint")
             if expected is None:
                 continue
@@ -121,13 +129,13 @@ class FisherFiles:
         """Parameters that some member's Fisher lacks, which lambda averages."""
         return [name for name in names if not all(name in own for own in self._names)]
 
-    def identities(self) -> list[dict[str, Any]]:
-        """Name, hash and settings of each file."""
+    def identities(self, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
+        """Name, hash (by path in `hashes`) and settings of each file."""
         kept = ("sampler", "k", "probes", "reduction", "seed", "num_sequences")
         return [
             {
                 "file": file.path.name,
-                "sha256": file.sha256(),
+                "sha256": hashes[file.path],
                 "made": {key: file.about["meta"][key] for key in kept if key in file.about["meta"]},
             }
             for file in self.files

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fisherkern.encoders import ENCODERS, SequenceEncoder, stored_encoder
 from fisherkern.errors import InputError, shown
-from fisherkern.files import read_json
-from fisherkern.fingerprint import item_ids_sha256
-from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
+from fisherkern.members.catalogue import CatalogueUnion, ItemRows, owner_counts
 from fisherkern.members.checks import check_settings
+from fisherkern.merging.files.item_ids import ItemIdFile, ItemNumbers, MergedIds, inverse
 from fisherkern.merging.files.native_settings import check_native_settings, match_item_rows
 from fisherkern.merging.files.tensor_files import TensorFile
 
@@ -24,13 +24,14 @@ class MemberFiles:
 
     parameters: names of what a rule merges, sorted: of a model of ours its parameters, else every
     floating tensor but running statistics. native: whether they are checkpoints of other libraries.
-    known: whether the members are models of ours. layout, config, item_ids and ids_sha256 are the
-    merged model's. ids_beside: what is written beside a native one. abouts: the JSON beside each
-    member, without its item ids.
+    known: whether the members are models of ours. layout, config, item_ids (None without any, and
+    in native checkpoints) and ids_sha256 are the merged model's. ids_beside: what is written beside
+    a native one. abouts: the JSON beside each member, without its item ids.
     """
 
     layout: Layout
     ids_beside: dict[str, Any] | None = None
+    item_ids: MergedIds | None = None
     _base_catalogue: CatalogueUnion | None
 
     def __init__(
@@ -73,53 +74,47 @@ class MemberFiles:
         self.layout = self._grown(rows)
         self.config = first.about.get("config")
         self.ids_sha256 = first.about.get("item_ids_sha256")
-        if self.catalogue.positions is not None:
-            ids = self.catalogue.item_ids or []
-            self.config = {**dict(self.config or {}), "num_items": len(ids)}
-            self.ids_sha256 = item_ids_sha256(ids)
+        if self.catalogue.positions is not None and self.item_ids is not None:
+            self.config = {**dict(self.config or {}), "num_items": len(self.catalogue.positions[0])}
+            self.ids_sha256 = self.item_ids.sha256()
 
     def _grown(self, tables: Collection[str]) -> Layout:
         """The first member's layout with a row for every item of the united catalogue."""
         layout = dict(self.files[0].layout)
         if self.catalogue.positions is not None:
-            more = len(self.catalogue.item_ids or []) - self.sizes[0]
+            more = len(self.catalogue.positions[0]) - self.sizes[0]
             for name in tables:
                 kind, (length, *rest) = layout[name]
                 layout[name] = kind, (length + more, *rest)
         return layout
 
-    @property
-    def item_ids(self) -> list[str] | None:
-        """The merged model's item ids; None where there are none."""
-        return self.catalogue.item_ids
+    def rows(self, name: str) -> list[ItemRows] | None:
+        """See `CatalogueUnion.row_maps`."""
+        return self.catalogue.row_maps(name, [_length(file, name) for file in self.files])
 
-    def rows(self, name: str) -> list[torch.Tensor] | None:
-        """See `CatalogueUnion.rows`."""
-        return self.catalogue.rows(name, [_length(file, name) for file in self.files])
-
-    def base_rows(self, name: str) -> torch.Tensor | None:
+    def base_rows(self, name: str) -> ItemRows | None:
         """The same of the base."""
         if self._base_catalogue is None or self.base is None:
             return None
-        found = self._base_catalogue.rows(name, [_length(self.base, name)])
+        found = self._base_catalogue.row_maps(name, [_length(self.base, name)])
         return None if found is None else found[0]
 
-    def identities(self) -> list[dict[str, Any]]:
-        """Name, hash and metrics of each member, and the catalogue of a model of ours."""
+    def identities(self, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
+        """Name, hash (see `own_hashes`) and metrics of each member, and of ours their items."""
         return [
             {
-                **identity(file),
+                **_identity(file, hashes),
                 "metrics": about.get("metrics", {}),
                 **self._catalogue_of(file, size),
             }
             for file, about, size in zip(self.files, self.abouts, self.sizes, strict=False)
         ]
 
-    def base_identity(self) -> dict[str, Any] | None:
+    def base_identity(self, hashes: Mapping[Path, str]) -> dict[str, Any] | None:
         """The same of the base, without metrics; None without one."""
         if self.base is None:
             return None
-        return {**identity(self.base), **self._catalogue_of(self.base, self.sizes[-1])}
+        return {**_identity(self.base, hashes), **self._catalogue_of(self.base, self.sizes[-1])}
 
     def catalogue_identity(self) -> dict[str, Any] | None:
         """The merged catalogue: items, hash of their ids, number of owners -> number of items."""
@@ -144,10 +139,7 @@ class MemberFiles:
         if odd is not None:
             path = self.everything[hashes.index(odd)].path
             raise InputError(f"{path}: its item_ids_sha256 is {shown(odd)}")
-        members, sizes = hashes[: len(self.files)], self.sizes[: len(self.files)]
-        self._base_catalogue = None
-        ids: list[str] | None = None
-        positions = None
+        sizes = self.sizes[: len(self.files)]
         if None in hashes and len(set(hashes)) > 1:
             lacking = self.everything[hashes.index(None)]
             having = next(f for f, h in zip(self.everything, hashes, strict=True) if h is not None)
@@ -155,52 +147,69 @@ class MemberFiles:
                 f"{lacking.path}: has no item ids, so its item rows cannot be matched with those "
                 f"of {having.path}"
             )
-        if len(set(members)) > 1:
-            ids, positions = union_item_ids(self._all_ids())
-            _check_shared(self.files, ids, positions)
+        ids = [ItemIdFile(file.path.with_suffix(".json")) for file in self.files]
+        numbers = ItemNumbers(sum(self.sizes))
+        self._base_catalogue = None
+        base_differs = self.base is not None and hashes[-1] != hashes[0]
+        positions = None
+        if len(set(hashes[: len(self.files)])) > 1:
+            positions = self._unite(ids, numbers)
+            base_differs = self.base is not None
         else:
-            for file in self.files:
-                about, found = _read_about(file)
-                self.abouts.append(about)
-                ids = found if ids is None else ids
-        self.catalogue = CatalogueUnion(ids, positions, sizes, rows)
-        if self.base is not None and (len(set(members)) > 1 or hashes[-1] != members[0]):
-            if ids is None:
-                raise InputError(
-                    f"{self.files[0].path.with_suffix('.json')}: no such file, which has the item "
-                    f"ids that match the rows of {self.base.path}"
-                )
-            _, own = _read_about(self.base, self.sizes[-1])
-            in_base = positions_of(ids, own or [], str(self.base.path.with_suffix(".json")))
-            self._base_catalogue = CatalogueUnion(ids, [in_base], [self.sizes[-1]], rows)
+            for file, own in zip(self.files, ids, strict=True):
+                self.abouts.append(_read_about(file, own))
+            listed = [own for own in ids if own.count is not None]
+            self.item_ids = MergedIds(listed[:1], []) if listed else None
+        self.catalogue = CatalogueUnion(None, positions, sizes, rows)
+        if base_differs and self.base is not None:
+            if not numbers.count:
+                if self.item_ids is None:
+                    raise InputError(
+                        f"{ids[0].path}: no such file, which has the item ids that match the rows "
+                        f"of {self.base.path}"
+                    )
+                numbers.add(self.item_ids.files[0], sizes[0])
+            items = numbers.count
+            own = ItemIdFile(self.base.path.with_suffix(".json"))
+            found = _numbered(self.base, own, self.sizes[-1], numbers)
+            in_base = inverse(found, numbers.count)[:items]
+            self._base_catalogue = CatalogueUnion(None, [in_base], [self.sizes[-1]], rows)
 
-    def _all_ids(self) -> Iterator[tuple[str, list[str]]]:
-        """(File, item ids) of every member, one list at a time: they may be many."""
-        for file, size in zip(self.files, self.sizes, strict=False):
-            about, ids = _read_about(file, size)
-            self.abouts.append(about)
-            yield str(file.path.with_suffix(".json")), ids or []
-            ids = None
+    def _unite(self, ids: Sequence[ItemIdFile], numbers: ItemNumbers) -> list[torch.Tensor]:
+        """`CatalogueUnion.positions` of the members, one file of ids after another."""
+        found, starts = [], []
+        for file, own, size in zip(self.files, ids, self.sizes, strict=False):
+            starts.append(numbers.count)
+            found.append(_numbered(file, own, size, numbers))
+            self.abouts.append(own.about)
+        if self.base is None:
+            numbers.forget()  # the larger part of what is held by now
+        found.reverse()
+        positions = [inverse(found.pop(), numbers.count) for _ in range(len(found))]
+        ends = [*starts[1:], numbers.count]
+        news = [p[a:b].clone() for p, a, b in zip(positions, starts, ends, strict=True)]
+        self.item_ids = MergedIds(ids, news[1:])
+        _check_shared(self.files, self.item_ids, positions)
+        return positions
 
 
 def _check_shared(
-    files: Sequence[TensorFile], ids: Sequence[str], positions: Sequence[torch.Tensor]
+    files: Sequence[TensorFile], ids: MergedIds, positions: Sequence[torch.Tensor]
 ) -> None:
     """Refuse a member that has no item in common with any other: its ids are written otherwise."""
-    counts = torch.stack([own >= 0 for own in positions]).sum(0)
+    counts = owner_counts(positions)
     for file, own in zip(files, positions, strict=True):
         has = own >= 0
-        if bool(has.any()) and bool((~has).any()) and int(counts[has].max()) == 1:
-            example, other = (ids[int(kind.nonzero()[0])] for kind in (has, ~has))
+        if bool(has.any()) and not bool(has.all()) and int(counts[has].max()) == 1:
+            example, other = (ids.at(int(kind.int().argmax())) for kind in (has, ~has))
             raise InputError(
                 f"{file.path}: shares no item with the others: its ids are like {shown(example)}, "
                 f"theirs like {shown(other)}; write them alike"
             )
 
 
-def identity(file: TensorFile) -> dict[str, Any]:
-    """Name and hash."""
-    return {"file": file.path.name, "sha256": file.sha256()}
+def _identity(file: TensorFile, hashes: Mapping[Path, str]) -> dict[str, Any]:
+    return {"file": file.path.name, "sha256": hashes[file.path]}
 
 
 def _length(file: TensorFile, name: str) -> int:
@@ -293,31 +302,30 @@ def _check_alike(
     check_settings([file.about.get("config") for file in files])
 
 
-def _read_about(
-    file: TensorFile, size: int | None = None
-) -> tuple[dict[str, Any], list[str] | None]:
-    """(The JSON beside a model file without its item ids, the item ids); ({}, None) without one.
+def _read_about(file: TensorFile, ids: ItemIdFile) -> dict[str, Any]:
+    """The JSON beside a model file without its item ids, which are checked; {} without one."""
+    if file.about.get("kind") != "model" or not ids.path.is_file():
+        return {}
+    for _ in ids.pieces():
+        pass
+    _check_about(file, ids)
+    return ids.about
 
-    With `size`, the item ids must be there, and be as many.
-    """
-    path = file.path.with_suffix(".json")
-    if file.about.get("kind") != "model" or not path.is_file():
-        if size is not None:
-            raise InputError(f"{path}: no such file, which has the item ids of {file.path.name}")
-        return {}, None
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object")
-    ids = content.pop("item_ids", None)
-    metrics = content.get("metrics", {})
-    numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
-    if not numbers:
-        raise InputError(f"{path}: its metrics are not numbers by name")
-    if file.about.get("item_ids_sha256") != item_ids_sha256(ids):
-        raise InputError(f"{path}: its item_ids are not those of {file.path.name}")
-    if size is not None:
-        if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids):
-            raise InputError(f"{path}: its item_ids are not a list of strings")
-        if len(ids) != size:
-            raise InputError(f"{path} has {size} items but {len(ids)} item_ids")
-    return content, ids
+
+def _numbered(file: TensorFile, ids: ItemIdFile, size: int, numbers: ItemNumbers) -> torch.Tensor:
+    """(size,) numbers of a model file's item ids, which must be there."""
+    if file.about.get("kind") != "model" or not ids.path.is_file():
+        raise InputError(f"{ids.path}: no such file, which has the item ids of {file.path.name}")
+    found = numbers.add(ids, size)
+    _check_about(file, ids)
+    return found
+
+
+def _check_about(file: TensorFile, ids: ItemIdFile) -> None:
+    """The JSON is that of the model file."""
+    metrics = ids.about.get("metrics", {})
+    known = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
+    if not known:
+        raise InputError(f"{ids.path}: its metrics are not numbers by name")
+    if file.about.get("item_ids_sha256") != ids.sha256:
+        raise InputError(f"{ids.path}: its item_ids are not those of {file.path.name}")

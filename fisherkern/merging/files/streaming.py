@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,27 +14,31 @@ from torch import Tensor
 
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError, shown
-from fisherkern.files import atomic_path
+from fisherkern.members.catalogue import ItemRows
 from fisherkern.members.checks import check_weights, is_counter
 from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
-from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.fisher_files import FisherFiles
 from fisherkern.merging.files.member_files import MemberFiles
+from fisherkern.merging.files.model_writing import write_model
+from fisherkern.merging.files.moved_rows import RowReaders, check_unread, own_places
 from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
 from fisherkern.merging.files.native_files import open_member
 from fisherkern.merging.files.tensor_files import (
     TYPES,
     TensorFile,
+    check_no_nan,
+    check_values,
     opened,
+    own_hashes,
     raw,
     read_rows,
     rows_per_block,
     spans,
-    write_header,
 )
 from fisherkern.merging.rules import MergeBlock, MergeMethod, TensorBlocks, average
+from fisherkern.processes import alone, check_same, gathered, rank, together
 from fisherkern.provenance import package_version
 
 PathLike = str | os.PathLike[str]
@@ -65,11 +69,15 @@ def merge_files(
 
     Reads members and base twice, with Fishers everything three times, and once more for methods
     that look at whole tensors first. Holds a million entries of each member and Fisher (4 MB in
-    float32), and the item ids as a list of strings; where catalogues differ, also each member's row
-    of every merged item (16 bytes an item and member) and, while they are matched, a dictionary of
-    the ids and one member's list. Rows that stand in other orders are read as they lie in the file,
-    a block of the result at a time: in a random order that is a row or a few at a time, from pages
-    read up to eight times.
+    float32). Where catalogues of models of ours differ: also each member's row of every merged item
+    (4 bytes an item and member) and, while they are matched, 20 bytes an item; of native
+    checkpoints, a dictionary of the ids. Rows that stand in other orders, but for long runs, are
+    first copied to a file without a name beside the result, as large as they are, and read from it
+    half a GB at a time.
+
+    Under torchrun every process calls this with the same arguments and a folder that all see: each
+    reads and writes its rows of models of ours, and all get the same; process 0 alone writes native
+    checkpoints.
 
     Args:
         paths: M model files of `save_model` of one class, or M native checkpoints of one kind that
@@ -115,25 +123,25 @@ def merge_files(
     if fishers is not None and len(fishers) != len(paths):
         raise InputError(f"there are {len(fishers)} fishers for {len(paths)} members")
     ancestors = [] if base is None else [base]
-    for path in (*paths, *(fishers or []), *ancestors):
-        if out.exists() and Path(path).exists() and out.samefile(path):
-            raise InputError(f"{out}: is one of the files that are merged")
+    every = [*paths, *(fishers or []), *ancestors]
+    if out.exists() and any(Path(path).exists() and out.samefile(path) for path in every):
+        raise InputError(f"{out}: is one of the files that are merged")
     inputs = {"weights": weights, "fishers": fishers, "base": base}
     lam = check_weights(weights if not isinstance(weights, str) else None, len(paths))
-    with (
-        opened(paths, ancestors, by=open_member) as (files, bases),
-        opened(fishers or []) as (fisher_files,),
-    ):
-        low_rank, options = low_rank_settings(files, method, inputs, options)
-        chosen, settings = _choose(method, inputs, options, floor, normalize)
-        check_name(out, files[0], low_rank)
-        apart = () if low_rank is None else low_rank.names
-        members = MemberFiles(files, bases[0] if bases else None, apart)
-        merge = StreamingMerge(members, chosen, settings, lam, floor, seed)
+    own = repr((method, lam, options, floor, normalize, check_fingerprint, seed))
+    check_same({"paths": [str(path) for path in (*every, out)], "settings": own})
+    with contextlib.ExitStack() as stack:
+        with together():
+            files, bases = stack.enter_context(opened(paths, ancestors, by=open_member))
+            (fisher_files,) = stack.enter_context(opened(fishers or []))
+            low_rank, options = low_rank_settings(files, method, inputs, options)
+            chosen, settings = _choose(method, inputs, options, floor, normalize)
+            check_name(out, files[0], low_rank)
+            apart = () if low_rank is None else low_rank.names
+            members = MemberFiles(files, bases[0] if bases else None, apart)
+            merge = StreamingMerge(members, chosen, settings, lam, floor, seed, out.parent)
         if fishers is not None:
-            merge.fishers = FisherFiles(fisher_files, files, members.parameters, normalize)
-            if check_fingerprint:
-                merge.fishers.check_fingerprints(files, members.parameters)
+            merge.take_fishers(fisher_files, normalize, check_fingerprint)
         provenance = {
             "method": chosen.name,
             "weights": lam,
@@ -141,18 +149,19 @@ def merge_files(
             "floor": floor,
             "normalize": normalize,
             "seed": seed,
-            "members": members.identities(),
-            "catalogue": members.catalogue_identity(),
-            "fishers": None if merge.fishers is None else merge.fishers.identities(),
-            "base": members.base_identity(),
+            **merge.identities(),
             "metrics": {key: float(value) for key, value in (metrics or {}).items()},
             "versions": {"fisherkern": package_version(), "torch": str(torch.__version__)},
         }
-        if members.native:
-            write_native(out, merge, provenance, low_rank)
-        else:
-            _write(out, merge, provenance)
-    return provenance
+        if not members.native:
+            write_model(out, merge, provenance)
+            return provenance
+        with together():
+            if rank() == 0:
+                with alone():
+                    write_native(out, merge, provenance, low_rank)
+        found: dict[str, Any] = gathered(provenance)[0]
+    return found
 
 
 def _choose(
@@ -179,7 +188,7 @@ def _choose(
 class StreamingMerge:
     """What is merged and how, tensor by tensor.
 
-    solved: tensors that are known already, by name.
+    solved: tensors that are known already, by name. folder: for rows in other orders.
     """
 
     def __init__(
@@ -190,7 +199,9 @@ class StreamingMerge:
         weights: list[float],
         floor: float,
         seed: int,
+        folder: Path,
     ) -> None:
+        self.folder = folder
         self.members, self.weights = members, weights
         self.method, self.options = method, options
         self.function = method.with_options(options)
@@ -200,24 +211,49 @@ class StreamingMerge:
         self._stats: Mapping[str, Any] | None = None
         self._as_they_are: dict[str, bool] = {}
 
+    def take_fishers(
+        self, fishers: Sequence[TensorFile], normalize: str | None, check_fingerprint: bool
+    ) -> None:
+        """Read the members' Fishers once, for their sums and, if asked, for what they are of."""
+        files, parameters = self.members.files, self.members.parameters
+        self.fishers = FisherFiles(fishers, files, parameters, normalize)
+        if check_fingerprint:
+            with together():
+                self.fishers.check_fingerprints(files, parameters)
+
+    def identities(self) -> dict[str, Any]:
+        """What is merged, for the provenance; each process reads its share of the files."""
+        members, fishers = self.members, self.fishers
+        with together():
+            share = own_hashes([*members.everything, *(fishers.files if fishers else ())])
+        hashes = {path: digest for own in gathered(share) for path, digest in own.items()}
+        return {
+            "members": members.identities(hashes),
+            "catalogue": members.catalogue_identity(),
+            "fishers": None if fishers is None else fishers.identities(hashes),
+            "base": members.base_identity(hashes),
+        }
+
     def write(self, name: str, stream: BinaryIO) -> None:
         """The merged tensor's bytes."""
         for block in self.blocks(name):
             stream.write(raw(block))
 
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The merged tensor, a block of rows at a time."""
+    def blocks(self, name: str, part: slice | None = None) -> Iterator[Tensor]:
+        """The merged tensor, a block of rows at a time; `part`: see `pieces`."""
         shape = self.members.layout[name][1]
         if name in self.solved:
             yield self.solved[name]
             return
         if self._kept(name):
-            yield from self.members.files[0].blocks(name, rows_per_block(shape, READ))
+            first, last = (0, shape[0] if shape else 1) if part is None else (part.start, part.stop)
+            for start, stop in spans((last - first,), self.step(name)):
+                yield self.members.files[0].rows(name, first + start, first + stop)
             return
         by_method = name in self.members.parameters
         function: Callable[[MergeBlock], Tensor] = self.function if by_method else average
         stats = self.stats.get(name) if by_method else None
-        for start, blocks in self.pieces(name):
+        for start, blocks in self.pieces(name, part):
             merged = torch.empty_like(blocks.tensors[0])
             for part, own_block in blocks.weighted(self.weights, stats):
                 moved = dataclasses.replace(own_block, start=own_block.start + start)
@@ -243,34 +279,59 @@ class StreamingMerge:
                 self._stats = self.method.prepare(tensors, self.options)
         return self._stats
 
-    def pieces(self, name: str) -> Iterator[tuple[int, BlockIterator]]:
-        """(First row, all that is known) of each part of a tensor that is read at once."""
-        members = self.members
-        shape = members.layout[name][1]
-        by_method = name in members.parameters
-        scaled = self.fishers.scaled(name) if self.fishers and by_method else None
-        places, base_place = members.rows(name), members.base_rows(name)
+    def step(self, name: str) -> int:
+        """Rows of a tensor that are read at once."""
+        shape = self.members.layout[name][1]
         # Of whole blocks, so that their sums are those of the tensor in memory.
         inner = rows_per_block(shape, blocks_in_memory.BLOCK)
         step = rows_per_block(shape, READ)
-        step = max(inner, step - step % inner)
-        if by_method and base_place is not None:
-            self._check_unread(name, base_place, step)
-        for start, stop in spans(shape, step):
-            wanted = None if places is None else [index[start:stop] for index in places]
-            own = read_rows(members.files, name, start, stop, wanted)
-            known: dict[str, Any] = {}
-            base: list[Tensor] = []
+        return max(inner, step - step % inner)
+
+    def pieces(self, name: str, part: slice | None = None) -> Iterator[tuple[int, BlockIterator]]:
+        """(First row, all that is known) of each part of a tensor that is read at once.
+
+        `part`: rows, from a multiple of `step` on; all by default.
+        """
+        members, step = self.members, self.step(name)
+        shape = members.layout[name][1]
+        part = slice(0, shape[0] if shape else 1) if part is None else part
+        by_method = name in members.parameters
+        scaled = self.fishers.scaled(name) if self.fishers and by_method else None
+        places, base_place = members.rows(name), members.base_rows(name)
+        if by_method and members.base is not None and base_place is not None:
+            check_unread(members.base, name, base_place, step)
+        with contextlib.ExitStack() as stack:
+
+            def readers(
+                files: Sequence[TensorFile], names: Sequence[str], maps: Sequence[ItemRows] | None
+            ) -> RowReaders:
+                return stack.enter_context(RowReaders(files, names, maps, part, step, self.folder))
+
+            own_rows = readers(members.files, [name] * len(members.files), places)
+            base_rows = fisher_rows = None
             if by_method and members.base is not None:
-                place = None if base_place is None else [base_place[start:stop]]
-                base = read_rows([members.base], name, start, stop, place)
-                known = {"base": base[0], "base_rows": None if place is None else _there(place[0])}
-            self._check_finite(name, [*own, *base])
-            if by_method:
-                known |= {"fishers": None if scaled is None else scaled(start, stop, wanted)}
-                known |= {"floor": self.floor, "seed": self.seed}
-            rows = None if wanted is None else [_there(index) for index in wanted]
-            yield start, BlockIterator(name, own, rows, **known)
+                base_maps = None if base_place is None else [base_place]
+                base_rows = readers([members.base], [name], base_maps)
+            if scaled is not None and self.fishers is not None:
+                fisher_rows = readers(self.fishers.files, scaled.names, places)
+            for start, stop in spans((part.stop - part.start,), step):
+                start, stop = start + part.start, stop + part.start
+                own = own_rows.read(start, stop)
+                known: dict[str, Any] = {}
+                base: list[Tensor] = []
+                if base_rows is not None:
+                    base = base_rows.read(start, stop)
+                    place = None if base_place is None else own_places(base_place[start:stop])
+                    known = {"base": base[0], "base_rows": place}
+                check_values(name, [*own, *base], members.everything)
+                if by_method:
+                    fisher = None if fisher_rows is None else fisher_rows.read(start, stop)
+                    known |= {"floor": self.floor, "seed": self.seed}
+                    known["fishers"] = scaled.of(fisher) if scaled and fisher else None
+                rows = (
+                    None if places is None else [own_places(index[start:stop]) for index in places]
+                )
+                yield start, BlockIterator(name, own, rows, **known)
 
     def _kept(self, name: str) -> bool:
         """See `_is_kept`; asked once."""
@@ -301,7 +362,7 @@ class StreamingMerge:
             if odd is not None:
                 break
             if own[0].is_floating_point():
-                self._check_no_nan(name, own, files)
+                check_no_nan(name, own, files)
                 infinite = infinite or bool(own[0].isinf().any())
         if odd is not None and not files[0].floating(name):
             if not by_method and is_counter(name, files[0].layout[name][1]):
@@ -311,33 +372,6 @@ class StreamingMerge:
                 f"values of type {TYPES[files[0].layout[name][0]]} cannot be averaged"
             )
         return odd is None and (infinite or not by_method)
-
-    def _check_finite(self, name: str, blocks: Sequence[Tensor]) -> None:
-        """`blocks` are the members', and the base's after them where it is used."""
-        if all(bool(block.isfinite().all()) for block in blocks):
-            return
-        self._check_no_nan(name, blocks, self.members.everything)
-        odd = [bool(block.isfinite().all()) for block in blocks].index(False)
-        path = self.members.everything[odd].path
-        raise InputError(f"{path}: tensor {name!r} holds an infinity")
-
-    def _check_unread(self, name: str, place: Tensor, step: int) -> None:
-        """No NaN in rows of the base that no member has, which are read for nothing else."""
-        base = self.members.base
-        assert base is not None
-        shape = base.layout[name][1]
-        unread = torch.ones(shape[0], dtype=torch.bool)
-        unread[place[place >= 0]] = False
-        for start, stop in spans(shape, step):
-            if unread[start:stop].any():
-                self._check_no_nan(name, [base.rows(name, start, stop)], [base])
-
-    def _check_no_nan(
-        self, name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]
-    ) -> None:
-        for file, block in zip(files, blocks, strict=False):
-            if bool(block.isnan().any()):
-                raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
 
 
 class _FileBlocks:
@@ -354,40 +388,3 @@ class _FileBlocks:
         for start, blocks in self._merge.pieces(self._name):
             for block in blocks:
                 yield dataclasses.replace(block, start=block.start + start)
-
-
-def _there(index: Tensor) -> Tensor:
-    """`index` of what has been read in its order: the row itself, -1 for none."""
-    return torch.where(index < 0, -1, torch.arange(len(index)))
-
-
-def _write(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
-    """The model, its JSON file if it is a model of ours, and its card, all or none."""
-    members, first = merge.members, merge.members.files[0]
-    header = {**first.about, "merge": provenance}
-    about = None
-    if first.about.get("kind") == "model":
-        header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
-        about = {
-            "class": first.about.get("class"),
-            "config": members.config,
-            "item_ids": members.item_ids,
-            "metrics": provenance["metrics"],
-            "extra": {"merge": provenance},
-            "versions": provenance["versions"],
-        }
-    text = json.dumps(header, sort_keys=True, allow_nan=False)
-    card = model_card(out.name, header, provenance)
-    with atomic_path(out) as model:
-        with model.open("wb") as stream:
-            metadata = {**first.metadata, "fisherkern": text}
-            for name in write_header(stream, members.layout, metadata):
-                merge.write(name, stream)
-        with atomic_path(out.with_suffix(".md")) as beside:
-            beside.write_text(card, encoding="utf-8")
-            if about is not None:
-                with atomic_path(out.with_suffix(".json")) as temporary:
-                    with temporary.open("w", encoding="utf-8") as text_stream:
-                        # AxisSpec by piece: item ids may be many.
-                        json.dump(about, text_stream, indent=1, allow_nan=False)
-                        text_stream.write("\n")

@@ -19,6 +19,7 @@ from fisherkern.adapters import Checkpoint
 from fisherkern.documents import TensorHeader
 from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file, read_header, read_into
+from fisherkern.processes import rank, world
 
 # Safetensors' names of the types that PyTorch computes with, and the types.
 TYPES = {
@@ -215,6 +216,35 @@ def read_rows(
     return [f.take(name, index) for f, name, index in zip(files, names, wanted, strict=True)]
 
 
+def own_hashes(files: Sequence[TensorFile]) -> dict[Path, str]:
+    """Return path -> sha256 of the files that fall to this process."""
+    paths = {file.path: file for file in files}
+    return {path: paths[path].sha256() for path in list(paths)[rank() :: world()]}
+
+
+def check_values(name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]) -> None:
+    """Raise InputError for a NaN or an infinity in a block, which is of the file in its place."""
+    odd = [number for number, block in enumerate(blocks) if not _is_finite(block)]
+    if odd:
+        check_no_nan(name, blocks, files)
+        raise InputError(f"{files[odd[0]].path}: tensor {name!r} holds an infinity")
+
+
+def _is_finite(block: Tensor) -> bool:
+    """Five times as fast as `isfinite`: the bounds are a NaN where any value is."""
+    if not block.numel() or not block.is_floating_point():
+        return True
+    low, high = torch.aminmax(block)
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def check_no_nan(name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]) -> None:
+    """Raise InputError for a NaN in a block, which is of the file in its place."""
+    for file, block in zip(files, blocks, strict=False):
+        if bool(block.isnan().any()):
+            raise InputError(f"{file.path}: tensor {name!r} holds a NaN")
+
+
 def spans(shape: Sequence[int], step: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of blocks of `step` rows; one block for a number."""
     length = shape[0] if shape else 1
@@ -233,6 +263,11 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def in_file_order(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """Return the names as files have them: the widest types first, so that no gaps are needed."""
+    return sorted(layout, key=lambda name: (-TYPES[layout[name][0]].itemsize, name))
+
+
 def write_header(
     stream: BinaryIO,
     layout: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -244,8 +279,7 @@ def write_header(
     padded with spaces to a multiple of 8 bytes; the bytes of the tensors without gaps.
     """
     sizes = {name: TYPES[kind].itemsize for name, (kind, _) in layout.items()}
-    # The widest types first, so that every tensor starts at a multiple of its type's size.
-    order = sorted(layout, key=lambda name: (-sizes[name], name))
+    order = in_file_order(layout)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     place = 0
     for name in order:

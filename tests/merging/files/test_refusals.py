@@ -1,7 +1,10 @@
 """Files that cannot be merged: one sentence that names what is wrong, and nothing written."""
 
 import json
+import os
+import signal
 import struct
+import sys
 
 import pytest
 import safetensors.torch
@@ -10,7 +13,7 @@ from helpers.merging_files import saved, saved_fisher
 
 from fisherkern.errors import InputError
 from fisherkern.fisher import DiagFisher
-from fisherkern.merging.files import streaming, tensor_files
+from fisherkern.merging.files import moved_rows, streaming, tensor_files
 from fisherkern.merging.files.streaming import merge_files
 
 
@@ -199,14 +202,51 @@ def test_fishers_that_do_not_fit_are_named(tmp_path):
     fails(lambda t: [v.zero_() for v in t.values()], "bad.safetensors: the Fisher is zero every")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    path, _ = saved(tmp_path, 0)
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and kills of Linux")
+@pytest.mark.parametrize("ids", ["abcdefghijkxy", "kxacbfyedghij"], ids=["one order", "two orders"])
+@pytest.mark.parametrize("limit", [100, 5000])
+def test_a_full_disk_leaves_nothing(limit, ids, tmp_path, monkeypatch):
+    """In the header, and in the middle of the rows or of their copy."""
+    import resource
+
+    monkeypatch.setattr(moved_rows, "_is_scattered", lambda *arguments: True)
+    paths = [saved(tmp_path, n, ids=own)[0] for n, own in enumerate(("abcdefghijkxy", ids))]
     before = sorted(p.name for p in tmp_path.iterdir())
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(streaming.StreamingMerge, "write", full)
-    with pytest.raises(InputError, match="could not be written: No space left on device"):
-        merge_files([path, path], tmp_path / "out.safetensors")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(InputError, match="could not be written: File too large") as error:
+            merge_files(paths, tmp_path / "out.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert "\n" not in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be killed")
+def test_a_merge_killed_in_the_middle_is_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(moved_rows, "_is_scattered", lambda *arguments: True)
+    paths = [saved(tmp_path, n, ids=ids)[0] for n, ids in enumerate(("abcdefg", "gfedcba"))]
+    out = tmp_path / "out.safetensors"
+    merge_files(paths, out)
+    expected = out.read_bytes()
+    out.write_bytes(b"what was there")
+    child = os.fork()
+    if not child:
+        whole = streaming.StreamingMerge.blocks
+
+        def blocks(self, name, part=None):
+            yield from whole(self, name, part)
+            if "item_embedding" in name:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        streaming.StreamingMerge.blocks = blocks
+        try:
+            merge_files(paths, out)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert out.read_bytes() == b"what was there"
+    assert len(list(tmp_path.iterdir())) == 8  # with a temporary file
+    merge_files(paths, out)
+    assert out.read_bytes() == expected
+    assert len(list(tmp_path.iterdir())) == 7

@@ -1,0 +1,112 @@
+"""A merged model of ours in a file: each process writes its rows, process 0 what is beside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fisherkern.errors import InputError
+from fisherkern.files import atomic_path
+from fisherkern.merging.files.card import model_card
+from fisherkern.merging.files.item_ids import MergedIds
+from fisherkern.merging.files.tensor_files import TYPES, in_file_order, raw, write_header
+from fisherkern.processes import gathered, rank, together, world
+
+if TYPE_CHECKING:
+    from fisherkern.merging.files.streaming import StreamingMerge
+
+
+def write_model(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
+    """Write the model, its JSON file if it is a model of ours, and its card, all or none."""
+    members, first = merge.members, merge.members.files[0]
+    header = {**first.about, "merge": provenance}
+    about = None
+    if first.about.get("kind") == "model":
+        header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
+        about = {
+            "class": first.about.get("class"),
+            "item_ids": None,
+            "config": members.config,
+            "metrics": provenance["metrics"],
+            "extra": {"merge": provenance},
+            "versions": provenance["versions"],
+        }
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
+    card = model_card(out.name, header, provenance)
+    with _common_path(out) as model:
+        metadata = {**first.metadata, "fisherkern": text}
+        with together():
+            if rank() == 0:
+                with model.open("wb") as stream:
+                    write_header(stream, members.layout, metadata)
+        with together():
+            try:
+                _write_rows(model, merge)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"{out}: could not be written: {reason}") from error
+        with together():
+            if rank() == 0:
+                with atomic_path(out.with_suffix(".md")) as beside:
+                    beside.write_text(card, encoding="utf-8")
+                    if about is not None:
+                        with atomic_path(out.with_suffix(".json")) as temporary:
+                            _write_about(temporary, about, members.item_ids)
+
+
+@contextlib.contextmanager
+def _common_path(out: Path) -> Iterator[Path]:
+    """`atomic_path` of process 0 for all, which takes its name when all are done."""
+    with contextlib.ExitStack() as stack:
+        with together():
+            own = stack.enter_context(atomic_path(out)) if rank() == 0 else None
+        path = gathered(own)[0]
+        yield path
+        with together():
+            stack.close()
+
+
+def _write_rows(path: Path, merge: StreamingMerge) -> None:
+    """This process's rows of every tensor, behind the header."""
+    layout = merge.members.layout
+    with path.open("r+b") as stream:
+        place = 8 + int.from_bytes(stream.read(8), "little")
+        for name in in_file_order(layout):
+            kind, shape = layout[name]
+            row = TYPES[kind].itemsize * math.prod(shape[1:])
+            part = _own_rows(shape[0] if shape else 1, merge.step(name))
+            stream.seek(place + part.start * row)
+            for block in merge.blocks(name, part) if part.start < part.stop else ():
+                stream.write(raw(block))
+            place += TYPES[kind].itemsize * math.prod(shape)
+
+
+def _own_rows(length: int, step: int) -> slice:
+    """This process's share of a tensor's rows, in whole steps."""
+    steps = -(-length // step)
+    start, stop = (steps * number // world() for number in (rank(), rank() + 1))
+    return slice(start * step, min(length, stop * step))
+
+
+def _write_about(path: Path, about: dict[str, Any], item_ids: MergedIds | None) -> None:
+    """The JSON beside a model, its item ids in the place of None and a piece at a time."""
+    text = json.dumps(about, indent=1, allow_nan=False)
+    # A word of the class before it would have its quotation marks behind backslashes.
+    before, after = text.split('"item_ids": null', 1)
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(f'{before}"item_ids": ')
+        if item_ids is None:
+            stream.write("null")
+        else:
+            start = "["
+            for ids in item_ids.pieces():
+                if ids:
+                    lines = json.dumps(ids, separators=(",\n  ", ": "))[1:-1]
+                    stream.write(f"{start}\n  {lines}")
+                    start = ","
+            stream.write("[]" if start == "[" else "\n ]")
+        stream.write(f"{after}\n")
