@@ -7,9 +7,9 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 LIBRARIES := .venv-libraries
 LIBRARIES_PYTHON := python3.11
-CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3 python)
+CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3.14 python3 python)
 # What an interpreter must be able to do; a version manager's shim may exist and still fail.
-PROBE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PROBE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))
 
 demo: $(STAMP)
 	$(VENV)/bin/fisherkern demo
@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*
 	    if "$$python" -c '$(PROBE)' >/dev/null 2>&1; then found=$$python; break; fi; \
 	  done; \
 	  if [ -z "$$found" ]; then \
-	    echo 'fisherkern needs Python 3.11 to 3.13 with venv and ensurepip: none of $(CANDIDATES) runs; name one with make PYTHON=/path/to/python' >&2; \
+	    echo 'fisherkern needs Python 3.11 to 3.14 with venv and ensurepip: none of $(CANDIDATES) runs; name one with make PYTHON=/path/to/python' >&2; \
 	    exit 1; \
 	  fi; \
 	  echo "making $(VENV) with $$($$found -c 'import sys; print(sys.executable)')"; \

@@ -16,17 +16,25 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import ninja
+import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import BaseError, CompileError, LinkError, SetupError
 
 ROOT = Path(__file__).resolve().parent
+# Read by fisherkern.provenance; no file of a checkout.
+COMMIT = ROOT / "fisherkern" / "commit.txt"
 DEFAULT_ARCHS = "80,90,100+PTX"
 CPU_SOURCES = (
     "csrc/bind.cpp",
@@ -112,13 +120,40 @@ def gencode(code: list[int], ptx: list[int]) -> list[str]:
     return flags
 
 
+def compile_with_ninja(folder: Path, commands: Mapping[str, Sequence[str]]) -> list[str]:
+    """Compile every source with its command, side by side, where the object is not current.
+
+    The object files lie in `folder`, with what ninja knows of their headers and commands.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"builddir = {folder}", "rule compile", "  deps = gcc", "  depfile = $out.d"]
+    lines.append("  command = $compiler -MD -MF $out.d -c $in -o $out")
+    objects = [str(folder / (Path(source).stem + ".o")) for source in commands]
+    for target, (source, command) in zip(objects, commands.items(), strict=True):
+        path = re.sub(r"([ :$])", r"$\1", target)
+        lines.append(f"build {path}: compile {source}")
+        lines.append(f"  compiler = {shlex.join(command).replace('$', '$$')}")
+    file = folder / "build.ninja"
+    file.write_text("\n".join(lines) + "\n")
+    run = [str(Path(ninja.BIN_DIR) / "ninja"), "-v", "-f", str(file)]
+    done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, end="", flush=True)
+    if done.returncode != 0:
+        raise CompileError(f"ninja: exit status {done.returncode}")
+    return objects
+
+
 class BuildExtension(build_ext):
     """Compiles the CUDA part with nvcc where there is one, then the rest as any extension."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         ext.include_dirs.append(pybind11.get_include())
+        if self.editable_mode:
+            # Not in pip's temporary folder: the next build compiles what changed since.
+            plat = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(Path("build", f"temp.{plat}"))
+        if self.compiler.compiler_type == "unix":
+            self.compiler.compile = self._compile
         if not self._build_cuda(ext):
             print("fisherkern: the extension is built without CUDA kernels")
         try:
@@ -157,23 +192,11 @@ class BuildExtension(build_ext):
         libraries = next((p for p in (top / "lib64", top / "lib") if p.is_dir()), top / "lib64")
         if not (libraries / "libcudart_static.a").exists():
             raise CompileError(f"{libraries} has no libcudart_static.a")
-        folder = Path(self.build_temp) / "cuda"
-        folder.mkdir(parents=True, exist_ok=True)
         flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        flags += gencode(code, ptx)
-
-        def compile_one(source: str) -> str:
-            target = str(folder / (Path(source).stem + ".o"))
-            command = [nvcc, *flags, "-c", source, "-o", target]
-            print(" ".join(command), flush=True)
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise CompileError(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
-            return target
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, CUDA_SOURCES))
-        ext.extra_objects += objects
+        command = [nvcc, *flags, *gencode(code, ptx)]
+        ext.extra_objects += compile_with_ninja(
+            Path(self.build_temp) / "cuda", dict.fromkeys(CUDA_SOURCES, command)
+        )
         # Static, so that the extension goes with any PyTorch, whatever CUDA it brings.
         ext.library_dirs.append(str(libraries))
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
@@ -184,6 +207,54 @@ class BuildExtension(build_ext):
             ("FISHERKERN_CUDA_SOURCES", cuda_hash()),
         ]
 
+    def _compile(
+        self,
+        sources: list[str],
+        macros: list[tuple[str, str]],
+        include_dirs: list[str],
+        extra_postargs: list[str],
+        **_: Any,
+    ) -> list[str]:
+        """Stands in for the compiler object's own method, which has one file at a time."""
+        command = [*self.compiler.compiler_so_cxx, *extra_postargs]
+        command += [f"-D{name}={value}" for name, value in macros]
+        command += [f"-I{folder}" for folder in (*include_dirs, *self.compiler.include_dirs)]
+        return compile_with_ninja(Path(self.build_temp), dict.fromkeys(sources, command))
+
+
+def source_commit() -> str | None:
+    """The checkout's commit, with "-dirty" if files differ from it, or the sdist's."""
+    if not (ROOT / ".git").exists():
+        return COMMIT.read_text() if COMMIT.exists() else None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write_commit(root: str) -> None:
+    """Leave the commit in the copy of the package below `root`: it has no history to ask."""
+    commit, path = source_commit(), Path(root, COMMIT.relative_to(ROOT))
+    if commit is not None and path.parent.is_dir():
+        path.write_text(commit)
+
+
+class BuildPackage(build_py):
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            write_commit(self.build_lib)
+
+
+class SourceRelease(sdist):
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        write_commit(base_dir)
+
+
+COMMANDS = {"build_ext": BuildExtension, "build_py": BuildPackage, "sdist": SourceRelease}
 
 if __name__ == "__main__":
     cuda_archs()  # what the environment has wrong is said at once, whatever is built
@@ -200,4 +271,4 @@ if __name__ == "__main__":
             else ["-std=c++17", "-O3", "-fvisibility=hidden", "-g0", "-pthread"]
         ),
     )
-    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+    setup(ext_modules=[extension], cmdclass=COMMANDS)

@@ -36,9 +36,12 @@ def versions() -> dict[str, str | None]:
 def source_commit(package: Path = PACKAGE) -> str | None:
     """Return the git commit of `package`'s source, with "-dirty" if files differ from it.
 
-    None without git, or where the package lies outside a checkout of its own: one installed
-    into a virtual environment inside somebody's project is not that project's commit.
+    An installed package has it from its wheel, in commit.txt. None without that and git, or where
+    the package lies outside a checkout of its own: one installed into a virtual environment inside
+    somebody's project is not that project's commit.
     """
+    if (built := package / "commit.txt").exists():
+        return built.read_text(encoding="utf-8")
     top = _git(package, "rev-parse", "--show-toplevel")
     if top is None or Path(top) != package.parent:
         return None

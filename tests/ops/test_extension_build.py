@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from fisherkern.ops.build import load_extension
+from fisherkern.provenance import source_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,13 +69,65 @@ def test_setup_does_not_import_torch() -> None:
             else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         )
     }  # fmt: skip
-    assert modules <= sys.stdlib_module_names | {"setuptools", "pybind11"}
+    assert modules <= sys.stdlib_module_names | {"setuptools", "pybind11", "ninja"}
+
+
+def build_module() -> ModuleType:
+    """setup.py, imported: it builds nothing then."""
+    for needed in ("setuptools", "pybind11", "ninja"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    spec = importlib.util.spec_from_file_location("fisherkern_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_did_not_change_is_not_compiled_again(tmp_path: Path) -> None:
+    setup = build_module()
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    (tmp_path / "a.h").write_text("const int one = 1;\n")
+    (tmp_path / "a.cpp").write_text('#include "a.h"\nint a() { return one; }\n')
+    (tmp_path / "b.cpp").write_text("int b() { return 2; }\n")
+
+    def compiled(*flags: str) -> list[int]:
+        commands = {str(tmp_path / name): [compiler, *flags] for name in ("a.cpp", "b.cpp")}
+        objects = setup.compile_with_ninja(tmp_path / "with space", commands)
+        return [Path(path).stat().st_mtime_ns for path in objects]
+
+    first = compiled()
+    assert compiled() == first
+    (tmp_path / "a.h").write_text("const int one = 11;\n")
+    header = compiled()
+    assert header[0] > first[0] and header[1] == first[1]
+    # Another command is another object.
+    assert all(after > before for after, before in zip(compiled("-O1"), header, strict=True))
+    (tmp_path / "b.cpp").write_text("int b(\n")
+    with pytest.raises(setup.CompileError, match="ninja: exit status 1"):
+        compiled()
+
+
+def test_a_release_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = build_module()
+    here = setup.source_commit()
+    assert here == source_commit()
+    (tmp_path / "fisherkern").mkdir()
+    setup.write_commit(str(tmp_path))
+    # The unpacked sdist, from which a wheel is built, and the installed package.
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "COMMIT", tmp_path / "fisherkern/commit.txt")
+    assert setup.source_commit() == source_commit(tmp_path / "fisherkern") == here
+
+
+def test_the_citation_has_the_version() -> None:
+    found = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert found is not None and found[1] == project["version"]
 
 
 def build(tmp_path: Path, path: Sequence[str | Path] = (), **environment: str) -> tuple[int, str]:
     """(exit status, output) of a build without nvcc, in a folder of its own."""
-    pytest.importorskip("pybind11", reason="pybind11 is not installed")
-    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    build_module()
     arguments = ["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
     blocked = tmp_path / "blocked"
     (blocked / "torch").mkdir(parents=True)

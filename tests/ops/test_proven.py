@@ -366,6 +366,7 @@ def test_the_extension_says_of_which_sources_it_is() -> None:
 def test_a_wheel_holds_the_rows(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", reason="setuptools is not installed")
     pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    pytest.importorskip("ninja", reason="ninja is not installed")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
     egg = ["egg_info", "--egg-base", str(tmp_path)]
     subprocess.run([*command[:3], *egg, *command[3:]], cwd=ROOT, check=True, capture_output=True)
