@@ -1,11 +1,12 @@
 # `make demo` and `make test` work on a fresh clone: both set up .venv first.
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint setup sanitize libraries clean
+.PHONY: demo test lint setup sanitize libraries site clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 LIBRARIES := .venv-libraries
+SITE := .venv-site
 LIBRARIES_PYTHON := python3.11
 CANDIDATES := $(if $(PYTHON),"$(PYTHON)",python3.12 python3.11 python3.13 python3.14 python3 python)
 # What an interpreter must be able to do; a version manager's shim may exist and still fail.
@@ -58,6 +59,15 @@ $(LIBRARIES)/.installed: benchmarks/libraries/requirements.txt pyproject.toml
 	  echo 'make libraries: $< could not be installed; pip says why above' >&2; exit 1; }
 	@touch $@
 
+# The documentation as a site, build/site/index.html; a warning is an error. Without torch.
+site: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
+
+$(SITE)/.installed: docs/requirements.txt
+	python3 -m venv --clear $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(LIBRARIES) build dist *.egg-info fisherkern/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(LIBRARIES) $(SITE) build dist *.egg-info fisherkern/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

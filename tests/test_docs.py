@@ -15,7 +15,10 @@ from benchmarks import readme_tables
 from fisherkern.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*readme_tables.pages(), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [
+    *readme_tables.pages(),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README_BYTES = 6000
 # Words a sentence in the mean, of the prose alone.
@@ -163,6 +166,30 @@ def test_every_page_is_in_the_index():
     index = text_of("docs/index.md")
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert pages == {link for link in LINK.findall(index) if "/" not in link}
+
+
+def copied_code(markdown: str) -> list[tuple[str, str]]:
+    """(script, code) of a page's `py` blocks: the script is the last that the text names."""
+    found = []
+    for block in re.finditer(r"^```py\n(.*?)^```", markdown, re.DOTALL | re.MULTILINE):
+        scripts = re.findall(r"`(examples/\w+\.py)`", markdown[: block.start()])
+        found.append((scripts[-1], block[1]))
+    return found
+
+
+COPIED = [(name, *copy) for name in NAMES for copy in copied_code(text_of(name))]
+
+
+@pytest.mark.parametrize(("name", "script", "code"), COPIED)
+def test_code_of_other_libraries_is_that_of_an_example(name, script, code):
+    example = text_of(script)
+    assert [part for part in code.strip().split("\n\n") if part.strip() not in example] == []
+
+
+def test_every_page_has_its_place_in_the_site():
+    places = re.findall(r"(\S+\.md)$", text_of("mkdocs.yml"), re.MULTILINE)
+    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
+    assert sorted(set(pages) - set(places)) == [] and len(places) == len(set(places))
 
 
 def test_every_environment_variable_is_documented():

@@ -276,7 +276,7 @@ def weight_ensemble(
 
     Raises:
         InputError: Encoders have no feed-forward layers, `merge` refuses them, or arguments do not
-        fit.
+            fit.
 
     Source: Tang et al., arXiv 2402.00433 (WEMoE); Shen et al., arXiv 2410.21804 (E-WEMoE); numerics
     from their released code.
