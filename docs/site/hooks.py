@@ -17,15 +17,19 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-# Pages of the site that stand elsewhere in the repository.
+# Pages of the site that stand elsewhere in the repository, or have another name there.
 ELSEWHERE = {
-    "README.md": "readme.md",
+    "README.md": "index.md",
+    "docs/index.md": "pages.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "benchmarks/results/libraries.md": "libraries.md",
     "docs/site/site.css": "site.css",
+    "docs/site/site.js": "site.js",
 }
+# Pictures of another host: the site asks no other.
+BADGE = re.compile(r"^.*img\.shields\.io.*\n", re.MULTILINE)
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 TABS = re.compile(r"<!-- tabs -->\n(.*?)<!-- end tabs -->", re.DOTALL)
@@ -79,6 +83,7 @@ def api_page() -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
+    files.remove(files.src_uris["index.md"])
     for path, place in repository_files().items():
         files.append(File.generated(config, place, abs_src_path=str(path)))
     files.append(File.generated(config, "api.md", content=api_page()))
@@ -86,7 +91,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    source = page.file.abs_src_path
+    source, markdown = page.file.abs_src_path, BADGE.sub("", markdown)
     # Code stays as it is: a link in it is none.
     parts, fences = FENCE.split(markdown), [*FENCE.findall(markdown), ""]
     if source is not None:
