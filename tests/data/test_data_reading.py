@@ -224,7 +224,7 @@ def test_attributes_are_read_and_unknown_items_ignored(tmp_path):
         ('{"1": [1],\n "99": [1.5]}', ":2: the attributes of item '99' must be a list of integers"),
         ('{"1": 4}', ":1: the attributes of item '1' must be a list"),
         ('{"1": [true]}', ":1: the attributes of item '1' must be a list"),
-        ('{"1": [1],\n}', ":2: not valid JSON"),
+        ('{"1": [1],\n]', ":2: not valid JSON"),
     ],
 )
 def test_bad_attributes_are_named(tmp_path, text, message):
