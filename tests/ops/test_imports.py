@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,13 @@ def test_the_fisher_knows_no_encoder() -> None:
         if (names := {n for n in imports(path) if n.startswith("fisherkern.encoders")})
     }
     assert found == {}
+
+
+def test_importing_the_package_loads_little_beside_torch() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import fisherkern;"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=PACKAGE.parent)
+    ours = {"fisherkern", "narwhals", "numpy", "safetensors", "torch", "tqdm"}
+    assert set(loaded.split()) - sys.stdlib_module_names - ours == set()
