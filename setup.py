@@ -147,13 +147,18 @@ class BuildExtension(build_ext):
     """Compiles the CUDA part with nvcc where there is one, then the rest as any extension."""
 
     def build_extension(self, ext: Extension) -> None:
-        ext.include_dirs.append(pybind11.get_include())
         if self.editable_mode:
             # Not in pip's temporary folder: the next build compiles what changed since.
             plat = f"{self.plat_name}-{sys.implementation.cache_tag}"
             self.build_temp = str(Path("build", f"temp.{plat}"))
         if self.compiler.compiler_type == "unix":
+            # Not in the command, by which ninja knows an object: pip's build has pybind11 in a
+            # folder of a new name every time.
+            paths = (pybind11.get_include(), os.environ.get("CPLUS_INCLUDE_PATH"))
+            os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(filter(None, paths))
             self.compiler.compile = self._compile
+        else:
+            ext.include_dirs.append(pybind11.get_include())
         if not self._build_cuda(ext):
             print("fisherkern: the extension is built without CUDA kernels")
         try:
