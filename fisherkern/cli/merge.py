@@ -72,7 +72,7 @@ def merge_checkpoints(
     path = out / name
     _check_dtype(plan)
     if stream or native:
-        report = run.write(_streamed, plan, path)
+        report = _streamed(plan, path)
     elif plan.method == ENSEMBLE:
         report = _weight_ensemble(run, plan, path)
     else:
@@ -133,7 +133,7 @@ def _check_dtype(recipe: Recipe) -> None:
 @contextlib.contextmanager
 def _set_aside(path: Path) -> Iterator[None]:
     """Move a folder of an earlier merge away, and back if the block fails."""
-    if not path.is_dir():
+    if processes.rank() > 0 or not path.is_dir():
         yield
         return
     earlier = path.with_name(f".{path.name}.earlier")
@@ -152,7 +152,7 @@ def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
         raise InputError(f"method {ENSEMBLE!r} needs models of ours in memory")
     if recipe.steps is not None:
         raise InputError("a merge of files neither searches nor learns, so it takes no steps")
-    with _set_aside(path), processes.alone():
+    with _set_aside(path):
         return merge_files(
             recipe.members,
             path,
