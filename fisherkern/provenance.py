@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -30,6 +31,16 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "commit": source_commit(),
     }
+
+
+@functools.cache
+def source_sha256(package: Path = PACKAGE) -> str:
+    """Return the sha256 (64 hex digits) of `package`'s Python files and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache

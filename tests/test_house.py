@@ -58,6 +58,7 @@ SIDEWAYS = {
     ("files", "errors"),
     ("checks", "errors"),
     ("processes", "errors"),
+    ("processes", "provenance"),
     ("fingerprint", "errors"),
     ("tables", "errors"),
     ("fingerprint", "files"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.processes import Dealer, own_share, world
 
 # One-dimensional tensors of these names belong to positions, whatever their length.
 _BY_POSITION = ("position_ids", "positions", "cache_position", "pos_ids")
@@ -146,6 +147,22 @@ def sequence_lengths(batch: Any) -> Tensor:
     if ids is None:
         return torch.ones(batch_size(batch), dtype=torch.int64)
     return (ids != 0).sum(dim=1).clamp(min=1).cpu()
+
+
+def takes(dealer: Dealer, batch: Any) -> bool:
+    """Whether this process takes the next batch that is dealt."""
+    return world() == 1 or dealer.takes(int(sequence_lengths(batch).sum()))
+
+
+def shared_part(batch: Any) -> tuple[Any, slice, float]:
+    """This process's sequences of a batch that all work on, their places, and `own_share`'s weight.
+
+    A list or tuple of tensors alone will do for a batch.
+    """
+    if world() == 1:
+        return batch, slice(None), 1.0
+    part, weight = own_share(sequence_lengths(batch))
+    return batch_slice(batch, part.start, part.stop), part, weight
 
 
 def real_places(batch: Any, pad: int | None = None) -> Tensor | None:

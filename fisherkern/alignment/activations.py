@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkern import processes
+from fisherkern.adapters.batches import sequence_lengths
 from fisherkern.alignment.assignment import best_transform
 from fisherkern.encoders.base import prediction_tokens
 from fisherkern.encoders.symmetry import AxisLabels, AxisSpec, Symmetries, SymmetryGroup
@@ -167,6 +169,20 @@ class Correlations:
             )
             self.count[name] = self.count.get(name, 0) + len(a)
 
+    def join(self, device: torch.device) -> None:
+        """Add up what several processes have observed, in their order; all have it afterwards."""
+        own = {
+            name: (labels, self.count[name], [x.shape for x in self._sums[name]])
+            for name, labels in self._labels.items()
+        }
+        every = processes.gathered(own)
+        about = {name: told for found in every for name, told in found.items()}
+        for name, (labels, _, shapes) in about.items():
+            none = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+            self._labels[name] = labels
+            self._sums[name] = [processes.joined_sum(x) for x in self._sums.get(name, none)]
+            self.count[name] = sum(found[name][1] for found in every if name in found)
+
     def of(self) -> dict[str, Tensor]:
         """(n, n) float64 for every label that has been observed."""
         found: dict[str, list[Tensor]] = {}
@@ -226,10 +242,12 @@ def match_activations(
     observations: Callable[[], Iterator[tuple[Observations, Observations]]],
     of_weights: OfWeights,
     sweeps: int,
+    device: torch.device,
 ) -> tuple[dict[str, Tensor], int, dict[str, list[float]]]:
     """Return the transforms, passes over the batches, and agreement before and after by group.
 
-    observations: gives the reference's and the member's, batch by batch, anew at every call.
+    observations: gives the reference's and the member's, of this process's batches, one by one,
+        anew at every call; they are on `device`.
     """
     transforms: dict[str, Tensor] = {}
     before: dict[str, float] = {}
@@ -238,8 +256,10 @@ def match_activations(
     while not settled and rounds < sweeps:
         rounds += 1
         sums = Correlations(symmetries, transforms)
-        for reference, member in observations():
-            sums.add(reference, member)
+        with processes.together():
+            for reference, member in observations():
+                sums.add(reference, member)
+        sums.join(device)
         if not any(sums.count.values()):
             raise InputError("loader: its histories hold no items")
         found = sums.of()
@@ -291,15 +311,16 @@ def _agreement(
 def paired_activations(
     models: tuple[Any, Any], symmetries: Symmetries, batches: Sequence[Any], items: Tensor | None
 ) -> Callable[[], Iterator[tuple[Observations, Observations]]]:
-    """Pair the observations of a reference and a member on the same histories.
+    """Pair the observations of a reference and a member on the same histories of own batches.
 
     items: the member's item of each of the reference's, (V + 1,) with padding first, 0 where it
     has none: such items are taken out of the histories of both. None where all are the same.
     """
     reference, member = models
+    own_numbers = processes.own_numbers([int(sequence_lengths(own).sum()) for own in batches])
 
     def run() -> Iterator[tuple[Observations, Observations]]:
-        for batch in batches:
+        for batch in (batches[number] for number in own_numbers):
             own = other = reference.read_history(batch)
             if items is not None:
                 own = own.masked_fill(items.to(own.device)[own] == 0, 0)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.alignment.activations import item_map, match_activations, paired_activations
 from fisherkern.alignment.loss import learn_rotations
 from fisherkern.alignment.weights import WeightPair, match_weights
@@ -18,7 +19,7 @@ from fisherkern.members import checks
 from fisherkern.members.catalogue import CatalogueUnion, align_item_rows
 from fisherkern.members.checks import check_encoders
 from fisherkern.members.fitting import collect_batches
-from fisherkern.members.symmetries import fold_norms, symmetries_of, transform_model
+from fisherkern.members.symmetries import Transforms, fold_norms, symmetries_of, transform_model
 from fisherkern.members.ties import named_tensors
 from fisherkern.objectives import Objective
 
@@ -85,6 +86,9 @@ def align(
     stays if the mean over the first 32 batches is no lower after it. It is for a plain average of
     all members, who need one catalogue; permutations stay, and Fishers have little to add.
 
+    Several processes deal out the batches of histories, and share each batch of windows; what looks
+    at weights alone is done by each.
+
     Permutations move values without rounding; for the rest logits agree to rounding of the dtype. A
     Fisher belongs to the weights it was computed at: compute it after aligning.
 
@@ -125,16 +129,22 @@ def align(
     rotations within heads and of the residual stream as in arXiv 2502.00264 and 2506.22712, the
     latter for learning them from the loss too.
     """
-    adapters = checks.adapters_of(list(models))
-    modules: list[Any] = checks.bare_modules(adapters)
-    ties, catalogue = checks.check_members(modules), align_item_rows(adapters, item_ids)
-    checks.check_config(adapters)
-    checks.check_tensors([named_tensors(model) for model in modules], ties, catalogue)
-    _check_counts(reference, sweeps, len(modules))
-    common, members = _foldable(modules, symmetries, rotate)
-    batches = _batches(by, loader, objective, members[reference]) if members else []
-    if by == "loss" and catalogue.positions is not None:
-        raise InputError("by='loss' averages the members, which need one catalogue")
+    # What looks at weights alone asks no other process.
+    with processes.together(by != "weights") as same:
+        adapters = checks.adapters_of(list(models))
+        modules: list[Any] = checks.bare_modules(adapters)
+        ties, catalogue = checks.check_members(modules), align_item_rows(adapters, item_ids)
+        checks.check_config(adapters)
+        checks.check_tensors([named_tensors(model) for model in modules], ties, catalogue)
+        _check_counts(reference, sweeps, len(modules))
+        common, members = _foldable(modules, symmetries, rotate)
+        batches = _batches(by, loader, objective, members[reference]) if members else []
+        if by == "loss" and catalogue.positions is not None:
+            raise InputError("by='loss' averages the members, which need one catalogue")
+        if by != "weights":
+            loss = objective.settings() if isinstance(objective, Objective) else None
+            given = (reference, rotate, sweeps, by, loss, steps, lr, seed)
+            same |= checks.compared(modules, arguments=given)
     pair = partial(_pair, common, members, catalogue, reference)
 
     def matched(number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -143,9 +153,8 @@ def align(
         if by == "activations":
             items = item_map(catalogue, reference, number)
             run = paired_activations((members[reference], members[number]), common, batches, items)
-            transforms, rounds, agreement = match_activations(
-                common, run, pair(number).correlation, sweeps
-            )
+            how = (pair(number).correlation, sweeps, adapters[reference].device)
+            transforms, rounds, agreement = match_activations(common, run, *how)
             return transforms, {"sweeps": rounds, "agreement": agreement}
         transforms, rounds = match_weights(pair(number), sweeps)
         return transforms, {"sweeps": rounds}
@@ -160,16 +169,19 @@ def align(
     aligned = []
     for number, (member, (transforms, report)) in enumerate(zip(members, matches, strict=True)):
         new, own = transform_model(member, common, transforms), pair(number)
-        new.align_report = {
-            "reference": reference,
-            "by": by,
-            "groups": {name: group.kind for name, group in common.groups.items()},
-            "distance_before": own.distance({}),
-            "distance_after": own.distance(transforms),
-            **report,
-        }
+        about = {"reference": reference, "by": by, **_distances(common, own, transforms)}
+        new.align_report = {**about, **report}
         aligned.append(adapters[number].wrapped(new))
     return aligned
+
+
+def _distances(common: Symmetries, pair: WeightPair, transforms: Transforms) -> dict[str, Any]:
+    """What a report says of the groups, and of the distance before and after."""
+    return {
+        "groups": {name: group.kind for name, group in common.groups.items()},
+        "distance_before": pair.distance({}),
+        "distance_after": pair.distance(transforms),
+    }
 
 
 def _batches(by: str, loader: Any, objective: Any, reference: nn.Module) -> list[Any]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from fisherkern.alignment.assignment import complement_of_ones, fixing_ones
+from fisherkern.encoders import SequenceEncoder
 from fisherkern.encoders.symmetry import Symmetries
 from fisherkern.errors import InputError
 from fisherkern.members.fitting import minimize
 from fisherkern.members.symmetries import Transforms, transform_model, transform_tensor
 from fisherkern.modes import eval_mode
 from fisherkern.objectives import Objective
+from fisherkern.objectives.batch_loss import BatchLoss
+from fisherkern.processes import average_gradients_
 
 # The groups whose elements form a continuum; the others stay as the weights were matched.
 CONTINUOUS = ("rotation", "orthogonal", "heads")
@@ -56,17 +59,6 @@ class RotationParams:
         return found
 
 
-class _Loss(nn.Module):
-    """An objective as a module, so that `functional_call` reaches the model's parameters."""
-
-    def __init__(self, model: Any, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
-        return self.objective(self.model, tokens, generator)
-
-
 class _Average:
     """The mean of the members' parameters, as a function of their turns, and its loss."""
 
@@ -78,7 +70,7 @@ class _Average:
         self.own = [dict(member.named_parameters()) for member in members]
         like = next(iter(self.own[0].values()))
         self.turns = [RotationParams(symmetries, like) for _ in members[1:]]
-        self.loss = _Loss(copy.deepcopy(members[0]), objective)
+        self.loss = BatchLoss(cast(SequenceEncoder, copy.deepcopy(members[0])), objective, {}, {})
         self.generator = torch.Generator()
 
     def parameters(self) -> dict[str, Tensor]:
@@ -95,8 +87,9 @@ class _Average:
         }
 
     def __call__(self, tokens: Any) -> Tensor:
+        """The loss of a batch, or what has it for its mean over the processes."""
         tensors = {f"model.{name}": tensor for name, tensor in self.parameters().items()}
-        loss: Tensor = functional_call(self.loss, tensors, (tokens, self.generator))
+        loss: Tensor = functional_call(self.loss, tensors, (tokens, self.generator))[0]
         return loss
 
     @torch.no_grad()
@@ -104,14 +97,14 @@ class _Average:
         """The mean loss of the first batches, with the same draws at every call."""
         self.generator.manual_seed(self.seed)
         first = batches[:CHECKED]
-        return sum(float(self(batch)) for batch in first) / len(first)
+        return sum(average_gradients_([], self(batch)) for batch in first) / len(first)
 
     def learn(self, batches: Sequence[Tensor], *, steps: int, lr: float) -> list[float]:
         """Turn; `over` before and after."""
         before = self.over(batches)
         parameters = [free for turns in self.turns for free in turns.free.values()]
         if parameters:  # a member alone has nobody to meet
-            minimize(parameters, batches, self, steps=steps, lr=lr)
+            minimize(parameters, batches, self, steps=steps, lr=lr, whole=True)
         after = self.over(batches)
         if after > before:  # the start is an answer too
             with torch.no_grad():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
+from fisherkern import processes
 from fisherkern.cli import (
     align,
     data,
@@ -21,7 +24,9 @@ from fisherkern.cli import (
     representation_surgery,
     train,
 )
+from fisherkern.cli.arguments import Command
 from fisherkern.cli.parsing import make_app, parse
+from fisherkern.cli.run import Run
 from fisherkern.errors import InputError, one_line, shown
 from fisherkern.interrupts import raise_again
 
@@ -41,6 +46,8 @@ COMMANDS = (
 
 # Commands that go on from what they have stored.
 RESUMED = ("demo", "train")
+# Commands of one process.
+ALONE = ("demo", "data")
 
 
 def _message(error: Exception) -> str | None:
@@ -50,9 +57,29 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror is not None:
         where = "" if error.filename is None else f"{shown(os.fsdecode(error.filename))}: "
         return f"{where}{error.strerror}"
+    if isinstance(error, RuntimeError) and "gloo" in str(error).lower():
+        return processes.ENDED
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error).lower():
         return f"not enough memory: {one_line(str(error), 200)}"
     return None
+
+
+@contextlib.contextmanager
+def _among_others(command: Command, run: Run) -> Iterator[None]:
+    """Join the processes that torchrun started, of which the first alone prints."""
+    started = processes.started_by_torchrun()
+    if started == 1:
+        yield
+        return
+    if command.name in ALONE:
+        raise InputError(f"takes one process, and torchrun started {started}")
+    with processes.joined_by_torchrun(run.device.type), contextlib.ExitStack() as stack:
+        processes.check_same({"arguments": run.values})
+        if processes.rank() > 0:
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            logging.getLogger("fisherkern").setLevel(logging.ERROR)
+        yield
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -76,7 +103,7 @@ def main(words: Sequence[str] | None = None) -> int:
             if run.values["threads"] is not None:
                 torch.set_num_threads(run.values["threads"])
             own = run.of(command.run)
-            with run.claims:
+            with run.claims, _among_others(command, run):
                 command.run(run=run, **own)
     except (InputError, MemoryError, OSError, RuntimeError) as error:
         message = _message(error)
@@ -86,6 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = "; run the same command again to continue" if name in RESUMED else ""
-        print(f"interrupted{again}", file=sys.stderr)
+        if processes.first_of_torchrun():
+            print(f"interrupted{again}", file=sys.stderr)
         return 130
     return 0

@@ -40,7 +40,7 @@ def align_checkpoints(
     for name, path, model in zip(names, checkpoints, aligned, strict=True):
         target = out / name
         report: dict[str, Any] = model.align_report  # type: ignore[assignment]
-        save_model(model, target, extra={"align_report": report})
+        run.write(save_model, model, target, extra={"align_report": report})
         members.append({"member": str(path), "aligned": str(target), **report})
     run.finish(out, {"members": members})
     _show(members)

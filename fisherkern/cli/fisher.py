@@ -15,7 +15,6 @@ from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.fisher import DiagFisher, diag_fisher
 from fisherkern.fisher.second_moments import fisher_of_moments
-from fisherkern.processes import joined_by_torchrun, rank
 from fisherkern.tables import print_table
 from fisherkern.training.state import read_moments
 
@@ -66,10 +65,7 @@ def fisher(
         data = over_catalogue_of(network, run.data(), checkpoint or Path(name))
         batches = run.batches(network, data, split=split, batch_size=batch_size, limit=limit)
     settings = {key: value for key, value in run.of(diag_fisher).items() if key != "model"}
-    with joined_by_torchrun(run.device) as own:
-        found = diag_fisher(network.to(own), batches, **settings)
-        if rank() > 0:
-            return
+    found = diag_fisher(network.to(run.device), batches, **settings)
     _finish(run, path, found)
 
 
@@ -84,7 +80,7 @@ def _free(run: Run, state: Path, network: SequenceEncoder) -> DiagFisher:
 
 def _finish(run: Run, path: Path, found: DiagFisher) -> None:
     """Store a Fisher and tell its size by parameter."""
-    found.save(path)
+    run.write(found.save, path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}
     run.finish(path.parent, {"meta": found.meta, "mean": mean, "max": largest})

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fisherkern import processes
 from fisherkern.adapters import load_tensors
 from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import RECIPE_FIELDS, Recipe, from_file, option_from, weights_from
@@ -71,8 +72,7 @@ def merge_checkpoints(
     path = out / name
     _check_dtype(plan)
     if stream or native:
-        with _set_aside(path):
-            report = _streamed(plan, path)
+        report = _streamed(plan, path)
     elif plan.method == ENSEMBLE:
         report = _weight_ensemble(run, plan, path)
     else:
@@ -133,7 +133,7 @@ def _check_dtype(recipe: Recipe) -> None:
 @contextlib.contextmanager
 def _set_aside(path: Path) -> Iterator[None]:
     """Move a folder of an earlier merge away, and back if the block fails."""
-    if not path.is_dir():
+    if processes.rank() > 0 or not path.is_dir():
         yield
         return
     earlier = path.with_name(f".{path.name}.earlier")
@@ -152,14 +152,15 @@ def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
         raise InputError(f"method {ENSEMBLE!r} needs models of ours in memory")
     if recipe.steps is not None:
         raise InputError("a merge of files neither searches nor learns, so it takes no steps")
-    return merge_files(
-        recipe.members,
-        path,
-        weights=recipe.weights,  # type: ignore[arg-type]  # a word is refused there
-        fishers=recipe.fishers or None,
-        base=recipe.base,
-        **recipe.settings(),
-    )
+    with _set_aside(path):
+        return merge_files(
+            recipe.members,
+            path,
+            weights=recipe.weights,  # type: ignore[arg-type]  # a word is refused there
+            fishers=recipe.fishers or None,
+            base=recipe.base,
+            **recipe.settings(),
+        )
 
 
 def _in_memory(run: Run, recipe: Recipe, path: Path) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _in_memory(run: Run, recipe: Recipe, path: Path) -> dict[str, Any]:
         **_from_data(run, recipe, models),
     )
     assert merged.merge_report is not None
-    save_model(merged, path, extra={"merge_report": merged.merge_report})
+    run.write(save_model, merged, path, extra={"merge_report": merged.merge_report})
     return merged.merge_report
 
 
@@ -197,7 +198,7 @@ def _weight_ensemble(run: Run, recipe: Recipe, path: Path) -> dict[str, Any]:
         **settings,
     )
     assert ensemble.merge_report is not None
-    save_model(ensemble, path, extra={"merge_report": ensemble.merge_report})
+    run.write(save_model, ensemble, path, extra={"merge_report": ensemble.merge_report})
     return ensemble.merge_report
 
 

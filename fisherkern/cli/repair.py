@@ -39,6 +39,6 @@ def repair_checkpoint(
     repaired = repair(merged, loader=loader, **given)
     path = out / "repaired.safetensors"
     about = {"merged": str(checkpoint), "members": [str(own) for own in members]}
-    save_model(repaired, path, extra={"repaired": about})
+    run.write(save_model, repaired, path, extra={"repaired": about})
     run.finish(out, {})
     print(f"written to {path}")

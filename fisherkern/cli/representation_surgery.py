@@ -44,7 +44,7 @@ def correct_checkpoint(
     given = {**run.of(representation_surgery), "members": models, "weights": weights_from(weights)}
     corrected = representation_surgery(merged, loader=histories, **given)
     path = out / "corrected.safetensors"
-    save_model(corrected, path, extra={"losses": corrected.losses})
+    run.write(save_model, corrected, path, extra={"losses": corrected.losses})
     run.finish(out, {"losses": corrected.losses})
     if corrected.losses:
         print(f"distance to the members: {corrected.losses[0]:.4g} before the first step,")

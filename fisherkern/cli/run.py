@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from fisherkern import processes
 from fisherkern.cli.claims import FolderClaim, result_path
 from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import SequenceEncoder
@@ -22,6 +23,8 @@ from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import Report, evaluate
 from fisherkern.files import write_json
 from fisherkern.training import load_model
+
+Made = TypeVar("Made")
 
 MOST_BYTES = 255  # of a name in a file system
 MOST_THREADS = max(64, os.cpu_count() or 1)  # of many more the system runs out
@@ -73,11 +76,11 @@ class Run:
 
     @property
     def progress(self) -> bool:
-        return not self.values["quiet"]
+        return not self.values["quiet"] and processes.rank() == 0
 
     @property
     def device(self) -> torch.device:
-        """The device of --device, which must be there."""
+        """The device of --device, which must be there; one for each process of torchrun's."""
         name = self.values["device"]
         if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name) is None:
             raise InputError(f"--device: {shown(name)} is not like cpu, cuda or cuda:1")
@@ -85,6 +88,8 @@ class Run:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             there = torch.cuda.device_count()
             raise InputError(f"--device: {name} is not here; there are {there} CUDA devices")
+        if device.type == "cuda" and processes.started_by_torchrun() > 1:
+            return torch.device("cuda", torch.cuda.current_device())
         return device
 
     def data(self, name: str | None = None) -> SequenceDataset:
@@ -92,12 +97,14 @@ class Run:
         name = self.values["data"] if name is None else name
         if name is None:
             raise InputError("--data: name a data set (ml-1m, beauty, synthetic) or a file")
-        return load(name, **{key: self.values[key] for key in self.data_arguments})
+        with processes.together():
+            return load(name, **{key: self.values[key] for key in self.data_arguments})
 
     def model(self, path: Path) -> SequenceEncoder:
         """The model of a checkpoint, on the run's device."""
-        device = self.device
-        return load_model(path).to(device)
+        with processes.together():
+            device = self.device
+            return load_model(path).to(device)
 
     def batches(self, model: SequenceEncoder, data: SequenceDataset, **how: Any) -> Iterable[Any]:
         """`data.loader` for a model, its batches on the run's device."""
@@ -122,14 +129,27 @@ class Run:
             same_arguments: see `FolderClaim`.
         """
         out: Path = folder or self.values["out"] or Path("runs") / default
-        _check_folder(out)
-        if os.environ.get("RANK", "0") == "0":  # of several processes the first one writes
-            read = [*self._files(), *inputs]
-            claim = FolderClaim(
-                out, self.command, self.arguments, names, read, same_arguments=same_arguments
-            )
-            self.claims.enter_context(claim)
+        read = [*self._files(), *inputs]
+        claim = FolderClaim(
+            out, self.command, self.arguments, names, read, same_arguments=same_arguments
+        )
+        self.write(self._claim, claim)
         return out
+
+    def _claim(self, claim: FolderClaim) -> None:
+        _check_folder(claim.out)
+        self.claims.enter_context(claim)
+
+    def write(self, function: Callable[..., Made], *given: Any, **named: Any) -> Made:
+        """Call a function that writes files; gives its result.
+
+        Of several processes the first alone calls it. All get the result, and end where it fails.
+        """
+        made: list[Made] = []
+        with processes.together():
+            if processes.rank() == 0:
+                made.append(function(*given, **named))
+        return processes.gathered(made)[0][0]
 
     def _files(self) -> list[Path]:
         """The files that the arguments name."""
@@ -146,7 +166,7 @@ class Run:
     def finish(self, out: Path, result: Mapping[str, Any]) -> None:
         """Write result.json, see `result_path`: the command's arguments and what it found."""
         content = {"arguments": {"command": self.command, **self.arguments}, **result}
-        write_json(result_path(out, self.command), content)
+        self.write(lambda: write_json(result_path(out, self.command), content))
 
 
 def check_most(name: str, value: int | None, most: int = 1 << 16) -> None:

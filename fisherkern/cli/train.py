@@ -112,20 +112,19 @@ def train_encoder(
     model, data = _model(run, data)
     validating = run.values["patience"] is not None or validate_every is not None
     settings = {name: run.values[name] for name in _settings()}
-    with processes.joined_by_torchrun(run.device) as own_device:
-        rank = processes.rank()
-        given = {
-            **run.of(train),
-            **settings,
-            "data": data,
-            "objective": _objective(run, model, data),
-            "validate": ValidationScore(score, data) if validating else None,
-            "validate_every": validate_every or 1,
-            "state": out / "state.safetensors",
-        }
-        log = train(model.to(own_device), **given)
-    if rank == 0:
-        _save(run, out, model, data, log)
+    given = {
+        **run.of(train),
+        **settings,
+        "data": data,
+        "objective": _objective(run, model, data),
+        "validate": ValidationScore(score, data) if validating else None,
+        "validate_every": validate_every or 1,
+        "state": out / "state.safetensors",
+    }
+    log = train(model.to(run.device), **given)
+    if processes.rank() == 0:
+        with processes.alone():  # the others have ended
+            _save(run, out, model, data, log)
 
 
 def _settings() -> list[str]:

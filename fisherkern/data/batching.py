@@ -68,15 +68,25 @@ class HistoryBatches:
         return -(-len(self.user) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for first in range(0, len(self.user), self.batch_size):
-            rows = slice(first, first + self.batch_size)
-            target = self.target[rows]
-            history = left_padded(self.items, self.start[rows], target, self.max_len)
-            yield {
-                "history": torch.from_numpy(history),
-                "target": torch.from_numpy(self.items[target].astype(np.int64)),
-                "user": torch.from_numpy(self.user[rows].copy()),
-            }
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        rows = self._rows(number)
+        target = self.target[rows]
+        history = left_padded(self.items, self.start[rows], target, self.max_len)
+        return {
+            "history": torch.from_numpy(history),
+            "target": torch.from_numpy(self.items[target].astype(np.int64)),
+            "user": torch.from_numpy(self.user[rows].copy()),
+        }
+
+    def lengths(self) -> list[int]:
+        """How many items the histories of each batch hold."""
+        every = np.minimum(self.target - self.start, self.max_len)
+        return [int(every[self._rows(number)].sum()) for number in range(len(self))]
+
+    def _rows(self, number: int) -> slice:
+        return slice(number * self.batch_size, (number + 1) * self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherkern import processes
 from fisherkern.checks import check_count, takes_numpy
 from fisherkern.data import SequenceDataset
+from fisherkern.data.batching import HistoryBatches
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
 from fisherkern.evaluation.scorer import Scorer
 from fisherkern.evaluation.scores import NaNScoreError, Scores
+from fisherkern.fingerprint import fingerprint
 from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
 
@@ -43,7 +46,8 @@ def evaluate(
     averaged over users; ties count against the model. Scores are fp32, or fp64 where the model's
     are. Of a model in half precision, or under autocast, the product with the output layer is done
     in fp32, so that no ties come of rounding, where `fisherkern.adapt` finds that layer. Its logits
-    are widened otherwise.
+    are widened otherwise. Where `torch.distributed` is initialised, every process calls this with
+    the same arguments, ranks its share of the batches and gets the whole report.
 
     Args:
         model: A model of any library, as it is or adapted, or a function. Plain modules and
@@ -96,29 +100,50 @@ def evaluate(
         >>> 0 < report["ndcg@10"] < report["hr@10"] < 1
         True
     """
-    protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
-    cutoffs = _cutoffs(k)
-    check_count("max_scores", max_scores)
-    scorer = Scorer(model, data, max_scores)
-    chosen = np.arange(data.num_users) if users is None else np.asarray(users)
-    view = data if users is None else data.subset(chosen)
-    if len(np.unique(chosen)) != len(chosen):
-        raise InputError("users: an index occurs twice")
-    loader = view.loader(split=split, batch_size=batch_size, max_len=scorer.max_len)
-    popularity = data.popularity()
-    kept_users, ranks = [], []
+    with processes.together() as same:
+        protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
+        cutoffs = _cutoffs(k)
+        check_count("max_scores", max_scores)
+        scorer = Scorer(model, data, max_scores)
+        chosen = np.arange(data.num_users) if users is None else np.asarray(users)
+        view = data if users is None else data.subset(chosen)
+        if len(np.unique(chosen)) != len(chosen):
+            raise InputError("users: an index occurs twice")
+        loader = view.loader(split=split, batch_size=batch_size, max_len=scorer.max_len)
+        if processes.world() > 1:
+            same |= {"protocol": protocol, "k": cutoffs, "batch_size": batch_size}
+            same |= {"max_scores": max_scores, "users": chosen.tobytes()}
+            same["model"] = None if scorer.module is None else fingerprint(scorer.module)
+    show = progress and processes.rank() == 0
     with torch.no_grad(), eval_mode(scorer.module):
-        for batch in progress_bar(loader, desc="evaluate", unit="batch", show=progress):
-            batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
-            ranks += _batch_ranks(scorer, batch, data, protocol, popularity)
-            kept_users.append(batch["user"])
-    all_ranks = torch.cat(ranks).numpy()
+        ranks = _dealt_ranks(scorer, loader, chosen, data, protocol, show)
     return Report(
-        per_user=metrics_at(all_ranks, cutoffs),
-        users=torch.cat(kept_users).numpy(),
-        ranks=all_ranks,
+        per_user=metrics_at(ranks, cutoffs),
+        users=chosen[loader.user],
+        ranks=ranks,
         protocol=protocol,
     )
+
+
+def _dealt_ranks(
+    scorer: Scorer,
+    loader: HistoryBatches,
+    chosen: np.ndarray,
+    data: SequenceDataset,
+    protocol: Protocol,
+    show: bool,
+) -> np.ndarray:
+    """Return the ranks of all the loader's users, of whose batches this process takes its own."""
+    popularity = data.popularity()
+    ranks = torch.zeros(len(loader.user), dtype=torch.int64)
+    own = processes.own_numbers(loader.lengths())
+    with processes.together():
+        for number in progress_bar(own, desc="evaluate", unit="batch", show=show):
+            batch = loader[number]
+            batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
+            found = torch.cat(_batch_ranks(scorer, batch, data, protocol, popularity))
+            ranks[number * loader.batch_size :][: len(found)] = found
+    return processes.joined_sum(ranks).numpy()
 
 
 def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -69,7 +69,8 @@ def diag_fisher(
     "sketch" for large V in four. A model with `encode` and `head` (see `adapt`) needs these few
     probes; one known only by its logits needs V for "exact" and k for the rest.
     Where `torch.distributed` is initialised, every process calls this with the same arguments and
-    gets the same result, the sum of all processes' parts of each batch.
+    gets the same result. Whole batches are dealt by their total length, so give at least a few for
+    each process.
     Layers without a handler fall back to per-sequence autograd: slower, equally exact, with one
     warning that names the parameter.
 
@@ -115,48 +116,47 @@ def diag_fisher(
 
     Source: Ryu et al., arXiv 2307.05476, eqs. 5 to 9; distinct draws: Kool et al., ICLR 2020.
     """
-    settings = Settings(
-        sampler,
-        k,
-        probes,
-        seed,
-        tol,
-        rescale,
-        weight,
-        replacement,
-        reduction,
-        chunk,
-        positions,
-        check,
-    ).checked()
-    check_loader(loader)
-    adapter = ModelAdapter.of(model)
-    engine = Engine(adapter, settings)
-    if not engine.parameters.named:
-        raise InputError("model: it has no trainable parameter")
-    before = fingerprint(adapter.module)
-    processes.check_same({"settings": settings, "model": before})
+    with processes.together() as same:
+        settings = Settings(
+            sampler,
+            k,
+            probes,
+            seed,
+            tol,
+            rescale,
+            weight,
+            replacement,
+            reduction,
+            chunk,
+            positions,
+            check,
+        ).checked()
+        check_loader(loader)
+        adapter = ModelAdapter.of(model)
+        engine = Engine(adapter, settings)
+        if not engine.parameters.named:
+            raise InputError("model: it has no trainable parameter")
+        same |= {"settings": settings, "model": (before := fingerprint(adapter.module))}
     first_batch = FirstBatchCheck(engine)
     count, show = 0, progress and processes.rank() == 0
     bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=show)
     in_eval = eval_mode(adapter.module, gradients=True)
     with use_backend(backend), in_eval, buffers_kept(adapter.module), plainly():
-        with processes.together():
-            for number, batch in enumerate(bar):
-                count += engine.add_batch(batch, count, number)
+        with processes.together() as same:
+            for batch in bar:
+                count += engine.add_batch(batch, count)
                 first_batch(batch)
-        processes.check_same({"loader": count})
+            same["loader"] = count
         engine.join()
     if count == 0:
         raise InputError("loader: it gave no sequences")
     total = int(engine.num_positions) if engine.every else count
     if total == 0:
         raise InputError("loader: none of its positions counts")
-    after = fingerprint(adapter.module)
-    if before != after:
+    if before != fingerprint(adapter.module):
         raise InputError("model: its forward pass changes its weights, in eval mode too")
     meta = settings.meta(engine.num_items) | _meta(engine, count, total)
-    return DiagFisher(engine.finish(total), meta | {"fingerprint": after})
+    return DiagFisher(engine.finish(total), meta | {"fingerprint": before})
 
 
 def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:

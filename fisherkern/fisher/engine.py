@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, batch_slice, batch_take, sequence_lengths
+from fisherkern.adapters.batches import batch_size, batch_slice, batch_take, takes
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
@@ -30,6 +30,7 @@ from fisherkern.fisher.positions import (
     counted_positions,
     position_targets,
 )
+from fisherkern.fisher.running_sums import RunningSums
 from fisherkern.fisher.samplers import (
     SoftmaxStats,
     check_softmax,
@@ -37,7 +38,7 @@ from fisherkern.fisher.samplers import (
 )
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
-from fisherkern.processes import gathered, joined_sum, own_part, world
+from fisherkern.processes import Dealer, gathered, joined_sum
 
 log = logging.getLogger("fisherkern")
 
@@ -58,12 +59,8 @@ class Engine:
         self.model = model
         self.settings = settings
         self.parameters = Parameters(model.module) if parameters is None else parameters
-        self.fisher = {
-            name: torch.zeros(
-                p.numel(), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device
-            )
-            for name, p in self.parameters.named.items()
-        }
+        self.sums = RunningSums(self.parameters.named)
+        self.fisher = self.sums.recent
         self.device = model.device
         self.schedule = dataclasses.replace(Schedule.of(self.device), micro_batch=settings.chunk)
         self.autocast = Autocast.of(self.device)
@@ -79,6 +76,7 @@ class Engine:
         # Positions that count, where it is not the last of each sequence.
         self.every = settings.positions != "last"
         self.num_positions = torch.zeros_like(self.mass)
+        self.dealer = Dealer()
 
     def _runner(self, function: Callable[[Any], Tensor]) -> ForwardBackward:
         return ForwardBackward(function, self.parameters, self.autocast)
@@ -98,23 +96,20 @@ class Engine:
     def _logits(self) -> Callable[[Any], Tensor]:
         return self.model.all_logits if self.every else self.model.logits
 
-    def add_batch(self, batch: Any, first: int, number: int = 0) -> int:
-        """Add this process's part of a loader's batch; returns its number of sequences.
+    def add_batch(self, batch: Any, first: int) -> int:
+        """Add a loader's batch where it is this process's; returns its number of sequences.
 
-        `first` is the id of the first one, `number` the batch's.
+        `first` is the id of the first one.
         """
-        batch = self.model.prepared(batch)
         n = batch_size(batch)
-        if n == 0:
-            return 0
-        if first == 0:
-            self._start(batch)
+        if n > 0 and first == 0:
+            self._start(self.model.prepared(batch))
+        if n == 0 or not takes(self.dealer, batch):
+            return n
+        batch = self.model.prepared(batch)
         # Ids, by which random numbers are keyed, are places in the loader.
         device = next(iter(self.fisher.values())).device
         ids = torch.arange(first, first + n, device=device)
-        if world() > 1:
-            own = own_part(number, sequence_lengths(batch))
-            batch, ids = batch_slice(batch, own.start, own.stop), ids[own]
         if self.settings.reduction == "batchwise":
             reached, mass = add_batchwise_(
                 self.fisher, self.model, self.parameters, self.settings, batch, ids
@@ -122,14 +117,16 @@ class Engine:
             self.reached |= reached
             if mass is not None:
                 self.mass += mass.double().sum()
-            return n
-        for part, start, stop in self.schedule.micro_batches(batch, len(ids)):
-            self.add(part, ids[start:stop])
+        else:
+            for part, start, stop in self.schedule.micro_batches(batch, n):
+                self.add(part, ids[start:stop])
+        self.sums.end_batch()
         return n
 
     def join(self) -> None:
         """Add up what several processes have, in their order; all have the sums afterwards."""
-        for total in (*self.fisher.values(), self.mass, self.kept, self.num_positions):
+        self.sums.join()
+        for total in (self.mass, self.kept, self.num_positions):
             total.copy_(joined_sum(total))
         every = gathered((self.reached, self.probes))
         self.reached = set().union(*(reached for reached, _ in every))
@@ -352,16 +349,20 @@ class Engine:
                 f"model: {', '.join(missing)} received no gradient from the next-item logits;"
                 " freeze with requires_grad_(False) what the prediction does not use"
             )
-        named = self.parameters.named
-        totals = torch.stack([_sum(self.fisher[name]).to(self.device) for name in named])
+        named, sums = self.parameters.named, {name: self.sums.total(name) for name in self.fisher}
+        totals = torch.stack([_sum(sums[name]).to(self.device) for name in named])
         for name, total in zip(named, totals.tolist(), strict=True):
             if not math.isfinite(total):
                 raise InputError(f"model: the Fisher of '{name}' is not finite")
-        # Rounding, and in "sketch" the noise of the cross term, can fall below zero.
-        # In place, as a table of items may be most of what there is room for.
+        # Rounding, and in "sketch" the noise of the cross term, can fall below zero. In place, as a
+        # table of items may be most of what there is room for.
         means = {
-            name: self.fisher[name].div_(num_sequences).clamp_(min=0).view(parameter.shape)
-            for name, parameter in named.items()
+            name: sums[name]
+            .div_(num_sequences)
+            .clamp_(min=0)
+            .to(self.fisher[name].dtype)
+            .view(p.shape)
+            for name, p in named.items()
         }
         return means | {name: p.detach().float() for name, p in self.parameters.empty.items()}
 

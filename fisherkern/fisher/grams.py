@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size
+from fisherkern.adapters.batches import batch_size, takes
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
@@ -43,7 +45,8 @@ def linear_grams(
     The P positions counted are those that the next-item logits depend on. Padding that the
     model masks gets a gradient of exactly zero and is left out, whatever the convention for
     padding; so are positions that a last layer computes for nothing. One backward pass per
-    chunk, of a random combination of the logits, tells them apart.
+    chunk, of a random combination of the logits, tells them apart. Several processes share the
+    batches, as for `diag_fisher`.
 
     Args:
         model: As for `diag_fisher`.
@@ -63,29 +66,32 @@ def linear_grams(
 
     Source: Jin et al., RegMean, arXiv 2212.09849, where padding is counted.
     """
-    check_chunk(chunk)
-    check_loader(loader)
-    adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
-    collector = _Collector(adapter)
-    count = 0
+    with processes.together() as same:
+        check_chunk(chunk)
+        check_loader(loader)
+        adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
+        before = fingerprint(adapter.module)
+        same |= {"chunk": chunk, "model": before}
+    collector, dealer = _Collector(adapter), processes.Dealer()
+    count, show = 0, progress and processes.rank() == 0
     with eval_mode(adapter.module, gradients=True), torch.enable_grad(), plainly():
         for module in adapter.module.modules():
             # Such attention multiplies weights by other things than inputs, but not in training.
             if getattr(module, "absorbs_projections", False):
                 module.training = True
-        for batch in progress_bar(loader, desc="Gram matrices", unit="batch", show=progress):
-            batch = adapter.prepared(batch)
-            n = batch_size(batch)
-            for part, index in schedule.length_buckets(adapter, batch, n):
-                collector.add(part, count + int(index[0]))
-            count += n
-    if count == 0:
-        raise InputError("loader: it gave no sequences")
-    meta = {
-        "num_sequences": count,
-        "positions": collector.positions,
-        "fingerprint": fingerprint(adapter.module),
-    }
+        with processes.together() as same:
+            for batch in progress_bar(loader, desc="Gram matrices", unit="batch", show=show):
+                n = batch_size(batch)
+                if takes(dealer, batch):
+                    batch = adapter.prepared(batch)
+                    for part, index in schedule.length_buckets(adapter, batch, n):
+                        collector.add(part, count + int(index[0]))
+                count += n
+            if count == 0:
+                raise InputError("loader: it gave no sequences")
+            same["loader"] = count
+        collector.join()
+    meta = {"num_sequences": count, "positions": collector.positions, "fingerprint": before}
     return LinearGrams(collector.means(), meta)
 
 
@@ -132,6 +138,20 @@ class _Collector:
         gram = x.T @ x
         self._sums[name] = self._sums[name] + gram if name in self._sums else gram
         self.positions[name] = self.positions.get(name, 0) + len(x)
+
+    def join(self) -> None:
+        """Add up what several processes have, in their order; all have the sums afterwards."""
+        every = processes.gathered((self.positions, self._refused))
+        self._refused = set().union(*(refused for _, refused in every))
+        positions: Counter[str] = Counter()
+        for own, _ in every:
+            positions.update(own)
+        sums = {}
+        for name in positions:
+            width = self._parameters.named[name].shape[1]
+            none = torch.zeros(width, width, dtype=torch.float64, device=self._model.device)
+            sums[name] = processes.joined_sum(self._sums.get(name, none))
+        self._sums, self.positions = sums, dict(positions)
 
     def means(self) -> dict[str, Tensor]:
         for name in self._refused & self._sums.keys():

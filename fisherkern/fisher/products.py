@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.agreement import check_function
-from fisherkern.adapters.batches import batch_size, batch_slice
+from fisherkern.adapters.batches import batch_size, batch_slice, takes
 from fisherkern.checks import check_loader
 from fisherkern.errors import InputError, one_line
 from fisherkern.fingerprint import fingerprint
@@ -35,10 +36,11 @@ class FisherProduct:
     holds fingerprint and num_sequences.
     """
 
-    def __init__(self, model: ModelAdapter, batches: list[Any]) -> None:
+    def __init__(self, model: ModelAdapter, batches: list[Any], count: int) -> None:
+        """`batches`: this process's, of `count` sequences of all processes."""
         self._model = model
         self._batches = batches
-        self._count = sum(batch_size(batch) for batch in batches)
+        self._count = count
         self._parameters = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         self._checked = False
         self.meta = {
@@ -59,14 +61,14 @@ class FisherProduct:
         # Fused attention cannot be derived twice.
         unfused = sdpa_kernel(SDPBackend.MATH)
         mode = eval_mode(self._model.module, gradients=True)
-        with mode, torch.enable_grad(), plainly(), unfused:
-            if not self._checked:
+        with mode, torch.enable_grad(), plainly(), unfused, processes.together():
+            if self._batches and not self._checked:
                 self._check(direction)
                 self._checked = True
             for batch in self._batches:
                 for name, part in zip(total, self._of_batch(batch, direction), strict=True):
                     total[name] += part
-        return {name: value / self._count for name, value in total.items()}
+        return {name: processes.joined_sum(value) / self._count for name, value in total.items()}
 
     def _check(self, direction: list[Tensor]) -> None:
         """Compare the product of a few sequences together with that of each alone."""
@@ -124,7 +126,8 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
 
     over the loader's N sequences, with all items and every use of a tied parameter. F is
     symmetric and positive semi-definite; its diagonal is that of `diag_fisher(...,
-    sampler="exact")`. A product costs about three backward passes over the data.
+    sampler="exact")`. A product costs about three backward passes over the data. Several processes
+    share the batches, as for `diag_fisher`, and call the function together.
 
     Args:
         model: As for `diag_fisher`. It must be differentiable twice (fused attention is
@@ -142,16 +145,21 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
 
     Source: Martens, New insights on the natural gradient, arXiv 1412.1193, section 8 (products).
     """
-    check_chunk(chunk)
-    check_loader(loader)
-    adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
-    if not any(p.requires_grad for p in adapter.module.parameters()):
-        raise InputError("model: it has no trainable parameter")
-    batches = []
-    for given in loader:
-        batch = adapter.prepared(given)
-        buckets = schedule.length_buckets(adapter, batch, batch_size(batch))
-        batches += [part for part, _ in buckets]
-    if not batches:
-        raise InputError("loader: it gave no sequences")
-    return FisherProduct(adapter, batches)
+    with processes.together() as same:
+        check_chunk(chunk)
+        check_loader(loader)
+        adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
+        if not any(p.requires_grad for p in adapter.module.parameters()):
+            raise InputError("model: it has no trainable parameter")
+        own, count, dealer = [], 0, processes.Dealer()
+        for batch in loader:
+            n = batch_size(batch)
+            if takes(dealer, batch):
+                batch = adapter.prepared(batch)
+                own += [part for part, _ in schedule.length_buckets(adapter, batch, n)]
+            count += n
+        if count == 0:
+            raise InputError("loader: it gave no sequences")
+        product = FisherProduct(adapter, own, count)
+        same |= {"chunk": chunk, "model": product.meta["fingerprint"], "loader": count}
+    return product

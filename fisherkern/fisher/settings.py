@@ -8,7 +8,6 @@ from typing import Any
 
 from fisherkern.checks import check_count, check_unit
 from fisherkern.errors import InputError, shown
-from fisherkern.processes import world
 
 log = logging.getLogger("fisherkern")
 
@@ -95,10 +94,6 @@ class Settings:
         if not known:
             raise InputError(
                 f"positions: {shown(self.positions)} is not 'last', 'all' or a number of at least 1"
-            )
-        if self.reduction == "batchwise" and world() > 1:
-            raise InputError(
-                "reduction: 'batchwise' squares whole batches, so it takes one process"
             )
         if self.positions != "last" and self.reduction == "batchwise":
             raise InputError("positions: 'batchwise' takes the last position only")

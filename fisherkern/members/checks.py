@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from fisherkern.adapters import ModelAdapter
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
+from fisherkern.fingerprint import fingerprint
 from fisherkern.members.catalogue import CatalogueUnion
 from fisherkern.members.configs import differing_setting, function_settings
 from fisherkern.members.functions import check_functions
 from fisherkern.members.ties import Tie, find_ties, named_tensors
+from fisherkern.processes import world
 
 # What counts steps of training, and plays no part in a prediction.
 _COUNTER = re.compile(
@@ -104,6 +106,13 @@ def check_tensors(
                 raise InputError(f"tensor {tie.name!r} is complex, which no merge rule handles")
             if tensor.isnan().any():
                 raise InputError(f"tensor {tie.name!r} of member {number} holds a NaN")
+
+
+def compared(models: Sequence[nn.Module], **given: Any) -> dict[str, Any]:
+    """What several processes compare of their models and arguments; nothing where there is one."""
+    if world() == 1:
+        return {}
+    return {"models": [fingerprint(model) for model in models], **given}
 
 
 @contextlib.contextmanager

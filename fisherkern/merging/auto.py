@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from fisherkern.errors import InputError
 from fisherkern.merging.rules import METHODS
+from fisherkern.merging.scores import finite_score
 
 ModelT = TypeVar("ModelT")
 
@@ -54,10 +55,8 @@ def merge_auto(
     tried: list[dict[str, Any]] = []
     for name, arguments in _candidates(len(models), inputs):
         model = merge(models, **{**settings, **arguments})
-        value = float(score(model))
+        value = finite_score(score, model, f"of candidate {name!r}")
         report: dict[str, Any] = model.merge_report  # type: ignore[attr-defined]
-        if not math.isfinite(value):
-            raise InputError(f"the score of candidate {name!r} is {value}, not a finite number")
         report["method"] = name
         tried.append({"method": name, "weights": report["weights"], "score": value})
         if best is None or value > best_score:

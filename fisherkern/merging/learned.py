@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fisherkern import processes
 from fisherkern.adapters import ModelAdapter
+from fisherkern.adapters.batches import sequence_lengths, shared_part
 from fisherkern.errors import InputError
 from fisherkern.members.checks import renamed
 from fisherkern.members.ties import named_tensors
@@ -34,7 +37,7 @@ def learn_weights(
     fitted to each). So the result is not worse there than the best member.
 
     Holds the members' aligned parameters once more (and their Fishers), in the parameters' own
-    dtype.
+    dtype. Several processes share each batch of the descent and deal out those of the comparison.
 
     Args:
         plan: The merge.
@@ -52,11 +55,17 @@ def learn_weights(
     arXiv 2310.02575, with labels in place of entropy.
     """
     adapter = plan.adapter
-    with eval_mode(adapter.module), renamed("sampler 'target'", "validation"):
+    with (
+        processes.together() as same,
+        eval_mode(adapter.module),
+        renamed("sampler 'target'", "validation"),
+    ):
         prepared = [adapter.prepared(batch) for batch in batches]
         batches = [(batch, adapter.targets(batch)) for batch in prepared]
-    if not batches:
-        raise InputError("validation: it gave no batches")
+        if not batches:
+            raise InputError("validation: it gave no batches")
+        if processes.world() > 1:
+            same["validation"] = [column.tolist() for _, column in batches]
     by_layer = plan.method.choose == "learned by layer"
     layers = list(dict.fromkeys(_layer(name, by_layer) for name in plan.blocks))
     number = len(plan.members)
@@ -70,15 +79,16 @@ def learn_weights(
     with eval_mode(plan.module, gradients=True):
         for _, (inputs, column) in zip(range(steps), itertools.cycle(batches), strict=False):
             lam = dict(zip(layers, a.softmax(1), strict=True))
-            with torch.enable_grad():
+            with processes.together(), torch.enable_grad():
                 tensors = mixture.tensors({n: lam[_layer(n, by_layer)] for n in plan.blocks})
                 inner = {f"module.{name}": value for name, value in tensors.items()}
-                logits = functional_call(network, inner, (inputs,))
-                loss = _cross_entropy(logits, column, b)
-            if not torch.isfinite(loss):
+                part, places, weight = shared_part(inputs)
+                logits = functional_call(network, inner, (part,))
+                loss = weight * _cross_entropy(logits, column[places], b)
+                optimizer.zero_grad()
+                loss.backward(inputs=fitted)
+            if not math.isfinite(processes.average_gradients_(fitted, loss)):
                 raise InputError("validation: the cross-entropy of a batch is not finite")
-            optimizer.zero_grad()
-            loss.backward(inputs=fitted)
             optimizer.step()
         rows = dict(zip(layers, a.detach().softmax(1).tolist(), strict=True))
         learned: Weights = {name: rows[_layer(name, by_layer)] for name in plan.blocks}
@@ -181,19 +191,18 @@ def _lowest_cross_entropy(
     from scipy.optimize import minimize_scalar
 
     plan.write(weights)
-    logits = [
-        check_columns(plan.adapter.logits(inputs), column, "validation").double()
-        for inputs, column in batches
-    ]
+    own = processes.own_numbers([int(sequence_lengths(inputs).sum()) for inputs, _ in batches])
+    with processes.together():
+        logits = [
+            (check_columns(plan.adapter.logits(inputs), column, "validation").double(), column)
+            for inputs, column in (batches[number] for number in own)
+        ]
     count = sum(len(column) for _, column in batches)
 
     def mean(b: float) -> float:
         scale = torch.tensor(b).double().exp()
-        total = sum(
-            float(F.cross_entropy(z * scale, column, reduction="sum"))
-            for z, (_, column) in zip(logits, batches, strict=True)
-        )
-        return total / count
+        total = sum(float(F.cross_entropy(z * scale, y, reduction="sum")) for z, y in logits)
+        return float(processes.joined_sum(torch.tensor([total]).double())) / count
 
     return (
         float(minimize_scalar(mean, bounds=(-3.0, 3.0), method="bounded").fun)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from fisherkern import processes
 from fisherkern.checks import takes_numpy
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
@@ -65,7 +66,8 @@ def merge(
     other factors of weights (weight norm, parametrisations) are refused without that option.
 
     Allocates the new model and one merged copy of its tensors; the float64 work is done in blocks
-    of some 65,000 entries.
+    of some 65,000 entries. Where `torch.distributed` is initialised, a merge with `score`,
+    `validation` or `products` is made by all processes together, any other by each for itself.
 
     Args:
         models: M models of one class with the same tensors, of any library and in any wrapper.
@@ -139,26 +141,19 @@ def merge(
         settings |= {"item_ids": item_ids, "check_fingerprint": check_fingerprint}
         settings |= {"steps": steps, "seed": seed}
         return merge_auto(merge, models, inputs, settings)
-    low_rank, options = LowRankOptions.split(options)
-    chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
-    members = MemberSet(models, item_ids)
-    updates = LowRankMembers.of(members, low_rank, chosen.name, inputs)
-    members.use(inputs, normalize, check_fingerprint)
-    plan = MergePlan(members, chosen, options, floor, seed)
+    # What is computed from tensors alone asks no other process.
+    shared = any(own is not None for own in (score, validation, products))
+    with processes.together(shared) as same:
+        low_rank, options = LowRankOptions.split(options)
+        chosen, options = checks.choose_method(method, inputs, options, floor, normalize, steps)
+        members = MemberSet(models, item_ids)
+        updates = LowRankMembers.of(members, low_rank, chosen.name, inputs)
+        members.use(inputs, normalize, check_fingerprint)
+        plan = MergePlan(members, chosen, options, floor, seed)
+        if shared:
+            same |= plan.compared() | {"steps": steps}
     lam, candidates = _choose(plan, weights, score, validation, steps)
-    report: dict[str, Any] = {
-        "method": chosen.name,
-        "members": len(models),
-        "weights": lam,
-        "options": options,
-        "floor": floor,
-        "normalize": normalize,
-        "candidates": candidates,
-        "items": members.catalogue.owners(),
-        "coverage": members.coverage(floor),
-        "averaged_buffers": members.averaged_buffers,
-        "counters": members.counters,
-    }
+    report = plan.report(lam, candidates) | {"normalize": normalize}
     solved, more = _solve(plan, lam, products, updates, steps)
     plan.write(lam, solved)
     plan.adapter.set_report(report | more)

@@ -8,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from fisherkern.errors import InputError
+from fisherkern.fingerprint import fingerprint
 from fisherkern.members.ties import named_tensors, write_tied
 from fisherkern.merging.blocks import merge_tensor
 from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.rules import MergeMethod, average
+from fisherkern.processes import world
 
 # Lambda: M numbers, or M numbers for every tensor by name.
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
@@ -51,6 +53,29 @@ class MergePlan:
         if name not in self.members.parameters:
             return merge_tensor(average, self.blocks[name], lam)
         return merge_tensor(self.function, self.blocks[name], lam, self.stats.get(name))
+
+    def report(self, weights: Weights, candidates: Sequence[Any]) -> dict[str, Any]:
+        """What a merge report says of the plan and of the lambda chosen among candidates."""
+        return {
+            "method": self.method.name,
+            "members": len(self.members),
+            "weights": weights,
+            "options": self.options,
+            "floor": self.floor,
+            "candidates": candidates,
+            "items": self.members.catalogue.owners(),
+            "coverage": self.members.coverage(self.floor),
+            "averaged_buffers": self.members.averaged_buffers,
+            "counters": self.members.counters,
+        }
+
+    def compared(self) -> dict[str, Any]:
+        """What several processes compare before they merge together: the equal mix, and how."""
+        if world() == 1:
+            return {}
+        self.write([1 / len(self.members)] * len(self.members))
+        how = {"method": self.method.name, "options": self.options, "seed": self.seed}
+        return {"what is merged": fingerprint(self.module), **how}
 
     def write(self, weights: Weights, solved: Mapping[str, Tensor] | None = None) -> None:
         """Merge with `weights` into the target; tensors in `solved` are taken from there."""

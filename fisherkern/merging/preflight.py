@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -11,12 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.adapters.lora import find_low_rank
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
+from fisherkern.members.checks import compared
 from fisherkern.merging.low_rank import LowRankMembers
 from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.merge import merge
+from fisherkern.merging.scores import finite_score
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -85,7 +87,8 @@ def preflight(
     reported and not used: it did not tell good merges from bad ones there.
 
     Scores M + points M (M-1)/2 models (with different catalogues, the ends of each path too), and
-    holds one merged model at a time.
+    holds one merged model at a time. Several processes score every model together: `evaluate` in
+    `score` and `hits` deals out the users, and anything else is done by each process.
 
     Args:
         models: As for `merge`.
@@ -107,15 +110,20 @@ def preflight(
     al., arXiv 2110.12899 (error inconsistency).
     """
     models = list(models)
-    if points < 1:
-        raise InputError(f"points is {points} where at least 1 was expected")
-    members = MemberSet(models, item_ids)
-    if base is not None:
-        members.use_base(base)
-    cosine, task_cosine = _cosines(members, base)
+    # What looks at weights alone asks no other process.
+    shared = score is not None or hits is not None
+    with processes.together(shared) as same:
+        if points < 1:
+            raise InputError(f"points is {points} where at least 1 was expected")
+        members = MemberSet(models, item_ids)
+        if base is not None:
+            members.use_base(base)
+        cosine, task_cosine = _cosines(members, base)
+        if shared:
+            same |= compared(members.models, points=points)
     scores = paths = None
     if score is not None:
-        scores = [_scored(score, model, f"member {n}") for n, model in enumerate(models)]
+        scores = [finite_score(score, model, f"of member {n}") for n, model in enumerate(models)]
         paths = _paths(models, score, scores, points, item_ids, members.catalogue.positions is None)
     verdict, recipe = _judge(cosine, scores, paths)
     return Preflight(
@@ -178,13 +186,6 @@ def _frozen(members: MemberSet) -> set[str]:
     return found
 
 
-def _scored(score: Callable[[Any], float], model: Any, what: str) -> float:
-    value = float(score(model))
-    if not math.isfinite(value):
-        raise InputError(f"the score of {what} is {value}, not a finite number")
-    return value
-
-
 def _paths(
     models: Sequence[Any],
     score: Callable[[Any], float],
@@ -207,7 +208,7 @@ def _paths(
             between = merge(
                 [models[a], models[b]], method="weighted", weights=[1 - t, t], item_ids=ids
             )
-            values.append(_scored(score, between, f"the point {t:g} between {a} and {b}"))
+            values.append(finite_score(score, between, f"of the point {t:g} between {a} and {b}"))
         first, last = values[0], values[-1]
         dips = [(1 - t) * first + t * last - s for t, s in zip(shares, values, strict=True)]
         found.append(
@@ -225,15 +226,17 @@ def _paths(
 def _inconsistency(models: Sequence[Any], hits: Callable[[Any], Any]) -> list[list[float]]:
     found: list[Tensor] = []
     for number, model in enumerate(models):
-        own = torch.as_tensor(hits(model)).cpu()
-        if own.dim() != 1 or len(own) == 0 or not bool(((own == 0) | (own == 1)).all()):
-            raise InputError(f"hits of member {number} are no (U,) tensor of true and false")
-        if found and len(own) != len(found[0]):
-            raise InputError(
-                f"hits of member {number} are of {len(own)} users and those of member 0 of "
-                f"{len(found[0])}"
-            )
-        found.append(own.bool())
+        with processes.together() as same:
+            own = torch.as_tensor(hits(model)).cpu()
+            if own.dim() != 1 or len(own) == 0 or not bool(((own == 0) | (own == 1)).all()):
+                raise InputError(f"hits of member {number} are no (U,) tensor of true and false")
+            if found and len(own) != len(found[0]):
+                raise InputError(
+                    f"hits of member {number} are of {len(own)} users and those of member 0 of "
+                    f"{len(found[0])}"
+                )
+            found.append(own.bool())
+            same[f"the hits of member {number}"] = found[-1].numpy().tobytes()
     table = torch.stack(found).double()
     return ((table[:, None] != table[None]).double().mean(2)).tolist()
 

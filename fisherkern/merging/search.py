@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fisherkern.errors import InputError
+from fisherkern.merging.scores import finite_score
 
 GRID = 20
 REFINEMENTS = (0.2, 0.1, 0.05)
@@ -32,13 +32,6 @@ def _starting_points(members: int, steps: int, seed: int) -> Iterator[np.ndarray
     yield from np.random.default_rng(seed).dirichlet(np.ones(members), size=steps)
 
 
-def _scored(score: Callable[[list[float]], float], weights: list[float]) -> float:
-    value = float(score(weights))
-    if not math.isfinite(value):
-        raise InputError(f"the score at weights {weights} is {value}, not a finite number")
-    return value
-
-
 def greedy_weights(
     score: Callable[[list[float]], float], members: int
 ) -> tuple[list[float], list[dict[str, Any]]]:
@@ -58,7 +51,7 @@ def greedy_weights(
 
     def attempt(kept: list[int]) -> float:
         weights = [1 / len(kept) if member in kept else 0.0 for member in range(members)]
-        value = _scored(score, weights)
+        value = finite_score(score, weights, f"at weights {weights}")
         candidates.append({"weights": weights, "score": value})
         return value
 
@@ -95,7 +88,7 @@ def search_weights(
     def attempt(point: np.ndarray) -> None:
         nonlocal best, best_score
         weights = [float(weight) for weight in point]
-        value = _scored(score, weights)
+        value = finite_score(score, weights, f"at weights {weights}")
         candidates.append({"weights": weights, "score": value})
         if value > best_score or len(candidates) == 1:
             best, best_score = point, value

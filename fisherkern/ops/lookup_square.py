@@ -178,7 +178,7 @@ def lookup_square_(
         fisher[row_u] += Σ_r S_ru ∘ (S_ru + β_ur h_{n(u)}),   S_ru = Σ_{m in segment u} δ_rm
 
     A segment is the lookups of one row by one sequence. In PyTorch holds (U, D) of one probe at a
-    time, on a GPU three times a block of probes' gradients; in the extension nothing, or
+    time, on a GPU three times a block of probes' gradients; in the extension (G, D), or
     (splits, G, D) on a GPU, where one CTA owns a row and no atomics are needed.
 
     Args:
@@ -190,9 +190,17 @@ def lookup_square_(
 
     Source: design section 1, tied embedding.
     """
-    indices = (segments.order, segments.segment_start, segments.row, segments.row_start)
-    sequence = None if beta is None else segments.sequence
-    _lookup_square_(fisher, delta, *indices, beta, hidden, sequence)
+    order, segment_start, row, sequence, row_start = segments
+    rest = beta, hidden, None if beta is None else sequence
+    if on_gpu(fisher):
+        _lookup_square_(fisher, delta, order, segment_start, row, row_start, *rest)
+        return
+    # A row that every sequence looks up gets thousands of squares, each of which would be rounded
+    # to the units of all that came before it: they are added up from 0, and then added.
+    number = torch.repeat_interleave(row_start.diff(), output_size=len(row))
+    own = fisher.new_zeros(len(row_start) - 1, fisher.shape[1])
+    _lookup_square_(own, delta, order, segment_start, number, row_start, *rest)
+    add_rows_(fisher, row[row_start[:-1]], own)
 
 
 def lookup_square_reference(

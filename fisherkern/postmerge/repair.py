@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.errors import InputError
 from fisherkern.members import checks
 from fisherkern.members.ties import find_ties
@@ -34,7 +35,7 @@ def repair(
     by a change of gain and bias alone. Averaged weights shrink the spread of activations ("variance
     collapse"); this gives it back, and inference costs the same. A channel without spread in
     `model` keeps its gain and gets the mean. Runs each member once and the copy once per module
-    over the loader, in eval mode.
+    over the loader, in eval mode. Several processes deal out the histories.
 
     Args:
         model: The merged model; left as it is.
@@ -58,15 +59,18 @@ def repair(
     Source: Jordan et al., REPAIR, arXiv 2211.08403, equations 1 to 3.
     """
     members = list(members)
-    if not members:
-        raise InputError("there is no member to take statistics from")
-    checks.check_members([model, *members])
-    lam = checks.check_weights(weights, len(members))
-    groups = list(_by_length(loader))
-    if not groups:
-        raise InputError("loader gives no history with an item")
-    target = copy.deepcopy(model)
-    names = _modules(target, modules)
+    with processes.together() as same:
+        if not members:
+            raise InputError("there is no member to take statistics from")
+        checks.check_members([model, *members])
+        lam = checks.check_weights(weights, len(members))
+        groups = list(_by_length(loader))
+        if not groups:
+            raise InputError("loader gives no history with an item")
+        target = copy.deepcopy(model)
+        names = _modules(target, modules)
+        shapes = [own.shape for own in groups]
+        same |= checks.compared([model, *members], weights=lam, modules=names, loader=shapes)
     found = [_statistics(member, names, groups) for member in members]
     order = list(_statistics(target, names, groups[:1]))
     for name in order:
@@ -132,7 +136,7 @@ Moments = tuple[int, Tensor, Tensor]
 
 
 def _statistics(
-    model: nn.Module, names: Sequence[str], groups: Iterable[Tensor]
+    model: nn.Module, names: Sequence[str], groups: Sequence[Tensor]
 ) -> dict[str, Moments]:
     """Per module (count, mean, deviation) of its output's channels, in the order they first ran."""
     sums: dict[str, Moments] = {}
@@ -149,18 +153,33 @@ def _statistics(
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     training = model.training
     model.eval()
+    own = processes.own_numbers([history.numel() for history in groups])
     try:
-        with torch.no_grad():
-            for history in groups:
-                model(history)
+        with torch.no_grad(), processes.together():
+            for number in own:
+                model(groups[number])
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
+    sums = _of_all(sums, next(model.parameters()).device)
     lacking = [name for name in names if name not in sums]
     if lacking:
         raise InputError(f"module {lacking[0]!r} does not run when the model is called")
     return {name: (n, mean, (square / n).sqrt()) for name, (n, mean, square) in sums.items()}
+
+
+def _of_all(sums: dict[str, Moments], device: torch.device) -> dict[str, Moments]:
+    """The moments of all processes' groups together, joined in their order."""
+    if processes.world() == 1:
+        return sums
+    told = {name: (n, mean.cpu(), square.cpu()) for name, (n, mean, square) in sums.items()}
+    total: dict[str, Moments] = {}
+    for found in processes.gathered(told):
+        for name, (n, mean, square) in found.items():
+            new = (n, mean.to(device), square.to(device))
+            total[name] = _joined(total[name], new) if name in total else new
+    return total
 
 
 def _joined(one: Moments, other: Moments) -> Moments:

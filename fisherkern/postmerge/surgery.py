@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.encoders import Batch, SequenceEncoder
 from fisherkern.encoders.base import prediction_tokens
 from fisherkern.encoders.transformer import Block
@@ -181,18 +182,21 @@ def representation_surgery(
     from their released code; the translation t_m is ours.
     """
     members = list(members)
-    _check(merged, members, targets)
-    for name, value, domain in (
-        ("version", version, VERSIONS),
-        ("rank", rank, Integer(1)),
-        ("steps", steps, Integer(0)),
-        ("lr", lr, Number(0.0, above=True)),
-    ):
-        check_option(name, value, domain)
-    lam = checks.check_weights(weights, len(members))
-    if targets is not None:
-        lam = [share if index in targets else 0.0 for index, share in enumerate(lam)]
-        lam = checks.check_weights(lam, len(members))
+    with processes.together() as same:
+        _check(merged, members, targets)
+        for name, value, domain in (
+            ("version", version, VERSIONS),
+            ("rank", rank, Integer(1)),
+            ("steps", steps, Integer(0)),
+            ("lr", lr, Number(0.0, above=True)),
+        ):
+            check_option(name, value, domain)
+        lam = checks.check_weights(weights, len(members))
+        if targets is not None:
+            lam = [share if index in targets else 0.0 for index, share in enumerate(lam)]
+            lam = checks.check_weights(lam, len(members))
+        given = (version, rank, steps, lr, seed, lam)
+        same |= checks.compared([merged, *members], settings=given)
     generator = torch.Generator().manual_seed(seed)
     corrected = SurgeryEncoder(copy.deepcopy(merged), version, rank, generator).eval()
     batches = collect_batches(loader, corrected)

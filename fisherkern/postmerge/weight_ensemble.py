@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.encoders.base import take
 from fisherkern.encoders.transformer import FeedForward
 from fisherkern.errors import InputError
-from fisherkern.members.checks import check_encoders
+from fisherkern.members.checks import check_encoders, compared
 from fisherkern.members.fitting import collect_batches, minimize
 from fisherkern.members.options import Choice, Integer, Number, check_option, options_of
 from fisherkern.merging.merge import merge
@@ -247,7 +248,7 @@ def weight_ensemble(
 
     It costs more than a merged model at inference: an N x inner_dim x D tensor of weights per layer
     and batch, M multiplications for each of its entries, and the last block at all positions; a
-    file holds M + 1 times the feed-forward layers.
+    file holds M + 1 times the feed-forward layers. Several processes share every batch.
 
     Args:
         models: Encoders with `FeedForward` layers (BERT4Rec, SASRec); left as they are. Members
@@ -282,23 +283,35 @@ def weight_ensemble(
     from their released code.
     """
     models = list(models)
-    check_encoders([*models, base], "model")
-    given = {"objective": objective, "density": density, "router_layers": router_layers, "lr": lr}
-    for name, value in given.items():
-        check_option(name, value, OPTIONS[name].domain)
-    check_option("steps", steps, Integer(0))
-    settings: dict[str, Any] = {"efficient": efficient, "density": density if efficient else None}
-    settings |= {"router_layers": router_layers, "objective": objective, "lr": lr, "seed": seed}
-    network = merge(models, method="task_arithmetic", base=base, options={"scale": scale})
-    report = dict(network.merge_report or {})
-    names = feed_forwards(network)
-    ensemble = WeightEnsemble(network, len(models), router_layers, settings["density"]).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for router in ensemble.routers():
-        router.draw(scale, generator)
-    for name in names:
-        start, *own = (cast(FeedForward, one.get_submodule(name)) for one in (base, *models))
-        cast(WeightEnsemblingFeedForward, network.get_submodule(name)).fill(start, own)
+    # Without a loader nothing is trained, and no other process asked.
+    with processes.together(loader is not None) as same:
+        check_encoders([*models, base], "model")
+        given = {
+            "objective": objective,
+            "density": density,
+            "router_layers": router_layers,
+            "lr": lr,
+        }
+        for name, value in given.items():
+            check_option(name, value, OPTIONS[name].domain)
+        check_option("steps", steps, Integer(0))
+        settings: dict[str, Any] = {
+            "efficient": efficient,
+            "density": density if efficient else None,
+        }
+        settings |= {"router_layers": router_layers, "objective": objective, "lr": lr, "seed": seed}
+        network = merge(models, method="task_arithmetic", base=base, options={"scale": scale})
+        report = dict(network.merge_report or {})
+        names = feed_forwards(network)
+        ensemble = WeightEnsemble(network, len(models), router_layers, settings["density"]).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for router in ensemble.routers():
+            router.draw(scale, generator)
+        for name in names:
+            start, *own = (cast(FeedForward, one.get_submodule(name)) for one in (base, *models))
+            cast(WeightEnsemblingFeedForward, network.get_submodule(name)).fill(start, own)
+        if loader is not None:
+            same |= compared([base, *models], settings=(settings, scale, steps))
     losses: list[float] = []
     if loader is not None:
         batches = collect_batches(loader, ensemble)

@@ -21,6 +21,7 @@ from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file
 from fisherkern.fingerprint import json_sha256
 from fisherkern.objectives import MaskedItems, Objective
+from fisherkern.objectives.batch_loss import BatchLoss
 from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
 from fisherkern.training.cpu_kernels import FastCPUKernels, backward
@@ -220,7 +221,7 @@ class TrainLoop:
         compiled = {}
         if settings.compile:
             compiled["states"] = torch.compile(model.states, backend=_backend(settings.compile))
-        self.loss = distributed.wrap_ddp(distributed.BatchLoss(model, objective, modules, compiled))
+        self.loss = distributed.wrap_ddp(BatchLoss(model, objective, modules, compiled))
         for part in (model, parts.get("ema", model)):
             part.item_ids = list(data.item_ids)
         first_epoch = self.windows(1)

@@ -191,6 +191,18 @@ def test_the_op_in_the_extension_and_in_pytorch(
     assert_close(crossed, 1 + lookup_square_reference(shape, delta, ids, by_pair, hidden))
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_row_of_every_sequence_is_not_rounded_square_by_square(backend: str) -> None:
+    """2,048 squares of about 1 beside a sum whose unit in the last place is 1/16."""
+    ids, n = torch.zeros(2048, 1, dtype=torch.int64), 2048
+    delta = 1 + torch.rand(1, n, 3, generator=torch.Generator().manual_seed(0))
+    fisher = torch.full((2, 3), 2.0**20)
+    with use_backend(backend):
+        ops.lookup_square_(fisher, delta, ops.lookup_segments(ids))
+    expected = 2.0**20 + delta[0].double().square().sum(dim=0)
+    assert ((fisher[0] - expected).abs() <= 1 / 16).all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_on_a_gpu(dtype: torch.dtype) -> None:

@@ -19,9 +19,10 @@ from training_runs import Cycles, T, V, bits, new_model, run
 
 from fisherkern.encoders import GRU4Rec, SASRec
 from fisherkern.files import read_tensors, save_tensors
-from fisherkern.objectives import CL4SRec, MaskedItems, NextItem
+from fisherkern.objectives import CL4SRec, MaskedItems, NextItem, batch_loss
+from fisherkern.objectives.batch_loss import local_slice
 from fisherkern.objectives.scoring import LOCAL_SLICE, softmax_loss
-from fisherkern.training import TrainingLog, distributed
+from fisherkern.training import TrainingLog
 
 
 class WithHead(MaskedItems):
@@ -180,13 +181,13 @@ def test_places_are_shared_out(world: int, count: int, monkeypatch: pytest.Monke
     whole = softmax_loss(h, column, weight, None)
     (expected,) = torch.autograd.grad(whole, h)
     losses, gradients, scored = [], [], []
-    monkeypatch.setattr(distributed, "world", lambda: world)
-    token = LOCAL_SLICE.set(distributed.local_slice)
+    monkeypatch.setattr(batch_loss, "world", lambda: world)
+    token = LOCAL_SLICE.set(local_slice)
     for rank in range(world):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(batch_loss, "rank", lambda rank=rank: rank)
         losses.append(softmax_loss(h, column, weight, None))
         gradients += torch.autograd.grad(losses[-1], h)
-        places, factor = distributed.local_slice(count)
+        places, factor = local_slice(count)
         scored += list(range(count))[places] if factor else []
     LOCAL_SLICE.reset(token)
     assert scored == list(range(count))

@@ -1,0 +1,24 @@
+"""The score of a model, as a function of the user's gives it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from fisherkern import processes
+from fisherkern.errors import InputError
+
+
+def finite_score(score: Callable[[Any], float], model: Any, what: str) -> float:
+    """Return the score of a model, which all processes find.
+
+    Raises:
+        InputError: `score` gave no finite number, or other ones in other processes; of `what`.
+    """
+    with processes.together():
+        value = float(score(model))
+    value = processes.agreed(f"the score {what}", value)
+    if not math.isfinite(value):
+        raise InputError(f"the score {what} is {value}, not a finite number")
+    return value
