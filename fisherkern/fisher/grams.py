@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_size, takes
+from fisherkern.adapters.agreement import check_function
+from fisherkern.adapters.batches import batch_size, batch_slice, takes
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
@@ -102,8 +103,12 @@ class _Collector:
         self._sums: dict[str, Tensor] = {}
         self._refused: set[str] = set()
         self.positions: dict[str, int] = {}
+        self._checked = False
 
     def add(self, batch: Any, seed: int) -> None:
+        if not self._checked:
+            check_function(self._model, batch_slice(batch, 0, min(4, batch_size(batch))))
+            self._checked = True
         with Capture(self._parameters, batch_size(batch), HANDLERS, batch) as capture:
             logits = self._model.logits(batch)
         ops = capture.ops

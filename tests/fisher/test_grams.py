@@ -132,3 +132,17 @@ def test_bad_input():
         fk.linear_grams(bert(), [], progress=False)
     with pytest.raises(InputError, match="chunk: must be at least 1, got 0"):
         fk.linear_grams(bert(), [HISTORIES], chunk=0, progress=False)
+
+
+def test_a_model_that_is_no_function_of_a_sequence_has_no_grams():
+    class Random(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.items, self.dense = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, history):
+            h = torch.nn.functional.dropout(self.items(history), 0.5, training=True)
+            return self.dense(h).mean(1) @ self.items.weight.T
+
+    with pytest.raises(InputError, match="two passes over one batch"):
+        fk.linear_grams(Random(), [torch.arange(8).view(2, 4)])
