@@ -15,8 +15,8 @@ from fisherkern.errors import InputError
 # Logits compared at once.
 _COMPARED = 2**22
 _BATCH_DEPENDENT = (
-    "they depend on the other sequences (batch norm without running statistics, a batch mean); "
-    "its Fisher is not defined"
+    "they depend on the other sequences (batch norm without running statistics, a batch mean) and "
+    "are no function of a sequence"
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
+from fisherkern.adapters.agreement import check_function
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.scores import Scores, ScoringLayer, WholeScores, rounds
@@ -18,6 +19,8 @@ log = logging.getLogger("fisherkern")
 
 # Columns of a history for models that do not say how many they take.
 _MAX_LEN = 50
+# Sequences on which a model is tried first.
+_FEW = 4
 
 DataBatch = dict[str, Tensor]
 
@@ -46,7 +49,7 @@ class Scorer:
         self.module: nn.Module | None = None
         self._columns: Tensor | None = None  # (V,) int64, where the model orders items by itself
         self._layer: ScoringLayer | None = None
-        self._sought = False
+        self._sought = self._checked = False
         if isinstance(model, str):
             raise InputError(f"model: expected something to call, got {type(model).__name__}")
         if isinstance(model, ModelAdapter | nn.Module) or not callable(model):
@@ -76,7 +79,17 @@ class Scorer:
         self._native, self._logits = native, adapter.logits
 
     def parts(self, batch: DataBatch) -> Iterator[DataBatch]:
-        """Yield a batch of the data in parts, one where the scores fit or are made by tiles."""
+        """Yield a batch of the data in parts, one where the scores fit or are made by tiles.
+
+        Warns of a module whose scores are not the same twice, or without other sequences.
+        """
+        if self.adapter is not None and not self._checked:
+            self._checked = True
+            few = {name: value[:_FEW] for name, value in batch.items()}
+            try:
+                check_function(self.adapter, self._native(few))
+            except InputError as error:
+                log.warning("the ranks are of this batch size and run alone: %s", error)
         rows = len(batch["history"])
         most = max(1, self.max_scores // self.num_items)
         if rows > most or (self.adapter is not None and rounds(self.adapter)):
@@ -111,7 +124,7 @@ class Scorer:
         if self._sought or self.adapter is None:
             return
         self._sought = True
-        few = {name: value[:2] for name, value in batch.items()}
+        few = {name: value[:_FEW] for name, value in batch.items()}
         layer = ScoringLayer.of(self.adapter, self._native(few))
         if layer is not None:
             self._check_shape(layer.head()[0].T, layer.head()[0].shape[1])
@@ -129,6 +142,8 @@ class Scorer:
         if self._columns is not None:
             start, width = 0, int(self._columns.max()) + 1
         fits = isinstance(found, Tensor) and found.ndim == 2 and len(found) == rows
+        if fits and found.is_complex():
+            raise InputError("model: its scores are complex")
         if not fits or start < 0 or found.shape[1] < width:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(

@@ -350,3 +350,34 @@ def test_ties_in_other_tiles_count_against_the_target(n):
     scores = h.double() @ base.double().t()
     own = scores.gather(1, (target[:, None] - 1) % 50)
     assert found.tolist() == (200 * (scores >= own).sum(dim=1)).tolist()
+
+
+class NoFunction(torch.nn.Module):
+    """Scores that are random, of the batch, or no numbers."""
+
+    def __init__(self, kind, num_items):
+        super().__init__()
+        self.kind, self.first_item = kind, 1
+        self.items = torch.nn.Embedding(num_items + 1, 4)
+
+    def forward(self, history):
+        z = self.items(history).sum(1) @ self.items.weight[1:].T
+        if self.kind == "random":
+            return torch.nn.functional.dropout(z, 0.5, training=True)
+        return z - z.mean(0) if self.kind == "batch" else z.to(torch.complex64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("random", "two passes over one batch"), ("batch", "depend on the other sequences")],
+)
+def test_a_model_that_is_no_function_of_a_history_is_told(kind, message, caplog):
+    data = fk.synthetic(40, 20, min_length=5, max_length=8)
+    fk.evaluate(NoFunction(kind, data.num_items), data)
+    assert [message in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_complex_scores_are_refused():
+    data = fk.synthetic(40, 20, min_length=5, max_length=8)
+    with pytest.raises(InputError, match="its scores are complex"):
+        fk.evaluate(NoFunction("complex", data.num_items), data)
