@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from fisherkern.cli.arguments import command
-from fisherkern.cli.claims import result_path
+from fisherkern.cli.claims import MODEL_ENDINGS, result_path
 from fisherkern.cli.run import BEST_DEVICE, Run, on_validation, over_catalogue_of
 from fisherkern.data import SequenceDataset, load
 from fisherkern.documents import MAX_SETTINGS
@@ -44,9 +45,10 @@ def report_merge(
         raise InputError("--barriers: are measured on data; name --data")
     result = read_result(result_path(folder, "merge"))
     path = out if out is not None and out.suffix == ".html" else (out or folder) / "report.html"
-    merged = folder / ("merged" + Path(result.members[0]).suffix)
-    found = Findings(result, merged if merged.exists() else None)
-    inputs = [*found.members, *map(Path, result.used.fishers)]
+    places = [folder / f"merged{ending}" for ending in ("", *MODEL_ENDINGS)]
+    found = Findings(result, next((place for place in places if place.exists()), None))
+    named = (*result.members, *result.used.fishers)
+    inputs = [Path(name) for name in named if os.path.exists(name)]  # noqa: PTH110  # any text
     target = run.out("report", path.name, folder=path.parent, inputs=inputs)
     if run.values["data"] is not None:
         data = run.data()

@@ -18,7 +18,7 @@ Element = ElementTree.Element
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 60rem; padding: 1rem; color: #1a1a1a; background: #fff;
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; border-top: 1px solid #bbb; padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .25rem; }
@@ -26,13 +26,15 @@ p { margin: .5rem 0; max-width: 45rem; }
 .lead { font-size: 1.1rem; }
 .scroll { overflow-x: auto; margin: .5rem 0; }
 .scroll:focus-visible { outline: 2px solid #0072b2; }
-table { border-collapse: collapse; font-size: .9rem; }
+table { border-collapse: collapse; font-size: .9rem; min-width: min(100%, 30rem); }
 caption { text-align: left; color: #595959; padding-bottom: .25rem; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid #ddd; min-width: 3rem; max-width: 22rem; }
+  border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #767676; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .drawn { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.text { white-space: nowrap; }
+td.long { min-width: 15rem; overflow-wrap: anywhere; }
 code { font: .85rem/1.4 ui-monospace, monospace; }
 svg { vertical-align: middle; margin-left: .5rem; }
 @media print {
@@ -43,8 +45,9 @@ svg { vertical-align: middle; margin-left: .5rem; }
   svg { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
-_BLUE, _GREY = "#0072b2", "#767676"  # 5.2 and 4.5 to 1 on white
+_BLUE, _GREY = "#0072b2", "#595959"  # 5.2 and 7 to 1 on white
 _WIDTH, _HEIGHT = 120, 14  # of a drawing, in pixels
+_LONG = 32  # characters that a cell does not break
 
 
 def element(tag: str, *content: str | Element, **attributes: object) -> Element:
@@ -104,13 +107,15 @@ def table(caption: str, rows: TableRows, *, digits: str = ".4f") -> Element:
     for row, texts in zip(rows, cells, strict=True):
         line = element("tr")
         for value, text, right in zip(row.values(), texts, numeric, strict=True):
-            drawn = isinstance(value, Element)
-            kind = {"class_": "drawn" if drawn else "number"} if drawn or right else {}
-            line.append(element("td", value if drawn else text, **kind))
+            if isinstance(value, Element):
+                line.append(element("td", value, class_="drawn"))
+            else:
+                kind = "number" if right else "long" if len(text) > _LONG else "text"
+                line.append(element("td", text, class_=kind))
         body.append(line)
     first = element("tr")
     for head, right in zip(heads, numeric, strict=True):
-        first.append(element("th", head, scope="col", **({"class_": "number"} if right else {})))
+        first.append(element("th", head, scope="col", class_="number" if right else "text"))
     made = element("table", element("caption", caption), element("thead", first), body)
     # To be scrolled by the keyboard too, it must take the focus and have a name.
     return element("div", made, class_="scroll", tabindex="0", role="region", aria_label=caption)

@@ -108,7 +108,7 @@ def _groups(found: Findings) -> Iterator[Element | str]:
         gains = {label: compare(*pair)[METRIC] for label, pair in groups.items()}
         yield element("h3", f"By {title}")
         yield table(
-            "NDCG@10 of each group; paired 95 % intervals",
+            f"NDCG@10 by {title}; paired 95 % intervals",
             [
                 {
                     "users": label,
@@ -122,6 +122,7 @@ def _groups(found: Findings) -> Iterator[Element | str]:
         )
     if found.best is not None and found.groups:
         yield f"The member is {found.best}, the best one, where a row names no other."
+        yield "Each interval is for its own row: of twenty groups one leaves 0 out by chance."
 
 
 def _paths(found: Findings) -> Iterator[Element | str]:
@@ -135,7 +136,10 @@ def _paths(found: Findings) -> Iterator[Element | str]:
         yield table(
             f"NDCG@10 on validation from member {first} to member {second}: barrier "
             f"{path['barrier']:.4f}, gain {path['gain']:.4f}",
-            [{"way": f"{t:.0%}", "NDCG@10": bar(s, most, f"{s:.4f}")} for t, s in points],
+            [
+                {f"share of member {second}": f"{t:.0%}", "NDCG@10": bar(s, most, f"{s:.4f}")}
+                for t, s in points
+            ],
         )
 
 
@@ -230,7 +234,7 @@ def _provenance(found: Findings) -> Iterator[Element | str]:
         kept = hashes[number] if number < len(hashes) else None
         now = None if kept else sha256_of(path)
         taken = "of the merge" if kept else "as it is now" if now else "not a file that is here"
-        rows.append({"file": path, "sha256": element("code", kept or now or ""), "state": taken})
+        rows.append({"file": path, "sha256": kept or now or "", "state": taken})
     yield table("Files", rows)
     given = {name: value for name, value in result.arguments.items() if value not in (None, [])}
     yield table("Arguments of the merge", _pairs("argument", "value", given))
