@@ -37,6 +37,7 @@ th { border-bottom: 2px solid #767676; }
 td.long { min-width: 15rem; overflow-wrap: anywhere; }
 code { font: .85rem/1.4 ui-monospace, monospace; }
 svg { vertical-align: middle; margin-left: .5rem; }
+@media (max-width: 40rem) { .drawn svg { display: block; margin-left: 0; } }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll { overflow: visible; }

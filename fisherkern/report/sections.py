@@ -89,11 +89,11 @@ def _gains(found: Findings) -> Iterator[Element | str]:
     for name, report in found.reports.items():
         label = name if name == "merge" else f"member {name}"
         row: dict[str, Any] = {"model": label + (", best" if name == found.best else "")}
-        row |= {metric.upper(): report[metric] for metric in SHOWN}
         gain = gains.get(name, "")
         row["merge minus member, NDCG@10"] = (
             gain if isinstance(gain, str) else interval(gain[METRIC], _reach(known))
         )
+        row |= {metric.upper(): report[metric] for metric in SHOWN}
         rows.append(row)
     yield table(f"{merge.protocol}, {merge.num_users:,} users; paired 95 % intervals", rows)
     if found.best is not None:
@@ -112,10 +112,10 @@ def _groups(found: Findings) -> Iterator[Element | str]:
             [
                 {
                     "users": label,
+                    "merge minus member": interval(gains[label], _reach(gains.values())),
                     "number": ours.num_users,
                     "merge": ours[METRIC],
                     "member": member[METRIC],
-                    "merge minus member": interval(gains[label], _reach(gains.values())),
                 }
                 for label, (ours, member) in groups.items()
             ],

@@ -188,7 +188,7 @@ def test_tensors_and_catalogue(folder: Path, measured: Page) -> None:
     for row, own in zip(rows, result["coverage"].values(), strict=True):
         assert [row["member 0"], row["member 1"]] == [f"{share:.1%}" for share in own]
     (row,) = measured.table("How many of the merge's 30 items")
-    assert row["members"] == "2 of 2" and row["items"] == "30"
+    assert row == {"members": "2 of 2", "items": "30", "share": "100.0%"}
     assert measured.table("Mean share of each member in a tensor's entries")
     assert (
         measured.table("NDCG@10 on validation from member 0 to member 1")[-1]["share of member 1"]
@@ -253,7 +253,7 @@ def test_hostile_names_are_text(folder: Path, tmp_path: Path) -> None:
     result = read_json(folder / "run" / "result.json")
     result["members"] = HOSTILE
     result["arguments"] = {"command": "merge", **{name: name for name in HOSTILE}}
-    result["used"] = {"fishers": [], "base": HOSTILE[0]}
+    result["used"] = {"fishers": [], "base": HOSTILE[2]}
     values = [0.2] * len(HOSTILE)
     result["report"] |= {
         "method": HOSTILE[0],
@@ -271,6 +271,7 @@ def test_hostile_names_are_text(folder: Path, tmp_path: Path) -> None:
     assert rows[2]["file"] == "two\\nlines\\tand \\x00 \\x1b[31m"
     assert len(rows[3]["file"]) == 1000 and rows[4]["file"].startswith("\\u202e")
     assert f"Method: {HOSTILE[0]}." in page.text
+    assert f"from the base {rows[2]['file']}." in page.text
 
 
 def test_own_users_come_from_the_training_beside_a_member(folder: Path, tmp_path: Path) -> None:
