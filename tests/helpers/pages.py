@@ -5,6 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 VOID = {"meta"}
+HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
 
 class Page(HTMLParser):
@@ -33,7 +34,7 @@ class Page(HTMLParser):
             self._cells = []
         elif tag in ("td", "th"):
             self._cells.append("")
-        elif tag in ("h1", "h2", "h3"):
+        elif tag in HEADINGS:
             self.headings.append((tag, ""))
 
     def handle_endtag(self, tag: str) -> None:
@@ -53,7 +54,7 @@ class Page(HTMLParser):
             self.caption += data
         elif "td" in self.open or "th" in self.open:
             self._cells[-1] += data
-        elif self.open and self.open[-1] in ("h1", "h2", "h3"):
+        elif self.open and self.open[-1] in HEADINGS:
             tag, text = self.headings[-1]
             self.headings[-1] = (tag, text + data)
 
