@@ -25,7 +25,7 @@ def print_table(rows: TableRows, *, digits: str = ".4f") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    heads, cells, numeric = _cells(rows, digits)
+    heads, cells, numeric = table_cells(rows, digits)
     table = Table()
     for head, right in zip(heads, numeric, strict=True):
         table.add_column(head, justify="right" if right else "left", overflow="fold")
@@ -36,7 +36,7 @@ def print_table(rows: TableRows, *, digits: str = ".4f") -> None:
 
 def plain_table(rows: TableRows, *, digits: str = ".4f") -> str:
     """Aligned columns two spaces apart, numbers to the right."""
-    heads, cells, numeric = _cells(rows, digits)
+    heads, cells, numeric = table_cells(rows, digits)
     lines = [heads, *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
     return "\n".join(
@@ -50,7 +50,7 @@ def plain_table(rows: TableRows, *, digits: str = ".4f") -> str:
 
 def markdown_table(rows: TableRows, *, digits: str = ".6g") -> str:
     """Make a Markdown table, numbers to the right; what cells hold is text, see `escaped`."""
-    heads, cells, numeric = _cells(rows, digits)
+    heads, cells, numeric = table_cells(rows, digits)
     lines = [
         _row([escaped(head) for head in heads]),
         "|" + "|".join("---:" if right else "---" for right in numeric) + "|",
@@ -84,7 +84,7 @@ class Code(str):
     __slots__ = ()
 
 
-def _cells(rows: TableRows, digits: str) -> tuple[list[str], list[list[str]], list[bool]]:
+def table_cells(rows: TableRows, digits: str) -> tuple[list[str], list[list[str]], list[bool]]:
     """Heads, cells as text, and which columns hold numbers alone."""
     heads = list(rows[0])
     numeric = [

@@ -21,6 +21,8 @@ LEVELS = {
     "cli": 10,
     "demo": 9,
     "__init__": 8,
+    # Shows what the rooms below measure.
+    "report": 6,
     # A weight ensemble starts from a merge.
     "postmerge": 6,
     "alignment": 5,

@@ -21,6 +21,7 @@ from fisherkern.cli import (
     merge,
     preflight,
     repair,
+    report,
     representation_surgery,
     train,
 )
@@ -41,6 +42,7 @@ COMMANDS = (
     repair.repair_checkpoint,
     representation_surgery.correct_checkpoint,
     evaluate.evaluate_checkpoint,
+    report.report_merge,
 )
 
 

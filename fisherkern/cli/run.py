@@ -62,7 +62,8 @@ class Run:
             raise InputError(f"--seed: must not be negative, got {self.seed}")
         for name in ("out", "log_dir"):
             if self.values.get(name) is not None:
-                _check_folder(Path(self.values[name]))
+                folder = Path(self.values[name])  # or a page, as `fisherkern report` writes
+                _check_folder(folder.parent if folder.suffix == ".html" else folder)
 
     def of(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The arguments of a public function that this run has."""
