@@ -25,9 +25,9 @@ from fisherkern.objectives.batch_loss import BatchLoss
 from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
 from fisherkern.training.cpu_kernels import FastCPUKernels, backward
+from fisherkern.training.loggers import RunScalars, ScalarLogger
 from fisherkern.training.settings import TrainingSettings, learning_rate
 from fisherkern.training.state import PathLike, TrainProgress, TrainState, load_state, save_state
-from fisherkern.training.tensorboard import TensorBoardLogger
 from fisherkern.training.weight_average import WeightAverage
 
 OnEpoch = Callable[[int, SequenceEncoder, float], None]
@@ -101,6 +101,7 @@ def train(
     save_every_steps: int | None = None,
     save_every_seconds: float | None = None,
     log_dir: PathLike | None = None,
+    logger: ScalarLogger | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> TrainingLog:
@@ -137,6 +138,8 @@ def train(
         save_every_seconds: seconds between saves inside an epoch; None: none.
         log_dir: folder for TensorBoard: loss, learning rate and gradient norm of every step, the
             score of every validation.
+        logger: gets the same values by logger.log(values, step), steps counted from 0 over all
+            calls of the run; a step after the last save of an interrupted run comes twice.
         progress: show a progress bar.
         **settings: the fields of `TrainingSettings`, `epochs` among them.
 
@@ -145,15 +148,16 @@ def train(
 
     Raises:
         InputError: settings out of range, data of another catalogue size, the state of another run,
-            a missing TensorBoard, data with nothing to learn from, or a loss, gradient or score
-            that is not finite.
+            a missing TensorBoard, a logger without `log`, data with nothing to learn from, or a
+            loss, gradient or score that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    with TensorBoardLogger(log_dir if processes.rank() == 0 else None) as scalars:
+    first = processes.rank() == 0
+    with RunScalars(log_dir if first else None, logger if first else None) as scalars:
         run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and processes.rank() == 0)
+        return run.go(progress and first)
 
 
 def checked_settings(
@@ -184,7 +188,7 @@ class TrainLoop:
         validate: Validate | None,
         on_epoch: OnEpoch | None,
         saving: CheckpointPolicy,
-        scalars: TensorBoardLogger,
+        scalars: RunScalars,
     ) -> None:
         self.started = time.perf_counter()
         max_len = settings.max_len or model.max_len
@@ -297,7 +301,7 @@ class TrainLoop:
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")
         self.progress.scores[epoch] = score
-        self.scalars.add("validation", score, self.progress.step - 1)
+        self.scalars.log({"validation": score}, self.progress.step - 1)
         if self.progress.best_epoch == epoch:
             self.state.keep_best()
 
@@ -355,8 +359,7 @@ class TrainLoop:
             self.optimizer.step()
         if self.average is not None and any(targets):
             self.average.update(self.model, step)
-        for name, scalar in (("loss", value), ("learning_rate", rate), ("gradient_norm", size)):
-            self.scalars.add(name, scalar, step)
+        self.scalars.log({"loss": value, "learning_rate": rate, "gradient_norm": size}, step)
         return value, losses, targets
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
+from fisherkern.training.loggers import RunScalars
 from fisherkern.training.loop import (
     CheckpointPolicy,
     TrainingData,
@@ -29,7 +30,6 @@ from fisherkern.training.loop import (
     checked_settings,
 )
 from fisherkern.training.state import PathLike, check_run, contents, read_progress, restore
-from fisherkern.training.tensorboard import TensorBoardLogger
 
 NAMES = ("a", "b")
 
@@ -208,7 +208,7 @@ def train_peers(
     if (other.lr, other.seed) == (chosen.lr, chosen.seed):
         raise InputError("peer_lr and peer_seed are those of the first peer; one must differ")
     objective = MaskedItems(0.2) if objective is None else objective
-    with TensorBoardLogger(None) as scalars:
+    with RunScalars(None) as scalars:
         quiet = CheckpointPolicy(None, 1, None, None)
         pair = [
             TrainLoop(model, data, objective, own, validate, None, quiet, scalars)

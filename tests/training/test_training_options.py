@@ -174,8 +174,39 @@ def test_compile_goes_through_the_backend_and_leaves_no_trace(tmp_path: Path):
         torch._dynamo.reset()
 
 
-def test_scalars_go_to_tensorboard_and_go_on_after_an_interrupt(tmp_path: Path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+class FakeLogger:
+    """As W&B's run: log(values, step)."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, data, step=None):
+        self.calls.append((step, dict(data)))
+
+
+class FakeMLflow:
+    """As the module mlflow: log_metrics(metrics, step)."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log_metrics(self, metrics, step=None):
+        self.calls.append((step, dict(metrics)))
+
+
+class MLflowLogger:
+    """The adapter of the documentation."""
+
+    def __init__(self, mlflow):
+        self.mlflow = mlflow
+
+    def log(self, values, step):
+        self.mlflow.log_metrics(dict(values), step=step)
+
+
+def stopping():
+    """Masked items that are interrupted once, in the third step of the third epoch."""
+    calls: list[int] = []
 
     class Stopping(MaskedItems):
         def __call__(self, model, tokens, generator):
@@ -184,11 +215,17 @@ def test_scalars_go_to_tensorboard_and_go_on_after_an_interrupt(tmp_path: Path):
                 raise KeyboardInterrupt
             return super().__call__(model, tokens, generator)
 
-    calls: list[int] = []
+    return Stopping(0.2)
+
+
+def test_scalars_go_to_tensorboard_and_go_on_after_an_interrupt(tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    objective, logger = stopping(), FakeLogger()
     logged = {"log_dir": tmp_path / "log", "validate": lambda model: 0.5, "lr": 1e-3}
+    logged |= {"logger": logger}
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "state", objective=Stopping(0.2), **logged)
-    _, log = run(tmp_path / "state", objective=Stopping(0.2), **logged)
+        run(tmp_path / "state", objective=objective, **logged)
+    _, log = run(tmp_path / "state", objective=objective, **logged)
     events = accumulator.EventAccumulator(str(tmp_path / "log")).Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "learning_rate", "gradient_norm", "validation"}
     # Steps 6 and 7 were made twice, the run having been saved after step 5, and are there once.
@@ -201,6 +238,53 @@ def test_scalars_go_to_tensorboard_and_go_on_after_an_interrupt(tmp_path: Path):
     assert rates[:2] == pytest.approx([5e-4, 1e-3]) and rates[17] == pytest.approx(1e-3 / 16)
     assert [event.step for event in events.Scalars("validation")] == [2, 5, 8, 11, 14, 17]
     assert all(event.value > 0 for event in events.Scalars("gradient_norm"))
+    last: dict[str, dict[int, float]] = {}
+    for step, values in logger.calls:
+        for name, value in values.items():
+            assert type(name) is str and type(value) is float
+            last.setdefault(name, {})[step] = value
+    for name, values in last.items():  # TensorBoard keeps fp32
+        written = {event.step: event.value for event in events.Scalars(name)}
+        assert written == pytest.approx(values, rel=1e-6)
+    assert set(last) == set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("kind", [FakeLogger, FakeMLflow])
+def test_a_logger_gets_the_steps_of_the_whole_run(tmp_path: Path, kind):
+    """Those of a run never interrupted, and the two steps after the last save once more."""
+
+    def logged(own):
+        given = own if kind is FakeLogger else MLflowLogger(own)
+        return {"logger": given, "validate": lambda model: 0.5}
+
+    whole, parted, objective = kind(), kind(), stopping()
+    run(**logged(whole))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "state", objective=objective, **logged(parted))
+    assert [step for step, _ in parted.calls] == [0, 1, 2, 2, 3, 4, 5, 5, 6, 7]
+    before = len(parted.calls)
+    run(tmp_path / "state", objective=objective, **logged(parted))
+    assert parted.calls[: before - 2] + parted.calls[before:] == whole.calls
+    assert parted.calls[before - 2 : before] == parted.calls[before : before + 2]
+    assert [set(values) for _, values in whole.calls[:4]] == [
+        *[{"loss", "learning_rate", "gradient_norm"}] * 3,
+        {"validation"},
+    ]
+    done = list(parted.calls)
+    run(tmp_path / "state", objective=objective, **logged(parted))  # finished: nothing to tell
+    assert parted.calls == done
+
+
+def test_a_logger_changes_no_step():
+    assert_same_bits(bits(run(logger=FakeLogger())[0]), bits(run()[0]))
+
+
+def test_what_is_no_logger_is_refused_before_the_work(tmp_path: Path):
+    model = new_model()
+    start = bits(model)
+    with pytest.raises(InputError, match=r"logger: 'wandb' has no method log\(values, step\)"):
+        run(tmp_path / "state", model=model, logger="wandb")
+    assert_same_bits(bits(model), start)
 
 
 def test_without_tensorboard_one_sentence_says_so(tmp_path: Path, monkeypatch):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fisherkern as fk
 from benchmarks.speed.trainers.protocol import Trainer, serve
+from fisherkern.training.loggers import RunScalars
 from fisherkern.training.loop import CheckpointPolicy, TrainLoop, checked_settings
-from fisherkern.training.tensorboard import TensorBoardLogger
 
 
 def model_and_objective(
@@ -32,7 +32,7 @@ def training_run(
         model, data, None, {"epochs": 1000, "batch_size": batch_size, "lr": 1e-3, "seed": 0}
     )
     saving = CheckpointPolicy(None, 1, None, None)
-    run = TrainLoop(model, data, objective, settings, None, None, saving, TensorBoardLogger(None))
+    run = TrainLoop(model, data, objective, settings, None, None, saving, RunScalars(None))
     run.trained.train()
     return run
 
