@@ -24,6 +24,7 @@ LEVELS = {
     # Shows what the rooms below measure.
     "report": 6,
     # A weight ensemble starts from a merge.
+    "hub": 7,
     "postmerge": 6,
     "alignment": 5,
     "merging": 5,

@@ -77,7 +77,8 @@ def load_model(path: PathLike) -> SequenceEncoder:
     """Load the model that `save_model` wrote, on the CPU, in eval mode.
 
     Args:
-        path: the .safetensors file. Without the JSON file beside it `item_ids` is None.
+        path: the .safetensors file. Without the JSON file beside it `item_ids` and `merge_report`
+            are None.
 
     Returns:
         The encoder; NaN values are loaded as they are.
@@ -101,13 +102,25 @@ def load_model(path: PathLike) -> SequenceEncoder:
         raise InputError(f"{path}: {error}") from None
     about = path.with_suffix(".json")
     if is_file(about):
-        model.item_ids = _item_ids(path, about, header.get("item_ids_sha256"), model.num_items)
+        content = read_json(about)
+        ids_sha256 = header.get("item_ids_sha256")
+        model.item_ids = _item_ids(path, about, content, ids_sha256, model.num_items)
+        model.merge_report = _merge_report(content)
     return model.eval()
 
 
-def _item_ids(path: Path, about: Path, expected: object, size: int) -> list[str] | None:
+def _merge_report(content: Any) -> dict[str, Any] | None:
+    """Return how `merge` or `merge_files` made the model, where its JSON says so."""
+    extra = content.get("extra") if isinstance(content, dict) else None
+    extra = extra if isinstance(extra, dict) else {}
+    report = extra.get("merge_report", extra.get("merge"))
+    return report if isinstance(report, dict) else None
+
+
+def _item_ids(
+    path: Path, about: Path, content: Any, expected: object, size: int
+) -> list[str] | None:
     """Return the item ids in the JSON beside a model file, which has their hash."""
-    content = read_json(about)
     item_ids = content.get("item_ids") if isinstance(content, dict) else None
     if item_ids is not None:
         strings = isinstance(item_ids, list) and all(isinstance(item, str) for item in item_ids)
