@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
+from fisherkern import processes
 from fisherkern.errors import InputError, shown
 from fisherkern.training.state import PathLike
 
@@ -18,7 +19,7 @@ class ScalarLogger(Protocol):
 
 
 class RunScalars:
-    """Hands the scalars of a run to TensorBoard and to a logger; a context manager.
+    """Hands the scalars of a run to TensorBoard and a logger, on process 0; a context manager.
 
     Args:
         log_dir: folder that TensorBoard reads; None: none is written.
@@ -29,11 +30,13 @@ class RunScalars:
     """
 
     def __init__(self, log_dir: PathLike | None, logger: ScalarLogger | None = None) -> None:
-        self.log_dir, self.logger, self.writer = log_dir, logger, None
         if logger is not None and not callable(getattr(logger, "log", None)):
             raise InputError(f"logger: {shown(logger)} has no method log(values, step)")
         if log_dir is not None:
             _writer_class()
+        first = processes.rank() == 0
+        self.log_dir, self.logger = (log_dir, logger) if first else (None, None)
+        self.writer: Any = None
 
     def resume(self, step: int) -> None:
         """Start at `step`; TensorBoard does not show what an interrupted run wrote from there."""

@@ -154,10 +154,9 @@ def train(
     chosen = checked_settings(model, data, validate, settings)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
-    first = processes.rank() == 0
-    with RunScalars(log_dir if first else None, logger if first else None) as scalars:
+    with RunScalars(log_dir, logger) as scalars:
         run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
-        return run.go(progress and first)
+        return run.go(progress and processes.rank() == 0)
 
 
 def checked_settings(

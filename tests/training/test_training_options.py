@@ -12,6 +12,7 @@ from training_runs import Cycles, T, assert_same_bits, bits, new_model, run
 from fisherkern.encoders import SASRec
 from fisherkern.errors import InputError
 from fisherkern.objectives import MaskedItems, NextItem
+from fisherkern.training.loggers import RunScalars
 
 
 def by_epoch(scores, seen=None):
@@ -273,6 +274,19 @@ def test_a_logger_gets_the_steps_of_the_whole_run(tmp_path: Path, kind):
     done = list(parted.calls)
     run(tmp_path / "state", objective=objective, **logged(parted))  # finished: nothing to tell
     assert parted.calls == done
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_0_alone_logs(rank, tmp_path: Path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("fisherkern.processes.rank", lambda: rank)
+    logger, folder = FakeLogger(), tmp_path / "log"
+    with RunScalars(folder, logger) as scalars:
+        scalars.resume(3)
+        scalars.log({"loss": 1.0}, 3)
+    assert folder.exists() is bool(logger.calls) is (rank == 0)
+    with pytest.raises(InputError, match="logger: 1 has no method"):  # on every process
+        RunScalars(None, 1)
 
 
 def test_a_logger_changes_no_step():
