@@ -3,7 +3,7 @@
 # ruff: noqa: I001  # before the imports that take seconds
 from fisherkern import interrupts as interrupts
 
-from fisherkern.adapters import adapt, load_tensors
+from fisherkern.adapters import adapt, load_dcp, load_tensors
 from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
@@ -74,6 +74,7 @@ __all__ = [
     "from_frame",
     "linear_grams",
     "load",
+    "load_dcp",
     "load_model",
     "load_tensors",
     "merge",

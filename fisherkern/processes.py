@@ -212,6 +212,17 @@ def peers_alive() -> Iterator[None]:
         raise _told(InputError(ENDED)) from error
 
 
+def stacked(values: Tensor) -> Tensor:
+    """Return the tensors of all processes, of one shape and dtype, in their order: (P, ...)."""
+    if world() == 1:
+        return values[None]
+    given = values.detach().contiguous().to(_wire(values.device))
+    every = [torch.empty_like(given) for _ in range(world())]
+    with peers_alive():
+        dist.all_gather(every, given)
+    return torch.stack(every).to(values.device)
+
+
 def gathered(value: Any) -> list[Any]:
     """Return every process's value, in their order."""
     return _told_by_all(None, value)

@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.common import append, check_columns, device, seconds, with_peak
 from fisherkern import InputError, ops
 from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
@@ -63,7 +64,8 @@ class Layer:
         return Settings(name, k, PROBES, 0, None, False, "probability", sampler != "distinct")
 
     def rows(self, settings: Settings) -> SoftmaxStats:
-        return SoftmaxStats.of(self.h, self.weight, self.bias, self.number, None, settings)
+        table = ItemTable(self.weight, self.bias)
+        return SoftmaxStats.of(self.h, table, self.number, None, settings)
 
     def add_head(self, rows: SoftmaxStats, factor: CovarianceFactor) -> None:
         ops.head_sqgrad_(

@@ -3,6 +3,7 @@
 from fisherkern.adapters.adapt import adapt
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.checkpoints import Checkpoint, load_tensors
+from fisherkern.adapters.dcp import load_dcp
 from fisherkern.adapters.libraries import Library, register
 from fisherkern.adapters.writing import write_like
 
@@ -11,6 +12,7 @@ __all__ = [
     "Library",
     "ModelAdapter",
     "adapt",
+    "load_dcp",
     "load_tensors",
     "register",
     "write_like",

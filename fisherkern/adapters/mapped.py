@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import threading
@@ -46,6 +47,10 @@ class MappedFile:
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "the system cannot map it"
             raise InputError(f"{self.path}: could not be read: {reason}") from None
+
+    def opened(self) -> io.RawIOBase:
+        """A stream of the bytes, for the caller to close."""
+        return self.path.open("rb", buffering=0)
 
     def storage(self, start: int, stop: int) -> torch.UntypedStorage:
         """The mapped bytes; writing to them changes memory, never the file."""

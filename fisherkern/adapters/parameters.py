@@ -32,14 +32,25 @@ class Parameters:
     """The trainable parameters of a module, found again from themselves or their views.
 
     `named` holds those with entries, `empty` the others, of which nothing is computed. Those of
-    more than `most` entries are left out, as if they were frozen.
+    more than `most` entries are left out, as if they were frozen. `stand_ins`: tensors that are
+    used in the places of some, by name.
     """
 
-    def __init__(self, module: torch.nn.Module, most: float = math.inf) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        most: float = math.inf,
+        stand_ins: Mapping[str, Tensor] | None = None,
+    ) -> None:
         named = module.named_parameters()
         trainable = {n: p for n, p in named if p.requires_grad and p.numel() <= most}
-        self.named = {name: p for name, p in trainable.items() if p.numel()}
+        self.named: dict[str, Tensor] = {name: p for name, p in trainable.items() if p.numel()}
         self.empty = {name: p for name, p in trainable.items() if not p.numel()}
+        self.stand_in(stand_ins or {})
+
+    def stand_in(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the places of parameters of the same names."""
+        self.named |= {name: tensors[name] for name in self.named if name in tensors}
         self._names = {id(parameter): name for name, parameter in self.named.items()}
 
     def view_of(self, tensor: Any) -> ParamView | None:

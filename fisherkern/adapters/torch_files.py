@@ -10,7 +10,7 @@ import mmap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -243,7 +243,7 @@ def _zip_entries(file: MappedFile) -> dict[str, Region]:
     if _directory_size(file) > MAX_DIRECTORY:
         raise InputError(f"{file.path}: a zip file of too many parts")
     try:
-        with zipfile.ZipFile(file.path) as archive:
+        with file.opened() as stream, zipfile.ZipFile(cast(IO[bytes], stream)) as archive:
             infos = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError) as error:
         raise broken from error

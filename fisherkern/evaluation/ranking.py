@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import processes
+from fisherkern.adapters.sharded import sharded_fingerprint
 from fisherkern.checks import check_count, takes_numpy
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import HistoryBatches
@@ -18,7 +19,6 @@ from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
 from fisherkern.evaluation.scorer import Scorer
 from fisherkern.evaluation.scores import NaNScoreError, Scores
-from fisherkern.fingerprint import fingerprint
 from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
 
@@ -47,7 +47,9 @@ def evaluate(
     are. Of a model in half precision, or under autocast, the product with the output layer is done
     in fp32, so that no ties come of rounding, where `fisherkern.adapt` finds that layer. Its logits
     are widened otherwise. Where `torch.distributed` is initialised, every process calls this with
-    the same arguments, ranks its share of the batches and gets the whole report.
+    the same arguments, ranks its share of the batches and gets the whole report. Of a model whose
+    item table is a `DTensor` with its rows over the processes each counts, of all batches, its own
+    items.
 
     Args:
         model: A model of any library, as it is or adapted, or a function. Plain modules and
@@ -113,7 +115,7 @@ def evaluate(
         if processes.world() > 1:
             same |= {"protocol": protocol, "k": cutoffs, "batch_size": batch_size}
             same |= {"max_scores": max_scores, "users": chosen.tobytes()}
-            same["model"] = None if scorer.module is None else fingerprint(scorer.module)
+            same["model"] = None if scorer.module is None else sharded_fingerprint(scorer.module)
     show = progress and processes.rank() == 0
     with torch.no_grad(), eval_mode(scorer.module):
         ranks = _dealt_ranks(scorer, loader, chosen, data, protocol, show)
@@ -133,17 +135,22 @@ def _dealt_ranks(
     protocol: Protocol,
     show: bool,
 ) -> np.ndarray:
-    """Return the ranks of all the loader's users, of whose batches this process takes its own."""
+    """Return the ranks of all the loader's users, of whose batches this process takes its own.
+
+    Of a model whose items are shared out, every process takes all.
+    """
     popularity = data.popularity()
     ranks = torch.zeros(len(loader.user), dtype=torch.int64)
-    own = processes.own_numbers(loader.lengths())
+    own: Sequence[int] = range(len(loader))
+    if not scorer.sharded:
+        own = processes.own_numbers(loader.lengths())
     with processes.together():
         for number in progress_bar(own, desc="evaluate", unit="batch", show=show):
             batch = loader[number]
             batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
             found = torch.cat(_batch_ranks(scorer, batch, data, protocol, popularity))
             ranks[number * loader.batch_size :][: len(found)] = found
-    return processes.joined_sum(ranks).numpy()
+    return (ranks if scorer.sharded else processes.joined_sum(ranks)).numpy()
 
 
 def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.agreement import check_function
+from fisherkern.adapters.sharded import is_sharded
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.scores import Scores, ScoringLayer, WholeScores, rounds
+from fisherkern.evaluation.sharded_scores import ShardedScoringLayer
 
 log = logging.getLogger("fisherkern")
 
@@ -48,8 +50,9 @@ class Scorer:
         self.adapter: ModelAdapter | None = None
         self.module: nn.Module | None = None
         self._columns: Tensor | None = None  # (V,) int64, where the model orders items by itself
-        self._layer: ScoringLayer | None = None
+        self._layer: ScoringLayer | ShardedScoringLayer | None = None
         self._sought = self._checked = False
+        self.sharded = False  # whether every process has a part of the items
         if isinstance(model, str):
             raise InputError(f"model: expected something to call, got {type(model).__name__}")
         if isinstance(model, ModelAdapter | nn.Module) or not callable(model):
@@ -77,6 +80,10 @@ class Scorer:
         # The item of column 0, where the model counts items as the data does.
         self.first_item = adapter.first_item - (first - 1)
         self._native, self._logits = native, adapter.logits
+        self.sharded = is_sharded(adapter.module)
+        if self.sharded:
+            # No process has the logits that would be sought and checked.
+            self._layer, self._sought, self._checked = ShardedScoringLayer(adapter), True, True
 
     def parts(self, batch: DataBatch) -> Iterator[DataBatch]:
         """Yield a batch of the data in parts, one where the scores fit or are made by tiles.
@@ -117,7 +124,10 @@ class Scorer:
                 # Half-precision scores tie where the model's own do not.
                 return WholeScores(found.to(torch.promote_types(found.dtype, torch.float32)))
         columns = self._columns if self._columns is not None else 1 - self.first_item
-        return self._layer.scores(native, columns, self.num_items, self.max_scores)
+        found = self._layer.scores(native, columns, self.num_items, self.max_scores)
+        if isinstance(self._layer, ShardedScoringLayer):
+            self._check_columns(self._layer.num_columns, len(batch["history"]))
+        return found
 
     def _seek(self, batch: DataBatch) -> None:
         """Look for the output layer, once, on a batch of the data."""
@@ -135,6 +145,10 @@ class Scorer:
         if self._columns is not None:
             return self._columns.to(device)
         return slice(1 - self.first_item, 1 - self.first_item + self.num_items)
+
+    def _check_columns(self, columns: int, rows: int) -> None:
+        """Check the shape of scores that are not made."""
+        self._check_shape(torch.empty(rows, columns, device="meta"), rows)
 
     def _check_shape(self, found: Any, rows: int) -> None:
         start = 1 - self.first_item

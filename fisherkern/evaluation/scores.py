@@ -113,27 +113,42 @@ class TiledScores:
     def full_ranks(self, target: Tensor, excluded: ItemPairs | None) -> Tensor:
         """Return the ranks among all items; holds two tiles."""
         with _no_autocast(self.device):
-            own = self._guess(target)
-            ranks, exact = self._count(own, target, excluded)
+            own = self.guess(target)
+            ranks, exact = self.count(own, target, excluded)
             # Another product than the tile's may round otherwise, and a tie would not be seen.
             if not torch.equal(own, exact):
-                ranks, _ = self._count(exact, target, excluded)
+                ranks, _ = self.count(exact, target, excluded)
         return ranks
 
     def sampled_ranks(self, target: Tensor, negatives: Tensor) -> Tensor:
         """Return the ranks among `negatives`; holds the (N, S + 1, D) rows of W they have."""
-        with _no_autocast(self.device):
-            rows = self._rows_of(torch.cat([target[:, None], negatives], dim=1))
-            h = self._hidden()
-            z = (self.weight[rows].to(h.dtype) @ h[:, :, None]).squeeze(2)
-            if self.bias is not None:
-                z += self.bias[rows].to(h.dtype)
+        z = self.scores_of(torch.cat([target[:, None], negatives], dim=1))
         if (bad := z.isnan().any(dim=1)).any():
             raise NaNScoreError(bad)
         return 1 + (z[:, 1:] >= z[:, :1]).sum(dim=1)
 
-    def _hidden(self) -> Tensor:
-        return self.h.to(torch.promote_types(self.h.dtype, torch.float32))
+    def scores_of(self, items: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return the scores of items (N, S); with `chosen` (N, S) of those, zeros for others."""
+        with _no_autocast(self.device):
+            h = self.h.to(self.score_type)
+            if chosen is not None:
+                row, column = chosen.nonzero(as_tuple=True)
+                z = h.new_zeros(items.shape)
+                rows = self._rows_of(items[row, column])
+                z[row, column] = (self.weight[rows].to(h.dtype) * h[row]).sum(dim=1)
+                if self.bias is not None:
+                    z[row, column] += self.bias[rows].to(h.dtype)
+                return z
+            rows = self._rows_of(items)
+            z = (self.weight[rows].to(h.dtype) @ h[:, :, None]).squeeze(2)
+            if self.bias is not None:
+                z += self.bias[rows].to(h.dtype)
+        return z
+
+    @property
+    def score_type(self) -> torch.dtype:
+        """Of the scores: fp32, or fp64 of fp64 tensors."""
+        return torch.promote_types(self.h.dtype, torch.float32)
 
     def _rows_of(self, items: Tensor) -> Tensor:
         """Return the rows of W of items 1..V."""
@@ -141,7 +156,7 @@ class TiledScores:
             return items - 1 + self.columns
         return self.columns[items - 1]
 
-    def _guess(self, target: Tensor) -> Tensor:
+    def guess(self, target: Tensor) -> Tensor:
         """Return the targets' scores (N,), by a small product of their own."""
         rows, found = self._rows_of(target), []
         for first in range(0, len(target), _ROWS):
@@ -151,7 +166,7 @@ class TiledScores:
             found.append(z.diagonal().clone())
         return torch.cat(found)
 
-    def _count(
+    def count(
         self, own: Tensor, target: Tensor, excluded: ItemPairs | None
     ) -> tuple[Tensor, Tensor]:
         """Return the ranks (N,) of targets that score `own` (N,), and their scores in the tiles."""

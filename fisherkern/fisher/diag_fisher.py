@@ -10,14 +10,15 @@ import torch
 
 from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.sharded import sharded_fingerprint
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
-from fisherkern.fingerprint import fingerprint
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.first_batch import FirstBatchCheck
 from fisherkern.fisher.plain_run import buffers_kept, plainly
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
+from fisherkern.fisher.sharded_engine import engine_of
 from fisherkern.modes import eval_mode
 from fisherkern.ops.backend import use_backend
 from fisherkern.progress import progress_bar
@@ -132,11 +133,10 @@ def diag_fisher(
             check,
         ).checked()
         check_loader(loader)
-        adapter = ModelAdapter.of(model)
-        engine = Engine(adapter, settings)
+        engine = engine_of(adapter := ModelAdapter.of(model), settings)
         if not engine.parameters.named:
             raise InputError("model: it has no trainable parameter")
-        same |= {"settings": settings, "model": (before := fingerprint(adapter.module))}
+        same |= {"settings": settings, "model": (before := sharded_fingerprint(adapter.module))}
     first_batch = FirstBatchCheck(engine)
     count, show = 0, progress and processes.rank() == 0
     bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=show)
@@ -153,10 +153,11 @@ def diag_fisher(
     total = int(engine.num_positions) if engine.every else count
     if total == 0:
         raise InputError("loader: none of its positions counts")
-    if before != fingerprint(adapter.module):
+    after = sharded_fingerprint(adapter.module)
+    if before != after:
         raise InputError("model: its forward pass changes its weights, in eval mode too")
     meta = settings.meta(engine.num_items) | _meta(engine, count, total)
-    return DiagFisher(engine.finish(total), meta | {"fingerprint": before})
+    return DiagFisher(engine.finish(total), meta | {"fingerprint": after})
 
 
 def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:

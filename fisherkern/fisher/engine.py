@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.batchwise import add_batchwise_
 from fisherkern.fisher.factor import CovarianceFactor
-from fisherkern.fisher.forward_backward import CapturedForward, ForwardBackward
+from fisherkern.fisher.forward_backward import (
+    CapturedForward,
+    ForwardBackward,
+    ordered_results,
+)
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
 from fisherkern.fisher.output_layers import OutputLayer, why_not_factored
 from fisherkern.fisher.plain_run import NormGuard
@@ -30,7 +35,7 @@ from fisherkern.fisher.positions import (
     counted_positions,
     position_targets,
 )
-from fisherkern.fisher.running_sums import RunningSums
+from fisherkern.fisher.running_sums import RunningSums, float64_sum
 from fisherkern.fisher.samplers import (
     SoftmaxStats,
     check_softmax,
@@ -42,8 +47,6 @@ from fisherkern.processes import Dealer, gathered, joined_sum
 
 log = logging.getLogger("fisherkern")
 
-# Entries made float64 at once.
-_WIDENED = 2**24
 
 # The tied gradients of one forward pass, by index in its plan.
 Tied = Callable[[CapturedForward], Mapping[int, TiedEmbeddingGrad | TiedPositionGrad]]
@@ -52,6 +55,8 @@ Tied = Callable[[CapturedForward], Mapping[int, TiedEmbeddingGrad | TiedPosition
 class Engine:
     """Sums Σ_n F_n over the batches it is given; `fisher` holds flat sums by parameter name."""
 
+    shared_out = False  # whether item tables have their rows over the processes
+
     def __init__(
         self, model: ModelAdapter, settings: Settings, parameters: Parameters | None = None
     ) -> None:
@@ -59,7 +64,7 @@ class Engine:
         self.model = model
         self.settings = settings
         self.parameters = Parameters(model.module) if parameters is None else parameters
-        self.sums = RunningSums(self.parameters.named)
+        self.sums = RunningSums(self._summed())
         self.fisher = self.sums.recent
         self.device = model.device
         self.schedule = dataclasses.replace(Schedule.of(self.device), micro_batch=settings.chunk)
@@ -77,6 +82,10 @@ class Engine:
         self.every = settings.positions != "last"
         self.num_positions = torch.zeros_like(self.mass)
         self.dealer = Dealer()
+
+    def _summed(self) -> Mapping[str, Tensor]:
+        """The parameters whose sums every process has whole."""
+        return self.parameters.named
 
     def _runner(self, function: Callable[[Any], Tensor]) -> ForwardBackward:
         return ForwardBackward(function, self.parameters, self.autocast)
@@ -123,11 +132,18 @@ class Engine:
         self.sums.end_batch()
         return n
 
+    def of_few(self, batch: Any) -> Engine:
+        """The engine whose gradients a few sequences are compared by."""
+        return self
+
     def join(self) -> None:
         """Add up what several processes have, in their order; all have the sums afterwards."""
         self.sums.join()
         for total in (self.mass, self.kept, self.num_positions):
             total.copy_(joined_sum(total))
+        self._join_reached()
+
+    def _join_reached(self) -> None:
         every = gathered((self.reached, self.probes))
         self.reached = set().union(*(reached for reached, _ in every))
         self.probes = max(probes for _, probes in every)
@@ -176,23 +192,30 @@ class Engine:
         target: Tensor | None,
     ) -> None:
         """The output layer in closed form, the encoder by probes from its hidden states."""
-        stats, factor = self._factored(_results(forwards), layer, sequence_ids, target)
+        h = self._hidden(forwards, len(sequence_ids))
+        stats, factor = self._factored(h, layer, sequence_ids, target)
         self._add_output(layer, stats, factor, slice(None), 1.0)
 
         def tied(forward: CapturedForward) -> dict[int, TiedEmbeddingGrad]:
             param = layer.weight_param
             grads = tied_embedding_grads(forward.plan, forward.index, param, stats, factor)
-            return {i: layer.tied(grad, stats.weight) for i, grad in grads.items()}
+            return {i: layer.tied(grad, stats.table.weight) for i, grad in grads.items()}
 
         self._probe(batch, forwards, factor, tied)
+
+    def _hidden(self, forwards: list[CapturedForward], n: int) -> Tensor:
+        """The hidden states of the micro-batch's n sequences."""
+        return ordered_results(forwards)
 
     def _factored(
         self, h: Tensor, layer: OutputLayer, sequence_ids: Tensor, target: Tensor | None
     ) -> tuple[SoftmaxStats, CovarianceFactor]:
-        weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-        stats = SoftmaxStats.of(h, weight, bias, sequence_ids, target, self.settings)
+        stats = SoftmaxStats.of(h, self._table(layer), sequence_ids, target, self.settings)
         check_softmax(stats.lse, sequence_ids)
         return stats, layer.of_rows(self._factor(stats))
+
+    def _table(self, layer: OutputLayer) -> ItemTable:
+        return layer.table()
 
     def _factor(self, stats: SoftmaxStats | LogitStats) -> CovarianceFactor:
         """The factor that the sampler asks for."""
@@ -211,10 +234,18 @@ class Engine:
         """Add the closed form of the output layer over some rows, times a weight."""
         params = layer.weight_param, layer.bias_param
         self.reached |= {p.name for p in params if p is not None}
-        sums, sums_bias = (None if p is None else p.of(self.fisher[p.name]) for p in params)
+        sums, sums_bias = self._output_sums(layer)
         if sums is None and sums_bias is None:
             return
         layer.add_square_(sums, sums_bias, stats, factor, rows, weight)
+
+    def _output_sums(self, layer: OutputLayer) -> tuple[Tensor | None, Tensor | None]:
+        """Where the squares of W and b are added up, None for what has no parameter."""
+        weight, bias = layer.weight_param, layer.bias_param
+        return (
+            None if weight is None else weight.of(self.fisher[weight.name]),
+            None if bias is None else bias.of(self.fisher[bias.name]),
+        )
 
     def _add_positions(
         self,
@@ -291,7 +322,7 @@ class Engine:
         target: Tensor | None,
     ) -> None:
         """Everything by probes from the logits."""
-        z = _results(forwards)
+        z = ordered_results(forwards)
         if z.dim() != 2:
             raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
         stats = LogitStats(torch.log_softmax(z, dim=1), sequence_ids, target)
@@ -343,19 +374,9 @@ class Engine:
 
     def finish(self, num_sequences: int) -> dict[str, Tensor]:
         """The mean over the sequences, in each parameter's shape; every parameter accounted for."""
-        missing = sorted(set(self.fisher) - self.reached)
-        if missing:
-            raise InputError(
-                f"model: {', '.join(missing)} received no gradient from the next-item logits;"
-                " freeze with requires_grad_(False) what the prediction does not use"
-            )
         named, sums = self.parameters.named, {name: self.sums.total(name) for name in self.fisher}
-        totals = torch.stack([_sum(sums[name]).to(self.device) for name in named])
-        for name, total in zip(named, totals.tolist(), strict=True):
-            if not math.isfinite(total):
-                raise InputError(f"model: the Fisher of '{name}' is not finite")
-        # Rounding, and in "sketch" the noise of the cross term, can fall below zero. In place, as a
-        # table of items may be most of what there is room for.
+        self._check(sums)
+        # Rounding and a sketch's noise can fall below zero. In place, as tables may be large.
         means = {
             name: sums[name]
             .div_(num_sequences)
@@ -366,15 +387,14 @@ class Engine:
         }
         return means | {name: p.detach().float() for name, p in self.parameters.empty.items()}
 
-
-def _sum(values: Tensor) -> Tensor:
-    """The float64 sum of a flat tensor, of which a part at a time is widened."""
-    return torch.stack([part.double().sum() for part in values.split(_WIDENED)]).sum()
-
-
-def _results(forwards: Sequence[CapturedForward]) -> Tensor:
-    """The results of all sequences in their order, (N, ...), fp32 or wider, without graphs."""
-    results = torch.cat([forward.result.detach() for forward in forwards])
-    index = torch.cat([forward.index for forward in forwards])
-    ordered = torch.empty_like(results).index_copy_(0, index, results)
-    return ordered.to(torch.promote_types(ordered.dtype, torch.float32))
+    def _check(self, sums: Mapping[str, Tensor]) -> None:
+        missing = sorted(set(sums) - self.reached)
+        if missing:
+            raise InputError(
+                f"model: {', '.join(missing)} received no gradient from the next-item logits;"
+                " freeze with requires_grad_(False) what the prediction does not use"
+            )
+        totals = torch.stack([float64_sum(total).to(self.device) for total in sums.values()])
+        for name, total in zip(sums, totals.tolist(), strict=True):
+            if not math.isfinite(total):
+                raise InputError(f"model: the Fisher of '{name}' is not finite")

@@ -30,6 +30,15 @@ class CovarianceFactor:
     mass: Tensor | None = None
     kept: Tensor | None = None
 
+    def after(self, first: int) -> CovarianceFactor:
+        """The probes and cross terms of the sequences from `first` on, numbered from 0."""
+        vectors, cross = self.probe_vectors, self.tied_cross_term
+        return CovarianceFactor(
+            self.probes,
+            lambda sequence, probes: vectors(sequence + first, probes),
+            lambda sequence, items: cross(sequence + first, items),
+        )
+
 
 def cholesky(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """L of matrix = L Lᵀ in fp64, (N, D, D) lower triangular, for covariances of `dtype`.

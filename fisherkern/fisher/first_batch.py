@@ -56,8 +56,12 @@ class FirstBatchCheck:
         self.engine = engine
         self._most = 0  # sequences of the batches checked
         every = engine.parameters.named
-        self._parameters = Parameters(engine.model.module, _MOST_ENTRIES)
+        few = Parameters(engine.model.module, _MOST_ENTRIES)
+        self._parameters = engine.parameters if len(few.named) == len(every) else few
         self._named = self._parameters.named
+        # Of a table that is shared out few rows are compared at once.
+        if engine.shared_out:
+            return
         if engine.settings.check and len(self._named) < len(every):
             log.warning(
                 "%s: too large to compare its gradients with those of plain autograd, as those of "
@@ -82,16 +86,18 @@ class FirstBatchCheck:
             return
         self._most = n
         part = batch_slice(batch, 0, n)
-        alone = {i: self._plain(batch_slice(part, i, i + 1), 0) for i in sorted({0, n - 1})}
-        single = _OneItem(
-            self.engine, self._parameters, {i: plain.item for i, plain in alone.items()}
-        )
+        engine = self.engine.of_few(part)
+        if engine is not self.engine:
+            self._parameters, self._named = engine.parameters, engine.parameters.named
+        alone = {i: self._plain(engine, batch_slice(part, i, i + 1), 0) for i in sorted({0, n - 1})}
+        items = {i: plain.item for i, plain in alone.items()}
+        single = _OneItem(engine, self._parameters, items)
         single.add(part, torch.arange(n, device=single.device))
         fault = self._difference(single.fisher, alone.values())
         if fault is None:
             return
         # Next to a kink of the model, rounding decides: then all is equal within the batch.
-        beside = {i: self._plain(part, i, plain.item) for i, plain in alone.items()}
+        beside = {i: self._plain(engine, part, i, plain.item) for i, plain in alone.items()}
         if self._difference(single.fisher, beside.values()) is None and all(
             distance(alone[i].logits, beside[i].logits) is None for i in alone
         ):
@@ -102,12 +108,14 @@ class FirstBatchCheck:
             " it all the same"
         )
 
-    def _plain(self, batch: Any, row: int, item: int | None = None) -> _PlainGradients:
+    def _plain(
+        self, engine: Engine, batch: Any, row: int, item: int | None = None
+    ) -> _PlainGradients:
         """∂ log p(y) / ∂θ of a row by autograd, of a less likely item if none is given."""
-        model, named = self.engine.model, self._named
-        with torch.enable_grad(), self.engine.autocast.on(), batch_norm_refused():
-            z = model.all_logits(batch) if self.engine.every else model.logits(batch)
-        if self.engine.every:
+        model, named = engine.model, self._named
+        with torch.enable_grad(), engine.autocast.on(), batch_norm_refused():
+            z = model.all_logits(batch) if engine.every else model.logits(batch)
+        if engine.every:
             counted = counted_positions(model, batch, (z.shape[0], z.shape[1]))[row]
             if not bool(counted.any()):
                 return _PlainGradients(0, z[row, -1].detach(), {})

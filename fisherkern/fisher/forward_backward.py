@@ -193,6 +193,14 @@ class ForwardBackward:
             return None
 
 
+def ordered_results(forwards: Sequence[CapturedForward]) -> Tensor:
+    """The results of all sequences in their order, (N, ...), fp32 or wider, without graphs."""
+    results = torch.cat([forward.result.detach() for forward in forwards])
+    index = torch.cat([forward.index for forward in forwards])
+    ordered = torch.empty_like(results).index_copy_(0, index, results)
+    return ordered.to(torch.promote_types(ordered.dtype, torch.float32))
+
+
 def _check_differentiable(parameters: Parameters) -> None:
     """Raise InputError where no gradient of a parameter can come, or none that has a square."""
     if torch.is_inference_mode_enabled():

@@ -19,6 +19,7 @@ from fisherkern.adapters.parameters import ParamView
 from fisherkern.adapters.row_scaling import RowScaling
 from fisherkern.fisher.factor import CovarianceFactor
 from fisherkern.fisher.forward_backward import CapturedForward
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.plan import TiedEmbeddingGrad
 from fisherkern.fisher.samplers import SoftmaxStats, add_output_
 from fisherkern.ops.products import add_rows_
@@ -40,6 +41,10 @@ class OutputLayer:
     fixed_rows: Tensor | None = None
     row_scaling: RowScaling | None = None
 
+    def table(self) -> ItemTable:
+        """W and b without their graph."""
+        return ItemTable(self.weight.detach(), None if self.bias is None else self.bias.detach())
+
     def add_square_(
         self,
         sums: Tensor | None,
@@ -59,7 +64,7 @@ class OutputLayer:
         else:
             ids = None if factor.ids is None else factor.ids[rows]
             omega = None if factor.omega is None else factor.omega[rows]
-            inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
+            inputs = stats.h[rows], stats.table.weight, stats.table.bias, stats.lse[rows]
             add_scaled_output_(own[0], own[1], *inputs, ids, omega, self.row_scaling)
         if apart and sums is not None and own[0] is not None:
             if self.fixed_rows is not None:

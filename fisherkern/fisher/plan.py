@@ -242,9 +242,9 @@ def tied_embedding_grads(
         if grad.param.name != weight.name:
             continue
         lookup = grad.joined_lookup()
-        items = lookup.ids - (weight.start - grad.param.start) // weight.shape[1]
-        outside = (lookup.ids < 0) | (items < 0) | (items >= weight.shape[0])
-        beta = factor.tied_cross_term(index, items.masked_fill(outside, 0)).to(stats.h.dtype)
+        shift = (weight.start - grad.param.start) // weight.shape[1]
+        items, outside = stats.table.columns(lookup.ids, shift)
+        beta = factor.tied_cross_term(index, items).to(stats.h.dtype)
         beta = beta.masked_fill_(outside[:, :, None], 0.0).flatten(0, 1)
         segments = lookup.by_row
         # Every position of a segment has its pair's β; an empty one may have any.

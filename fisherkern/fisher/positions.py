@@ -185,7 +185,7 @@ class TiedPositionGrad:
         delta = self.grad.joined_delta(deltas, count).to(fisher.dtype)  # (R, n, m, D)
         cross = self.probes.cross_terms(self.stats.h, items, span)
         if self.row_scaling is not None:
-            cross = self.row_scaling.pulled(self.stats.weight, items, cross)
+            cross = self.row_scaling.pulled(self.stats.table.weight, items, cross)
         cross = cross.to(fisher.dtype).masked_fill(outside[None, :, :, None], 0.0)
         # Equal ids of one sequence are summed before squaring; their cross term is the same.
         row, segment, begin = self._segments
@@ -198,9 +198,8 @@ class TiedPositionGrad:
     def _items(self) -> tuple[Tensor, Tensor]:
         """The logit columns of the lookups (n, m), and which are none."""
         ids = self.grad.joined_lookup().ids
-        items = ids - (self.weight.start - self.grad.param.start) // self.weight.shape[1]
-        outside = (ids < 0) | (items < 0) | (items >= self.weight.shape[0])
-        return items.masked_fill(outside, 0), outside
+        first = (self.weight.start - self.grad.param.start) // self.weight.shape[1]
+        return self.stats.table.columns(ids, first)
 
     @functools.cached_property
     def _segments(self) -> tuple[Tensor, Tensor, Tensor]:

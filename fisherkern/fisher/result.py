@@ -9,6 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from fisherkern.adapters.dcp import load_by_rows, names_dcp, save_dcp
+from fisherkern.adapters.dcp_files import DcpFolder
+from fisherkern.adapters.sharded import is_dtensor, local_part
 from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
 from fisherkern.fisher.second_moments import fisher_of_moments, moments_of
@@ -40,16 +43,29 @@ class NamedTensors(Mapping[str, Tensor]):
         """Write one safetensors file with `meta` in its header, whole or not at all.
 
         Args:
-            path: The file to write; an existing one is replaced.
+            path: The file to write; an existing one is replaced. With the suffix .dcp a folder
+                of `torch.distributed.checkpoint`, which `DTensor`s need: every process writes
+                what it has.
+
+        Raises:
+            InputError: `DTensor`s for a file, or a system that refuses to write.
         """
-        save_tensors(path, self._tensors, {"kind": self.KIND, "meta": self.meta})
+        header = {"kind": self.KIND, "meta": self.meta}
+        if names_dcp(path):
+            save_dcp(path, self._tensors, header)
+            return
+        if any(is_dtensor(tensor) for tensor in self._tensors.values()):
+            raise InputError(f"{path}: tensors over several processes go into a folder, x.dcp")
+        save_tensors(path, self._tensors, header)
 
     @classmethod
-    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
+    def load(cls: type[Self], path: str | os.PathLike[str], mesh: Any = None) -> Self:
         """Read what `save` wrote.
 
         Args:
-            path: The file to read.
+            path: The file to read, or the folder x.dcp.
+            mesh: The device mesh of all processes, of one dimension, over which tables lie that
+                did when the folder was written, by however many. Default: every process reads all.
 
         Returns:
             The tensors and their `meta`.
@@ -57,14 +73,19 @@ class NamedTensors(Mapping[str, Tensor]):
         Raises:
             InputError: Another kind of file, a truncated one, or one with non-finite entries.
         """
-        tensors, header = read_tensors(path)
+        tensors: Mapping[str, Tensor]
+        if names_dcp(path):
+            folder = DcpFolder(path)
+            tensors, header = load_by_rows(folder, mesh), folder.about
+        else:
+            tensors, header = read_tensors(path)
         if header.get("kind") != cls.KIND or not isinstance(header.get("meta"), dict):
             raise InputError(f"{path}: {cls.OTHER}")
         fingerprint = header["meta"].get("fingerprint")
         if not isinstance(fingerprint, str | None):
             raise InputError(f"{path}: its fingerprint is {shown(fingerprint)}")
         for name, tensor in tensors.items():
-            if (wrong := cls._wrong(tensor)) is not None:
+            if (wrong := cls._wrong(local_part(tensor))) is not None:
                 raise InputError(f"{path}: tensor {shown(name)} has {wrong}")
         return cls(tensors, header["meta"])
 

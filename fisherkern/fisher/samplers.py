@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fisherkern import ops
 from fisherkern.errors import InputError
 from fisherkern.fisher.factor import (
     CovarianceFactor,
@@ -29,6 +28,7 @@ from fisherkern.fisher.factor import (
     solve_lower,
     stored_vectors,
 )
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.saturated import SaturatedRows
 from fisherkern.fisher.settings import Settings
 from fisherkern.fisher.streamed_sketch import streamed_sketch
@@ -42,7 +42,7 @@ _COVARIANCE_LIMIT = 2**28
 class SoftmaxStats:
     """The softmax of every sequence: the output layer's inputs, and one pass over the items.
 
-    h (N, D), weight (V, D), bias (V,) or None; sequence_ids (N,) int64: indices in the
+    h (N, D); table: W and b; sequence_ids (N,) int64: indices in the
     loader, which key random numbers; target (N,) int64 columns, for
     sampler="target" only. lse (N,); mean (N, D): w̄; top: probabilities and columns of
     the most likely items, (N, k) each, for sampler="topk" only; ranges (N, ⌈V/256⌉):
@@ -50,8 +50,7 @@ class SoftmaxStats:
     """
 
     h: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    table: ItemTable
     sequence_ids: Tensor
     target: Tensor | None
     lse: Tensor
@@ -64,25 +63,24 @@ class SoftmaxStats:
     def of(
         cls,
         h: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        table: ItemTable,
         sequence_ids: Tensor,
         target: Tensor | None,
         settings: Settings,
     ) -> SoftmaxStats:
         """The pass over the items that every sampler needs, with topk's own work in it."""
-        inputs = h, weight, bias
         if settings.sampler == "topk":
-            p, ids, lse, mean = ops.softmax_topk(*inputs, settings.num_sampled(len(weight)))
-            saturated = SaturatedRows.among(*inputs, p[:, 0], lse.dtype)
-            return cls(*inputs, sequence_ids, target, lse, mean, (p, ids), None, saturated)
-        lse, mean, ranges = ops.softmax_mean(*inputs)
-        saturated = SaturatedRows.among(*inputs, (ranges.amax(dim=1) - lse).exp(), lse.dtype)
-        return cls(*inputs, sequence_ids, target, lse, mean, None, ranges, saturated)
+            p, ids, lse, mean = table.topk(h, settings.num_sampled(table.num_items))
+            saturated = SaturatedRows.among(h, table, p[:, 0], lse.dtype)
+            return cls(h, table, sequence_ids, target, lse, mean, (p, ids), None, saturated)
+        lse, mean, ranges = table.mean(h)
+        most = (table.largest(ranges) - lse).exp()
+        saturated = SaturatedRows.among(h, table, most, lse.dtype)
+        return cls(h, table, sequence_ids, target, lse, mean, None, ranges, saturated)
 
     @property
     def num_items(self) -> int:
-        return len(self.weight)
+        return self.table.num_items
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """Probabilities and columns of the k most likely items, (N, k) each."""
@@ -91,30 +89,30 @@ class SoftmaxStats:
 
     def draw(self, k: int, seed: int) -> Tensor:
         """k draws from each softmax, (N, k) int64."""
-        return ops.sample_items(*self._sampled(), k, seed)
+        assert self.ranges is not None
+        return self.table.draw(self.h, self.lse, self.ranges, self.sequence_ids, k, seed)
 
     def draw_distinct(self, k: int, seed: int) -> tuple[Tensor, Tensor]:
         """k draws without replacement and their weights, (N, k) each."""
-        return ops.sample_distinct(*self._sampled(), k, seed)
-
-    def _sampled(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         assert self.ranges is not None
-        return self.h, self.weight, self.bias, self.lse, self.ranges, self.sequence_ids
+        return self.table.draw_distinct(self.h, self.lse, self.ranges, self.sequence_ids, k, seed)
 
     def log_probability(self, sequence: Tensor, items: Tensor) -> Tensor:
         """log p of some items of some sequences: (n,) and (n, m) -> (n, m)."""
-        z = (self.h[sequence][:, None] * self.weight[items]).sum(dim=2)
-        if self.bias is not None:
-            z = z + self.bias[items]
+        vectors, bias = self.table.rows(items)
+        z = (self.h[sequence][:, None] * vectors).sum(dim=2)
+        if bias is not None:
+            z = z + bias
         return z - self.lse[sequence, None]
 
     def centred(self, sequence: Tensor, items: Tensor) -> Tensor:
         """w_v − w̄ of items (n, m) of sequences (n,): (n, m, D)."""
-        vectors, mean = self.weight[items].to(self.mean.dtype), self.mean[sequence][:, None]
+        vectors = self.table.rows(items)[0].to(self.mean.dtype)
+        mean = self.mean[sequence][:, None]
         if self.saturated is None:
             return vectors - mean
         place = self.saturated.place[sequence]
-        top = self.weight[self.saturated.item[place]].to(vectors.dtype)[:, None]
+        top = self.table.rows(self.saturated.item[place])[0].to(vectors.dtype)[:, None]
         offset = self.saturated.offset[place][:, None]
         near = ((vectors - top) - offset).to(vectors.dtype)
         return torch.where((place >= 0)[:, None, None], near, vectors - mean)
@@ -139,7 +137,7 @@ def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFact
         # Positions that share a probe have its signs, which drown what exact directions save.
         if settings.positions != "last":
             return streamed_sketch(stats, settings)
-        if len(stats.weight) * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
+        if stats.num_items * width * (width + 1) // 2 <= _COVARIANCE_LIMIT:
             return _hybrid_sketch(stats, settings)
         return streamed_sketch(stats, settings)
     ids, omega, mass = sample(stats, settings)
@@ -158,8 +156,7 @@ def add_output_(
         rows = keep & (saturated.place < 0)
     ids = None if factor.ids is None else factor.ids[rows]
     omega = None if factor.omega is None else factor.omega[rows].to(stats.lse.dtype)
-    inputs = stats.h[rows], stats.weight, stats.bias, stats.lse[rows]
-    ops.head_sqgrad_(sums[0], sums[1], *inputs, ids, omega)
+    stats.table.add_square_(sums, stats.h[rows], stats.lse[rows], ids, omega)
 
 
 def check_softmax(values: Tensor, sequence_ids: Tensor) -> None:
@@ -210,6 +207,8 @@ def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tens
             raise InputError(f"batch: a target is not one of the model's {v} items")
         if settings.weight == "one":
             return ids, torch.ones(ids.shape, device=ids.device), None
+    if isinstance(stats, SoftmaxStats):
+        stats.table.fetch(ids)
     p = stats.log_probability(torch.arange(n, device=ids.device), ids).exp()
     return ids, p * scale, None
 
@@ -218,6 +217,7 @@ def factor_items(
     stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None = None
 ) -> CovarianceFactor:
     """The factor of some items of each sequence: ids (N, K), weights ω (N, K), mass (N,)."""
+    stats.table.fetch(ids)
     root = omega.to(stats.mean.dtype).sqrt()
     every = torch.arange(len(ids), device=ids.device)
     columns = root[:, :, None] * stats.centred(every, ids)  # (N, K, D)
@@ -259,7 +259,7 @@ def _all_items_moments(stats: SoftmaxStats, sequence: Tensor, items: Tensor) -> 
 
 
 def _covariance(stats: SoftmaxStats) -> Tensor:
-    found = ops.softmax_covariance(stats.h, stats.weight, stats.bias, stats.lse, stats.mean)
+    found = stats.table.covariance(stats.h, stats.lse, stats.mean)
     if stats.saturated is None:
         return found
     return found.double().index_copy(0, stats.saturated.rows, stats.saturated.covariance())
@@ -267,13 +267,13 @@ def _covariance(stats: SoftmaxStats) -> Tensor:
 
 def _eigen_of_covariance(stats: SoftmaxStats) -> tuple[Tensor, Tensor, Tensor]:
     """(basis, values, trace) of every sequence's C, all D directions or V − 1."""
-    rank = min(stats.h.shape[1], max(len(stats.weight) - 1, 1))
+    rank = min(stats.h.shape[1], max(stats.num_items - 1, 1))
     return eigen(_covariance(stats), stats.mean.dtype, rank)
 
 
 def _exact(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
     if settings.tol is None and settings.probes is None:
-        singular = len(stats.weight) <= stats.h.shape[1]
+        singular = stats.num_items <= stats.h.shape[1]
         return _exact_of_few_items(stats) if singular else _exact_of_all(stats)
     basis, values, trace = _eigen_of_covariance(stats)
     if settings.tol is not None:
@@ -321,7 +321,9 @@ def _exact_of_few_items(stats: SoftmaxStats) -> CovarianceFactor:
     tails q_j = Σ_{i > j} p_i, column j is sqrt(p_j q_j / q_{j−1}) times 1 at j and −p_i / q_j
     at every i > j. m_v = Wᵀ (diag(p) − p pᵀ) e_v = L Mᵀ e_v, so β_v is row v of M.
     """
-    every = torch.arange(len(stats.weight), device=stats.h.device).expand(len(stats.h), -1)
+    items = torch.arange(stats.num_items, device=stats.h.device)
+    stats.table.fetch(items)
+    every = items.expand(len(stats.h), -1)
     sequence = torch.arange(len(stats.h), device=stats.h.device)
     p = stats.log_probability(sequence, every).exp().double()
     if p.shape[1] == 1:
@@ -335,7 +337,7 @@ def _exact_of_few_items(stats: SoftmaxStats) -> CovarianceFactor:
         scale = p[:, :-1] * (after / tail[:, :-1].clamp(min=tiny))
         root *= scale.sqrt()[:, None]
     # Differences to w̄ leave L as it is, its columns' coefficients summing to 0, and cancel less.
-    centred = stats.weight.double() - stats.mean.double()[:, None]
+    centred = stats.table.rows(items)[0].double() - stats.mean.double()[:, None]
     return CovarianceFactor(
         probes=root.shape[2],
         probe_vectors=matrix_vectors(centred.transpose(1, 2) @ root, stats.mean.dtype),

@@ -12,9 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.ops import counter_rng
-from fisherkern.ops.products import add_rows_
-from fisherkern.ops.softmax_lse import logit_tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class SaturatedRows:
 
     rows (M,): which; item (M,): their most likely items t; rest (M,): 1 − p_t; lse (M,);
     offset (M, D): w̄ − w_t; place (N,): each row's number among the M, −1 for none.
-    h (M, D), weight (V, D), bias (V,): as of the softmaxes.
+    h (M, D), table: as of the softmaxes.
     """
 
     rows: Tensor
@@ -33,12 +32,11 @@ class SaturatedRows:
     offset: Tensor
     place: Tensor
     h: Tensor
-    weight: Tensor
-    bias: Tensor | None
+    table: ItemTable
 
     @staticmethod
     def among(
-        h: Tensor, weight: Tensor, bias: Tensor | None, most: Tensor, dtype: torch.dtype
+        h: Tensor, table: ItemTable, most: Tensor, dtype: torch.dtype
     ) -> SaturatedRows | None:
         """Those of rows h (N, D) that have at most a share of some thousandths left.
 
@@ -47,17 +45,19 @@ class SaturatedRows:
         """
         limit = torch.finfo(dtype).eps ** (1 / 3)
         rows = (most > 1 - limit).nonzero()[:, 0]
-        if not len(rows) or len(weight) < 2:
+        if not len(rows) or table.num_items < 2:
             return None
         own = h[rows].double()
-        item, highest = _most_likely(own, weight, bias)
-        top = weight[item].double()
+        item, highest = table.most_likely(own)
+        table.fetch(item)
+        top = table.rows(item)[0].double()
         odds, offset = torch.zeros_like(highest), torch.zeros_like(own)
-        for start, stop, z in logit_tiles(own, weight, bias):
-            e = _without(z.sub_(highest[:, None]).exp_(), item - start)
+        for tile in table.tiles(own):
+            e = _without(tile.z.sub_(highest[:, None]).exp_(), item - tile.first)
             share = e.sum(dim=1)
             odds += share
-            offset += e @ weight[start:stop].double() - share[:, None] * top
+            offset += e @ tile.vectors.double() - share[:, None] * top
+        odds, offset = table.joined(odds), table.joined(offset)
         saturated = odds <= limit
         rows, item, odds = rows[saturated], item[saturated], odds[saturated]
         if not len(rows):
@@ -66,38 +66,40 @@ class SaturatedRows:
         place[rows] = torch.arange(len(rows), device=h.device)
         return SaturatedRows(
             rows, item, odds / (1 + odds), highest[saturated] + odds.log1p(),
-            offset[saturated] / (1 + odds)[:, None], place, own[saturated], weight, bias,
+            offset[saturated] / (1 + odds)[:, None], place, own[saturated], table,
         )  # fmt: skip
 
     def covariance(self) -> Tensor:
         """C of the saturated rows, (M, D, D)."""
-        found = -self.offset[:, :, None] * self.offset[:, None]
-        for start, stop, z in logit_tiles(self.h, self.weight, self.bias):
-            p = _without(z.sub_(self.lse[:, None]).exp_(), self.item - start)
-            items = self.weight[start:stop].double()
-            for row, item in enumerate(self.item):
-                centred = items - self.weight[item].double()
+        found = self.offset.new_zeros(*self.offset.shape, self.offset.shape[1])
+        tops = self.table.rows(self.item)[0].double()
+        for tile in self.table.tiles(self.h):
+            p = _without(tile.z.sub_(self.lse[:, None]).exp_(), self.item - tile.first)
+            items = tile.vectors.double()
+            for row, top in enumerate(tops):
+                centred = items - top
                 found[row] += (p[row, :, None] * centred).T @ centred
-        return found
+        return self.table.joined(found) - self.offset[:, :, None] * self.offset[:, None]
 
     def sketch(self, sequence_ids: Tensor, probes: int, seed: int) -> tuple[Tensor, Tensor]:
         """u (M, R, D) of `ops.softmax_sketch`, and its sums without the items t, (M, R)."""
         ids = sequence_ids[self.rows]
         u = self.offset.new_zeros(len(ids), probes, self.h.shape[1])
         others = self.offset.new_zeros(len(ids), probes)
-        for start, stop, z in logit_tiles(self.h, self.weight, self.bias):
-            items = torch.arange(start, stop, device=z.device)
-            root = _without(z.sub_(self.lse[:, None]).mul_(0.5).exp_(), self.item - start)
+        tops = self.table.rows(self.item)[0].double()
+        for tile in self.table.tiles(self.h):
+            items = torch.arange(tile.first, tile.first + tile.z.shape[1], device=u.device)
+            root = _without(tile.z.sub_(self.lse[:, None]).mul_(0.5).exp_(), self.item - tile.first)
             signed = root * _signs(seed, ids[:, None], items[None])
             dealing = torch.nn.functional.one_hot(
                 counter_rng.bucket_of(seed, items, probes), probes
             )
             dealing = dealing.to(signed.dtype)
             others += signed @ dealing
-            vectors = self.weight[start:stop].double()
-            for row, item in enumerate(self.item):
-                centred = vectors - self.weight[item].double()
-                u[row] += (signed[row, :, None] * dealing).T @ centred
+            vectors = tile.vectors.double()
+            for row, top in enumerate(tops):
+                u[row] += (signed[row, :, None] * dealing).T @ (vectors - top)
+        u, others = self.table.joined(u), self.table.joined(others)
         totals = others.scatter_add(
             1,
             counter_rng.bucket_of(seed, self.item, probes)[:, None],
@@ -130,20 +132,21 @@ class SaturatedRows:
             others = omega.masked_fill(hit, 0.0)
             at_top = omega.masked_fill(~hit, 0.0).sum(dim=1)
             top = (1 - self.rest).square() * others.sum(dim=1) + at_top * self.rest.square()
-            z = (self.h[:, None] * self.weight[ids].double()).sum(dim=2)
-            if self.bias is not None:
-                z += self.bias[ids]
+            vectors, bias = self.table.rows(ids)
+            z = (self.h[:, None] * vectors.double()).sum(dim=2)
+            if bias is not None:
+                z += bias
             sparse = others * (1 - 2 * (z - self.lse[:, None]).exp())
             self._add_rows_(weight_fisher, bias_fisher, ids, sparse)
         self._add_rows_(weight_fisher, bias_fisher, self.item[:, None], top[:, None])
         squared = self.h.square()
-        for start, stop, z in logit_tiles(self.h, self.weight, self.bias):
-            p = _without(z.sub_(self.lse[:, None]).exp_(), self.item - start)
+        for tile in self.table.tiles(self.h):
+            p = _without(tile.z.sub_(self.lse[:, None]).exp_(), self.item - tile.first)
             share = p - p.square() if omega is None else omega.sum(dim=1)[:, None] * p.square()
             if weight_fisher is not None:
-                weight_fisher[start:stop] += (share.T @ squared).to(weight_fisher.dtype)
+                weight_fisher[tile.place] += (share.T @ squared).to(weight_fisher.dtype)
             if bias_fisher is not None:
-                bias_fisher[start:stop] += share.sum(dim=0).to(bias_fisher.dtype)
+                bias_fisher[tile.place] += share.sum(dim=0).to(bias_fisher.dtype)
 
     def _add_rows_(
         self,
@@ -155,9 +158,9 @@ class SaturatedRows:
         """Add coefficients (M, m) of items (M, m), times h² for the weight."""
         if weight_fisher is not None:
             terms = coefficient[:, :, None] * self.h.square()[:, None]
-            add_rows_(weight_fisher, items.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))
+            self.table.add_rows_(weight_fisher, items.flatten(), terms.flatten(0, 1))
         if bias_fisher is not None:
-            add_rows_(bias_fisher, items.flatten(), coefficient.flatten().to(bias_fisher.dtype))
+            self.table.add_rows_(bias_fisher, items.flatten(), coefficient.flatten())
 
 
 def complement(p: Tensor) -> Tensor:
@@ -165,17 +168,6 @@ def complement(p: Tensor) -> Tensor:
     large = p > 0.5
     rest = p.masked_fill(large, 0.0).sum(dim=-1, keepdim=True)
     return torch.where(large, rest, 1 - p)
-
-
-def _most_likely(h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(Items, their logits) of each row, (M,) each."""
-    highest = torch.full((len(h),), -torch.inf, dtype=h.dtype, device=h.device)
-    item = torch.zeros(len(h), dtype=torch.int64, device=h.device)
-    for start, _, z in logit_tiles(h, weight, bias):
-        value, index = z.max(dim=1)
-        item = torch.where(value > highest, index + start, item)
-        highest = torch.maximum(highest, value)
-    return item, highest
 
 
 def _signs(seed: int, ids: Tensor, items: Tensor) -> Tensor:

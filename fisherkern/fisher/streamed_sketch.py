@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern import ops
 from fisherkern.fisher.factor import CovarianceFactor, stored_vectors
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
@@ -17,9 +16,8 @@ def streamed_sketch(stats: Any, settings: Settings) -> CovarianceFactor:
     """The factor whose columns are sums of items with random signs."""
     assert settings.probes is not None
     probes, seed = settings.probes, settings.seed
-    u, totals = ops.softmax_sketch(
-        stats.h, stats.weight, stats.bias, stats.lse, stats.mean, stats.sequence_ids, probes, seed
-    )
+    inputs = stats.h, stats.lse, stats.mean, stats.sequence_ids
+    u, totals = stats.table.sketch(*inputs, probes, seed)
     saturated, others = stats.saturated, totals
     if saturated is not None:
         columns, rest = saturated.sketch(stats.sequence_ids, probes, seed)

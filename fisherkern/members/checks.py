@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
+from fisherkern.adapters.sharded import is_dtensor
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import fingerprint
@@ -64,6 +65,12 @@ def check_members(models: Sequence[Any]) -> list[Tie]:
                 f"member {number} is a {type(model).__name__} and member 0 "
                 f"a {type(models[0]).__name__}; only models of one class merge"
             )
+        for name, parameter in model.named_parameters():
+            if is_dtensor(parameter):
+                raise InputError(
+                    f"member {number}: '{name}' lies over several processes; save_model writes "
+                    "folders, x.dcp, that merge_files merges"
+                )
     names = [set(named_tensors(model)) for model in models]
     for number, own in enumerate(names):
         for lacking, having, odd in ((number, 0, names[0] - own), (0, number, own - names[0])):

@@ -7,6 +7,8 @@ Flood, OOPSLA 2014) applied to a mixed key; int64 arithmetic wraps as it needs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -120,12 +122,21 @@ def bucket_of(seed: int, column: Tensor, probes: int) -> Tensor:
     return (column + bucket_rotations(seed, column // probes, probes)) % probes
 
 
-def bucket_members(rotations: Tensor, last: int, bucket: int, probes: int, columns: int) -> Tensor:
-    """The columns below `columns` that `bucket_of` puts into `bucket`, ascending, int64.
-
-    `last` is the last of the rotations: only in its block may a column be too many.
-    """
-    blocks = torch.arange(len(rotations), device=rotations.device)
-    members = blocks * probes + (bucket - rotations) % probes
-    inside = (len(rotations) - 1) * probes + (bucket - last) % probes < columns
-    return members if inside else members[:-1]
+def members_by_bucket(
+    seed: int, probes: int, first: int, count: int, device: torch.device
+) -> Iterator[Tensor]:
+    """The columns first … first + count − 1 of each bucket of `bucket_of`, ascending, int64."""
+    blocks = torch.arange(first // probes, -(-(first + count) // probes), device=device)
+    rotations = bucket_rotations(seed, blocks, probes)
+    # Made on the CPU once more: a GPU would be waited for. Only in the outermost blocks may a
+    # column be outside.
+    ends = blocks[:1].cpu(), blocks[-1:].cpu()
+    outermost = [(int(end), int(bucket_rotations(seed, end, probes))) for end in ends if len(end)]
+    for bucket in range(probes):
+        members = blocks * probes + (bucket - rotations) % probes
+        columns = [block * probes + (bucket - turned) % probes for block, turned in outermost]
+        if columns and columns[1] >= first + count:
+            members = members[:-1]
+        if columns and columns[0] < first:
+            members = members[1:]
+        yield members

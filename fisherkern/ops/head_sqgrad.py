@@ -50,6 +50,20 @@ def head_sqgrad_(
             weight_fisher, bias_fisher, h, weight, bias, lse, ids, omega
         )
         return
+    add_square_of_items_(weight_fisher, bias_fisher, h, weight, bias, lse, ids, omega)
+
+
+def add_square_of_items_(
+    weight_fisher: Tensor | None,
+    bias_fisher: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    ids: Tensor | None,
+    omega: Tensor | None,
+) -> None:
+    """`head_sqgrad_` in PyTorch, also of some of all items: ids that are not among them are −1."""
     squared = h.to(lse.dtype).square()
     share = torch.ones_like(lse) if omega is None else omega.to(lse.dtype).sum(dim=1)
     scaled = share[:, None] * squared
@@ -66,11 +80,13 @@ def head_sqgrad_(
             bias_fisher[start:stop] += coefficient @ share
     if ids is None or omega is None:
         return
+    others, ids = ids < 0, ids.clamp(min=0)
     rows = weight[ids].to(lse.dtype)
     z = torch.einsum("nd,nkd->nk", h.to(lse.dtype), rows)
     if bias is not None:
         z += bias[ids].to(lse.dtype)
     coefficient = omega.to(lse.dtype) * (1 - 2 * (z - lse[:, None]).exp())
+    coefficient.masked_fill_(others, 0.0)
     if weight_fisher is not None:
         terms = coefficient[:, :, None] * squared[:, None]
         add_rows_(weight_fisher, ids.flatten(), terms.flatten(0, 1).to(weight_fisher.dtype))

@@ -34,16 +34,15 @@ from fisherkern.ops.sample_items import range_logits, row_blocks
 from fisherkern.ops.softmax_lse import RANGE, reference_logits
 
 
-def range_maxima(log_mass: Tensor, rows: Tensor, seed: int) -> Tensor:
-    """The largest perturbed value of each range: log_mass (N, P) fp64, rows (N,) -> (N, P)."""
+def range_maxima(log_mass: Tensor, parts: Tensor, rows: Tensor, seed: int) -> Tensor:
+    """The largest perturbed value of ranges (P,): log_mass (N, P) fp64, rows (N,) -> (N, P)."""
     # Ranges take the columns below zero: no item has them.
-    column = -1 - torch.arange(log_mass.shape[1], device=rows.device)
-    return log_mass + counter_rng.gumbel_at(seed, rows[:, None], column[None, :])
+    return log_mass + counter_rng.gumbel_at(seed, rows[:, None], -1 - parts[None, :])
 
 
-def given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
-    """Values with that maximum: perturbed (..., RANGE) fp64, maximum (...) -> (..., RANGE)."""
-    highest = perturbed.amax(dim=-1, keepdim=True)
+def given_maximum(perturbed: Tensor, highest: Tensor, maximum: Tensor) -> Tensor:
+    """Values (..., RANGE) fp64 of ranges, `highest` (...) their largest, with another maximum."""
+    highest = highest[..., None]
     # Kool et al. 2019, appendix B.3: no exponential that overflows, no difference that cancels.
     rest = torch.log1p(-(perturbed - highest).exp_())
     v = maximum[..., None] - perturbed + rest
@@ -65,7 +64,8 @@ def distinct_from_ranges(
     log_mass (N, P) fp64: log p of each range; log_p_of(parts (N, m)) -> the items' log p
     (N, m, RANGE), −inf past the last item; rows (N,): sequence numbers.
     """
-    maxima = range_maxima(log_mass, rows, seed)
+    every = torch.arange(log_mass.shape[1], device=rows.device)
+    maxima = range_maxima(log_mass, every, rows, seed)
     maximum, parts = torch.topk(maxima, min(k + 1, maxima.shape[1]), dim=1)
     items = parts[:, :, None] * RANGE + torch.arange(RANGE, device=rows.device)
     log_p = log_p_of(parts).double()
@@ -73,15 +73,19 @@ def distinct_from_ranges(
     # A few rows at a time: the noise takes a dozen temporaries.
     for few in row_blocks(len(rows), 16 * items[0].numel()):
         perturbed = log_p[few] + counter_rng.gumbel_at(seed, rows[few, None, None], items[few])
-        values[few] = given_maximum(perturbed, maximum[few])
+        values[few] = given_maximum(perturbed, perturbed.amax(dim=-1), maximum[few])
     # Where fewer than k items are possible, impossible ones of the catalogue fill up.
     values = values.clamp_(min=torch.finfo(values.dtype).min)
     values = values.masked_fill_(items >= num_items, -torch.inf).flatten(1)
     best, place = torch.topk(values, k + 1, dim=1)
     log_p = log_p.flatten(1).gather(1, place[:, :k])
-    included = -torch.expm1(-(log_p - best[:, k:]).exp_())
-    omega = torch.where(log_p == -torch.inf, 0.0, log_p.exp() / included)
-    return items.flatten(1).gather(1, place[:, :k]), omega
+    return items.flatten(1).gather(1, place[:, :k]), unbiased_weights(log_p, best[:, k:])
+
+
+def unbiased_weights(log_p: Tensor, threshold: Tensor) -> Tensor:
+    """ω of items (N, k) with the (k + 1)-th largest value (N, 1) as threshold, fp64."""
+    included = -torch.expm1(-(log_p - threshold).exp_())
+    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() / included)
 
 
 def _outputs(lse: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor]:

@@ -99,9 +99,16 @@ def sample_items(
         from fisherkern.ops import sample_items_triton
 
         return sample_items_triton.sample_items(h, weight, bias, lse, ranges, rows, k, seed)
-    ids = torch.empty(h.shape[0], k, dtype=torch.int64, device=h.device)
     u = counter_rng.uniform(seed, rows, torch.arange(k, device=h.device))
-    for block in row_blocks(h.shape[0], max(ranges.shape[1], k * RANGE)):
+    return items_at(u, h, weight, bias, lse, ranges)
+
+
+def items_at(
+    u: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, ranges: Tensor
+) -> Tensor:
+    """The items at which the running sums of exp(z − lse) pass u (N, k): (N, k) int64."""
+    ids = torch.empty(u.shape, dtype=torch.int64, device=h.device)
+    for block in row_blocks(h.shape[0], max(ranges.shape[1], u.shape[1] * RANGE)):
         total = (ranges[block] - lse[block, None].double()).exp_().cumsum(dim=1)
         part, below = chosen_range(total, u[block])
         z = range_logits(h[block], weight, bias, part)

@@ -134,12 +134,21 @@ def softmax_covariance(
         from fisherkern.ops import softmax_moments_triton
 
         return softmax_moments_triton.softmax_covariance(h, weight, bias, lse, mean)
-    width = weight.shape[1]
-    upper = torch.triu_indices(width, width, device=h.device)
-    packed = torch.zeros(h.shape[0], upper.shape[1], dtype=lse.dtype, device=h.device)
     # Centring by the rows' common mean first: the subtraction of w̄w̄ᵀ at the end
     # then cancels little, which is what fp32 needs.
     centre = mean.mean(dim=0)
+    found = second_moment(h, weight, bias, lse, centre)
+    offset = mean - centre
+    return found.sub_(offset[:, :, None] * offset[:, None])
+
+
+def second_moment(
+    h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, centre: Tensor
+) -> Tensor:
+    """Σ_v p_n(v) (w_v − c)(w_v − c)ᵀ about c (D,), of items that may be some of all: (N, D, D)."""
+    width = weight.shape[1]
+    upper = torch.triu_indices(width, width, device=h.device)
+    packed = torch.zeros(h.shape[0], upper.shape[1], dtype=lse.dtype, device=h.device)
     step = max(1, _PRODUCT_ELEMENTS // upper.shape[1])
     for start, _, z in logit_tiles(h, weight, bias):
         p = exp_minus_(z, lse[:, None])
@@ -147,12 +156,10 @@ def softmax_covariance(
             part = p[:, first : first + step]
             rows = slice(start + first, start + first + part.shape[1])
             add_product_(packed, part, _products(weight[rows].to(lse.dtype) - centre))
-    offset = mean - centre
-    packed -= offset[:, upper[0]] * offset[:, upper[1]]
-    covariance = torch.empty(h.shape[0], width, width, dtype=lse.dtype, device=h.device)
-    covariance[:, upper[0], upper[1]] = packed
-    covariance[:, upper[1], upper[0]] = packed
-    return covariance
+    moment = torch.empty(h.shape[0], width, width, dtype=lse.dtype, device=h.device)
+    moment[:, upper[0], upper[1]] = packed
+    moment[:, upper[1], upper[0]] = packed
+    return moment
 
 
 def softmax_moments_reference(

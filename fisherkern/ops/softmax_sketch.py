@@ -66,24 +66,37 @@ def softmax_sketch(
         from fisherkern.ops import softmax_sketch_triton
 
         return softmax_sketch_triton.softmax_sketch(h, weight, bias, lse, mean, rows, probes, seed)
+    sums, totals = sketch_sums(h, weight, bias, lse, rows, probes, seed)
+    sums -= totals[:, :, None] * mean[:, None]
+    return sums, totals
+
+
+def sketch_sums(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    rows: Tensor,
+    probes: int,
+    seed: int,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Σ_v sqrt(p(v)) ε_v w_v (N, R, D) and without w_v (N, R), by bucket, of items first + 0 …"""
     n, width = h.shape[0], weight.shape[1]
     sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
     totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
     step = tile_rows(h)
     product = LogitProduct(h, step)
-    rotations = counter_rng.catalogue_rotations(seed, len(weight), probes, h.device)
-    # Made on the CPU once more: a GPU would be waited for.
-    last = int(counter_rng.bucket_rotations(seed, torch.tensor([len(rotations) - 1]), probes))
-    for r in range(probes):
-        members = counter_rng.bucket_members(rotations, last, r, probes, len(weight))
+    for r, members in enumerate(
+        counter_rng.members_by_bucket(seed, probes, first, len(weight), h.device)
+    ):
         for items in members.split(step):
-            w = weight.index_select(0, items).to(lse.dtype)
-            z = product(w, None if bias is None else bias[items])
+            w = weight.index_select(0, items - first).to(lse.dtype)
+            z = product(w, None if bias is None else bias[items - first])
             signed = exp_minus_(z, lse[:, None], 0.5)
             counter_rng.apply_random_signs_(signed, seed, rows, items)
             add_product_(sums[:, r], signed, w)
             totals[:, r] += signed.sum(dim=1)
-    sums -= totals[:, :, None] * mean[:, None]
     return sums, totals
 
 

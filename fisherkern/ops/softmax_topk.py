@@ -28,7 +28,7 @@ def _select(z: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return z.gather(1, index), ids.gather(1, index)
 
 
-def _ordered(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def ordered_items(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows by (value descending, id ascending)."""
     ids, order = torch.sort(ids, dim=1)
     values, order = torch.sort(values.gather(1, order), dim=1, descending=True, stable=True)
@@ -136,7 +136,7 @@ class _OnlineTopk:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(logits, ids), (N, k) each, the largest first."""
-        return _ordered(self._values, self._ids)
+        return ordered_items(self._values, self._ids)
 
 
 def _outputs(
@@ -173,7 +173,7 @@ def softmax_topk(
         from fisherkern.ops import softmax_topk_triton
 
         candidates, places, lse, mean = softmax_topk_triton.softmax_topk(h, weight, bias, k)
-        values, ids = _ordered(*_select(candidates, places, k))
+        values, ids = ordered_items(*_select(candidates, places, k))
         # Only a row with NaN has fewer items than k to choose from.
         return (values - lse[:, None]).exp(), ids.clamp_(max=weight.shape[0] - 1), lse, mean
     moments = OnlineMean(h, weight)

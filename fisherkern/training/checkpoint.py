@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherkern.adapters.dcp import MODEL_JSON, load_by_rows, names_dcp, save_dcp
+from fisherkern.adapters.dcp_files import DcpFolder
+from fisherkern.adapters.sharded import is_dtensor
 from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder, stored_encoder
 from fisherkern.errors import InputError, shown
 from fisherkern.files import (
@@ -42,7 +45,9 @@ def save_model(
 
     Args:
         model: an encoder of ours.
-        path: the file, ending in .safetensors.
+        path: the file, ending in .safetensors. Or x.dcp, a folder of
+            `torch.distributed.checkpoint`, which `DTensor`s need: every process writes what it
+            has, and the JSON is model.json in it.
         metrics: numbers by name.
         extra: any JSON values by name.
 
@@ -50,7 +55,7 @@ def save_model(
         InputError: another suffix, a class that `load_model` could not rebuild, or a system that
             refuses to write.
     """
-    path = _model_path(path)
+    path = Path(path) if names_dcp(path) else _model_path(path)
     name = type(model).__name__
     if MODELS.get(name) is not type(model):
         raise InputError(f"{path}: {name} is not an encoder that a model file can hold")
@@ -68,17 +73,25 @@ def save_model(
         "config": model.config,
         "item_ids_sha256": item_ids_sha256(model.item_ids),
     }
+    if names_dcp(path):
+        save_dcp(path, model.state_dict(), header, {MODEL_JSON: about})
+        return
+    if any(is_dtensor(tensor) for tensor in model.state_dict().values()):
+        raise InputError(f"{path}: tensors over several processes go into a folder, x.dcp")
     with atomic_path(path) as temporary:
         write_tensors(temporary, model.state_dict(), header)
         write_json(path.with_suffix(".json"), about)
 
 
-def load_model(path: PathLike) -> SequenceEncoder:
+def load_model(path: PathLike, mesh: Any = None) -> SequenceEncoder:
     """Load the model that `save_model` wrote, on the CPU, in eval mode.
 
     Args:
         path: the .safetensors file. Without the JSON file beside it `item_ids` and `merge_report`
-            are None.
+            are None. Or the folder x.dcp.
+        mesh: the device mesh of all processes, of one dimension, over which the rows of the item
+            tables of a folder lie: each process reads its own, however many wrote them. Default:
+            every process reads all.
 
     Returns:
         The encoder; NaN values are loaded as they are.
@@ -87,8 +100,17 @@ def load_model(path: PathLike) -> SequenceEncoder:
         InputError: a file that is not a model, an unknown class, item ids that are another model's,
             or a tensor that is missing, unexpected or of the wrong shape or type.
     """
-    path = _model_path(path)
-    tensors, header = read_tensors(path)
+    tensors: Mapping[str, Tensor]
+    if names_dcp(path):
+        path = Path(path)
+        folder = DcpFolder(path)
+        tensors, header, about = folder.described(), folder.about, path / MODEL_JSON
+    elif mesh is not None:
+        raise InputError(f"{path}: a mesh takes the rows of a folder, x.dcp")
+    else:
+        path = _model_path(path)
+        tensors, header = read_tensors(path)
+        about = path.with_suffix(".json")
     if header.get("kind") != "model":
         raise InputError(f"{path}: not a model file of fisherkern")
     name = header.get("class")
@@ -96,11 +118,13 @@ def load_model(path: PathLike) -> SequenceEncoder:
     shapes = {own: tensor.shape for own, tensor in tensors.items()}
     model = stored_encoder(path, name, header.get("config"), shapes, MODELS)
     check_stored_tensors(path, tensors, model.state_dict())
+    if names_dcp(path):
+        by_rows = [] if mesh is None else list(model.item_parameters())
+        tensors = load_by_rows(folder, mesh, by_rows)
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # values that a part of the model refuses
         raise InputError(f"{path}: {error}") from None
-    about = path.with_suffix(".json")
     if is_file(about):
         content = read_json(about)
         ids_sha256 = header.get("item_ids_sha256")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fisherkern as fk
 from fisherkern.fisher.factor import cholesky, eigen, project, solve_lower
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops.softmax_moments import softmax_moments_reference
@@ -62,7 +63,8 @@ def softmax_inputs(
 
 def rows_of(inputs: tuple[Tensor, Tensor, Tensor]) -> SoftmaxStats:
     settings = Settings("exact", **EXACT, weight="probability")
-    return SoftmaxStats.of(*inputs, torch.arange(N), None, settings)
+    h, weight, bias = inputs
+    return SoftmaxStats.of(h, ItemTable(weight, bias), torch.arange(N), None, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -103,7 +105,7 @@ def test_the_exact_factor_is_that_of_all_eigenvectors(case: str, dtype: torch.dt
         settings = Settings("exact", **{**EXACT, "probes": probes}, weight="probability")
         columns = factor_covariance(rows, settings).probe_vectors(sequence, slice(None)).double()
         products.append(torch.einsum("rnd,rne->nde", columns, columns))
-    size = (rows.weight - rows.weight.mean(dim=0)).square().sum(dim=1).max()
+    size = (rows.table.weight - rows.table.weight.mean(dim=0)).square().sum(dim=1).max()
     allowed = 20 * torch.finfo(dtype).eps * float(size)
     torch.testing.assert_close(products[0], products[1], rtol=0, atol=allowed + 1e-40)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fisherkern as fk
 from fisherkern.fisher import samplers
+from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.saturated import SaturatedRows, complement
 
 SAMPLERS: list[dict[str, Any]] = [
@@ -99,12 +100,13 @@ def test_rows_are_found_where_a_range_of_items_has_the_mass() -> None:
     """And only those of one item."""
     h = torch.tensor([[40.0, 0.0], [0.0, 40.0], [1.0, 1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0, 1.0], [0.2, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    found = SaturatedRows.among(h, weight, None, torch.ones(3), torch.float64)
+    table = ItemTable(weight, None)
+    found = SaturatedRows.among(h, table, torch.ones(3), torch.float64)
     assert found is not None and found.rows.tolist() == [0] and found.item.tolist() == [0]
     expected = torch.tensor([-32.0, -40.0], dtype=torch.float64).exp().sum()
     torch.testing.assert_close(found.rest[0], expected, rtol=1e-12, atol=0)
     assert found.place.tolist() == [0, -1, -1]
-    assert SaturatedRows.among(h, weight, None, torch.zeros(3), torch.float64) is None
+    assert SaturatedRows.among(h, table, torch.zeros(3), torch.float64) is None
 
 
 def test_the_complement_of_a_probability_is_the_others_sum() -> None:

@@ -77,10 +77,11 @@ def test_buckets_deal_every_block_evenly() -> None:
     probes, columns = 7, torch.arange(7 * 3000 + 4)
     bucket = counter_rng.bucket_of(2, columns, probes)
     assert (bucket[:-4].view(-1, probes).sort(dim=1).values == torch.arange(probes)).all()
-    rotations = counter_rng.bucket_rotations(2, torch.arange(3001), probes)
-    for r in range(probes):
-        members = counter_rng.bucket_members(rotations, int(rotations[-1]), r, probes, len(columns))
-        assert torch.equal(members, (bucket == r).nonzero()[:, 0])
+    for start, stop in ((0, len(columns)), (17, 17), (17, 18), (20, 21_000), (6993, 6995)):
+        dealt = counter_rng.members_by_bucket(2, probes, start, stop - start, columns.device)
+        for r, members in enumerate(dealt):
+            own = (bucket[start:stop] == r).nonzero()[:, 0] + start
+            assert torch.equal(members, own)
     first = torch.bincount(bucket[::probes], minlength=probes)
     assert float(((first - 3001 / 7) ** 2 / (3001 / 7)).sum()) < 25  # chi², 6 degrees
     assert not torch.equal(bucket, counter_rng.bucket_of(3, columns, probes))

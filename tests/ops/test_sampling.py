@@ -156,10 +156,11 @@ def test_given_maximum_of_far_values() -> None:
     """The literal −log(e^−M − e^−Z + e^−G) where it can be evaluated, and where it cannot."""
     perturbed = torch.tensor([[0.3, 1.2, -2.0, -torch.inf]], dtype=torch.float64)
     maximum = torch.tensor([2.0], dtype=torch.float64)
-    found = given_maximum(perturbed, maximum)
+    found = given_maximum(perturbed, perturbed.amax(dim=1), maximum)
     literal = -(math.exp(-2.0) - math.exp(-1.2) + (-perturbed).exp()).log()
     torch.testing.assert_close(found, literal, rtol=1e-12, atol=1e-12)
-    far = given_maximum(torch.tensor([[-800.0, -801.0]]).double(), torch.tensor([900.0]).double())
+    values = torch.tensor([[-800.0, -801.0]]).double()
+    far = given_maximum(values, values.amax(dim=1), torch.tensor([900.0]).double())
     assert far[0, 0] == 900 and far.isfinite().all() and far[0, 1] < 0
 
 

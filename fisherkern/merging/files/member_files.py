@@ -147,7 +147,7 @@ class MemberFiles:
                 f"{lacking.path}: has no item ids, so its item rows cannot be matched with those "
                 f"of {having.path}"
             )
-        ids = [ItemIdFile(file.path.with_suffix(".json")) for file in self.files]
+        ids = [ItemIdFile(file.beside) for file in self.files]
         numbers = ItemNumbers(sum(self.sizes))
         self._base_catalogue = None
         base_differs = self.base is not None and hashes[-1] != hashes[0]
@@ -170,7 +170,7 @@ class MemberFiles:
                     )
                 numbers.add(self.item_ids.files[0], sizes[0])
             items = numbers.count
-            own = ItemIdFile(self.base.path.with_suffix(".json"))
+            own = ItemIdFile(self.base.beside)
             found = _numbered(self.base, own, self.sizes[-1], numbers)
             in_base = inverse(found, numbers.count)[:items]
             self._base_catalogue = CatalogueUnion(None, [in_base], [self.sizes[-1]], rows)

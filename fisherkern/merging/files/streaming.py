@@ -19,12 +19,12 @@ from fisherkern.members.checks import check_weights, is_counter
 from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
+from fisherkern.merging.files.dcp_members import into_folders, open_any_member, open_fisher
 from fisherkern.merging.files.fisher_files import FisherFiles
 from fisherkern.merging.files.member_files import MemberFiles
 from fisherkern.merging.files.model_writing import write_model
 from fisherkern.merging.files.moved_rows import RowReaders, check_unread, own_places
 from fisherkern.merging.files.native import check_name, low_rank_settings, write_native
-from fisherkern.merging.files.native_files import open_member
 from fisherkern.merging.files.tensor_files import (
     TYPES,
     TensorFile,
@@ -50,6 +50,7 @@ READ = 16 * BLOCK
 
 
 @takes_numpy
+@into_folders
 def merge_files(
     paths: Sequence[PathLike],
     out: PathLike,
@@ -88,7 +89,9 @@ def merge_files(
             ids in them, or under "item_ids" in a.json beside a.pth or item_ids.json in a folder,
             if the first has all items. Low-rank adapters (LoRA) are merged as `merge_low_rank`
             says; options rank, full and factors.
-        out: A name with the members' suffix, or a folder where they are folders. Everything that
+        out: A name with the members' suffix, or a folder where they are folders. Of members in
+            folders of `torch.distributed.checkpoint`, which Fishers and base may be as well,
+            x.safetensors; or x.dcp: such a folder, by way of a file beside it. Everything that
             stands beside the tensors is the first member's. Beside the result are written x.md, a
             model card (README.md in a folder), and for our models x.json. Each takes its name when
             all are whole, the model last; a failure leaves what was there before.
@@ -132,8 +135,8 @@ def merge_files(
     check_same({"paths": [str(path) for path in (*every, out)], "settings": own})
     with contextlib.ExitStack() as stack:
         with together():
-            files, bases = stack.enter_context(opened(paths, ancestors, by=open_member))
-            (fisher_files,) = stack.enter_context(opened(fishers or []))
+            files, bases = stack.enter_context(opened(paths, ancestors, by=open_any_member))
+            (fisher_files,) = stack.enter_context(opened(fishers or [], by=open_fisher))
             low_rank, options = low_rank_settings(files, method, inputs, options)
             chosen, settings = _choose(method, inputs, options, floor, normalize)
             check_name(out, files[0], low_rank)

@@ -80,6 +80,11 @@ class TensorFile:
             self.layout[name] = (own.dtype, own.shape)
             self._places[name] = own.start
 
+    @property
+    def beside(self) -> Path:
+        """The JSON file that has the item ids of a model."""
+        return self.path.with_suffix(".json")
+
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
