@@ -223,3 +223,7 @@ def check_faults(mesh: Any) -> None:
         poisoned.item_embedding.weight[NUM_ITEMS] = torch.nan
     with refused("hold a NaN"):
         fisher(sharded(poisoned, mesh))
+    for function in (fk.linear_grams, fk.fisher_product, fk.train):
+        given = loader if function is not fk.train else fk.synthetic(40, 20, max_length=20)
+        with refused("takes a whole one"):
+            function(sharded(sasrec(), mesh), given)

@@ -32,6 +32,12 @@ def is_sharded(module: nn.Module) -> bool:
     return any(is_dtensor(parameter) for parameter in module.parameters())
 
 
+def check_whole(module: nn.Module, what: str) -> None:
+    """Raise InputError for a model of which each process holds a part."""
+    if is_sharded(module):
+        raise InputError(f"model: each process holds a part of it, and {what} takes a whole one")
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether a tensor is a `DTensor`; without the import of torch.distributed.tensor."""
     library = sys.modules.get("torch.distributed.tensor")

@@ -14,6 +14,7 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.agreement import check_function
 from fisherkern.adapters.batches import batch_size, batch_slice, takes
 from fisherkern.adapters.parameters import Parameters
+from fisherkern.adapters.sharded import check_whole
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
@@ -71,6 +72,7 @@ def linear_grams(
         check_chunk(chunk)
         check_loader(loader)
         adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
+        check_whole(adapter.module, "linear_grams")
         before = fingerprint(adapter.module)
         same |= {"chunk": chunk, "model": before}
     collector, dealer = _Collector(adapter), processes.Dealer()

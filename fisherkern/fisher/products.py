@@ -13,6 +13,7 @@ from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.agreement import check_function
 from fisherkern.adapters.batches import batch_size, batch_slice, takes
+from fisherkern.adapters.sharded import check_whole
 from fisherkern.checks import check_loader
 from fisherkern.errors import InputError, one_line
 from fisherkern.fingerprint import fingerprint
@@ -149,6 +150,7 @@ def fisher_product(model: Any, loader: Iterable[Any], *, chunk: int | None = Non
         check_chunk(chunk)
         check_loader(loader)
         adapter, schedule = ModelAdapter.of(model), Schedule.of_one_probe(chunk)
+        check_whole(adapter.module, "fisher_product")
         if not any(p.requires_grad for p in adapter.module.parameters()):
             raise InputError("model: it has no trainable parameter")
         own, count, dealer = [], 0, processes.Dealer()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.fisher.item_table import ItemTable, ItemTile
+from fisherkern.fisher.sharded_draws import distinct_items, every_item
 from fisherkern.ops import counter_rng
 from fisherkern.ops.head_sqgrad import add_square_of_items_
 from fisherkern.ops.sample_items import items_at, row_blocks
@@ -194,8 +195,6 @@ class ShardedItemTable(ItemTable):
         self, h: Tensor, lse: Tensor, ranges: Tensor, rows: Tensor, k: int, seed: int
     ) -> tuple[Tensor, Tensor]:
         """As `ItemTable.draw_distinct`."""
-        from fisherkern.fisher.sharded_draws import distinct_items, every_item
-
         if k == self.num_items:
             return every_item(self, h, lse)
         return distinct_items(self, h, lse, ranges, rows, k, seed)

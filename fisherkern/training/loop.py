@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern import processes
+from fisherkern.adapters.sharded import check_whole
 from fisherkern.checks import check_count, check_positive, takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
@@ -163,6 +164,7 @@ def checked_settings(
     model: SequenceEncoder, data: TrainingData, validate: Validate | None, settings: dict[str, Any]
 ) -> TrainingSettings:
     """Fill in `max_len`; raise InputError where the settings do not fit the rest."""
+    check_whole(model, "training")
     chosen = TrainingSettings(**settings)
     max_len = model.max_len if chosen.max_len is None else chosen.max_len
     chosen = dataclasses.replace(chosen, max_len=max_len)
