@@ -129,8 +129,14 @@ def _with_tensors_of(first: ModelAdapter, other: ModelAdapter) -> ModelAdapter:
     for name, buffer in other.module.named_buffers():
         if isinstance(kept := saved.get(name), Tensor) and kept.shape == buffer.shape:
             memo[id(buffer)] = kept.detach().clone()
-    # The deep copy keeps what it is told stands for a tensor, and copies everything else.
-    return ModelAdapter.made(copy.deepcopy(other.source, memo), other.given)
+    # The deep copy keeps what it is told stands for a tensor, and copies everything else. A
+    # library's own wrapper may copy in a way of its own; functions that were given need it.
+    held = other.source if other.given else other.module
+    twin = ModelAdapter.made(copy.deepcopy(held, memo), other.given)
+    for name, parameter in twin.module.named_parameters(remove_duplicate=False):
+        if parameter is not own[name]:
+            raise ValueError(f"a copy has a {name} of its own")
+    return twin
 
 
 def _batches(member: ModelAdapter) -> Iterator[Any]:

@@ -138,3 +138,22 @@ def test_one_function_is_merged(name: str) -> None:
 def test_parametrised_modules_have_a_class_each() -> None:
     with pytest.raises(InputError, match="is a factor of a weight"):
         fk.merge([weight_normed(0), weight_normed(1)])
+
+
+class Holder:
+    """A library's own object around a module, which copies it in a way of its own."""
+
+    def __init__(self, torch_model: nn.Module) -> None:
+        self.torch_model = torch_model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Holder:
+        return Holder(copy.deepcopy(self.torch_model))
+
+
+def test_a_holder_that_copies_by_itself() -> None:
+    merged = fk.merge([Holder(Scores(0)), Holder(Scores(1))])
+    expected = fk.merge([Scores(0), Scores(1)])
+    for one, other in zip(merged.torch_model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(InputError, match="computes another function"):
+        fk.merge([Holder(Scores(0)), Holder(Scores(1, heads=3))])
