@@ -83,7 +83,7 @@ class Settings:
             for name, value in given.items()
             if value != _NOT_GIVEN[name] and name not in _USED[self.sampler]
         }
-        for name in unused:
+        for name in unused.keys() - {"k"}:  # which those who compare samplers give to all
             log.warning("%s: sampler %r makes no use of it", name, self.sampler)
         return unused
 

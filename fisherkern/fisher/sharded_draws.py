@@ -7,7 +7,7 @@ largest value, that of both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from fisherkern.ops.sample_items import range_logits, row_blocks
 from fisherkern.ops.softmax_lse import RANGE, num_ranges
 from fisherkern.processes import joined_sum, stacked
 
-if TYPE_CHECKING:
-    from fisherkern.fisher.sharded_table import ShardedItemTable
+ShardedItems = Any  # a ShardedItemTable, whose file imports this one
 
 
-def every_item(table: ShardedItemTable, h: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def every_item(table: ShardedItems, h: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """All V items of each row and their probabilities, (N, V) each."""
     p = lse.new_zeros(len(h), table.num_items)
     for tile in table.tiles(h):
@@ -31,7 +30,7 @@ def every_item(table: ShardedItemTable, h: Tensor, lse: Tensor) -> tuple[Tensor,
 
 
 def distinct_items(
-    table: ShardedItemTable,
+    table: ShardedItems,
     h: Tensor,
     lse: Tensor,
     ranges: Tensor,
@@ -63,7 +62,7 @@ def distinct_items(
 
 
 def _largest_ranges(
-    table: ShardedItemTable, log_mass: Tensor, rows: Tensor, count: int, seed: int
+    table: ShardedItems, log_mass: Tensor, rows: Tensor, count: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """The `count` ranges of the whole table with the largest maxima: these, and their numbers."""
     first = table.first // RANGE
@@ -102,7 +101,7 @@ def _outermost(log_mass: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
     return found, number
 
 
-def _log_p(table: ShardedItemTable, h: Tensor, lse: Tensor, parts: Tensor) -> Tensor:
+def _log_p(table: ShardedItems, h: Tensor, lse: Tensor, parts: Tensor) -> Tensor:
     """The log p of this process's items in ranges (N, m), −inf at the others': (N, m, RANGE)."""
     shape = *parts.shape, RANGE
     found = torch.full(shape, -torch.inf, dtype=torch.float64, device=h.device)
@@ -113,8 +112,9 @@ def _log_p(table: ShardedItemTable, h: Tensor, lse: Tensor, parts: Tensor) -> Te
             as_tuple=True
         )
         local = (parts[row, column] - begin)[:, None]
+        weight, bias = piece.inputs
         for few in row_blocks(len(row), RANGE):
             n = row[few]
-            z = range_logits(h[n], *piece.inputs, local[few])[:, 0] - lse[n, None]
+            z = range_logits(h[n], weight, bias, local[few])[:, 0] - lse[n, None]
             found[n, column[few], shift:] = z[:, : RANGE - shift].double()
     return found
