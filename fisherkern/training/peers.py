@@ -291,6 +291,11 @@ class _Pair:
             raise InputError(f"{path}: not a state of two peers")
         check_run(path, header.get("run"), self.identity)
         found = [read_progress(path, fields) for fields in reached]
+        one, other = (len(own.losses) for own in found)
+        if one != other or one > self.settings.epochs:
+            raise InputError(
+                f"{path}: its peers made {one} and {other} epochs of {self.settings.epochs}"
+            )
         for name, run, progress in zip(NAMES, self.runs, found, strict=True):
             own = {
                 key.removeprefix(f"{name}."): tensor

@@ -13,7 +13,7 @@ from training_runs import V as ITEMS
 
 import fisherkern as fk
 from fisherkern.errors import InputError
-from fisherkern.files import read_tensors
+from fisherkern.files import read_tensors, save_tensors
 from fisherkern.training import peers
 from fisherkern.training.peers import Cooperation
 
@@ -276,3 +276,16 @@ def test_bad_pairs():
     with pytest.raises(InputError, match="output_bias is a tensor of model_a's"):
         run(models=(model, model))
     run(models=(model, copy.deepcopy(model)), epochs=1)
+
+
+@pytest.mark.parametrize("copies", [(3, 3), (1, 2), (0, 1)])
+def test_a_state_of_other_epochs_than_the_run_s_is_refused(copies, tmp_path):
+    """Peers that are past the last epoch would never come to it."""
+    path = tmp_path / "state"
+    run(state=path)
+    tensors, header = read_tensors(path)
+    for reached, times in zip(header["progress"], copies, strict=True):
+        reached["losses"] *= times
+    save_tensors(path, tensors, header)
+    with pytest.raises(InputError, match=r"state: its peers made \d+ and \d+ epochs of \d+"):
+        run(state=path)
