@@ -222,6 +222,8 @@ class TrainLoop:
             self.identity["start"] = self.state.start()
         if saving.path is not None and is_file(saving.path):
             self.progress = load_state(saving.path, self.state, self.identity)
+            if (made := len(self.progress.losses)) > settings.epochs:
+                raise InputError(f"{saving.path}: its run made {made} of {settings.epochs} epochs")
         distributed.check_same_start(self.progress.step, self.device)
         compiled = {}
         if settings.compile:

@@ -289,3 +289,13 @@ def test_a_state_of_other_epochs_than_the_run_s_is_refused(copies, tmp_path):
     save_tensors(path, tensors, header)
     with pytest.raises(InputError, match=r"state: its peers made \d+ and \d+ epochs of \d+"):
         run(state=path)
+
+
+def test_a_state_past_the_last_epoch_is_refused(tmp_path):
+    path = tmp_path / "state"
+    fk.train(new(0), Cycles(), state=path, **SETTINGS)
+    tensors, header = read_tensors(path)
+    header["progress"]["losses"] *= 2
+    save_tensors(path, tensors, header)
+    with pytest.raises(InputError, match=r"state: its run made \d+ of \d+ epochs"):
+        fk.train(new(0), Cycles(), state=path, **SETTINGS)
