@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkern.adapters.agreement import check_function, check_side, head_difference
+from fisherkern.adapters.agreement import EXAMPLE, check_function, check_side, head_difference
 from fisherkern.adapters.batches import (
     batch_size,
     batch_slice,
@@ -38,8 +38,6 @@ log = logging.getLogger("fisherkern")
 
 # W (V, D) and b (V,) or None.
 HeadTensors = tuple[Tensor, Tensor | None]
-# Sequences on which an output layer is found and compared with the logits.
-_EXAMPLE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +307,7 @@ class ModelAdapter:
         """
         if self.looked_for and self.row_scaling is None:
             return self
-        part = batch_slice(batch, 0, min(_EXAMPLE, batch_size(batch)))
+        part = batch_slice(batch, 0, min(EXAMPLE, batch_size(batch)))
         check_function(self, part)
         # A scaling is of the table's values, which may be others by now.
         if self.all_hidden is None or self.row_scaling is not None:

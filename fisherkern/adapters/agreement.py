@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.errors import InputError
 
+#: Sequences on which a model's functions are compared first.
+EXAMPLE = 4
 # Logits compared at once.
 _COMPARED = 2**22
 _BATCH_DEPENDENT = (

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.dcp_files import ABOUT, DcpFolder, is_dcp
-from fisherkern.adapters.sharded import is_dtensor, local_part
+from fisherkern.adapters.sharded import is_dtensor, laid_out, local_part
 from fisherkern.errors import InputError, shown
 from fisherkern.files import write_json
 from fisherkern.processes import rank, together, world
@@ -173,12 +173,11 @@ def _fill(folder: DcpFolder, name: str, target: Any) -> None:
     if not is_dtensor(target):
         target.copy_(folder[name])
         return
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Shard
 
     mesh = target.device_mesh
     if mesh.ndim == 1 and target.placements == (Shard(0),):
         target.to_local().copy_(local_part(_rows_of(folder, name, mesh)))
         return
     whole = folder[name].to(target.to_local())
-    spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    target.to_local().copy_(spread.redistribute(mesh, target.placements).to_local())
+    target.to_local().copy_(local_part(laid_out(whole, target)))

@@ -55,6 +55,16 @@ def local_part(tensor: Any) -> Tensor:
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
+def laid_out(whole: Tensor, like: Any) -> Tensor:
+    """A tensor that every process has whole as a `DTensor`, each its part, as `like` is one."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    part: Tensor = spread.redistribute(mesh, like.placements)
+    return part
+
+
 @dataclasses.dataclass(frozen=True)
 class TableShard:
     """This process's rows, from `first` on, of a table of `shape`: `rows` (n, ...).
@@ -115,9 +125,13 @@ class TableShard:
             found = part if number == rank() else found
         return found
 
+    def owns(self, rows: Tensor) -> Tensor:
+        """Which rows (U,) of the table this process has, (U,) bool."""
+        return (rows >= self.first) & (rows < self.first + len(self.rows))
+
     def fetched(self, rows: Tensor) -> Tensor:
         """Rows (U,) of the table, the same in all processes, from those that own them: (U, ...)."""
-        own = (rows >= self.first) & (rows < self.first + len(self.rows))
+        own = self.owns(rows)
         found = self.rows.new_zeros(len(rows), *self.shape[1:])
         found[own] = self.rows[rows[own] - self.first]
         return joined_sum(found)
@@ -173,6 +187,7 @@ class ShardedModel:
             if _is_table(name, tensor, module, by_rows, known, num_items)
         }
         self._names = {id(tensor): name for name, tensor in named.items()}
+        self._trained = {name for name, p in module.named_parameters() if p.requires_grad}
         self.whole: dict[str, Tensor] = {
             name: gathered_whole(tensor).detach().requires_grad_(tensor.requires_grad)
             for name, tensor in named.items()
@@ -200,13 +215,8 @@ class ShardedModel:
             asked = asked.to(shard.rows.device).unique()
             inside = asked[(asked >= 0) & (asked < shard.shape[0])]
             self.rows[name] = inside
-            trained = dict(self.module.named_parameters()).get(name)
             # A copy is no view, as a parameter is none.
-            self.values[name] = (
-                shard.fetched(inside)
-                .clone()
-                .requires_grad_(trained is not None and trained.requires_grad)
-            )
+            self.values[name] = shard.fetched(inside).clone().requires_grad_(name in self._trained)
 
     def fetch_for(self, batch: Any, head: ShardedHead | None) -> Tensor:
         """Have at hand the rows that a batch names, and those of no items; gives the ids."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
-from fisherkern.adapters.agreement import check_function
+from fisherkern.adapters.agreement import EXAMPLE, check_function
 from fisherkern.adapters.sharded import is_sharded
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
@@ -21,8 +21,6 @@ log = logging.getLogger("fisherkern")
 
 # Columns of a history for models that do not say how many they take.
 _MAX_LEN = 50
-# Sequences on which a model is tried first.
-_FEW = 4
 
 DataBatch = dict[str, Tensor]
 
@@ -92,7 +90,7 @@ class Scorer:
         """
         if self.adapter is not None and not self._checked:
             self._checked = True
-            few = {name: value[:_FEW] for name, value in batch.items()}
+            few = {name: value[:EXAMPLE] for name, value in batch.items()}
             try:
                 check_function(self.adapter, self._native(few))
             except InputError as error:
@@ -134,7 +132,7 @@ class Scorer:
         if self._sought or self.adapter is None:
             return
         self._sought = True
-        few = {name: value[:_FEW] for name, value in batch.items()}
+        few = {name: value[:EXAMPLE] for name, value in batch.items()}
         layer = ScoringLayer.of(self.adapter, self._native(few))
         if layer is not None:
             self._check_shape(layer.head()[0].T, layer.head()[0].shape[1])

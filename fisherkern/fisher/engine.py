@@ -35,7 +35,7 @@ from fisherkern.fisher.positions import (
     counted_positions,
     position_targets,
 )
-from fisherkern.fisher.running_sums import RunningSums, float64_sum
+from fisherkern.fisher.running_sums import RunningSums, float64_sum, mean_of
 from fisherkern.fisher.samplers import (
     SoftmaxStats,
     check_softmax,
@@ -111,11 +111,15 @@ class Engine:
         `first` is the id of the first one.
         """
         n = batch_size(batch)
-        if n > 0 and first == 0:
-            self._start(self.model.prepared(batch))
-        if n == 0 or not takes(self.dealer, batch):
+        if n == 0:
+            return 0
+        own = takes(self.dealer, batch)
+        if own or first == 0:
+            batch = self.model.prepared(batch)
+        if first == 0:
+            self._start(batch)
+        if not own:
             return n
-        batch = self.model.prepared(batch)
         # Ids, by which random numbers are keyed, are places in the loader.
         device = next(iter(self.fisher.values())).device
         ids = torch.arange(first, first + n, device=device)
@@ -376,13 +380,8 @@ class Engine:
         """The mean over the sequences, in each parameter's shape; every parameter accounted for."""
         named, sums = self.parameters.named, {name: self.sums.total(name) for name in self.fisher}
         self._check(sums)
-        # Rounding and a sketch's noise can fall below zero. In place, as tables may be large.
         means = {
-            name: sums[name]
-            .div_(num_sequences)
-            .clamp_(min=0)
-            .to(self.fisher[name].dtype)
-            .view(p.shape)
+            name: mean_of(sums[name], num_sequences, self.fisher[name].dtype).view(p.shape)
             for name, p in named.items()
         }
         return means | {name: p.detach().float() for name, p in self.parameters.empty.items()}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.adapters.sharded import ShardedModel
+from fisherkern.adapters.sharded import ShardedModel, laid_out
 from fisherkern.adapters.sharded_layer import seen_by
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.settings import Settings
@@ -27,14 +27,9 @@ class GatheredEngine(Engine):
         return {name: self._laid_out(name, v) for name, v in super().finish(num_sequences).items()}
 
     def _laid_out(self, name: str, value: Tensor) -> Tensor:
-        parameter: Any = dict(self.model.module.named_parameters())[name]
         if name not in self.shards.whole:
             return value
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh = parameter.device_mesh
-        whole = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        return whole.redistribute(mesh, parameter.placements)
+        return laid_out(value, self.model.module.get_parameter(name))
 
 
 def by_rows(local: Tensor, parameter: Any) -> Tensor:

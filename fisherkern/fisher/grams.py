@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.agreement import check_function
+from fisherkern.adapters.agreement import EXAMPLE, check_function
 from fisherkern.adapters.batches import batch_size, batch_slice, takes
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.adapters.sharded import check_whole
@@ -109,7 +109,7 @@ class _Collector:
 
     def add(self, batch: Any, seed: int) -> None:
         if not self._checked:
-            check_function(self._model, batch_slice(batch, 0, min(4, batch_size(batch))))
+            check_function(self._model, batch_slice(batch, 0, min(EXAMPLE, batch_size(batch))))
             self._checked = True
         with Capture(self._parameters, batch_size(batch), HANDLERS, batch) as capture:
             logits = self._model.logits(batch)

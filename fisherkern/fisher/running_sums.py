@@ -79,3 +79,11 @@ class RunningSums:
 def float64_sum(values: Tensor) -> Tensor:
     """The float64 sum of a flat tensor, of which a part at a time is widened."""
     return torch.stack([part.double().sum() for part in values.split(_WIDENED)]).sum()
+
+
+def mean_of(total: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The mean of a sum of squares, in place where the type allows, as tables may be large.
+
+    Rounding and a sketch's noise can take a sum below zero; a mean is 0 there.
+    """
+    return total.div_(count).clamp_(min=0).to(dtype)

@@ -77,11 +77,10 @@ class Settings:
 
     def _unused(self) -> dict[str, Any]:
         """What the sampler makes no use of though it was given, as it is when not given."""
-        given = {name: getattr(self, name) for name in _NOT_GIVEN}
         unused = {
-            name: _NOT_GIVEN[name]
-            for name, value in given.items()
-            if value != _NOT_GIVEN[name] and name not in _USED[self.sampler]
+            name: standard
+            for name, standard in _NOT_GIVEN.items()
+            if getattr(self, name) != standard and name not in _USED[self.sampler]
         }
         for name in unused.keys() - {"k"}:  # which those who compare samplers give to all
             log.warning("%s: sampler %r makes no use of it", name, self.sampler)

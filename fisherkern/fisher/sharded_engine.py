@@ -27,7 +27,7 @@ from fisherkern.fisher.gathered_engine import GatheredEngine, by_rows
 from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.output_layers import OutputLayer, why_not_factored
 from fisherkern.fisher.positions import PositionRows, counted_positions, position_targets
-from fisherkern.fisher.running_sums import RunningSums
+from fisherkern.fisher.running_sums import RunningSums, mean_of
 from fisherkern.fisher.samplers import check_softmax
 from fisherkern.fisher.settings import Settings
 from fisherkern.fisher.sharded_table import ShardedItemTable
@@ -151,7 +151,7 @@ class ShardedEngine(GatheredEngine):
         for name, total in self.row_sums.items():
             rows, shard = self.shards.rows[name], self.shards.tables[name]
             found = joined_sum(self.fisher[name]).view(len(rows), *shard.shape[1:])
-            own = (rows >= shard.first) & (rows < shard.first + len(shard.rows))
+            own = shard.owns(rows)
             total[rows[own] - shard.first] += found[own]
 
     def _output_layer(self) -> OutputLayer:
@@ -350,13 +350,13 @@ class ShardedEngine(GatheredEngine):
         named = dict(self.given.module.named_parameters())
         found = {name: p.detach() for name, p in self.parameters.empty.items()}
         for name, parameter in self.parameters.named.items():
-            mean = totals[name].div_(num_sequences).clamp_(min=0)
-            if name in self.row_sums:
-                rows = self.row_sums[name]
-                found[name] = by_rows(mean.to(rows.dtype).view(rows.shape), named[name])
+            rows = self.row_sums.get(name)
+            dtype = self.fisher[name].dtype if rows is None else rows.dtype
+            mean = mean_of(totals[name], num_sequences, dtype)
+            if rows is None:
+                found[name] = self._laid_out(name, mean.view(parameter.shape))
             else:
-                mean = mean.to(self.fisher[name].dtype).view(parameter.shape)
-                found[name] = self._laid_out(name, mean)
+                found[name] = by_rows(mean.view(rows.shape), named[name])
         return found
 
 
