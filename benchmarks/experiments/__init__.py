@@ -4,6 +4,7 @@ from benchmarks.experiments.branches import Branches
 from benchmarks.experiments.emkd import Emkd
 from benchmarks.experiments.engine import run_table
 from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.free_fisher import FreeFisher
 from benchmarks.experiments.objectives import Objectives
 from benchmarks.experiments.paper import Paper, run_paper
 from benchmarks.experiments.pcrec import Pcrec
@@ -21,6 +22,7 @@ TABLES: dict[str, type[Experiment]] = {
     "table2": Table2,
     "samplers": Samplers,
     "splits": Splits,
+    "free-fisher": FreeFisher,
     "branches": Branches,
     "emkd": Emkd,
     "pcrec": Pcrec,

@@ -23,8 +23,10 @@ from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, evaluate
 from fisherkern.files import read_json, write_json
 from fisherkern.fisher import DiagFisher, diag_fisher
+from fisherkern.fisher.second_moments import fisher_of_moments
 from fisherkern.objectives import Objective
 from fisherkern.training import load_model, save_model, train, train_peers
+from fisherkern.training.state import read_moments
 
 EncoderT = TypeVar("EncoderT", bound=SequenceEncoder)
 
@@ -132,6 +134,8 @@ class ArtifactCache:
                 model, timed, objective=objective, state=state, progress=self.progress, **settings
             )
             about = {"epochs": len(log.losses), "losses": log.losses, "scores": log.scores}
+            optimizer, moments = read_moments(state, model)
+            DiagFisher(*fisher_of_moments(moments, optimizer, model)).save(self.free_path(name))
             return model, {**about, "best_epoch": log.best_epoch}
 
         return self._trained(name, run)
@@ -196,6 +200,14 @@ class ArtifactCache:
             fisher = diag_fisher(model, loader, seed=self.seed, progress=self.progress, **arguments)
             fisher.save(path)
         return DiagFisher.load(path)
+
+    def free_path(self, name: str) -> Path:
+        """Where the training of the model `name` leaves its optimiser's second moments."""
+        return self.path(f"{name}, optimizer", ".fisher.safetensors")
+
+    def free_fisher(self, name: str) -> DiagFisher:
+        """The second moments that the training of the model `name` left."""
+        return DiagFisher.load(self.free_path(name))
 
     def merged(
         self, name: str, members: Sequence[SequenceEncoder], **arguments: Any

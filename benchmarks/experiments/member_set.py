@@ -43,6 +43,8 @@ class Estimate:
 
 
 EXACT = Estimate("exact")
+# AdamW's second moments at the end of a member's training: the Fisher that costs nothing.
+FREE = Estimate("optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +63,23 @@ class MemberSet:
     suffix: str = ""
     to_catalogue: Callable[[SequenceEncoder], SequenceEncoder] | None = None
 
+    def data_of(self, name: str) -> SequenceDataset:
+        """A member's training data."""
+        return self.cache.data if self.data is None else self.data[name]
+
     def models(self) -> list[SequenceEncoder]:
         return [build() for build in self.members.values()]
 
     def fishers(self, estimate: Estimate) -> list[DiagFisher]:
+        if estimate == FREE:
+            self.models()  # whose trainings leave them
+            return [self.cache.free_fisher(name) for name in self.members]
         return [
             self.cache.fisher(
                 f"{name}, {estimate}",
                 build,
                 sequences=self.sequences,
-                data=None if self.data is None else self.data[name],
+                data=self.data_of(name),
                 **estimate.arguments(),
             )
             for name, build in self.members.items()
@@ -81,21 +90,19 @@ class MemberSet:
         name: str,
         *,
         fishers: Callable[[], Sequence[Any]] | None = None,
+        grams: Callable[[], Sequence[Any]] | None = None,
         base: ModelBuilder | None = None,
         **arguments: Any,
     ) -> dict[str, ModelBuilder]:
         """The row `name` of one merge; takes the arguments of `merge`.
 
-        fishers, base: functions that give those arguments, called when the merge is made.
+        fishers, grams, base: functions that give those arguments, called when the merge is made.
         """
         name += self.suffix
+        makers = {"fishers": fishers, "grams": grams, "base": base}
 
         def build() -> SequenceEncoder:
-            late: dict[str, Any] = {}
-            if fishers is not None:
-                late["fishers"] = fishers()
-            if base is not None:
-                late["base"] = base()
+            late = {key: make() for key, make in makers.items() if make is not None}
             merged = self.cache.merged(name, self.models(), **arguments, **late)
             return self.over_catalogue(merged)
 

@@ -22,9 +22,9 @@ from benchmarks.experiments.member_set import MemberSet
 from fisherkern.data import SequenceDataset
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.objectives import MaskedItems
+from fisherkern.objectives import MaskedItems, Objective
 
-BY = ("users", "time", "regions")
+BY = ("users", "time", "regions", "seeds")
 CONTROL = "all data, as many windows as all members"
 WEIGHTED = "weighted by users"
 
@@ -34,12 +34,12 @@ class Splits(Experiment):
     """Fine-tune a common base on parts of the data, a member each, and merge.
 
     By "users", parts are disjoint random users; by "time", consecutive slices of every user's
-    training items; by "regions", disjoint users with a catalogue for each region. A region's
-    model has rows for its own items alone; ranked over all items, it takes the base's rows for
-    the others.
+    training items; by "regions", disjoint users with a catalogue for each region; by "seeds",
+    every part is all of the data. A region's model has rows for its own items alone; ranked over
+    all items, it takes the base's rows for the others.
 
     Args:
-        by: "users", "time" or "regions".
+        by: "users", "time", "regions" or "seeds".
         parts: number of members.
         size_ratio: users of a part for each user of the part before. Below 1 there are rows
             weighted by users as well.
@@ -73,8 +73,8 @@ class Splits(Experiment):
             raise InputError(f"shared: must be in (0, 1], got {self.shared}")
         if not 0 < self.size_ratio <= 1:
             raise InputError(f"size_ratio: must be in (0, 1], got {self.size_ratio}")
-        if self.by == "time" and self.size_ratio != 1:
-            raise InputError("size_ratio: parts by time have the same users")
+        if self.by in ("time", "seeds") and self.size_ratio != 1:
+            raise InputError(f"size_ratio: parts by {self.by} have the same users")
 
     def names(self) -> list[str]:
         return [f"member {number + 1}" for number in range(self.parts)]
@@ -90,6 +90,8 @@ class Splits(Experiment):
 
     def member_data(self, data: SequenceDataset, seed: int) -> dict[str, SequenceDataset]:
         """Each member's data."""
+        if self.by == "seeds":
+            return dict.fromkeys(self.names(), data)
         random = np.random.default_rng(seed)
         lengths = np.diff(data.offsets)
         if self.by == "time":
@@ -119,51 +121,90 @@ class Splits(Experiment):
         ends = np.cumsum(self.size_ratio ** np.arange(self.parts))
         return np.searchsorted(ends, (users + 0.5) * ends[-1] / len(users))
 
-    def rows(self, cache: ArtifactCache) -> RowBuilders:
-        objective, data = MaskedItems(self.mask_ratio), self.member_data(cache.data, cache.seed)
-        base = partial(self.common_base, cache, objective, self.base_epochs)
-        settings: dict[str, Any] = {"schedule": "linear", **self.training()}
+    def objective(self) -> Objective:
+        """The loss of every training."""
+        return MaskedItems(self.mask_ratio)
 
-        def member(number: int, name: str) -> SequenceEncoder:
-            def start() -> SequenceEncoder:
-                return with_catalogue(base(), data[name].item_ids)
+    def schedule_of_members(self) -> str:
+        """Whether a member's learning rate decays."""
+        return "linear"
 
-            epochs, seed = self.member_epochs, cache.seed + 1000 * number
-            return cache.train(
-                name, start, objective, data=data[name], epochs=epochs, seed=seed, **settings
-            )
+    def base_model(self, cache: ArtifactCache) -> SequenceEncoder:
+        """The model that all members start from."""
+        return self.common_base(cache, self.objective(), self.base_epochs)
+
+    def member(
+        self, cache: ArtifactCache, number: int, name: str, data: SequenceDataset
+    ) -> SequenceEncoder:
+        """The base, fine-tuned on a member's data."""
+
+        def start() -> SequenceEncoder:
+            return with_catalogue(self.base_model(cache), data.item_ids)
+
+        return cache.train(
+            name,
+            start,
+            self.objective(),
+            data=data,
+            epochs=self.member_epochs,
+            seed=cache.seed + 1000 * number,
+            schedule=self.schedule_of_members(),
+            **self.training(),
+        )
+
+    def member_set(self, cache: ArtifactCache) -> MemberSet:
+        data = self.member_data(cache.data, cache.seed)
+        members = {
+            name: partial(self.member, cache, number, name, data[name])
+            for number, name in enumerate(self.names(), start=1)
+        }
 
         def to_catalogue(model: SequenceEncoder) -> SequenceEncoder:
-            return with_catalogue(model, cache.data.item_ids, base())
+            return with_catalogue(model, cache.data.item_ids, self.base_model(cache))
 
-        def over_catalogue(build: Callable[[], SequenceEncoder]) -> SequenceEncoder:
-            return to_catalogue(build())
-
-        def control() -> SequenceEncoder:
-            share = sum(part.num_users for part in data.values()) / cache.data.num_users
-            epochs, seed = round(self.member_epochs * share), cache.seed + 1000 * (self.parts + 1)
-            return cache.train(CONTROL, base, objective, epochs=epochs, seed=seed, **settings)
-
-        def counts() -> list[Any]:
-            pairs = zip(member_set.models(), data.values(), strict=True)
-            return [item_count_weights(model, part, cache.data.num_items) for model, part in pairs]
-
-        members = {name: partial(member, n, name) for n, name in enumerate(self.names(), start=1)}
-        member_set = MemberSet(
+        return MemberSet(
             cache, members, self.fisher_sequences, data=data, to_catalogue=to_catalogue
         )
+
+    def fisher_rows(self, member_set: MemberSet) -> RowBuilders:
+        """The rows of the merges by Fishers."""
+        return dict(member_set.fisher_merges())
+
+    def rows(self, cache: ArtifactCache) -> RowBuilders:
+        member_set, base = self.member_set(cache), partial(self.base_model, cache)
+        data = [member_set.data_of(name) for name in self.names()]
+
+        def over_catalogue(build: Callable[[], SequenceEncoder]) -> SequenceEncoder:
+            return member_set.over_catalogue(build())
+
+        def control() -> SequenceEncoder:
+            share = sum(part.num_users for part in data) / cache.data.num_users
+            return cache.train(
+                CONTROL,
+                base,
+                self.objective(),
+                epochs=round(self.member_epochs * share),
+                seed=cache.seed + 1000 * (self.parts + 1),
+                schedule="linear",
+                **self.training(),
+            )
+
+        def counts() -> list[Any]:
+            pairs = zip(member_set.models(), data, strict=True)
+            return [item_count_weights(model, part, cache.data.num_items) for model, part in pairs]
+
         weighted: dict[str, Callable[[], SequenceEncoder]] = {}
         if self.size_ratio < 1:
-            users = [part.num_users for part in data.values()]
+            users = [part.num_users for part in data]
             weighted = {
                 **member_set.merge(WEIGHTED, method="weighted", weights=users),
                 **member_set.fisher_merges(title=f"Fisher merge {WEIGHTED}", weights=users),
             }
         return {
             "base": base,
-            **{name: partial(over_catalogue, build) for name, build in members.items()},
+            **{name: partial(over_catalogue, b) for name, b in member_set.members.items()},
             **member_set.merge("uniform merge", method="uniform"),
-            **member_set.fisher_merges(),
+            **self.fisher_rows(member_set),
             **weighted,
             **member_set.merge(
                 "rows weighted by item counts", fishers=counts, normalize=None, floor=0.1

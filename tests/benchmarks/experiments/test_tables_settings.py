@@ -32,6 +32,7 @@ def test_every_table_on_small_data(
         "table2": ["--base-epochs", "1", "--member-epochs", "1"],
         "samplers": ["--base-epochs", "1", "--member-epochs", "1", "--extra-epochs", "0"],
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
+        "free-fisher": ["--base-epochs", "1", "--member-epochs", "1"],
         "branches": [
             *("--member-epochs", "1", "--count", "2", "--encoder", "SASRec", "--turn-steps", "3")
         ],
@@ -187,7 +188,7 @@ def test_a_folder_that_cannot_be_written(
         (["table2", "--time-limit", "-1"], "time_limit: must not be negative, got -1"),
         (["table2", "--validation-users", "0"], "validation_users: must be at least 1, got 0"),
         (["objectives", "--validations", "0"], "validations: must be at least 1, got 0"),
-        (["splits", "--by", "sex"], "by: 'sex' is not one of users, time, regions"),
+        (["splits", "--by", "sex"], "by: 'sex' is not one of users, time, regions, seeds"),
         (["splits", "--parts", "1"], "parts: must be at least 2, got 1"),
         (["splits", "--shared", "0"], "shared: must be in (0, 1], got 0"),
         (["splits", "--size-ratio", "2"], "size_ratio: must be in (0, 1], got 2"),
