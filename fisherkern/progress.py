@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm import tqdm
-from tqdm.auto import tqdm as live_bar
+from tqdm import TqdmWarning, tqdm
+
+with warnings.catch_warnings():
+    # In a notebook without ipywidgets the bar is made of text: nothing to warn of at an import.
+    warnings.simplefilter("ignore", TqdmWarning)
+    from tqdm.auto import tqdm as live_bar
 
 SECONDS = 30.0  # between two lines of a log
 
