@@ -92,9 +92,11 @@ def check_table(mesh: Any) -> None:
         lse, mean, ranges = one.mean(h)
         found = many.mean(h)
         pairs = [((lse, mean), found[:2])]
-        # What bounds the largest probability, of ranges that a cut has made smaller.
-        assert (many.largest(found[2]) <= one.largest(ranges)).all()
-        assert (many.largest(found[2]) >= one.most_likely(h)[1]).all()
+        # What bounds the largest probability, of ranges that a cut has made smaller. A product of
+        # fewer rows may be rounded otherwise.
+        rounding = 1e-12
+        assert (many.largest(found[2]) <= one.largest(ranges) + rounding).all()
+        assert (many.largest(found[2]) >= one.most_likely(h)[1] - rounding).all()
         pairs += [(one.topk(h, k), many.topk(h, k)) for k in (1, min(items, 40))]
         pairs += [((one.covariance(h, lse, mean),), (many.covariance(h, lse, mean),))]
         sketch = h, lse, mean, ids, 16, 4
