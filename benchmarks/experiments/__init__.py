@@ -8,6 +8,7 @@ from benchmarks.experiments.free_fisher import FreeFisher
 from benchmarks.experiments.objectives import Objectives
 from benchmarks.experiments.paper import Paper, run_paper
 from benchmarks.experiments.pcrec import Pcrec
+from benchmarks.experiments.pruning import Pruning
 from benchmarks.experiments.samplers import Samplers
 from benchmarks.experiments.shard_merge import ShardMerge
 from benchmarks.experiments.splits import Splits
@@ -23,6 +24,7 @@ TABLES: dict[str, type[Experiment]] = {
     "samplers": Samplers,
     "splits": Splits,
     "free-fisher": FreeFisher,
+    "pruning": Pruning,
     "branches": Branches,
     "emkd": Emkd,
     "pcrec": Pcrec,

@@ -61,7 +61,7 @@ class Splits(Experiment):
     fisher_sequences: int = 2000
 
     PRESETS: ClassVar = {"beauty": {**BEAUTY, "base_epochs": 40, "member_epochs": 15}}
-    ENSEMBLE: ClassVar = "score ensemble"
+    ENSEMBLE: ClassVar[str | None] = "score ensemble"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fisherkern as fk
 from benchmarks.experiments import EXPERIMENTS, TABLES, artifacts, run_table
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.artifacts import ArtifactCache
+from benchmarks.experiments.pruning import without_cheapest
 from fisherkern.files import read_json
 from fisherkern.fingerprint import fingerprint
 
@@ -33,6 +35,7 @@ def test_every_table_on_small_data(
         "samplers": ["--base-epochs", "1", "--member-epochs", "1", "--extra-epochs", "0"],
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
         "free-fisher": ["--base-epochs", "1", "--member-epochs", "1"],
+        "pruning": ["--base-epochs", "1"],
         "branches": [
             *("--member-epochs", "1", "--count", "2", "--encoder", "SASRec", "--turn-steps", "3")
         ],
@@ -206,3 +209,21 @@ def test_bad_input(
     arguments: list[str], message: str, assert_refused: Callable[[list[str], str], None]
 ) -> None:
     assert_refused(arguments, message)
+
+
+def test_pruning_takes_the_weights_of_least_cost() -> None:
+    """Against a loop over all weights."""
+    torch.manual_seed(0)
+    model = fk.SASRec(7, max_len=3, dim=2, layers=1)
+    fisher = {name: torch.rand_like(weight) for name, weight in model.named_parameters()}
+    costs = sorted(
+        (float(fisher[name].flatten()[i] * weight.flatten()[i] ** 2), name, i)
+        for name, weight in model.named_parameters()
+        for i in range(weight.numel())
+    )
+    count = round(0.3 * len(costs))
+    left = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for _, name, i in costs[:count]:
+        left[name].view(-1)[i] = 0
+    pruned = dict(without_cheapest(model, fisher, 0.3).named_parameters())
+    assert all(torch.equal(pruned[name], weight) for name, weight in left.items())
