@@ -215,6 +215,9 @@ def test_pruning_takes_the_weights_of_least_cost() -> None:
     """Against a loop over all weights."""
     torch.manual_seed(0)
     model = fk.SASRec(7, max_len=3, dim=2, layers=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
     fisher = {name: torch.rand_like(weight) for name, weight in model.named_parameters()}
     costs = sorted(
         (float(fisher[name].flatten()[i] * weight.flatten()[i] ** 2), name, i)
