@@ -7,8 +7,9 @@ or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each
 or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
 `fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
 or the whole is `summary`, a line for each experiment on merging, `starts`, a line for each
-distance between members' starts, `markets`, two markets' models and their merges, `kernels`, a
-line for each op's kernel, of proven.json, or `gpu`, the sentence above that table.
+distance between members' starts, `free`, the exact Fisher beside the free one, `markets`, two
+markets' models and their merges, `kernels`, a line for each op's kernel, of proven.json, or `gpu`,
+the sentence above that table.
 
 Tables stand in README.md and in the Markdown files of docs/.
 """
@@ -24,7 +25,8 @@ from benchmarks.experiments.branches import ALIGNED
 from benchmarks.experiments.contrastive import CONTROL as PASSES
 from benchmarks.experiments.contrastive import EXTRA
 from benchmarks.experiments.contrastive import FISHER as EXACT_FISHER
-from benchmarks.experiments.member_set import BY_LOSS
+from benchmarks.experiments.free_fisher import titles
+from benchmarks.experiments.member_set import BY_LOSS, EXACT, FREE
 from benchmarks.experiments.splits import CONTROL as ALL_DATA
 from benchmarks.experiments.splits import WEIGHTED
 from benchmarks.experiments.tables import INTERVAL, comparison_table, difference
@@ -291,6 +293,51 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
     return "\n".join(found)
 
 
+# What the members of an experiment on the free Fisher are, and its folder.
+OF_FREE = [
+    (f"{members}{data}", f"free_{name}_{kind}")
+    for kind, members in (
+        ("users", "each on a third of the users"),
+        ("uneven", "each on 76, 19 or 5 % of the users"),
+        ("time", "each on half of every history"),
+        ("regions", "two regions, half of the items sold in both"),
+        ("seeds", "three seeds, all data, a constant rate"),
+    )
+    for name, data in (("ml-1m", ""), ("beauty", ", Amazon Beauty"))
+]
+
+
+def free_rows(
+    results: Path = HERE / "results", lines: Sequence[tuple[str, str]] = tuple(OF_FREE)
+) -> str:
+    """A line for each experiment on the free Fisher; of each kind the better on validation."""
+    heads = "uniform merge, over it", "exact over uniform", "free over uniform", "exact over free"
+    found = [
+        f"| members | seeds | best member, NDCG@10 | {' | '.join(heads)} |",
+        f"|---|{'---:|' * (2 + len(heads))}",
+    ]
+    for members, folder in lines:
+        path = results / folder / "result.json"
+        if not path.exists():
+            continue
+        result = read_json(path)
+        rows = {row["model"]: row for row in result["tables"][-1]["rows"]}
+        exact, free = (
+            max(
+                (title for title in titles(estimate) if title in rows),
+                key=lambda title: float(rows[title]["validation_ndcg@10"]),
+            )
+            for estimate in (EXACT, FREE)
+        )
+        best = rows[UNIFORM]["over"]["best member"]["model"]
+        cells = [over(rows, UNIFORM, "best member")]
+        cells += [over(rows, name, "uniform merge") for name in (exact, free)]
+        cells += [over(rows, exact, "free Fisher")]
+        count = len(result["seeds"])
+        found.append(f"| {members} | {count} | {rows[best]['ndcg@10']:.4f} | {' | '.join(cells)} |")
+    return "\n".join(found)
+
+
 def gpu_line(results: Path = HERE / "results") -> str:
     """The runs on a GPU that results are stored of, in one sentence."""
     runs = [f"`{path.name}`" for path in sorted(results.glob("gpu_*")) if path.is_dir()]
@@ -327,6 +374,7 @@ CSV_TABLES = {
 WHOLE = {
     "summary": summary_rows,
     "starts": start_rows,
+    "free": free_rows,
     "markets": market_rows,
     "kernels": kernel_rows,
     "gpu": gpu_line,

@@ -9,6 +9,7 @@ import pytest
 
 import fisherkern as fk
 from benchmarks import market_table
+from benchmarks.readme_tables import free_rows
 
 
 def store(folder: Path, best: str) -> None:
@@ -42,3 +43,35 @@ def test_a_title_that_is_not_true_is_refused(tmp_path):
     store(tmp_path / "here", "member 1")
     with pytest.raises(fk.InputError, match="Data: the best member is member 1, not member 2"):
         market_table.market_rows(tmp_path, {"Data": "here"})
+
+
+def test_the_better_kinds_of_each_fisher_are_compared(tmp_path: Path) -> None:
+    """By their scores on validation, and never by those on test."""
+    gap = {"mean": 0.002, "standard_error": 0.001}
+    scores = {
+        "member 1": (0.1, 0.1),
+        "uniform merge": (0.1, 0.11),
+        "Fisher merge, exact, floor 0.1": (0.2, 0.12),
+        "Fisher merge, exact, floor 1": (0.1, 0.19),
+        "Fisher merge, optimizer, floor 0.1": (0.1, 0.18),
+        "Fisher merge, optimizer, floor 1": (0.2, 0.13),
+    }
+    rows = [
+        {
+            "model": model,
+            "validation_ndcg@10": validation,
+            "ndcg@10": test,
+            "over": {
+                "best member": {"model": "member 1", **gap, "mean": test - 0.1},
+                "uniform merge": {**gap, "mean": test - 0.11},
+                "free Fisher": {**gap, "mean": test - 0.13},
+            },
+        }
+        for model, (validation, test) in scores.items()
+    ]
+    (tmp_path / "here").mkdir()
+    content = json.dumps({"seeds": [0], "tables": [{"rows": rows}]})
+    (tmp_path / "here" / "result.json").write_text(content)
+    lines = free_rows(tmp_path, [("thirds", "here"), ("absent", "there")]).split("\n")
+    cells = "+0.0100 ± 0.0020 | +0.0100 ± 0.0020 | +0.0200 ± 0.0020 | -0.0100 ± 0.0020"
+    assert lines[2:] == [f"| thirds | 1 | 0.1000 | {cells} |"]

@@ -11,17 +11,20 @@ from benchmarks.experiments.artifacts import ArtifactCache
 from benchmarks.experiments.experiment import RowBuilders
 from benchmarks.experiments.fisher_cost import best_scaled_error, relative_error
 from benchmarks.experiments.member_set import EXACT, FREE, Estimate, MemberSet
-from benchmarks.experiments.splits import CONTROL, Splits
+from benchmarks.experiments.splits import CONTROL, WEIGHTED, Splits
 from fisherkern import linear_grams
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.objectives import NextItem, Objective
 
 FLOORS = (0.1, 1.0)
-TARGET = Estimate("target")
+FREE_WEIGHTED = f"Fisher merge {WEIGHTED}, {FREE}"
 
 
 def titles(estimate: Estimate) -> list[str]:
-    return [f"Fisher merge, {estimate}, floor {floor:g}" for floor in FLOORS]
+    """The rows of an estimate; those weighted by users stand in a table of parts of other sizes."""
+    weighted = FREE_WEIGHTED if estimate == FREE else f"Fisher merge {WEIGHTED}"
+    starts = (f"Fisher merge, {estimate}", weighted)
+    return [f"{start}, floor {floor:g}" for start in starts for floor in FLOORS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class FreeFisher(Splits):
         return {
             "best member": self.names(),
             "uniform merge": ["uniform merge"],
-            "free Fisher": titles(FREE),
+            "free Fisher": titles(FREE)[: 4 if self.size_ratio < 1 else 2],
             "all data": [CONTROL],
         }
 
@@ -70,6 +73,9 @@ class FreeFisher(Splits):
 
     def fisher_rows(self, member_set: MemberSet) -> RowBuilders:
         rows: RowBuilders = dict(member_set.fisher_merges((EXACT, FREE), FLOORS))
+        if self.size_ratio < 1:
+            users = [member_set.data_of(name).num_users for name in member_set.members]
+            rows |= member_set.fisher_merges((FREE,), FLOORS, title=FREE_WEIGHTED, weights=users)
         if self.by == "regions":
             return rows
 
@@ -88,7 +94,7 @@ class FreeFisher(Splits):
         return {**rows, **member_set.merge("RegMean", method="regmean", grams=grams)}
 
     def extra_columns(self, cache: ArtifactCache) -> Mapping[str, Callable[[], dict[str, float]]]:
-        return {title: partial(self.errors, cache) for title in titles(FREE)}
+        return {title: partial(self.errors, cache) for title in titles(FREE)[:2]}
 
     def errors(self, cache: ArtifactCache) -> dict[str, float]:
         """The free Fishers' errors against the exact ones, the mean over the members."""
