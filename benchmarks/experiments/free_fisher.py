@@ -14,9 +14,12 @@ from benchmarks.experiments.member_set import EXACT, FREE, Estimate, MemberSet
 from benchmarks.experiments.splits import CONTROL, WEIGHTED, Splits
 from fisherkern import linear_grams
 from fisherkern.encoders import SASRec, SequenceEncoder
+from fisherkern.fisher import DiagFisher
+from fisherkern.fisher.factored import factor, multiplied
 from fisherkern.objectives import NextItem, Objective
 
 FLOORS = (0.1, 1.0)
+TABLE = 1 << 17  # entries of a matrix that is an item table
 FREE_WEIGHTED = f"Fisher merge {WEIGHTED}, {FREE}"
 
 
@@ -76,6 +79,13 @@ class FreeFisher(Splits):
         if self.size_ratio < 1:
             users = [member_set.data_of(name).num_users for name in member_set.members]
             rows |= member_set.fisher_merges((FREE,), FLOORS, title=FREE_WEIGHTED, weights=users)
+        for estimate in (EXACT, FREE):
+            rows |= member_set.merge(
+                f"Fisher merge, {estimate}, item tables of rank 1, floor 0.1",
+                method="fisher",
+                fishers=partial(self.of_rank_one, member_set, estimate),
+                floor=0.1,
+            )
         if self.by == "regions":
             return rows
 
@@ -92,6 +102,15 @@ class FreeFisher(Splits):
             ]
 
         return {**rows, **member_set.merge("RegMean", method="regmean", grams=grams)}
+
+    def of_rank_one(self, member_set: MemberSet, estimate: Estimate) -> list[DiagFisher]:
+        """The Fishers as `DiagFisher.save(factored=...)` keeps them."""
+        found = []
+        for fisher in member_set.fishers(estimate):
+            tensors, names = factor(fisher, TABLE)
+            whole = multiplied(tensors, {"factored": names}, "memory")
+            found.append(DiagFisher(whole, fisher.meta))
+        return found
 
     def extra_columns(self, cache: ArtifactCache) -> Mapping[str, Callable[[], dict[str, float]]]:
         return {title: partial(self.errors, cache) for title in titles(FREE)[:2]}

@@ -6,9 +6,11 @@ import importlib
 import sys
 import traceback
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fisherkern.checks import check_count
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
 from fisherkern.encoders import SequenceEncoder
@@ -33,6 +35,7 @@ def fisher(
     split: str = "train",
     batch_size: int = 256,
     limit: int | None = None,
+    factored: int | None = None,
     device: str = BEST_DEVICE,
 ) -> None:
     """Compute the diagonal Fisher of a checkpoint, or of a model that a function makes.
@@ -47,6 +50,7 @@ def fisher(
         split: train, validation or test: the histories.
         batch_size: sequences in a batch.
         limit: only this many sequences, evenly spread.
+        factored: entries from which on a matrix is kept as its row and column sums.
         device: cpu, cuda or cuda:1.
     """
     if (checkpoint is None) == (model is None):
@@ -57,16 +61,18 @@ def fisher(
         name, network, batches = _built(run, str(model))
     if from_state is not None and checkpoint is None:
         raise InputError("--from-state: needs the checkpoint that the run gave")
+    if factored is not None:
+        check_count("--factored", factored)
     path = run.out(f"fisher-{name}", f"{name}.fisher.safetensors") / f"{name}.fisher.safetensors"
     if from_state is not None:
-        _finish(run, path, _free(run, from_state, network))
+        _finish(run, path, _free(run, from_state, network), factored)
         return
     if batches is None:
         data = over_catalogue_of(network, run.data(), checkpoint or Path(name))
         batches = run.batches(network, data, split=split, batch_size=batch_size, limit=limit)
     settings = {key: value for key, value in run.of(diag_fisher).items() if key != "model"}
     found = diag_fisher(network.to(run.device), batches, **settings)
-    _finish(run, path, found)
+    _finish(run, path, found, factored)
 
 
 def _free(run: Run, state: Path, network: SequenceEncoder) -> DiagFisher:
@@ -78,9 +84,9 @@ def _free(run: Run, state: Path, network: SequenceEncoder) -> DiagFisher:
     return DiagFisher(*fisher_of_moments(moments, optimizer, network))
 
 
-def _finish(run: Run, path: Path, found: DiagFisher) -> None:
+def _finish(run: Run, path: Path, found: DiagFisher, factored: int | None) -> None:
     """Store a Fisher and tell its size by parameter."""
-    run.write(found.save, path)
+    run.write(partial(found.save, factored=factored), path)
     largest = {name: float(value.max()) for name, value in found.items()}
     mean = {name: float(value.mean()) for name, value in found.items()}
     run.finish(path.parent, {"meta": found.meta, "mean": mean, "max": largest})

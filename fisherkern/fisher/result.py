@@ -14,6 +14,7 @@ from fisherkern.adapters.dcp_files import DcpFolder
 from fisherkern.adapters.sharded import is_dtensor, local_part
 from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
+from fisherkern.fisher.factored import factor, multiplied
 from fisherkern.fisher.second_moments import fisher_of_moments, moments_of
 
 Self = TypeVar("Self", bound="NamedTensors")
@@ -50,13 +51,17 @@ class NamedTensors(Mapping[str, Tensor]):
         Raises:
             InputError: `DTensor`s for a file, or a system that refuses to write.
         """
-        header = {"kind": self.KIND, "meta": self.meta}
+        self._save(path, self._tensors, {"kind": self.KIND, "meta": self.meta})
+
+    def _save(
+        self, path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]
+    ) -> None:
         if names_dcp(path):
-            save_dcp(path, self._tensors, header)
+            save_dcp(path, tensors, header)
             return
-        if any(is_dtensor(tensor) for tensor in self._tensors.values()):
+        if any(is_dtensor(tensor) for tensor in tensors.values()):
             raise InputError(f"{path}: tensors over several processes go into a folder, x.dcp")
-        save_tensors(path, self._tensors, header)
+        save_tensors(path, tensors, header)
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str], mesh: Any = None) -> Self:
@@ -84,6 +89,7 @@ class NamedTensors(Mapping[str, Tensor]):
         fingerprint = header["meta"].get("fingerprint")
         if not isinstance(fingerprint, str | None):
             raise InputError(f"{path}: its fingerprint is {shown(fingerprint)}")
+        tensors = multiplied(tensors, header, path)
         for name, tensor in tensors.items():
             if (wrong := cls._wrong(local_part(tensor))) is not None:
                 raise InputError(f"{path}: tensor {shown(name)} has {wrong}")
@@ -112,6 +118,28 @@ class DiagFisher(NamedTensors):
             f"DiagFisher({len(self)} tensors, {size} entries, sampler={self.meta.get('sampler')!r},"
             f" num_sequences={self.meta.get('num_sequences')})"
         )
+
+    def save(self, path: str | os.PathLike[str], *, factored: int | None = None) -> None:
+        """Write one safetensors file with `meta` in its header, whole or not at all.
+
+        Args:
+            path: As in `NamedTensors.save`.
+            factored: Entries from which on a matrix is kept as its row and column sums, V + D
+                numbers for V × D: the matrix of rank 1 that has these sums. Default: none is.
+
+        Raises:
+            InputError: A number below 1, a folder x.dcp with `factored`, or what
+                `NamedTensors.save` refuses.
+
+        Source: Shazeer and Stern, Adafactor, ICML 2018, arXiv 1804.04235.
+        """
+        if factored is None:
+            super().save(path)
+            return
+        if names_dcp(path):
+            raise InputError(f"factored: {path} is a folder; a file x.safetensors has factors")
+        tensors, names = factor(self._tensors, factored)
+        self._save(path, tensors, {"kind": self.KIND, "meta": self.meta, "factored": names})
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: Any) -> DiagFisher:

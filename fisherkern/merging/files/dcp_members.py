@@ -19,6 +19,7 @@ from fisherkern.adapters.dcp import MODEL_JSON, SUFFIX, save_dcp
 from fisherkern.adapters.dcp_files import DcpFolder, is_dcp
 from fisherkern.errors import InputError, shown
 from fisherkern.files import read_json
+from fisherkern.merging.files.factored_file import FactoredFile
 from fisherkern.merging.files.native_files import KINDS, open_member, raw_size
 from fisherkern.merging.files.tensor_files import TensorFile, raw
 from fisherkern.processes import rank, together
@@ -77,7 +78,7 @@ def open_any_member(path: str | os.PathLike[str]) -> TensorFile:
 
 def open_fisher(path: str | os.PathLike[str]) -> TensorFile:
     """Open a file or folder of `DiagFisher.save`."""
-    return DcpFile(path) if is_dcp(path) else TensorFile(path)
+    return DcpFile(path) if is_dcp(path) else FactoredFile(path)
 
 
 def into_folders(function: Callable[_Given, dict[str, Any]]) -> Callable[_Given, dict[str, Any]]:
