@@ -11,7 +11,7 @@ import os
 import platform
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,39 @@ def read_into(stream: io.FileIO, view: memoryview, start: int, path: Path) -> No
             done += count
     except OSError as error:
         raise InputError(f"{path}: could not be read: {error.strerror}") from None
+
+
+class RunningHash:
+    """The SHA-256 of a file, of bytes that are read for other ends as long as they come in order.
+
+    Bytes that were passed over are read when they are few, or at the end.
+    """
+
+    def __init__(self, fill: Callable[[memoryview, int], None], size: int, most: int) -> None:
+        """`fill` reads into a view from a place on; gaps of `most` bytes are read at once."""
+        self._fill, self._size, self._most = fill, size, most
+        self._digest, self._done = hashlib.sha256(), 0
+
+    def saw(self, view: memoryview, start: int) -> None:
+        """Go on with bytes that were read from `start` on."""
+        if self._done < start <= self._done + self._most:
+            self._read(start)
+        if start <= self._done < start + len(view):
+            self._digest.update(view[self._done - start :])
+            self._done = start + len(view)
+
+    def hexdigest(self) -> str:
+        """Return the hash of the whole file, whose rest is read."""
+        self._read(self._size)
+        return self._digest.hexdigest()
+
+    def _read(self, stop: int) -> None:
+        piece = memoryview(bytearray(min(1 << 20, max(0, stop - self._done))))
+        while self._done < stop:
+            own = piece[: stop - self._done]
+            self._fill(own, self._done)
+            self._digest.update(own)
+            self._done += len(own)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from fisherkern.adapters.pickles import Global, Pairs, PickleError, Stub, run_pr
 from fisherkern.adapters.torch_files import STORAGE_DTYPES, ZIP_START, read_torch_file
 from fisherkern.documents import MAX_SETTINGS, read_json
 from fisherkern.errors import InputError, shown
-from fisherkern.files import read_into
+from fisherkern.files import RunningHash, read_into
 
 METADATA = ".metadata"
 #: What fisherkern writes beside: the kind and what a model file's header says.
@@ -44,8 +44,12 @@ _KEPT = 1 << 12
 class FileWindow(MappedFile):
     """Bytes start … start + size − 1 of a file, as a file of their own; read, never mapped."""
 
-    def __init__(self, path: Path, start: int, size: int) -> None:
+    def __init__(
+        self, path: Path, start: int, size: int, hashes: Mapping[Path, RunningHash] | None = None
+    ) -> None:
+        """`hashes`: of files, which see what is read."""
         self.path, self.size, self._start = path, size, start
+        self._hashes = {} if hashes is None else hashes
         try:
             self._stream = path.open("rb", buffering=0)
             weakref.finalize(self, self._stream.close)
@@ -67,6 +71,8 @@ class FileWindow(MappedFile):
         """Read the bytes from `start` on into `view`."""
         with self._lock:
             read_into(self._stream, view, self._start + start, self.path)
+            if (running := self._hashes.get(self.path)) is not None:
+                running.saw(view, self._start + start)
 
     def opened(self) -> io.RawIOBase:
         """A stream of the bytes."""
@@ -132,6 +138,7 @@ class DcpFolder(Mapping[str, Tensor]):
         tensors: How each lies in the files.
         others: Names of what is no tensor, which is not read.
         about: What fisherkern wrote beside, {} in folders of others.
+        hashes: Of its files by path, which see what is read of their tensors.
 
     Raises:
         InputError: It is no such folder, a shard is missing or cut short, or boxes leave gaps.
@@ -165,7 +172,8 @@ class DcpFolder(Mapping[str, Tensor]):
                 sizes[box.path] = max(sizes.get(box.path, 0), box.start + box.length)
         for file, size in sizes.items():
             FileWindow(file, 0, size)
-        self._slot = functools.lru_cache(_KEPT)(_slot_of)
+        self.hashes: dict[Path, RunningHash] = {}
+        self._slot = functools.lru_cache(_KEPT)(functools.partial(_slot_of, self.hashes))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """A copy of rows start..stop; a number is its own only row."""
@@ -307,9 +315,11 @@ def _apart(one: TensorBox, other: TensorBox) -> bool:
     return any(a + n <= b or b + m <= a for a, n, b, m in both)
 
 
-def _slot_of(name: str, dtype: torch.dtype, box: TensorBox) -> Slot:
+def _slot_of(
+    hashes: Mapping[Path, RunningHash], name: str, dtype: torch.dtype, box: TensorBox
+) -> Slot:
     """Where a box's values lie, of what `torch.save` wrote there."""
-    window = FileWindow(box.path, box.start, box.length)
+    window = FileWindow(box.path, box.start, box.length, hashes)
     # What torch.save wrote before 1.6 is read from the start of a file alone.
     zipped = bytes(window.read(0, min(4, window.size))) == ZIP_START
     found = read_torch_file(window) if zipped else None

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -46,7 +46,7 @@ def write_like(
     source: Checkpoint,
     *,
     replace: bool = False,
-    texts: Mapping[str, str] | None = None,
+    texts: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write `tensors` as a checkpoint of the kind of `source`.
 
@@ -61,7 +61,8 @@ def write_like(
             (`RowBlocks`) gives them a block of rows at a time.
         source: What the result is like; its files are read again.
         replace: Whether a file at `path` is replaced. A folder never is.
-        texts: File name -> content, of files that a folder gets besides.
+        texts: Gives file name -> content of files that a folder gets besides; called when the
+            tensors are written.
 
     Raises:
         InputError: Something is at `path`; a name is missing or unknown; a shape or dtype
@@ -85,7 +86,7 @@ def write_like(
             _write_part(folder / part.path.name, tensors, part)
         for file in companions(source):
             shutil.copyfile(file, folder / file.name)
-        for name, text in (texts or {}).items():
+        for name, text in (texts() if texts else {}).items():
             (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fisherkern.adapters import load_tensors
 from fisherkern.adapters.dcp import MODEL_JSON, SUFFIX, save_dcp
-from fisherkern.adapters.dcp_files import DcpFolder, is_dcp
+from fisherkern.adapters.dcp_files import DcpFolder, FileWindow, is_dcp
 from fisherkern.errors import InputError, shown
-from fisherkern.files import read_json
+from fisherkern.files import RunningHash, read_json
 from fisherkern.merging.files.factored_file import FactoredFile
 from fisherkern.merging.files.native_files import KINDS, open_member, raw_size
-from fisherkern.merging.files.tensor_files import TensorFile, raw
+from fisherkern.merging.files.tensor_files import TensorFile, most_between, raw
 from fisherkern.processes import rank, together
 
 _Given = ParamSpec("_Given")
@@ -58,16 +58,22 @@ class DcpFile(TensorFile):
         row = raw_size(self, name)
         view[:] = raw(self.rows(name, offset // row, (offset + len(view)) // row))
 
-    def sha256(self) -> str:
-        """Of the names and hashes of its files."""
-        lines = ""
+    def start_hash(self) -> None:
+        """Hash from now on what is read."""
         try:
             for path in sorted(self.path.iterdir()):
-                with path.open("rb") as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
-                lines += f"{digest}  {path.name}\n"
+                size = path.stat().st_size
+                fill = FileWindow(path, 0, size).fill
+                self._folder.hashes[path] = RunningHash(fill, size, most_between())
         except OSError as error:
             raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
+
+    def sha256(self) -> str:
+        """Of the names and hashes of its files."""
+        if not self._folder.hashes:
+            self.start_hash()
+        hashes = self._folder.hashes.items()
+        lines = "".join(f"{running.hexdigest()}  {path.name}\n" for path, running in hashes)
         return hashlib.sha256(lines.encode()).hexdigest()
 
 

@@ -17,6 +17,8 @@ from fisherkern.merging.files.native_settings import check_native_settings, matc
 from fisherkern.merging.files.tensor_files import TensorFile
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
+#: In the place of a hash that is known only when all has been read; as long as that.
+UNKNOWN = "0" * 64
 
 
 class MemberFiles:
@@ -100,7 +102,7 @@ class MemberFiles:
         return None if found is None else found[0]
 
     def identities(self, hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
-        """Name, hash (see `own_hashes`) and metrics of each member, and of ours their items."""
+        """Name, hash (by path) and metrics of each member, and of ours their items."""
         return [
             {
                 **_identity(file, hashes),
@@ -209,7 +211,7 @@ def _check_shared(
 
 
 def _identity(file: TensorFile, hashes: Mapping[Path, str]) -> dict[str, Any]:
-    return {"file": file.path.name, "sha256": hashes[file.path]}
+    return {"file": file.path.name, "sha256": hashes.get(file.path, UNKNOWN)}
 
 
 def _length(file: TensorFile, name: str) -> int:

@@ -21,41 +21,61 @@ if TYPE_CHECKING:
 
 
 def write_model(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
-    """Write the model, its JSON file if it is a model of ours, and its card, all or none."""
-    members, first = merge.members, merge.members.files[0]
-    header = {**first.about, "merge": provenance}
-    about = None
-    if first.about.get("kind") == "model":
-        header |= {"config": members.config, "item_ids_sha256": members.ids_sha256}
-        about = {
-            "class": first.about.get("class"),
-            "item_ids": None,
-            "config": members.config,
-            "metrics": provenance["metrics"],
-            "extra": {"merge": provenance},
-            "versions": provenance["versions"],
-        }
-    text = json.dumps(header, sort_keys=True, allow_nan=False)
-    card = model_card(out.name, header, provenance)
+    """Write the model, its JSON file if it is a model of ours, and its card, all or none.
+
+    Completes the provenance by the hashes.
+    """
     with _common_path(out) as model:
-        metadata = {**first.metadata, "fisherkern": text}
         with together():
             if rank() == 0:
                 with model.open("wb") as stream:
-                    write_header(stream, members.layout, metadata)
+                    write_header(stream, merge.members.layout, _metadata(merge, provenance))
         with together():
             try:
                 _write_rows(model, merge)
             except OSError as error:
                 reason = error.strerror or error
                 raise InputError(f"{out}: could not be written: {reason}") from error
+        merge.read_hashes()
+        provenance |= merge.identities()
         with together():
             if rank() == 0:
-                with atomic_path(out.with_suffix(".md")) as beside:
-                    beside.write_text(card, encoding="utf-8")
-                    if about is not None:
-                        with atomic_path(out.with_suffix(".json")) as temporary:
-                            _write_about(temporary, about, members.item_ids)
+                with model.open("r+b") as stream:  # as long as before
+                    write_header(stream, merge.members.layout, _metadata(merge, provenance))
+                _write_beside(out, merge, provenance)
+
+
+def _header(merge: StreamingMerge, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What fisherkern says in the model file."""
+    first = merge.members.files[0]
+    header = {**first.about, "merge": provenance}
+    if first.about.get("kind") == "model":
+        header |= {"config": merge.members.config, "item_ids_sha256": merge.members.ids_sha256}
+    return header
+
+
+def _metadata(merge: StreamingMerge, provenance: dict[str, Any]) -> dict[str, str]:
+    text = json.dumps(_header(merge, provenance), sort_keys=True, allow_nan=False)
+    return {**merge.members.files[0].metadata, "fisherkern": text}
+
+
+def _write_beside(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
+    """The card, and the JSON of a model of ours."""
+    members, first = merge.members, merge.members.files[0]
+    card = model_card(out.name, _header(merge, provenance), provenance)
+    with atomic_path(out.with_suffix(".md")) as beside:
+        beside.write_text(card, encoding="utf-8")
+        if first.about.get("kind") == "model":
+            about = {
+                "class": first.about.get("class"),
+                "item_ids": None,
+                "config": members.config,
+                "metrics": provenance["metrics"],
+                "extra": {"merge": provenance},
+                "versions": provenance["versions"],
+            }
+            with atomic_path(out.with_suffix(".json")) as temporary:
+                _write_about(temporary, about, members.item_ids)
 
 
 @contextlib.contextmanager

@@ -179,16 +179,23 @@ def write_native(
     }
     if merge.fishers is not None:
         provenance["without_fisher"] = merge.fishers.uncovered(members.parameters)
-    card = model_card(out.name, {}, provenance)
+
+    def card() -> str:
+        """The card, when all has been merged: the hashes are known then."""
+        merge.read_hashes()
+        provenance.update(merge.identities())
+        return model_card(out.name, {}, provenance)
+
     if low_rank is not None and low_rank.options.full:
-        _write_delta(out, merge, low_rank, card)
+        _write_delta(out, merge, low_rank, card())
     elif low_rank is not None and low_rank.options.rank is not None:
-        _write_adapter(out, merge, low_rank, card)
+        _write_adapter(out, merge, low_rank, card())
     elif is_folder(source):
-        write_like(out, MergedTensors(merge), source, texts={"README.md": card})
+        write_like(out, MergedTensors(merge), source, texts=lambda: {"README.md": card()})
     else:
         with atomic_path(out.with_suffix(".md")) as beside, contextlib.ExitStack() as stack:
-            beside.write_text(card, encoding="utf-8")
+            # A full disk is found before the model takes its name.
+            beside.write_text(model_card(out.name, {}, provenance), encoding="utf-8")
             if members.ids_beside is not None:
                 path = stack.enter_context(atomic_path(out.with_suffix(".json")))
                 path.write_text(json.dumps(members.ids_beside) + "\n", encoding="utf-8")
@@ -196,6 +203,7 @@ def write_native(
                 write_like(out, MergedTensors(merge), source, replace=True)
             else:
                 _write_grown(out, merge, source)
+            beside.write_text(card(), encoding="utf-8")
 
 
 def _write_grown(out: Path, merge: StreamingMerge, source: Checkpoint) -> None:

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from fisherkern.adapters import Checkpoint, load_tensors
-from fisherkern.adapters.mapped import Slot
+from fisherkern.adapters.mapped import MappedFile, Slot
 from fisherkern.errors import InputError
-from fisherkern.merging.files.tensor_files import TYPES, TensorFile, raw
+from fisherkern.files import RunningHash
+from fisherkern.merging.files.tensor_files import PASSED, TYPES, TensorFile, raw
 
 KINDS = {dtype: kind for kind, dtype in TYPES.items()}
 # Running statistics of batch normalisation, which no gradient moves.
@@ -42,6 +43,7 @@ class NativeFile(TensorFile):
             else:
                 aliases[name] = main
         self.aliases = aliases
+        self._hashes: dict[MappedFile, RunningHash] = {}
 
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor is known to be no parameter."""
@@ -55,20 +57,26 @@ class NativeFile(TensorFile):
         if slot.contiguous and slot.region.deflated is None:
             start = slot.region.start + slot.offset * slot.dtype.itemsize + offset
             slot.region.file.fill(view, start)
+            if (running := self._hashes.get(slot.region.file)) is not None:
+                running.saw(view, start)
             return
         row = raw_size(self, name)
         rows = self.checkpoint.rows(name, offset // row, (offset + len(view)) // row)
         view[:] = raw(rows)
 
+    def start_hash(self) -> None:
+        """Hash from now on what is read."""
+        for file in (part.source.file for part in self.checkpoint.parts):
+            self._hashes[file] = RunningHash(file.fill, file.size, PASSED)
+
     def sha256(self) -> str:
         """Of its file; of several, of their names and hashes."""
-        found = {}
-        for part in self.checkpoint.parts:
-            try:
-                with part.path.open("rb") as stream:
-                    found[part.path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError as error:
-                raise InputError(f"{part.path}: could not be read: {error.strerror}") from None
+        if not self._hashes:
+            self.start_hash()
+        found = {
+            part.path.name: self._hashes[part.source.file].hexdigest()
+            for part in self.checkpoint.parts
+        }
         if len(found) == 1:
             return next(iter(found.values()))
         lines = "".join(f"{digest}  {name}\n" for name, digest in found.items())

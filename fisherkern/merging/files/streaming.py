@@ -30,8 +30,9 @@ from fisherkern.merging.files.tensor_files import (
     TensorFile,
     check_no_nan,
     check_values,
+    joined_hashes,
     opened,
-    own_hashes,
+    own_hashed,
     raw,
     read_rows,
     rows_per_block,
@@ -68,13 +69,14 @@ def merge_files(
 ) -> dict[str, Any]:
     """Merge checkpoints into one of their kind: the result of `merge` to the last bit.
 
-    Reads members and base twice, with Fishers everything three times, and once more for methods
-    that look at whole tensors first. Holds a million entries of each member and Fisher (4 MB in
-    float32). Where catalogues of models of ours differ: also each member's row of every merged item
-    (4 bytes an item and member) and, while they are matched, 20 bytes an item; of native
-    checkpoints, a dictionary of the ids. Rows that stand in other orders, but for long runs, are
-    first copied to a file without a name beside the result, as large as they are, and read from it
-    half a GB at a time.
+    Reads members and base once and Fishers twice; members once more to see whether the Fishers are
+    theirs, and for methods that look at whole tensors first. Hashes are of what is read for that;
+    where tensors lie in other orders than in model files, and under torchrun, up to everything is
+    read once more. Holds a million entries of each member and Fisher (4 MB in float32). Where
+    catalogues of models of ours differ: also each member's row of every merged item (4 bytes an
+    item and member) and, while they are matched, 20 an item; of native checkpoints, a dictionary
+    of the ids. Rows that stand in other orders, but for long runs, are first copied to a file
+    without a name beside the result, as large as they are, and read from it half a GB at a time.
 
     Under torchrun every process calls this with the same arguments and a folder that all see: each
     reads and writes its rows of models of ours, and all get the same; process 0 alone writes native
@@ -213,29 +215,34 @@ class StreamingMerge:
         self.solved: Mapping[str, Tensor] = {}
         self._stats: Mapping[str, Any] | None = None
         self._as_they_are: dict[str, bool] = {}
+        self._own = own_hashed(members.everything)
+        self._hashes: dict[Path, str] = {}
 
     def take_fishers(
         self, fishers: Sequence[TensorFile], normalize: str | None, check_fingerprint: bool
     ) -> None:
         """Read the members' Fishers once, for their sums and, if asked, for what they are of."""
         files, parameters = self.members.files, self.members.parameters
+        own = own_hashed(fishers)
         self.fishers = FisherFiles(fishers, files, parameters, normalize)
+        self._hashes |= joined_hashes(own)
         if check_fingerprint:
             with together():
                 self.fishers.check_fingerprints(files, parameters)
 
     def identities(self) -> dict[str, Any]:
-        """What is merged, for the provenance; each process reads its share of the files."""
-        members, fishers = self.members, self.fishers
-        with together():
-            share = own_hashes([*members.everything, *(fishers.files if fishers else ())])
-        hashes = {path: digest for own in gathered(share) for path, digest in own.items()}
+        """What is merged, for the provenance; hashes are UNKNOWN before `read_hashes`."""
+        members, fishers, hashes = self.members, self.fishers, self._hashes
         return {
             "members": members.identities(hashes),
             "catalogue": members.catalogue_identity(),
             "fishers": None if fishers is None else fishers.identities(hashes),
             "base": members.base_identity(hashes),
         }
+
+    def read_hashes(self) -> None:
+        """Hash the members and the base, of which what has been merged is not read again."""
+        self._hashes |= joined_hashes(self._own)
 
     def write(self, name: str, stream: BinaryIO) -> None:
         """The merged tensor's bytes."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from fisherkern.adapters import Checkpoint
 from fisherkern.documents import TensorHeader
 from fisherkern.errors import InputError, shown
-from fisherkern.files import is_file, read_header, read_into
-from fisherkern.processes import rank, world
+from fisherkern.files import RunningHash, is_file, read_header, read_into
+from fisherkern.processes import gathered, rank, together, world
 
 # Safetensors' names of the types that PyTorch computes with, and the types.
 TYPES = {
@@ -36,8 +36,9 @@ TYPES = {
 }
 
 
-# What `take` reads along rather than skips, and what it reads at once, in bytes.
-PAGE, SPAN = 1 << 12, 1 << 24
+# What `take` reads along rather than skips, what it reads at once, and what a running hash reads
+# along, in bytes.
+PAGE, SPAN, PASSED = 1 << 12, 1 << 24, 1 << 20
 
 
 class TensorFile:
@@ -51,6 +52,7 @@ class TensorFile:
 
     aliases: Mapping[str, str] = MappingProxyType({})
     checkpoint: Checkpoint | None = None
+    _running: RunningHash | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -110,7 +112,13 @@ class TensorFile:
 
     def _fill(self, name: str, offset: int, view: memoryview) -> None:
         """Read a tensor's bytes from `offset` on, a whole number of rows."""
-        read_into(self._stream, view, self._places[name] + offset, self.path)
+        start = self._places[name] + offset
+        self._read_at(view, start)
+        if self._running is not None:
+            self._running.saw(view, start)
+
+    def _read_at(self, view: memoryview, start: int) -> None:
+        read_into(self._stream, view, start, self.path)
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """Return the rows `index` (n,) int64 of a tensor, zeros where it is -1.
@@ -169,13 +177,17 @@ class TensorFile:
         for start, stop in spans(self.layout[name][1], step):
             yield self.rows(name, start, stop)
 
+    def start_hash(self) -> None:
+        """Hash from now on what is read, so that `sha256` has less to read."""
+        size = os.fstat(self._stream.fileno()).st_size
+        self._running = RunningHash(self._read_at, size, most_between())
+
     def sha256(self) -> str:
         """Of the whole file."""
-        try:
-            self._stream.seek(0)
-            return hashlib.file_digest(self._stream, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(f"{self.path}: could not be read: {error.strerror}") from None
+        if self._running is None:
+            self.start_hash()
+        assert self._running is not None
+        return self._running.hexdigest()
 
     def fingerprint(self, names: Mapping[str, str], entries: int) -> str:
         """`fisherkern.fingerprint.fingerprint` of a model whose parameters have these names.
@@ -221,10 +233,29 @@ def read_rows(
     return [f.take(name, index) for f, name, index in zip(files, names, wanted, strict=True)]
 
 
-def own_hashes(files: Sequence[TensorFile]) -> dict[Path, str]:
-    """Return path -> sha256 of the files that fall to this process."""
-    paths = {file.path: file for file in files}
-    return {path: paths[path].sha256() for path in list(paths)[rank() :: world()]}
+def most_between() -> int:
+    """Return how many bytes between those that are read a `RunningHash` reads at once.
+
+    Of several processes each reads a part of every tensor, and never what lies between.
+    """
+    return PASSED if world() == 1 else 1 << 62
+
+
+def own_hashed(files: Sequence[TensorFile]) -> Sequence[TensorFile]:
+    """Return the files whose hash falls to this process, and hash what is read of them."""
+    # Process 0 alone reads native checkpoints.
+    native = any(file.checkpoint is not None for file in files)
+    own = files[rank() :: world()] if not native else [] if rank() else files
+    for file in own:
+        file.start_hash()
+    return own
+
+
+def joined_hashes(own: Sequence[TensorFile]) -> dict[Path, str]:
+    """Return path -> sha256 of the files that each process has for its own."""
+    with together():
+        share = {file.path: file.sha256() for file in own}
+    return {path: digest for part in gathered(share) for path, digest in part.items()}
 
 
 def check_values(name: str, blocks: Sequence[Tensor], files: Sequence[TensorFile]) -> None:
