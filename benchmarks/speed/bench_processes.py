@@ -7,8 +7,10 @@ both; while one works the other waits for its turn. A turn is a whole call, from
 starts it to the last process's answer: what is dealt, joined and waited for is all in it. With
 `--clock cpu` it is the processor time of the process that takes most: what the wall clock would
 show with a core for each. `faster` is the median over turns of one process's time by the group's,
-`efficiency` that by the number of processes, `joined_mb` what a process sends. Refuses to start
-unless the group's ranks are those of one process and its Fisher within 1e-6 of a tensor's largest.
+`efficiency` that by the number of processes, `joined_mb` what a process sends. `merge` is
+`merge_files` of three members of `--items` items, a sequence of it an item. Refuses to start unless
+the group's ranks and merged files are those of one process and its Fisher within 1e-6 of a tensor's
+largest.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from benchmarks.common import (
     percentiles,
 )
 
-WORK = ("fisher", "evaluate")
+WORK = ("fisher", "evaluate", "merge")
 TOLERANCE = 1e-6
+# Those of a merge.
+MEMBERS, MEMBER = 3, {"max_len": 50, "dim": 128, "layers": 1}
 COLUMNS = """processes work model data T D V layers batch sampler sequences dtype clock turns
     p20_ms p50_ms p80_ms sequences_per_s faster efficiency joined_mb peak_mb""".split()
 
@@ -110,6 +114,10 @@ def work_in_turn(about: dict[str, Any]) -> None:
             found = fk.diag_fisher(model, loader, sampler=about["sampler"], progress=False)
             found.save(folder / f"{world}-{rank}.safetensors")
             answer: dict[str, Any] = {"sequences": found.meta["num_sequences"]}
+        elif word == "merge":
+            members = [folder / f"member{number}.safetensors" for number in range(MEMBERS)]
+            merged = fk.merge_files(members, folder / f"merged-{world}.safetensors")
+            answer = {"sequences": merged["catalogue"]["items"]}
         else:
             report = fk.evaluate(model, data, batch_size=about["batch"])
             answer = {"sequences": report.num_users, "ranks": report.ranks.tolist()}
@@ -132,6 +140,11 @@ def check(one: Group, several: Group) -> None:
             if not error <= TOLERANCE:
                 raise SystemExit(f"bench_processes: {name} is off by {error:.2g}; stopped")
     for group in (one, several):
+        group.turn("merge")
+    files = [one.folder / f"merged-{group.world}.safetensors" for group in (one, several)]
+    if files[0].read_bytes() != files[1].read_bytes():
+        raise SystemExit("bench_processes: the merged file is not that of one process; stopped")
+    for group in (one, several):
         group.times = {work: [] for work in WORK}
 
 
@@ -139,14 +152,21 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for one process and for the group, for each kind of work."""
     names = ("data", "model", "max_len", "dim", "layers", "batch", "sampler", "sequences", "clock")
     about = {name: getattr(options, name) for name in names}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder) as folder,
+        contextlib.ExitStack() as stack,
+    ):
         groups = []
+        for number in range(MEMBERS):
+            torch.manual_seed(number)
+            member = fk.SASRec(options.items, **MEMBER)
+            fk.save_model(member, Path(folder) / f"member{number}.safetensors")
         for world in (1, options.processes):
             groups.append(Group(world, Path(folder), {**about, "folder": folder}))
             stack.callback(groups[-1].close)
         check(*groups)
         sequences = {}
-        for work in WORK:
+        for work in options.work:
             for _ in range(options.turns):
                 for group in groups:
                     sequences[work] = group.turn(work)[0]["sequences"]
@@ -155,7 +175,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         )
         return [
             _row(group, groups[0], work, about, sequences[work], size)
-            for work in WORK
+            for work in options.work
             for group in groups
         ]
 
@@ -170,10 +190,8 @@ def _row(
     faster = statistics.median(alone / own for alone, own in pairs)
     others = (group.world - 1) / group.world
     # Sums are exchanged and given to all, in float64; ranks are int64.
-    joined = 8 * 2 * others * (size if work == "fisher" else sequences)
-    return {
-        "processes": group.world,
-        "work": work,
+    joined = 8 * 2 * others * {"fisher": size, "evaluate": sequences, "merge": 0}[work]
+    shape = {
         "model": about["model"],
         "data": about["data"],
         "T": about["max_len"],
@@ -181,6 +199,14 @@ def _row(
         "V": fk.load(about["data"]).num_items,
         "layers": about["layers"],
         "batch": about["batch"],
+    }
+    if work == "merge":
+        shape = {"model": "SASRec", "data": f"{MEMBERS} members", "T": MEMBER["max_len"]}
+        shape |= {"D": MEMBER["dim"], "V": sequences, "layers": MEMBER["layers"], "batch": ""}
+    return {
+        "processes": group.world,
+        "work": work,
+        **shape,
         "sampler": about["sampler"] if work == "fisher" else "",
         "sequences": sequences,
         "dtype": "float32",
@@ -208,11 +234,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sampler", default="topk", help="of the Fisher")
     parser.add_argument("--sequences", type=int, default=1024, help="of the Fisher")
+    parser.add_argument("--items", type=int, default=400_000, help="of the merge's members")
+    parser.add_argument("--folder", type=Path, help="for files (default: the system's)")
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    for name in ("processes", "max_len", "dim", "layers", "batch", "sequences", "turns"):
+    for name in ("processes", "max_len", "dim", "layers", "batch", "sequences", "items", "turns"):
         least = 2 if name == "processes" else 1
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')}: must be at least {least}")

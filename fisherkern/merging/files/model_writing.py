@@ -13,8 +13,14 @@ from fisherkern.errors import InputError
 from fisherkern.files import atomic_path
 from fisherkern.merging.files.card import model_card
 from fisherkern.merging.files.item_ids import MergedIds
-from fisherkern.merging.files.tensor_files import TYPES, in_file_order, raw, write_header
-from fisherkern.processes import gathered, rank, together, world
+from fisherkern.merging.files.tensor_files import (
+    TYPES,
+    in_file_order,
+    own_rows,
+    raw,
+    write_header,
+)
+from fisherkern.processes import gathered, rank, together
 
 if TYPE_CHECKING:
     from fisherkern.merging.files.streaming import StreamingMerge
@@ -98,18 +104,12 @@ def _write_rows(path: Path, merge: StreamingMerge) -> None:
         for name in in_file_order(layout):
             kind, shape = layout[name]
             row = TYPES[kind].itemsize * math.prod(shape[1:])
-            part = _own_rows(shape[0] if shape else 1, merge.step(name))
+            length = shape[0] if shape else 1
+            part = own_rows(len(merge.members.everything), length, merge.step(name))
             stream.seek(place + part.start * row)
             for block in merge.blocks(name, part) if part.start < part.stop else ():
                 stream.write(raw(block))
             place += TYPES[kind].itemsize * math.prod(shape)
-
-
-def _own_rows(length: int, step: int) -> slice:
-    """This process's share of a tensor's rows, in whole steps."""
-    steps = -(-length // step)
-    start, stop = (steps * number // world() for number in (rank(), rank() + 1))
-    return slice(start * step, min(length, stop * step))
 
 
 def _write_about(path: Path, about: dict[str, Any], item_ids: MergedIds | None) -> None:

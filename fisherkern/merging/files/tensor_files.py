@@ -39,6 +39,8 @@ TYPES = {
 # What `take` reads along rather than skips, what it reads at once, and what a running hash reads
 # along, in bytes.
 PAGE, SPAN, PASSED = 1 << 12, 1 << 24, 1 << 20
+# What hashing a member, and reading it for that, takes of a processor beside merging it.
+HASHING = 0.5
 
 
 class TensorFile:
@@ -249,6 +251,19 @@ def own_hashed(files: Sequence[TensorFile]) -> Sequence[TensorFile]:
     for file in own:
         file.start_hash()
     return own
+
+
+def own_rows(files: int, length: int, step: int) -> slice:
+    """Return this process's rows of a tensor in so many files, in whole steps.
+
+    Processes that have more files to hash than others (`own_hashed`) have fewer rows.
+    """
+    loads = [HASHING * len(range(number, files, world())) for number in range(world())]
+    even = files * (1 + HASHING) / world()
+    free = [max(0.0, even - load) for load in loads]
+    steps = -(-length // step)
+    start, stop = (round(steps * sum(free[:n]) / sum(free)) for n in (rank(), rank() + 1))
+    return slice(min(length, start * step), min(length, stop * step))
 
 
 def joined_hashes(own: Sequence[TensorFile]) -> dict[Path, str]:

@@ -9,7 +9,7 @@ import torch
 
 import fisherkern as fk
 from fisherkern.files import RunningHash
-from fisherkern.merging.files import moved_rows, streaming
+from fisherkern.merging.files import moved_rows, streaming, tensor_files
 
 ITEMS = 20_000
 IO = Path("/proc/self/io")
@@ -30,6 +30,24 @@ def test_any_reads_give_the_hash_of_the_file(most):
                 start, stop = sorted((draw.randint(0, size), draw.randint(0, size)))
                 running.saw(memoryview(content[start:stop]), start)
             assert running.hexdigest() == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(("files", "world"), [(3, 1), (3, 2), (5, 4), (2, 7), (1, 3)])
+def test_who_hashes_more_files_merges_fewer_rows(files, world, monkeypatch):
+    for length in (0, 1, 999, 100_000):
+        monkeypatch.setattr(tensor_files, "world", lambda: world)
+        end, loads = 0, []
+        for rank in range(world):
+            monkeypatch.setattr(tensor_files, "rank", lambda rank=rank: rank)
+            rows = tensor_files.own_rows(files, length, 10)
+            assert rows.start == end and (end % 10 == 0 or end == length)
+            end = rows.stop
+            hashed = len(range(rank, files, world))
+            share = (rows.stop - rows.start) / max(1, length)
+            loads.append(files * share + tensor_files.HASHING * hashed)
+        assert end == length
+    if files > 2:
+        assert max(loads) <= 1.001 * sum(loads) / world
 
 
 def member(seed, order=False):
