@@ -10,6 +10,8 @@ from typing import Any
 
 from fisherkern import processes
 from fisherkern.adapters import load_tensors
+from fisherkern.adapters.dcp import SUFFIX
+from fisherkern.adapters.dcp_files import is_dcp
 from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import RECIPE_FIELDS, Recipe, from_file, option_from, weights_from
 from fisherkern.cli.run import Run, on_validation, over_catalogue_of
@@ -51,7 +53,8 @@ def merge_checkpoints(
 
     Args:
         checkpoints: the members' model files, or native checkpoints of other libraries: files
-            (.pth, .pt, .bin, .ckpt, .safetensors) or folders (Hugging Face, PEFT).
+            (.pth, .pt, .bin, .ckpt, .safetensors) or folders (Hugging Face, PEFT,
+            torch.distributed.checkpoint).
         recipe: a YAML file that says what to merge and how, in place of the flags below; ours, or
             mergekit's.
         method: default: fisher with --fisher, else weighted or uniform.
@@ -112,6 +115,8 @@ def _recipe(run: Run) -> Recipe:
 def _suffix(recipe: Recipe) -> str:
     """What follows "merged" in the result's name: as the first member's, nothing for a folder."""
     first = recipe.members[0]
+    if is_dcp(first):
+        return SUFFIX
     if recipe.options.get("full") is True:  # a delta of low-rank adapters
         return ".safetensors"
     return "" if first.is_dir() or first.name.endswith(".index.json") else first.suffix
@@ -133,7 +138,7 @@ def _check_dtype(recipe: Recipe) -> None:
 @contextlib.contextmanager
 def _set_aside(path: Path) -> Iterator[None]:
     """Move a folder of an earlier merge away, and back if the block fails."""
-    if processes.rank() > 0 or not path.is_dir():
+    if processes.rank() > 0 or not path.is_dir() or is_dcp(path):
         yield
         return
     earlier = path.with_name(f".{path.name}.earlier")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from process_runs import DATA, member, set_environment, start
 
 import fisherkern as fk
+from fisherkern.adapters.dcp_files import DcpFolder
 from fisherkern.cli import main
 from fisherkern.files import read_tensors
 
@@ -32,6 +34,9 @@ COMMANDS: dict[str, list[str]] = {
     "searched": ["merge", A, B, "--method", "greedy_soup", *FROM_DATA],
     "regmean": ["merge", A, B, "--method", "regmean", *FROM_DATA],
     "streamed": ["merge", A, B, "--stream"],
+    "evaluate a folder": ["evaluate", "a.dcp", *FROM_DATA],
+    "fisher of a folder": ["fisher", "a.dcp", *FROM_DATA, "--sampler", "topk"],
+    "merge folders": ["merge", "a.dcp", "b.dcp", "--weights", "1,3"],
     "repair": ["repair", A, "--members", A, B, *FROM_DATA],
 }
 FAULTS = {
@@ -39,6 +44,8 @@ FAULTS = {
     "differs": (["evaluate", A, "--data", "data.txt", "--k", "RANK"], "arguments: process"),
     "theirs": (["merge", A, B, "--out", "theirs"], "did not make it"),
     "missing": (["evaluate", "none.safetensors", "--data", "data.txt"], "no such file"),
+    "cut": (["merge", "a.dcp", "cut.dcp"], "__0_0.distcp: the shard is cut short"),
+    "shardless": (["evaluate", "shardless.dcp", "--data", "data.txt"], "the shard is missing"),
     "full": (["merge", A, B, "--out", "full"], "could not be written"),
 }
 
@@ -46,6 +53,11 @@ FAULTS = {
 def prepare(folder: Path) -> None:
     for name, seed in ((A, 1), (B, 2)):
         fk.save_model(member(seed, torch.float32), folder / name)
+        fk.save_model(member(seed, torch.float32), (folder / name).with_suffix(".dcp"))
+    for name in ("cut", "shardless"):
+        shutil.copytree(folder / "a.dcp", folder / f"{name}.dcp")
+    os.truncate(folder / "cut.dcp" / "__0_0.distcp", 99)
+    (folder / "shardless.dcp" / "__0_0.distcp").unlink()
     lines = [
         f"{DATA.user_ids[user]} {DATA.item_ids[item - 1]}"
         for user in range(DATA.num_users)
@@ -101,6 +113,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return dict(DcpFolder(path)) if path.suffix == ".dcp" else read_tensors(path)[0]
+
+
 def told(folder: Path, who: str, name: str) -> dict[str, Any]:
     return json.loads((folder / f"{who}.json").read_text())[name]
 
@@ -114,9 +130,9 @@ def test_a_command_by_two_processes_is_that_by_one(folder: Path, name: str) -> N
     made = sorted(os.listdir(folder / "one" / name))
     assert sorted(os.listdir(folder / "two" / name)) == made
     for file in made:
-        if file.endswith(".safetensors"):
-            expected, _ = read_tensors(folder / "one" / name / file)
-            found, _ = read_tensors(folder / "two" / name / file)
+        if file.endswith((".safetensors", ".dcp")):
+            expected, found = (tensors(folder / who / name / file) for who in ("one", "two"))
+            assert expected.keys() == found.keys()
             for key, value in expected.items():
                 bound = 1e-6 * float(value.abs().max())
                 assert float((found[key] - value).abs().max()) <= bound, key
