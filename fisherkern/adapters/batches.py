@@ -41,6 +41,8 @@ def batch_size(batch: Any) -> int:
     for name, value in leaves(batch):
         if _is_array(value) and value.ndim and not _by_position(name, value):
             sizes.setdefault(len(value), name)
+        elif _is_jagged(value):
+            sizes.setdefault(value.stride(), name)
     several = {size: name for size, name in sizes.items() if size != 1}
     if len(several) > 1:
         named = ", ".join(f"{name or 'a tensor'} has {size}" for size, name in several.items())
@@ -67,6 +69,8 @@ def batch_take(batch: Any, index: Index) -> Any:
             if shared:
                 return value
             return value[index] if isinstance(index, slice) else value[_indices(index, value)]
+        if _is_jagged(value):
+            return _jagged_rows(value, index)
         if isinstance(value, list) and len(value) == n and not _holds_arrays(value):
             rows = range(n)[index] if isinstance(index, slice) else index.tolist()
             return [value[row] for row in rows]
@@ -79,7 +83,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
 
     def moved(name: str, value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        moves = isinstance(value, Tensor) or _is_jagged(value)
+        return value.to(device, non_blocking=True) if moves else value
 
     return mapped(batch, moved)
 
@@ -145,6 +150,9 @@ def sequence_lengths(batch: Any) -> Tensor:
     """How many ids of each sequence are not 0, (N,) int64 on the CPU; 1 where there are no ids."""
     ids = histories(batch)
     if ids is None:
+        for _, value in leaves(batch):
+            if _is_jagged(value):
+                return _jagged_lengths(value).sum(dim=0).clamp(min=1).cpu()
         return torch.ones(batch_size(batch), dtype=torch.int64)
     return (ids != 0).sum(dim=1).clamp(min=1).cpu()
 
@@ -181,6 +189,44 @@ def real_places(batch: Any, pad: int | None = None) -> Tensor | None:
     if ids is not None and pad is not None:
         return ids != pad
     return None
+
+
+def is_jagged(batch: Any) -> bool:
+    """Whether a batch has ids of every length in one row, as TorchRec's collections take them."""
+    return any(_is_jagged(value) for _, value in leaves(batch))
+
+
+def _is_jagged(value: Any) -> bool:
+    """Whether this is like a KeyedJaggedTensor: values by key and sequence, and their lengths."""
+    return not isinstance(value, (Tensor, Mapping, type)) and all(
+        callable(getattr(value, name, None))
+        for name in ("keys", "values", "lengths", "stride", "weights_or_none", "to")
+    )
+
+
+def _jagged_lengths(value: Any) -> Tensor:
+    """How many values each key has of each sequence, (F, N)."""
+    keys, n, lengths = value.keys(), value.stride(), value.lengths()
+    if len(lengths) != len(keys) * n:
+        raise InputError(f"batch: of its {n} sequences, keys have {len(lengths)} lengths in all")
+    found: Tensor = lengths.view(len(keys), n).long()
+    return found
+
+
+def _jagged_rows(value: Any, index: Index) -> Any:
+    """The values of some sequences, in a jagged tensor of the same kind."""
+    lengths = _jagged_lengths(value)
+    ends = lengths.flatten().cumsum(0).view(lengths.shape)
+    own = lengths[:, index].flatten()
+    starts = (ends - lengths)[:, index].flatten() - (own.cumsum(0) - own)
+    places = starts.repeat_interleave(own) + torch.arange(int(own.sum()), device=own.device)
+    weights = value.weights_or_none()
+    return type(value)(
+        keys=value.keys(),
+        values=value.values()[places],
+        weights=None if weights is None else weights[places],
+        lengths=own.to(value.lengths().dtype),
+    )
 
 
 def _interaction(batch: Any) -> Mapping[str, Any] | None:

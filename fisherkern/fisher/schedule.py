@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.batches import batch_slice, batch_take, histories
+from fisherkern.adapters.batches import batch_slice, batch_take, histories, is_jagged
 
 # A CPU core's caches hold 25,600 positions; a GPU is filled by 2²⁰ and more. Each GiB of a GPU's
 # free memory takes 40,000: in two layers of D = 64 a quarter of it for the gradients that are
@@ -76,10 +76,14 @@ class Schedule:
 
     def micro_batches(self, batch: Any, n: int) -> Iterator[tuple[Any, int, int]]:
         """The batch's `n` sequences in their order: (part, first, last + 1)."""
-        size = self.micro_batch or max(n, 1)
+        size = self._most(batch, n)
         for start in range(0, n, size):
             stop = min(start + size, n)
             yield (batch if size >= n else batch_slice(batch, start, stop)), start, stop
+
+    def _most(self, batch: Any, n: int) -> int:
+        """Sequences at once; one of a jagged batch, whose rows do not say which is whose."""
+        return 1 if is_jagged(batch) else self.micro_batch or max(n, 1)
 
     def length_buckets(
         self, model: ModelAdapter, batch: Any, n: int, probes: int = 1
@@ -89,7 +93,7 @@ class Schedule:
         From long to short where the model computes no padding that a bucket shares; otherwise
         in their order. Where the number of positions is unknown, a bucket has a micro-batch.
         """
-        most = self.micro_batch or max(n, 1)
+        most = self._most(batch, n)
         history = histories(batch)
         if history is None or not model.skips_padding:
             width = None if history is None else history.shape[1]

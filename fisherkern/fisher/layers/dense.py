@@ -151,9 +151,12 @@ def _padded(
     ends = torch.cat([starts[1:], offsets.new_tensor([len(input)])])
     if include_last:
         ends = offsets[1:]
+    if not len(input):  # bags without anything in them, of which nothing is read
+        input = input.new_zeros(1)
+        given = None if given is None else given.new_zeros(1)
     place = torch.arange(int((ends - starts).max().clamp(min=1)), device=input.device)
     inside = place < (ends - starts)[:, None]
-    at = (starts[:, None] + place).clamp(max=max(len(input) - 1, 0))
+    at = (starts[:, None] + place).clamp(max=len(input) - 1)
     ids = input[at].masked_fill(~inside, -1)
     return ids, None if given is None else given[at]
 
