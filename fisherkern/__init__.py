@@ -8,7 +8,7 @@ from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic
 from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
-from fisherkern.evaluation import Report, ScoreEnsemble, compare, evaluate
+from fisherkern.evaluation import Popularity, Report, ScoreEnsemble, compare, evaluate
 from fisherkern.fisher import (
     DiagFisher,
     LinearGrams,
@@ -55,6 +55,7 @@ __all__ = [
     "NTXent",
     "NextItem",
     "ParallelEncoders",
+    "Popularity",
     "Preflight",
     "RepPad",
     "Report",

@@ -86,7 +86,7 @@ def reports(dtype: torch.dtype) -> Found:
     """Evaluations: all tensors are of integers, or functions of them."""
     model = member(1, dtype)
     found = {
-        "full": fk.evaluate(model, DATA, batch_size=9),
+        "full": fk.evaluate(model, DATA, batch_size=9, metrics=("hr", "debiased-ndcg", "coverage")),
         "tiles": fk.evaluate(model, DATA, batch_size=9, max_scores=200),
         "drawn": fk.evaluate(model, DATA, batch_size=5, candidates="uniform-100"),
         "some": fk.evaluate(model, DATA, batch_size=3, users=[30, 2, 7, 8, 21, 40, 5], k=1),

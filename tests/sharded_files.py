@@ -72,7 +72,12 @@ def check_ranks(mesh: Any) -> None:
         tied.item_embedding.weight[3:8] = tied.item_embedding.weight[2]
         tied.output_bias.zero_()
     for make in (lambda: sasrec(17), lambda: tied, lambda: sasrec(17, tied=False)):
-        for settings in ({}, {"seen": "keep", "split": "validation"}, {"batch_size": 7}):
+        every = {"metrics": ("ndcg", "debiased-ndcg", "coverage"), "k": (1, 4, 30)}
+        for settings in (
+            every,
+            {"seen": "keep", "split": "validation", **every},
+            {"batch_size": 7},
+        ):
             with processes.alone():
                 one = fk.evaluate(copy.deepcopy(make()), data, **settings)
             many = fk.evaluate(sharded(copy.deepcopy(make()), mesh), data, **settings)

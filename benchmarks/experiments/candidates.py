@@ -31,11 +31,12 @@ NOTE = (
 def check_candidates(data: SequenceDataset) -> None:
     """Raise InputError now if a user has too few unseen items to draw from later."""
     popularity = data.popularity()
-    for batch in data.loader(split="test", batch_size=4096, max_len=1):
-        users = batch["user"].numpy()
-        forbidden = never_drawn(data, users, batch["target"].numpy(), "test")
+    loader = data.loader(split="test", batch_size=4096, max_len=1)
+    for first in range(0, len(loader.user), loader.batch_size):
+        rows = slice(first, first + loader.batch_size)
+        forbidden = never_drawn(loader, rows)
         for kind in SAMPLED:
-            check_enough(kind, users, forbidden, popularity)
+            check_enough(kind, loader.user[rows], forbidden, popularity)
 
 
 def chance() -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
-from fisherkern.evaluation import Report, compare, evaluate
+from fisherkern.evaluation import Popularity, Report, compare, evaluate
 from fisherkern.evaluation.candidates import CANDIDATES
 from fisherkern.evaluation.report import SPLITS
 from fisherkern.tables import print_table
@@ -14,37 +15,49 @@ from fisherkern.tables import print_table
 
 @command("evaluate", evaluate, choices={"split": SPLITS, "candidates": CANDIDATES})
 def evaluate_checkpoint(
-    run: Run, checkpoint: Path, *, against: Path | None = None, device: str = BEST_DEVICE
+    run: Run,
+    checkpoint: Path,
+    *,
+    against: Path | None = None,
+    popularity: bool = False,
+    device: str = BEST_DEVICE,
 ) -> None:
     """Measure the ranking metrics of a checkpoint.
 
     Args:
         checkpoint: a model file.
         against: a checkpoint to compare with, user by user.
+        popularity: rank by popularity too, and where the data have times by that of the last 7
+            days, and compare with both.
         device: cpu, cuda or cuda:1.
     """
     out = run.out(f"evaluate-{checkpoint.stem}")
     data = run.data()
-    paths = [checkpoint] + ([against] if against else [])
-    reports = []
-    for path in paths:
+    own, reports = data, []
+    for path in [checkpoint] + ([against] if against else []):
         model = run.model(path)
-        given = {**run.of(evaluate), "data": over_catalogue_of(model, data, path)}
-        reports.append(evaluate(model, **given))
-    result = {str(path): r.to_json() for path, r in zip(paths, reports, strict=True)}
-    for path, report in zip(paths, reports, strict=True):
-        print(path)
+        own = over_catalogue_of(model, data, path)
+        reports.append((str(path), evaluate(model, **{**run.of(evaluate), "data": own})))
+    if popularity:
+        rows = {"popularity": Popularity(own)}
+        if own.times is not None:
+            rows["popularity of the last 7 days"] = Popularity(own, days=7)
+        given = {**run.of(evaluate), "data": own}
+        reports += [(name, evaluate(row.to(run.device), **given)) for name, row in rows.items()]
+    result: dict[str, Any] = {name: report.to_json() for name, report in reports}
+    for name, report in reports:
+        print(name)
         show_report(report)
-    if against:
-        difference = compare(reports[0], reports[1])
-        result["difference"] = difference.to_json()
-        print(f"{paths[0]} minus {paths[1]}\n{difference.table()}")
+    for name, report in reports[1:]:
+        difference = compare(reports[0][1], report)
+        result["difference" if name == str(against) else f"over {name}"] = difference.to_json()
+        print(f"{checkpoint} minus {name}\n{difference.table()}")
     run.finish(out, result)
 
 
 def show_report(report: Report) -> None:
     """Print the protocol in a line, then a row for each metric and a column for each cut-off."""
-    print(f"{report.protocol}, {report.num_users:,} users")
+    print(report.headline())
     rows: dict[str, dict[str, object]] = {}
     for metric, value in report.items():
         name, _, k = metric.partition("@")

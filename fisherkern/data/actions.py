@@ -104,7 +104,8 @@ def assemble(
         times = None if times is None else times[rows]
         counts = counts[kept]
     if times is not None:
-        items = items[np.lexsort((times, users))]
+        order = np.lexsort((times, users))
+        items, times = items[order], times[order]
     elif (np.diff(users) < 0).any():
         items = items[np.argsort(users, kind="stable")]
     return SequenceDataset(
@@ -114,6 +115,7 @@ def assemble(
         item_ids,
         user_ids,
         read_attributes(base_path(path).with_suffix(".attributes.json"), frozenset(item_ids)),
+        times,
     )
 
 

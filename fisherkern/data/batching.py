@@ -17,20 +17,6 @@ from fisherkern.errors import InputError
 Split = Literal["train", "validation", "test"]
 Crop = Literal["random", "last", "all"]
 
-# Items held out after a split's target: seq = s_1..s_n has target s_n for test,
-# s_{n-1} for validation and s_{n-2} for train.
-_AFTER_TARGET = {"test": 0, "validation": 1, "train": 2}
-
-
-def target_positions(offsets: NDArray[np.int64], split: str) -> NDArray[np.int64]:
-    """Position in the CSR items of every user's target, (num_users,) int64.
-
-    A user has a pair (a history that is not empty, and a target) when this is
-    greater than `offsets[u]`.
-    """
-    check_choice("split", split, get_args(Split))
-    return offsets[1:] - 1 - _AFTER_TARGET[split]
-
 
 def left_padded(
     items: NDArray[np.int32], start: NDArray[np.int64], stop: NDArray[np.int64], max_len: int
@@ -51,7 +37,7 @@ def gather_ranges(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[
 
 @dataclass(frozen=True)
 class HistoryBatches:
-    """Histories and their next items, one per user; iterate as often as you like.
+    """Histories and their next items; iterate as often as you like.
 
     Yields {"history": (N, T) int64, left-padded with 0, oldest first; "target": (N,)
     int64 in 1..V; "user": (N,) int64}. Allocates one batch at a time.
@@ -85,6 +71,21 @@ class HistoryBatches:
         every = np.minimum(self.target - self.start, self.max_len)
         return [int(every[self._rows(number)].sum()) for number in range(len(self))]
 
+    def seen(
+        self, rows: slice, last: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return (pair from 0 of `rows`, item) of whole histories, or of their `last` places.
+
+        Each item once, ascending for every pair.
+        """
+        start, stop = self.start[rows], self.target[rows]
+        if last is not None:
+            start = np.maximum(start, stop - last)
+        pair = np.repeat(np.arange(len(start)), stop - start)
+        # One sort of (pair, item) keys removes the repeats of all pairs at once.
+        keys = np.unique(pair << 32 | self.items[gather_ranges(start, stop)])
+        return keys >> 32, keys & 0xFFFFFFFF
+
     def _rows(self, number: int) -> slice:
         return slice(number * self.batch_size, (number + 1) * self.batch_size)
 
@@ -115,6 +116,8 @@ class WindowBatches:
 def history_batches(
     items: NDArray[np.int32],
     offsets: NDArray[np.int64],
+    users: NDArray[np.int64],
+    target: NDArray[np.int64],
     *,
     split: str,
     batch_size: int,
@@ -124,21 +127,20 @@ def history_batches(
     """See `SequenceDataset.loader`."""
     check_count("batch_size", batch_size)
     check_count("max_len", max_len)
-    target = target_positions(offsets, split)
-    users = np.flatnonzero(target > offsets[:-1])
     if not users.size:
         raise InputError(f"no user has a history and a target in the {split} split")
     if limit is not None:
         check_count("limit", limit)
         # Evenly spread: the first users of a file are often its oldest or most active.
         keep = np.linspace(0, users.size - 1, min(limit, users.size)).round().astype(np.int64)
-        users = users[keep]
-    return HistoryBatches(items, offsets[users], target[users], users, batch_size, max_len)
+        users, target = users[keep], target[keep]
+    return HistoryBatches(items, offsets[users], target, users, batch_size, max_len)
 
 
 def window_batches(
     items: NDArray[np.int32],
-    offsets: NDArray[np.int64],
+    begin: NDArray[np.int64],
+    end: NDArray[np.int64],
     *,
     batch_size: int,
     max_len: int,
@@ -152,11 +154,10 @@ def window_batches(
     check_count("seed", seed, least=0)
     check_count("epoch", epoch, least=0)
     check_choice("crop", crop, get_args(Crop))
-    begin, end = offsets[:-1], offsets[1:] - 2
     long_enough = end > begin
     begin, end = begin[long_enough], end[long_enough]
     if not begin.size:
-        raise InputError("no user has an item left to train on after the two held out")
+        raise InputError("no user has an item left to train on beside those held out")
     random = np.random.default_rng([seed, epoch])
     if crop == "random":
         # The draw comes before the shuffle, so that a user's window does not depend on it.

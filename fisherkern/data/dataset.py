@@ -1,4 +1,4 @@
-"""Sequences of items in CSR form, and the leave-one-out split over them."""
+"""Sequences of items in CSR form, and the split over them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fisherkern.data.batching import (
     WindowBatches,
     gather_ranges,
     history_batches,
-    target_positions,
     window_batches,
 )
+from fisherkern.data.holdout import Holdout, after_quantile, leave_one_out
 from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import ItemIdsHash
 
@@ -35,6 +35,8 @@ class SequenceDataset:
         item_ids: V external ids; internal id v is item_ids[v-1].
         user_ids: num_users external ids.
         attributes: external item id -> attribute numbers; None where there are none.
+        times: (num_actions,) int64 or float64, each user's ascending; None where they are unknown.
+        holdout: what trains, validates and tests; None: leave-one-out.
 
     Raises:
         InputError: arrays that do not fit together.
@@ -46,6 +48,8 @@ class SequenceDataset:
     item_ids: tuple[str, ...]
     user_ids: tuple[str, ...]
     attributes: dict[str, list[int]] | None
+    times: NDArray | None
+    holdout: Holdout
 
     def __init__(
         self,
@@ -55,6 +59,8 @@ class SequenceDataset:
         item_ids: Sequence[str],
         user_ids: Sequence[str],
         attributes: Mapping[str, Sequence[int]] | None = None,
+        times: ArrayLike | None = None,
+        holdout: Holdout | None = None,
     ) -> None:
         item_array = _frozen(items, np.int32, "items")
         offset_array = _frozen(offsets, np.int64, "offsets")
@@ -86,6 +92,8 @@ class SequenceDataset:
             "item_ids": tuple(item_ids),
             "user_ids": tuple(user_ids),
             "attributes": attributes,
+            "times": None if times is None else _frozen_times(times, offset_array),
+            "holdout": leave_one_out(offset_array) if holdout is None else holdout,
         }
         self.__dict__.update(values)
 
@@ -122,13 +130,57 @@ class SequenceDataset:
         """Return the same catalogue with only these users, (n,) integers, in the order given."""
         rows = self._check_users(users)
         start, stop = self.offsets[rows], self.offsets[rows + 1]
+        places = gather_ranges(start, stop)
         return SequenceDataset(
             self.name,
-            self.items[gather_ranges(start, stop)],
+            self.items[places],
             np.concatenate([[0], np.cumsum(stop - start)]),
             self.item_ids,
             [self.user_ids[row] for row in rows.tolist()],
             self.attributes,
+            None if self.times is None else self.times[places],
+            self.holdout.subset(rows),
+        )
+
+    def split_by_time(
+        self, quantile: float = 0.9, *, targets: str = "last", validation: str = "time"
+    ) -> SequenceDataset:
+        """Return the same sequences with all held out that is later than a quantile of time.
+
+        One moment for all users, so that nothing is learnt from after a test. The moment is the
+        time at `quantile` of all actions. What is later tests: a user's last action, or every one
+        of them, each after all of the user's actions before. What is not later trains and
+        validates. Users who come later than the moment are tested too, from their second action
+        on. Items that nobody had before the moment stay in the catalogue.
+
+        Args:
+            quantile: in (0, 1).
+            targets: "last" or "successive" (every later action).
+            validation: "time": what is later than the `quantile` of the times that are left;
+                "last-item": each user's last action of those that are left.
+
+        Returns:
+            The data set, whose loaders, windows and popularity are of this split.
+
+        Raises:
+            InputError: data without times, a bad argument, or no later action.
+
+        Source:
+            Gusak et al., Time to Split: Exploring Data Splitting Strategies for Offline Evaluation
+            of Sequential Recommenders, RecSys 2025.
+        """
+        if self.times is None:
+            raise InputError(f"{self.name}: its actions have no times to split by")
+        holdout = after_quantile(self.times, self.offsets, quantile, targets, validation)
+        return SequenceDataset(
+            self.name,
+            self.items,
+            self.offsets,
+            self.item_ids,
+            self.user_ids,
+            self.attributes,
+            self.times,
+            holdout,
         )
 
     def with_items(self, item_ids: Sequence[str]) -> SequenceDataset:
@@ -154,22 +206,40 @@ class SequenceDataset:
             list(item_ids),
             self.user_ids,
             self.attributes,
+            self.times,
+            self.holdout,
         )
 
+    @property
+    def train_ends(self) -> NDArray[np.int64]:
+        """(num_users,) int64: the position in `items` where each user's training part ends."""
+        return self.offsets[:-1] + self.holdout.train
+
+    def targets(self, split: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the user of every target of a split, and the target's position in `items`."""
+        return self.holdout.targets(self.offsets, split)
+
     def popularity(self) -> NDArray[np.int64]:
-        """(V,) int64: how often item v occurs (at v-1) in the training part, s_1..s_{n-2}."""
-        begin = self.offsets[:-1]
-        train = gather_ranges(begin, np.maximum(self.offsets[1:] - 2, begin))
-        return np.bincount(self.items[train], minlength=self.num_items + 1)[1:].astype(np.int64)
+        """(V,) int64: how often item v occurs (at v-1) in the training part of all users."""
+        train = self.items[gather_ranges(self.offsets[:-1], self.train_ends)]
+        return np.bincount(train, minlength=self.num_items + 1)[1:].astype(np.int64)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over items, offsets and item_ids: equal for equal content, any source."""
+        """SHA-256 (hex) over items, offsets, item_ids and a split other than leave-one-out.
+
+        Equal for equal content, from whatever source.
+        """
         digest = hashlib.sha256()
         for array in (self.items.astype("<i4"), self.offsets.astype("<i8")):
             digest.update(len(array).to_bytes(8, "little"))
             digest.update(array.tobytes())
         ids = ItemIdsHash(digest)
         ids.update(self.item_ids)
+        held = self.holdout
+        if held.name != "leave-one-out":
+            digest.update(f"{held.name} {held.every}".encode())
+            for array in (held.train, held.validated):
+                digest.update(array.astype("<i8").tobytes())
         return ids.hexdigest()
 
     def loader(
@@ -179,18 +249,21 @@ class SequenceDataset:
         batch_size: int = 256,
         max_len: int = 50,
         limit: int | None = None,
+        users: ArrayLike | None = None,
     ) -> HistoryBatches:
         """Give one (history, next item) pair per user: what to compute a Fisher or a metric on.
 
         For seq = s_1..s_n the pair is s_1..s_{n-3} -> s_{n-2} ("train"), s_1..s_{n-2} -> s_{n-1}
         ("validation") or s_1..s_{n-1} -> s_n ("test"). Users whose history would be empty are left
-        out.
+        out. After `split_by_time` the pairs are those of its targets, of which a user may have
+        several or none; "train" is then the last item that trains.
 
         Args:
             split: "train", "validation" or "test".
             batch_size: pairs in a batch.
             max_len: items of a history, its last ones.
-            limit: so many users, evenly spread over all of them; None: all.
+            limit: so many pairs, evenly spread over all of them; None: all.
+            users: (n,) integers, those whose pairs are given, in this order; None: all.
 
         Returns:
             A re-iterable with len() that yields {"history": (N, max_len) int64 torch tensor,
@@ -200,9 +273,17 @@ class SequenceDataset:
         Raises:
             InputError: a bad argument, or no user that has a pair.
         """
+        user, target = self.targets(split)
+        if users is not None:
+            rows = self._check_users(users)
+            bounds = np.searchsorted(user, [rows, rows + 1])
+            kept = gather_ranges(bounds[0], bounds[1])
+            user, target = user[kept], target[kept]
         return history_batches(
             self.items,
             self.offsets,
+            user,
+            target,
             split=split,
             batch_size=batch_size,
             max_len=max_len,
@@ -212,7 +293,9 @@ class SequenceDataset:
     def windows(
         self, *, batch_size: int, max_len: int, seed: int, epoch: int, crop: str = "random"
     ) -> WindowBatches:
-        """Cut the training material of one epoch from s_1..s_{n-2} of every user.
+        """Cut the training material of one epoch from the training part of every user.
+
+        For seq = s_1..s_n that is s_1..s_{n-2}, after `split_by_time` what trains.
 
         Args:
             batch_size: windows in a batch.
@@ -232,7 +315,8 @@ class SequenceDataset:
         """
         return window_batches(
             self.items,
-            self.offsets,
+            self.offsets[:-1],
+            self.train_ends,
             batch_size=batch_size,
             max_len=max_len,
             seed=seed,
@@ -250,26 +334,6 @@ class SequenceDataset:
             for epoch in itertools.count(1)
         )
         return list(itertools.islice(itertools.chain.from_iterable(epochs), count))
-
-    def seen(
-        self, users: ArrayLike, split: str, last: int | None = None
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the distinct items of whole histories, or of their `last` places, as CSR.
-
-        `users` are (n,) integers. Returns (indptr (n+1,) int64, items int64, ascending in
-        every row); the row of a user without a history in `split` is empty.
-        """
-        rows = self._check_users(users)
-        start = self.offsets[rows]
-        stop = np.maximum(target_positions(self.offsets, split)[rows], start)
-        if last is not None:
-            start = np.maximum(start, stop - last)
-        row = np.repeat(np.arange(len(rows)), stop - start)
-        # One sort of (row, item) keys removes the repeats of every row at once.
-        width = self.num_items + 1
-        keys = np.unique(row * width + self.items[gather_ranges(start, stop)])
-        counts = np.bincount(keys // width, minlength=len(rows))
-        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys % width
 
     def _check_users(self, users: ArrayLike) -> NDArray[np.int64]:
         rows = np.asarray(users)
@@ -291,4 +355,23 @@ def _frozen(values: ArrayLike, dtype: type[np.generic], name: str) -> NDArray:
     if (cast != array).any():
         raise InputError(f"{name} holds a value too large for {np.dtype(dtype)}")
     cast.flags.writeable = False
+    return cast
+
+
+def _frozen_times(values: ArrayLike, offsets: NDArray[np.int64]) -> NDArray:
+    array = np.asarray(values)
+    if array.shape != (int(offsets[-1]),) or array.dtype.kind not in "iuf":
+        raise InputError(f"times must be {offsets[-1]} numbers, not {array.dtype} {array.shape}")
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise InputError("times holds a value too large for int64")
+    cast = array.astype(np.float64 if array.dtype.kind == "f" else np.int64, copy=False)
+    if not np.isfinite(cast).all():
+        raise InputError("times holds a value that is not finite")
+    falls = cast[1:] < cast[:-1]
+    falls[offsets[(offsets > 0) & (offsets < len(cast))] - 1] = False  # from a user to the next
+    if falls.any():
+        raise InputError(f"times fall at action {int(falls.argmax()) + 1} of the same user")
+    if cast.flags.writeable:
+        cast = cast.copy() if np.shares_memory(cast, array) else cast
+        cast.flags.writeable = False
     return cast

@@ -31,6 +31,9 @@ def load(
     separator: str | None = None,
     header: bool | None = None,
     quotes: bool | None = None,
+    time_split: float | None = None,
+    time_targets: str = "last",
+    time_validation: str = "time",
 ) -> SequenceDataset:
     r"""Read interactions as sequences, one per user, oldest item first.
 
@@ -68,13 +71,17 @@ def load(
             semicolon and bar in the first line.
         header: whether a "csv" begins with a line of names; None: where columns are named.
         quotes: whether quotes hold a cell of a "csv" together; None: unless tabs separate cells.
+        time_split: the quantile of all times after which actions are held out, such as 0.9; see
+            `SequenceDataset.split_by_time`. None: leave-one-out.
+        time_targets: which later actions are ranked, "last" or "successive".
+        time_validation: what validates under `time_split`, "time" or "last-item".
 
     Returns:
         The sequences, with internal item ids 1..V.
 
     Raises:
-        InputError: anything unreadable, a missing id or time, or a short user; one sentence with
-            the file and the line.
+        InputError: anything unreadable, a missing id or time, a short user, or a split by time of
+            a file without times; one sentence with the file and the line.
 
     Examples:
         >>> from pathlib import Path
@@ -91,22 +98,29 @@ def load(
         ['10', '30']
     """
     text = os.fspath(name_or_path)
-    if text == "synthetic":
-        return synthetic()
-    path = _named_file(text) if _is_name(text) else Path(text)
-    return read_file(
-        path,
-        format=format,
-        name=name,
-        min_actions=min_actions,
-        drop_short=drop_short,
-        user=user,
-        item=item,
-        time=time,
-        separator=separator,
-        header=header,
-        quotes=quotes,
+    path = _named_file(text) if _is_name(text) and text != "synthetic" else Path(text)
+    data = (
+        synthetic()
+        if text == "synthetic"
+        else read_file(
+            path,
+            format=format,
+            name=name,
+            min_actions=min_actions,
+            drop_short=drop_short,
+            user=user,
+            item=item,
+            time=time,
+            separator=separator,
+            header=header,
+            quotes=quotes,
+        )
     )
+    if time_split is None:
+        return data
+    if data.times is None:
+        raise InputError(f"{path}: its actions have no times, which time_split={time_split} needs")
+    return data.split_by_time(time_split, targets=time_targets, validation=time_validation)
 
 
 def cache_folder() -> Path:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from fisherkern.checks import check_count, check_not_negative, check_unit, takes_numpy
 from fisherkern.data.dataset import SequenceDataset
 
+_START, _YEAR, _DAY = 1_600_000_000, 365 * 86_400, 86_400  # seconds
 _BLOCK_USERS = 1024  # bounds the memory for what each user has seen
 
 
@@ -33,7 +34,8 @@ def synthetic(
     equally likely, and b decides. Else the cluster is one of the user's `tastes` favourites, drawn
     by weight once per user: without them a Transformer takes far longer to find the order. Inside
     the cluster, items are drawn by weight among those the user has not had yet (among all, once
-    there are none).
+    there are none). Users come at random in a year and act once a day on average; what they take
+    does not depend on the time.
 
     Args:
         num_users: sequences.
@@ -47,7 +49,8 @@ def synthetic(
         skew: exponent of the popularity, 0 or more.
 
     Returns:
-        The sequences: item ids "1".."V", user ids "1".., attributes {item: [cluster from 1]}.
+        The sequences: item ids "1".."V", user ids "1".., attributes {item: [cluster from 1]},
+        times in seconds since 1970.
 
     Raises:
         InputError: impossible sizes.
@@ -80,7 +83,16 @@ def synthetic(
         [str(item) for item in range(1, num_items + 1)],
         [str(user) for user in range(1, num_users + 1)],
         {str(item): [int(group) + 1] for item, group in enumerate(cluster, start=1)},
+        _times(np.random.default_rng([seed, 1]), lengths),
     )
+
+
+def _times(random: np.random.Generator, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(num_actions,) seconds since 1970: a start for each user, then gaps."""
+    ends = np.cumsum(lengths)
+    passed = np.cumsum(np.ceil(random.exponential(_DAY, ends[-1])).astype(np.int64))
+    starts = _START + random.integers(0, _YEAR, len(lengths)) - passed[ends - lengths]
+    return passed + np.repeat(starts, lengths)
 
 
 def _walk(

@@ -15,7 +15,7 @@ from fisherkern.evaluation.report import Protocol, Report
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference per user, its standard error, and the 95 % interval low to high."""
+    """A mean difference per target, its standard error, and the 95 % interval low to high."""
 
     mean: float
     standard_error: float
@@ -60,7 +60,12 @@ def compare(a: Report, b: Report) -> Comparison:
     """Compare two reports user by user: a minus b, for every metric that both have.
 
     With d_u = a_u - b_u over n users: mean(d), its standard error sd(d) / sqrt(n) with n - 1 in sd,
-    and the 95 % interval mean(d) ± 1.96 standard errors (normal approximation).
+    and the 95 % interval mean(d) ± 1.96 standard errors (normal approximation). Where users have
+    several targets, d is a target's and users are the clusters of the standard error,
+
+        sqrt(n / (n - 1) Σ_u (Σ_{i of u} (d_i - mean(d)))²) / number of targets.
+
+    Coverage is of all users together and has no interval.
 
     Args:
         a: the report whose model is claimed to be better.
@@ -96,17 +101,25 @@ def compare(a: Report, b: Report) -> Comparison:
         raise InputError(
             f"compare: the reports are of different users ({a.num_users} and {b.num_users})"
         )
-    if a.num_users < 2:
+    num_users = a.num_users
+    if num_users < 2:
         raise InputError("compare: a paired comparison needs two users or more, got one")
-    shared = [metric for metric in a if metric in b]
+    shared = [metric for metric in a.per_user if metric in b.per_user]
     if not shared:
         raise InputError(f"compare: no metric in common between {list(a)} and {list(b)}")
-    differences = {metric: _difference(a.per_user[metric], b.per_user[metric]) for metric in shared}
-    return Comparison(differences, a.protocol, a.num_users)
+    differences = {
+        metric: _difference(a.per_user[metric] - b.per_user[metric], a.users, num_users)
+        for metric in shared
+    }
+    return Comparison(differences, a.protocol, num_users)
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> Difference:
-    per_user = ours - theirs
-    mean = float(per_user.mean())
-    error = float(per_user.std(ddof=1) / np.sqrt(len(per_user)))
+def _difference(d: np.ndarray, users: np.ndarray, num_users: int) -> Difference:
+    mean = float(d.mean())
+    if num_users == len(d):
+        error = float(d.std(ddof=1) / np.sqrt(len(d)))
+    else:
+        _, user = np.unique(users, return_inverse=True)
+        sums = np.bincount(user, weights=d - mean)
+        error = float(np.sqrt(num_users / (num_users - 1) * (sums**2).sum()) / len(d))
     return Difference(mean, error, mean - 1.96 * error, mean + 1.96 * error)

@@ -1,8 +1,9 @@
-"""Ranks of the held-out items: leave-one-out evaluation."""
+"""Ranks of the held-out items, and metrics of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,20 @@ from torch import Tensor
 
 from fisherkern import processes
 from fisherkern.adapters.sharded import sharded_fingerprint
-from fisherkern.checks import check_count, takes_numpy
+from fisherkern.checks import check_choice, check_count, takes_numpy
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import HistoryBatches
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.candidates import sample_negatives
 from fisherkern.evaluation.report import Protocol, Report
 from fisherkern.evaluation.scorer import Scorer
-from fisherkern.evaluation.scores import NaNScoreError, Scores
+from fisherkern.evaluation.scores import ItemPairs, NaNScoreError, Scores, top_columns
 from fisherkern.modes import eval_mode
 from fisherkern.progress import progress_bar
+
+METRICS = ("hr", "ndcg", "mrr")
+MORE_METRICS = ("debiased-ndcg", "coverage")
+PROPENSITY_POWER = 0.5
 
 
 @takes_numpy
@@ -30,6 +35,7 @@ def evaluate(
     *,
     split: str = "test",
     k: int | Sequence[int] = (5, 10, 20),
+    metrics: Sequence[str] = METRICS,
     candidates: str = "full",
     seen: str = "exclude",
     batch_size: int = 256,
@@ -38,12 +44,20 @@ def evaluate(
     users: np.ndarray | Sequence[int] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Rank every user's held-out item: leave-one-out evaluation.
+    """Rank every user's held-out items: leave-one-out evaluation, or that of another split.
 
         rank = 1 + #{candidates, the target left out, that score at least as high}
         HR@k = [rank <= k],  NDCG@k = [rank <= k] / log2(1 + rank),  MRR@k = [rank <= k] / rank
 
-    averaged over users; ties count against the model. Scores are fp32, or fp64 where the model's
+    averaged over users, or over targets where users have several; ties count against the model.
+    Asked for, NDCG without the advantage of popular items, by self-normalised inverse propensities,
+
+        debiased NDCG@k = Σ_i NDCG@k_i / ρ_i / Σ_i 1 / ρ_i,  ρ_i = max(n_i, 1)^(1/2)
+
+    with n_i the training actions of target i's item, and the share of the catalogue that is in
+    anybody's first k, Coverage@k = |∪_i first k of i| / V. These lists are those of a model that
+    knows no target: seen items are left out as `seen` says, and of equal scores the first items are
+    taken. Scores are fp32, or fp64 where the model's
     are. Of a model in half precision, or under autocast, the product with the output layer is done
     in fp32, so that no ties come of rounding, where `fisherkern.adapt` finds that layer. Its logits
     are widened otherwise. Where `torch.distributed` is initialised, every process calls this with
@@ -60,8 +74,9 @@ def evaluate(
         data: the sequences. The model's items are found by their ids; of a model without ids,
             item i is taken to be the data's i-th item.
         split: "test" (the last item of every user), "validation" (the last but one) or "train"
-            (the last but two).
+            (the last but two); after `data.split_by_time` those of its parts.
         k: cut-off or cut-offs, positive integers.
+        metrics: of "hr", "ndcg", "mrr", "debiased-ndcg" and "coverage" (of a full ranking).
         candidates: "full" (the whole catalogue), "uniform-100" or "popular-100" (100 draws,
             fixed by the seed and the user), "top-popular-100" (the 100 most popular). Sampled
             candidates are never items of the user's history.
@@ -73,17 +88,22 @@ def evaluate(
             by the model itself. Of a larger one the output layer's product is done by item tiles
             of a few megabytes; where that layer is not found, the batch is cut to what fits.
         seed: of the drawn candidates.
-        users: (n,) indices of the users to evaluate; None: all. Users without a history in the
-            split are left out, and `report.users` says who is in.
+        users: (n,) indices of the users to evaluate; None: all. Users without a target or a history
+            in the split are left out, and `report.users` says who is in.
         progress: show a progress bar.
 
     Returns:
-        The means over users by name, report["ndcg@10"], with every user's values and ranks.
+        The means by name, report["ndcg@10"], with every user's values and ranks.
 
     Raises:
-        InputError: an unknown split, candidates or seen, a NaN score, scores that do not cover the
-            catalogue, a model of another catalogue, users that are unknown, named twice or all
-            without a history, or a user with fewer than 100 unseen items to draw.
+        InputError: an unknown split, candidates, seen or metric, a NaN score, scores that do not
+            cover the catalogue, a model of another catalogue, users that are unknown, named twice
+            or all without a history, or a user with fewer than 100 unseen items to draw.
+
+    Source:
+        Yang et al., Unbiased Offline Recommender Evaluation for Missing-Not-At-Random Implicit
+        Feedback, RecSys 2018, for the estimate; Saito et al., Unbiased Recommender Learning from
+        Missing-Not-At-Random Implicit Feedback, WSDM 2020, for the power of the popularity.
 
     Examples:
         A model that scores every item by its popularity:
@@ -103,123 +123,158 @@ def evaluate(
         True
     """
     with processes.together() as same:
-        protocol = Protocol(split, candidates, seen, seed, data.fingerprint())
-        cutoffs = _cutoffs(k)
+        protocol = Protocol(split, candidates, seen, seed, data.fingerprint(), data.holdout.name)
+        cutoffs, names = _cutoffs(k), _metric_names(metrics, candidates)
         check_count("max_scores", max_scores)
         scorer = Scorer(model, data, max_scores)
         chosen = np.arange(data.num_users) if users is None else np.asarray(users)
-        view = data if users is None else data.subset(chosen)
         if len(np.unique(chosen)) != len(chosen):
             raise InputError("users: an index occurs twice")
-        loader = view.loader(split=split, batch_size=batch_size, max_len=scorer.max_len)
+        loader = data.loader(
+            split=split, batch_size=batch_size, max_len=scorer.max_len, users=users
+        )
         if processes.world() > 1:
             same |= {"protocol": protocol, "k": cutoffs, "batch_size": batch_size}
-            same |= {"max_scores": max_scores, "users": chosen.tobytes()}
+            same |= {"max_scores": max_scores, "users": chosen.tobytes(), "metrics": names}
             same["model"] = None if scorer.module is None else sharded_fingerprint(scorer.module)
     show = progress and processes.rank() == 0
+    listed = tuple(min(cutoff, data.num_items) for cutoff in cutoffs if "coverage" in names)
+    ranking = _Ranking(scorer, loader, protocol, data.popularity(), listed)
     with torch.no_grad(), eval_mode(scorer.module):
-        ranks = _dealt_ranks(scorer, loader, chosen, data, protocol, show)
+        ranks, covered = ranking.dealt(show)
+    frequency = ranking.popularity[data.items[loader.target] - 1]
     return Report(
-        per_user=metrics_at(ranks, cutoffs),
-        users=chosen[loader.user],
+        per_user=metrics_at(ranks, cutoffs, names, frequency),
+        users=loader.user,
         ranks=ranks,
         protocol=protocol,
+        coverage={
+            f"coverage@{cutoff}": float(row.mean())
+            for cutoff, row in zip(cutoffs, covered, strict=False)
+        },
     )
 
 
-def _dealt_ranks(
-    scorer: Scorer,
-    loader: HistoryBatches,
-    chosen: np.ndarray,
-    data: SequenceDataset,
-    protocol: Protocol,
-    show: bool,
-) -> np.ndarray:
-    """Return the ranks of all the loader's users, of whose batches this process takes its own.
+def metrics_at(
+    ranks: np.ndarray,
+    cutoffs: tuple[int, ...],
+    metrics: Sequence[str] = METRICS,
+    frequency: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """HR@k, NDCG@k, MRR@k and debiased NDCG@k of every target from its rank; see `evaluate`.
 
-    Of a model whose items are shared out, every process takes all.
-    """
-    popularity = data.popularity()
-    ranks = torch.zeros(len(loader.user), dtype=torch.int64)
-    own: Sequence[int] = range(len(loader))
-    if not scorer.sharded:
-        own = processes.own_numbers(loader.lengths())
-    with processes.together():
-        for number in progress_bar(own, desc="evaluate", unit="batch", show=show):
-            batch = loader[number]
-            batch["user"] = torch.from_numpy(chosen[batch["user"].numpy()])
-            found = torch.cat(_batch_ranks(scorer, batch, data, protocol, popularity))
-            ranks[number * loader.batch_size :][: len(found)] = found
-    return (ranks if scorer.sharded else processes.joined_sum(ranks)).numpy()
-
-
-def metrics_at(ranks: np.ndarray, cutoffs: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """HR@k, NDCG@k and MRR@k of every user from the rank of its one relevant item.
-
-    hr = [rank <= k], ndcg = [rank <= k] / log2(1 + rank), mrr = [rank <= k] / rank.
-    ranks (N,) int64 from 1; returns {"hr@k": (N,) float64, ...} in the order of the cut-offs.
+    ranks (N,) int64 from 1; frequency (N,): how often each target's item trains, for the debiased
+    NDCG, whose values have weights of mean 1. Returns {"hr@k": (N,) float64, ...} in the order of
+    the cut-offs.
     """
     gains = {
         "hr": np.ones(len(ranks)),
         "ndcg": 1 / np.log2(1.0 + ranks),
         "mrr": 1 / ranks.astype(np.float64),
     }
-    return {f"{name}@{k}": gain * (ranks <= k) for k in cutoffs for name, gain in gains.items()}
+    if "debiased-ndcg" in metrics:
+        assert frequency is not None
+        weight = np.maximum(frequency, 1) ** -PROPENSITY_POWER
+        gains["debiased-ndcg"] = gains["ndcg"] * (weight / weight.mean())
+    return {
+        f"{name}@{k}": gain * (ranks <= k)
+        for k in cutoffs
+        for name, gain in gains.items()
+        if name in metrics
+    }
 
 
-def _batch_ranks(
-    scorer: Scorer,
-    batch: dict[str, Tensor],
-    data: SequenceDataset,
-    protocol: Protocol,
-    popularity: np.ndarray,
-) -> list[Tensor]:
-    """Return the ranks of a batch's targets, part by part; scores are let go one after another."""
-    found = []
-    for part in scorer.parts(batch):
-        try:
-            ranks = _ranks(scorer.scores(part), part, data, protocol, popularity)
-        except NaNScoreError as error:
-            user = int(part["user"][error.row])
-            raise InputError(f"model: a score of user number {user} is NaN") from None
-        found.append(ranks.cpu())
-    return found
+@dataclass(frozen=True)
+class _Ranking:
+    """Ranks of a loader's targets.
+
+    Args:
+        scorer: of the model's items.
+        loader: the pairs.
+        protocol: what is ranked against what.
+        popularity: (V,) counts, by which candidates are drawn.
+        listed: lengths of the lists whose items are counted.
+    """
+
+    scorer: Scorer
+    loader: HistoryBatches
+    protocol: Protocol
+    popularity: np.ndarray
+    listed: tuple[int, ...]
+
+    def dealt(self, show: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return all ranks, and (lengths, V) bool, the items in anybody's list of each length.
+
+        This process takes its own batches; of a model whose items are shared out, all of them.
+        """
+        ranks = torch.zeros(len(self.loader.user), dtype=torch.int64)
+        covered = torch.zeros(len(self.listed), len(self.popularity), dtype=torch.int64)
+        own: Sequence[int] = range(len(self.loader))
+        if not self.scorer.sharded:
+            own = processes.own_numbers(self.loader.lengths())
+        with processes.together():
+            for number in progress_bar(own, desc="evaluate", unit="batch", show=show):
+                self._add_batch(number, ranks, covered)
+        if not self.scorer.sharded:
+            ranks = processes.joined_sum(ranks)
+            covered = processes.joined_sum(covered) if self.listed else covered
+        return ranks.numpy(), covered.numpy() > 0
+
+    def _add_batch(self, number: int, ranks: Tensor, covered: Tensor) -> None:
+        """Fill in the ranks of a batch, part by part; scores are let go one after another."""
+        first = number * self.loader.batch_size
+        for part in self.scorer.parts(self.loader[number]):
+            rows = slice(first, first + len(part["target"]))
+            try:
+                scores = self.scorer.scores(part)
+                excluded = self._excluded(rows, scores.device)
+                ranks[rows] = self._ranks(scores, rows, part, excluded).cpu()
+            except NaNScoreError as error:
+                user = int(part["user"][error.row])
+                raise InputError(f"model: a score of user number {user} is NaN") from None
+            if self.listed:
+                items, best = scores.top(max(self.listed), excluded)
+                for row, length in zip(covered, self.listed, strict=True):
+                    column, value = top_columns(best, length)
+                    named = items.gather(1, column)[value > -torch.inf]
+                    row[named.cpu() - 1] = 1
+            first = rows.stop
+
+    def _excluded(self, rows: slice, device: torch.device) -> ItemPairs | None:
+        """Return what a full ranking leaves out."""
+        if self.protocol.candidates != "full" or self.protocol.seen == "keep":
+            return None
+        row, item = self.loader.seen(rows, self.protocol.last)
+        return torch.from_numpy(row).to(device), torch.from_numpy(item).to(device)
+
+    def _ranks(
+        self, scores: Scores, rows: slice, batch: dict[str, Tensor], excluded: ItemPairs | None
+    ) -> Tensor:
+        target = batch["target"].to(scores.device)
+        if self.protocol.candidates == "full":
+            return scores.full_ranks(target, excluded)
+        users, forbidden = batch["user"].numpy(), never_drawn(self.loader, rows)
+        kind, seed = self.protocol.candidates, self.protocol.seed
+        drawn = sample_negatives(kind, users, forbidden, self.popularity, seed)
+        return scores.sampled_ranks(target, torch.from_numpy(drawn).to(scores.device))
 
 
-def _ranks(
-    scores: Scores,
-    batch: dict[str, Tensor],
-    data: SequenceDataset,
-    protocol: Protocol,
-    popularity: np.ndarray,
-) -> Tensor:
-    target = batch["target"].to(scores.device)
-    if protocol.candidates == "full" and protocol.seen == "keep":
-        return scores.full_ranks(target, None)
-    users = batch["user"].numpy()
-    if protocol.candidates == "full":
-        seen = seen_pairs(data, users, protocol.split, protocol.last)
-        row, item = (torch.from_numpy(own).to(scores.device) for own in seen)
-        return scores.full_ranks(target, (row, item))
-    forbidden = never_drawn(data, users, batch["target"].numpy(), protocol.split)
-    drawn = sample_negatives(protocol.candidates, users, forbidden, popularity, protocol.seed)
-    return scores.sampled_ranks(target, torch.from_numpy(drawn).to(scores.device))
+def never_drawn(loader: HistoryBatches, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(Pair, item) of what is no sampled candidate of pairs: what they have had, and targets."""
+    row, item = loader.seen(rows)
+    target = loader.items[loader.target[rows]]
+    return np.concatenate([row, np.arange(len(target))]), np.concatenate([item, target])
 
 
-def seen_pairs(
-    data: SequenceDataset, users: np.ndarray, split: str, last: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(Index in `users`, item) of what each has had, in the `last` places if given."""
-    indptr, item = data.seen(users, split, last)
-    return np.repeat(np.arange(len(users)), np.diff(indptr)), item
-
-
-def never_drawn(
-    data: SequenceDataset, users: np.ndarray, target: np.ndarray, split: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(Index in `users`, item) of what is no sampled candidate: what they have had, and targets."""
-    row, item = seen_pairs(data, users, split)
-    return np.concatenate([row, np.arange(len(users))]), np.concatenate([item, target])
+def _metric_names(metrics: Sequence[str], candidates: str) -> tuple[str, ...]:
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    for name in names:
+        check_choice("metrics", name, METRICS + MORE_METRICS)
+    if not names:
+        raise InputError("metrics: none was named")
+    if "coverage" in names and candidates != "full":
+        raise InputError(f"metrics: coverage is of a full ranking, not of {candidates} candidates")
+    return names
 
 
 def _cutoffs(k: int | Sequence[int]) -> tuple[int, ...]:

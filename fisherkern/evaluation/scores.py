@@ -32,6 +32,9 @@ class Scores(Protocol):
     def sampled_ranks(self, target: Tensor, negatives: Tensor) -> Tensor:
         """Return the ranks (N,) of `target` (N,) among `negatives` (N, S); see `sampled_ranks`."""
 
+    def top(self, k: int, excluded: ItemPairs | None) -> tuple[Tensor, Tensor]:
+        """Return the k best items (N, k) and their scores; see `top_columns`."""
+
 
 class NaNScoreError(Exception):
     """Rows of a batch have a score that is NaN."""
@@ -68,6 +71,12 @@ class WholeScores:
     def sampled_ranks(self, target: Tensor, negatives: Tensor) -> Tensor:
         """Return the ranks among `negatives`."""
         return sampled_ranks(self.scores, target, negatives)
+
+    def top(self, k: int, excluded: ItemPairs | None) -> tuple[Tensor, Tensor]:
+        """Return the k best items; allocates scores and masks, (N, V) each."""
+        z = without(self.scores, 0, excluded)
+        column, best = top_columns(z, k)
+        return column + 1, best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +135,19 @@ class TiledScores:
         if (bad := z.isnan().any(dim=1)).any():
             raise NaNScoreError(bad)
         return 1 + (z[:, 1:] >= z[:, :1]).sum(dim=1)
+
+    def top(self, k: int, excluded: ItemPairs | None) -> tuple[Tensor, Tensor]:
+        """Return the k best items; holds a few tiles and the k best of those before."""
+        items = torch.empty(len(self.h), 0, dtype=torch.int64, device=self.device)
+        best = torch.empty(len(self.h), 0, dtype=self.score_type, device=self.device)
+        with _no_autocast(self.device):
+            for start, z in self.tiles():
+                place = torch.arange(start + 1, start + 1 + z.shape[1], device=self.device)
+                items = torch.cat([items, place.expand(len(z), -1)], dim=1)
+                best = torch.cat([best, without(z, start, excluded)], dim=1)
+                column, best = top_columns(best, k)
+                items = items.gather(1, column)
+        return items, best
 
     def scores_of(self, items: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the scores of items (N, S); with `chosen` (N, S) of those, zeros for others."""
@@ -280,6 +302,29 @@ def sampled_ranks(scores: Tensor, target: Tensor, negatives: Tensor) -> Tensor:
     """
     own = scores.gather(1, target[:, None] - 1)
     return 1 + (scores.gather(1, negatives - 1) >= own).sum(dim=1)
+
+
+def without(scores: Tensor, start: int, excluded: ItemPairs | None) -> Tensor:
+    """Return the scores of items start + 1.., -inf where a pair of `excluded` names one."""
+    if excluded is None:
+        return scores
+    row, column = excluded[0], excluded[1] - 1 - start
+    inside = (column >= 0) & (column < scores.shape[1])
+    return scores.index_put((row[inside], column[inside]), scores.new_tensor(-torch.inf))
+
+
+def top_columns(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k columns of the highest scores, ascending, and these scores, (N, k) each.
+
+    Of equal scores the first columns are taken, so that tiles and processes change nothing; all
+    columns where there are no more than k.
+    """
+    k = min(k, scores.shape[1])
+    least = scores.topk(k, dim=1).values[:, -1:]
+    above, equal = scores > least, scores == least
+    equal &= equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)
+    column = (above | equal).nonzero()[:, 1].view(len(scores), k)
+    return column, scores.gather(1, column)
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:

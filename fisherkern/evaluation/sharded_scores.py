@@ -13,7 +13,7 @@ from fisherkern.adapters.batches import batch_size, batch_slice, sequence_length
 from fisherkern.adapters.sharded import ShardedModel
 from fisherkern.adapters.sharded_layer import OwnItems, seen_by, with_sharded_layer
 from fisherkern.errors import InputError
-from fisherkern.evaluation.scores import ItemPairs, NaNScoreError, TiledScores
+from fisherkern.evaluation.scores import ItemPairs, NaNScoreError, TiledScores, top_columns
 from fisherkern.processes import joined_sum, own_part, stacked, together
 
 
@@ -59,6 +59,28 @@ class ShardedScores:
         if (bad := z.isnan().any(dim=1)).any():
             raise NaNScoreError(bad)
         return 1 + (z[:, 1:] >= z[:, :1]).sum(dim=1)
+
+    def top(self, k: int, excluded: ItemPairs | None) -> tuple[Tensor, Tensor]:
+        """Return the k best items, of every process's k best."""
+        pairs = None
+        if excluded is not None:
+            item, inside = self._local(excluded[1])
+            pairs = excluded[0][inside], item[inside]
+        rows = len(self.own.h)
+        items = torch.full((rows, k), 1, dtype=torch.int64, device=self.device)
+        best = self.own.h.new_full((rows, k), -torch.inf, dtype=self.own.score_type)
+        if len(self.items):
+            number, found = self.own.top(k, pairs)
+            items[:, : number.shape[1]] = self.items[number - 1] + 1
+            best[:, : number.shape[1]] = found
+        items, best = (
+            stacked(items).movedim(0, 1).flatten(1),
+            stacked(best).movedim(0, 1).flatten(1),
+        )
+        order = items.argsort(dim=1, stable=True)
+        items = items.gather(1, order)
+        column, best = top_columns(best.gather(1, order), k)
+        return items.gather(1, column), best
 
     def _local(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers from 1 of items among the own ones, 0 for none, and which are own."""

@@ -25,6 +25,13 @@ class TrainingSequences(Protocol):
     attributes: Any
 
     @property
+    def train_ends(self) -> Any:
+        """(num_users,) int64: where in `items` each user's training part ends."""
+
+    def popularity(self) -> Any:
+        """(V,) int64: how often items 1..V occur in the training parts."""
+
+    @property
     def num_items(self) -> int:
         """V, the size of the catalogue."""
 

@@ -15,8 +15,8 @@ from fisherkern.objectives.base import TrainingSequences
 class SameTarget:
     """CSR from an item to the training samples whose target it is.
 
-    A sample is a place p in `items`, the data set's, after the first item of its user and not
-    among the last two, which are held out. Its target is items[p], its history the user's
+    A sample is a place p in `items`, the data set's, after the first item of its user and in
+    the user's training part. Its target is items[p], its history the user's
     items before p. Item v has the samples places[starts[v]:starts[v+1]].
     """
 
@@ -29,10 +29,7 @@ class SameTarget:
     def of(cls, data: TrainingSequences) -> SameTarget:
         """Sorts the training samples by target: O(actions) memory, no pairs."""
         items, offsets = np.asarray(data.items), np.asarray(data.offsets, np.int64)
-        sample = np.ones(len(items), bool)
-        for held_out in (-1, -2):
-            ends = offsets[1:] + held_out
-            sample[ends[ends >= offsets[:-1]]] = False
+        sample = np.arange(len(items)) < np.repeat(np.asarray(data.train_ends), np.diff(offsets))
         sample[offsets[:-1][offsets[1:] > offsets[:-1]]] = False
         places = np.flatnonzero(sample)
         places = places[np.argsort(items[places], kind="stable")]

@@ -28,8 +28,11 @@ def user_groups(data: SequenceDataset, report: Report) -> dict[str, dict[str, np
         Title -> label -> (num_users,) bool; groups of fewer than two users, which have no interval,
         are left out.
     """
-    held_out = {"test": 1, "validation": 2}[report.split]
-    targets = data.offsets[1:][report.users] - held_out
+    user, position = data.targets(report.split)
+    # A user's targets follow each other, in the report as in the data.
+    new = np.diff(report.users, prepend=-1) != 0
+    number = np.arange(len(new)) - np.flatnonzero(new)[np.cumsum(new) - 1]
+    targets = position[np.searchsorted(user, report.users) + number]
     lengths = targets - data.offsets[:-1][report.users]
     popularity = data.popularity()[data.items[targets] - 1]
     return {

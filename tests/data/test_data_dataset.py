@@ -145,13 +145,15 @@ def test_first_windows_are_those_of_epoch_after_epoch():
 @given(sequences, st.sampled_from(sorted(HELD_OUT)), st.sampled_from([None, 1, 3]))
 def test_seen_and_popularity_count_what_a_loop_counts(rows, split, last):
     data = make(rows)
-    users = list(reversed(range(len(rows))))
-    indptr, items = data.seen(users, split, last)
-    assert indptr[0] == 0 and indptr[-1] == len(items)
-    for place, user in enumerate(users):
-        history = rows[user][: max(len(rows[user]) - 1 - HELD_OUT[split], 0)]
-        history = history if last is None else history[-last:]
-        assert items[indptr[place] : indptr[place + 1]].tolist() == sorted(set(history))
+    users = [u for u, _, _ in reversed([(p[2], *p[:2]) for p in all_pairs(rows, split, 1)])]
+    if users:
+        loader = data.loader(split=split, users=users)
+        assert loader.user.tolist() == users
+        pair, items = loader.seen(slice(None), last)
+        for place, user in enumerate(users):
+            history = rows[user][: max(len(rows[user]) - 1 - HELD_OUT[split], 0)]
+            history = history if last is None else history[-last:]
+            assert items[pair == place].tolist() == sorted(set(history))
     train = [item for row in rows for item in row[: max(len(row) - 2, 0)]]
     assert data.popularity().tolist() == [train.count(v) for v in range(1, V + 1)]
 
@@ -246,7 +248,7 @@ def test_arrays_that_do_not_fit_are_refused(changes, message):
         ),
         (lambda d: d.windows(batch_size=1, max_len=1, seed=0, epoch=0, crop="x"), "crop must be"),
         (lambda d: d.sequence(1), "user 1 is not in 0..0"),
-        (lambda d: d.seen([-1], "test"), "user -1 is not in 0..0"),
+        (lambda d: d.loader(split="test", users=[-1]), "user -1 is not in 0..0"),
         (lambda d: d.subset([0.0]), "users must be a list of integers"),
     ],
 )
