@@ -16,7 +16,7 @@ from fisherkern.fisher import (
     fisher_product,
     linear_grams,
 )
-from fisherkern.merging import Preflight, merge, merge_files, preflight
+from fisherkern.merging import Preflight, decay_weights, merge, merge_files, preflight
 from fisherkern.objectives import (
     EMKD,
     Attributes,
@@ -36,7 +36,14 @@ from fisherkern.postmerge import (
     weight_ensemble,
 )
 from fisherkern.provenance import package_version
-from fisherkern.training import TrainingSettings, load_model, save_model, train, train_peers
+from fisherkern.training import (
+    KeptCheckpoints,
+    TrainingSettings,
+    load_model,
+    save_model,
+    train,
+    train_peers,
+)
 
 __version__ = package_version()
 
@@ -50,6 +57,7 @@ __all__ = [
     "DuoRec",
     "GRU4Rec",
     "InputError",
+    "KeptCheckpoints",
     "LinearGrams",
     "MaskedItems",
     "NTXent",
@@ -69,6 +77,7 @@ __all__ = [
     "adapt",
     "align",
     "compare",
+    "decay_weights",
     "diag_fisher",
     "evaluate",
     "fisher_product",

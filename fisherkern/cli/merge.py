@@ -60,7 +60,8 @@ def merge_checkpoints(
         method: default: fisher with --fisher, else weighted or uniform.
         fisher: one Fisher file per checkpoint.
         base: the checkpoint that the members started from.
-        weights: one number per member, comma-separated, or search (needs --data).
+        weights: one number per member, comma-separated; search (needs --data); or linear-decay,
+            cosine-decay or 1-sqrt-decay, for checkpoints of one run, the oldest first.
         option: name=value, an option of the method; may be repeated.
         steps: search draws, gradient steps or CG iterations, depending on --method.
         stream: merge from disk, a block of rows at a time, in little memory.
@@ -161,7 +162,7 @@ def _streamed(recipe: Recipe, path: Path) -> dict[str, Any]:
         return merge_files(
             recipe.members,
             path,
-            weights=recipe.weights,  # type: ignore[arg-type]  # a word is refused there
+            weights=recipe.weights,
             fishers=recipe.fishers or None,
             base=recipe.base,
             **recipe.settings(),

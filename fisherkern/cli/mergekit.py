@@ -16,6 +16,7 @@ PARAMETERS = {
     "slerp": ((), ("t",)),
     "task_arithmetic": (("weight",), ("weight", "normalize", "lambda", "int8_mask")),
     "ties": (("weight", "density"), ("weight", "density", "normalize", "lambda", "int8_mask")),
+    "model_stock": ((), ("filter_wise", "int8_mask")),
     "dare_linear": (
         ("weight", "density"),
         ("weight", "density", "normalize", "lambda", "rescale", "int8_mask"),
@@ -64,6 +65,8 @@ def from_mergekit(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         base = _place(path, base)
     if method == "slerp":
         return found | _slerp(path, [model for model, _ in models], base, values)
+    if method == "model_stock":
+        return found | _model_stock(path, [model for model, _ in models], base, values)
     members = [(model, own) for model, own in models if model != base or own]
     if any(model == base for model, _ in members):
         raise InputError(f"{path}: 'base_model' is no member of {method}: it has no task vector")
@@ -111,6 +114,15 @@ def _slerp(
     return {"method": "slerp", "members": [base, others[0]], "weights": [1 - t, t]}
 
 
+def _model_stock(
+    path: Path, models: list[Path], base: Path | None, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    if values.get("filter_wise"):
+        raise InputError(f"{path}: 'filter_wise' is true, and ours has one angle a tensor")
+    others = [model for model in models if model != base]
+    return {"method": "model_stock", "members": others, "base": base}
+
+
 def _models(path: Path, content: Any, known: tuple[str, ...]) -> list[tuple[Path, dict[str, Any]]]:
     if not isinstance(content, list) or not content:
         raise InputError(f"{path}: 'models' must be a list of mappings with a key 'model'")
@@ -136,7 +148,7 @@ def _check(path: Path, mapping: Any, known: tuple[str, ...], where: str) -> None
 
 
 def _value(path: Path, key: str, value: Any) -> Any:
-    switch = key in ("normalize", "rescale", "int8_mask")
+    switch = key in ("normalize", "rescale", "int8_mask", "filter_wise")
     if isinstance(value, bool) != switch or not isinstance(value, int | float):
         expected = "true or false" if switch else "one number for all layers"
         raise InputError(f"{path}: {shown(key)} is {shown(value)} where {expected} was expected")

@@ -15,6 +15,9 @@ from fisherkern.cli.mergekit import from_mergekit, is_mergekit
 from fisherkern.cli.yaml_documents import LinedMapping, parse_yaml, read_yaml
 from fisherkern.errors import InputError, shown
 
+Words = Literal["search", "linear-decay", "cosine-decay", "1-sqrt-decay"]
+WORDS_FOR_WEIGHTS = typing.get_args(Words)
+
 
 @dataclass
 class Recipe:
@@ -28,7 +31,7 @@ class Recipe:
     fishers: list[Path] = field(default_factory=list)
     base: Path | None = None
     method: str | None = None
-    weights: list[float] | Literal["search"] | None = None
+    weights: list[float] | Words | None = None
     options: dict[str, Any] = field(default_factory=dict)
     floor: float = 0.1
     normalize: str | None = "mean"
@@ -65,18 +68,20 @@ def _told(value: Any) -> Any:
 
 
 RECIPE_FIELDS = tuple(own.name for own in fields(Recipe))
+_WEIGHT_WORDS = ", ".join(WORDS_FOR_WEIGHTS)
 _RECIPE_KEYS = tuple(name for name in RECIPE_FIELDS if name not in ("fishers", "dtype"))
 MEMBER_KEYS = tuple(own.name for own in fields(_Member))
 
 
-def weights_from(text: str | None) -> list[float] | Literal["search"] | None:
+def weights_from(text: str | None) -> list[float] | Words | None:
     """The weights that --weights gives."""
-    if text is None or text == "search":
+    if text is None or text in WORDS_FOR_WEIGHTS:
         return text  # type: ignore[return-value]  # mypy narrows no str to a Literal
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--weights: {shown(text)} is neither numbers nor 'search'") from None
+        wrong = f"--weights: {shown(text)} is neither numbers nor one of {_WEIGHT_WORDS}"
+        raise InputError(wrong) from None
 
 
 def option_from(text: str) -> tuple[str, Any]:
@@ -190,6 +195,6 @@ def _wanted(message: str) -> str:
     """In English what msgspec says that it expected."""
     match = re.match(r"Expected `([^`]*)`(?: >= (\d+))?", message)
     if match is None:  # the one word that is neither a list nor a number
-        return "a list of numbers or 'search'"
+        return f"a list of numbers or one of {_WEIGHT_WORDS}"
     words = " or ".join(WORDS[kind] for kind in match[1].split(" | ") if kind in WORDS)
     return words + (f" of at least {match[2]}" if match[2] else "")

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 
 from fisherkern import processes
+from fisherkern.checks import check_count
 from fisherkern.cli.arguments import command
 from fisherkern.cli.evaluate import show_report
 from fisherkern.cli.run import BEST_DEVICE, Run, check_most, over_catalogue_of
@@ -33,6 +34,7 @@ from fisherkern.objectives import (
     from_settings,
 )
 from fisherkern.training import (
+    KeptCheckpoints,
     TrainingLog,
     TrainingSettings,
     load_model,
@@ -82,6 +84,8 @@ def train_encoder(
     validate_every: int | None = None,
     score: str = "ndcg@10",
     save_every_seconds: float | None = 60.0,
+    keep: int | None = None,
+    keep_every: int = 1,
     keep_state: bool = False,
     device: str = BEST_DEVICE,
 ) -> None:
@@ -100,6 +104,9 @@ def train_encoder(
         contrastive_weight: factor of the added loss.
         validate_every: epochs between validations (default: 1 with --patience).
         score: validation metric for early stopping, e.g. ndcg@10.
+        keep: checkpoints to keep, of the last epochs, whichever is the best, to be merged:
+            checkpoint-0060.safetensors and so on (default: none).
+        keep_every: epochs from one kept checkpoint to the next.
         keep_state: keep state.safetensors when the run is done: its optimiser's second moments
             are a Fisher (`fisher --from-state`).
         device: cpu, cuda or cuda:1.
@@ -108,6 +115,14 @@ def train_encoder(
     data = run.data()
     names = [f"member{number}.safetensors" for number in range(networks or 0)]
     names += ["model.safetensors", "ema.safetensors"]
+    if keep is not None:
+        check_count("--keep", keep)
+        check_count("--keep-every", keep_every)
+        names += [KeptCheckpoints.name(epoch) for epoch in range(1, epochs + 1)]
+    elif keep_every != 1:
+        raise InputError(
+            "--keep-every: says how far apart the checkpoints of --keep are; give both"
+        )
     out = run.out(f"train-{data.name}", *names, same_arguments=True)
     model, data = _model(run, data)
     validating = run.values["patience"] is not None or validate_every is not None
@@ -119,6 +134,7 @@ def train_encoder(
         "objective": _objective(run, model, data),
         "validate": ValidationScore(score, data) if validating else None,
         "validate_every": validate_every or 1,
+        "on_epoch": None if keep is None else KeptCheckpoints(out, keep, keep_every),
         "state": out / "state.safetensors",
     }
     log = train(model.to(run.device), **given)

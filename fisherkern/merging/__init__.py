@@ -1,5 +1,6 @@
 """One network out of several: merge methods, weights, and what to expect beforehand."""
 
+from fisherkern.merging.decay import decay_weights
 from fisherkern.merging.files import merge_files
 from fisherkern.merging.merge import merge
 from fisherkern.merging.preflight import Preflight, preflight
@@ -10,6 +11,7 @@ __all__ = [
     "MergeBlock",
     "MergeMethod",
     "Preflight",
+    "decay_weights",
     "merge",
     "merge_files",
     "merge_method",

@@ -13,6 +13,7 @@ from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import fingerprint
 from fisherkern.members.options import check_options
 from fisherkern.members.ties import Tie
+from fisherkern.merging.decay import DECAYS
 from fisherkern.merging.rules import METHODS, MergeMethod
 
 
@@ -33,7 +34,10 @@ def choose_method(
         raise InputError(f"method {shown(name)} is not one of {', '.join(METHODS)}")
     method = METHODS[name]
     if isinstance(weights, str) and weights != "search":
-        raise InputError(f"weights is {shown(weights)} where numbers or 'search' were expected")
+        known = ", ".join(map(repr, DECAYS))
+        raise InputError(
+            f"weights is {shown(weights)} where numbers, 'search' or one of {known} were expected"
+        )
     searching = isinstance(weights, str)
     if searching and "products" in method.inputs:
         raise InputError(f"method {name!r} takes numbers as weights, not 'search'")

@@ -12,6 +12,7 @@ from fisherkern.checks import takes_numpy
 from fisherkern.members.checks import check_weights
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
+from fisherkern.merging.decay import decayed
 from fisherkern.merging.full_fisher import Product, solve_full_fisher
 from fisherkern.merging.learned import learn_weights
 from fisherkern.merging.low_rank import LowRankMembers, LowRankOptions
@@ -80,6 +81,7 @@ def merge(
             - "slerp": spherical interpolation; lambda are places on the great circle.
             - "task_arithmetic", "ties", "dare": task vectors from `base`; options scale, density,
               per.
+            - "model_stock": between `base` and the average, by the angle of the task vectors.
             - "pcrec": layers mixed by their entropy; options criterion, alpha, bins.
             - "regmean": with `grams`; options alpha, ridge.
             - "full_fisher": with `products` and `fishers` (`solve_full_fisher`); option tol.
@@ -91,7 +93,9 @@ def merge(
         weights: lambda, M numbers of at least 0, of any positive sum. Default: equal. If members
             saw different numbers of sequences, pass these numbers: lambda_m F_m is then the Fisher
             of all that a member saw, up to the unit. "search" finds those with the highest `score`
-            (`search_weights`).
+            (`search_weights`). "linear-decay", "cosine-decay" or "1-sqrt-decay": those by which
+            one run's checkpoints, the oldest first, make up for a decay of its learning rate
+            (`decay_weights`).
         fishers: M mappings from names of `named_parameters()` to non-negative tensors of the
             parameters' shapes. mean(F_m) is over all entries of the member's Fisher, so a Fisher
             scaled by a constant changes nothing.
@@ -127,6 +131,7 @@ def merge(
     recommenders; the relative floor and the units are ours.
     """
     models = list(models)
+    weights = decayed(weights, models)
     inputs = {
         "weights": weights,
         "fishers": fishers,

@@ -134,7 +134,7 @@ GOOD = "members: [m1.safetensors, m2.safetensors]\n"
         (GOOD + "method: pcrec\noptions: {alfa: 1}", "method 'pcrec' has no option 'alfa'"),
         (
             GOOD + "weights: best",
-            "'weights' is 'best' where a list of numbers or 'search' was expected",
+            "'weights' is 'best' where a list of numbers or one of search, linear-decay",
         ),
         (GOOD + "weights: [1, x]", "'weights' is [1, 'x'] where a number was expected"),
         (GOOD + "weights: [1, 2, 3]", "weights has 3 numbers for 2 members"),

@@ -91,6 +91,19 @@ def test_dare_linear_keeps_or_rescales(states, tmp_path):
     assert float((options - found).abs().amin(0).max()) < 1e-5
 
 
+def test_model_stock_is_by_the_angle_of_the_task_vectors(states, tmp_path):
+    text = "models: [{model: a.pth}, {model: b.pth}, {model: base.pth}]\n"
+    text += "merge_method: model_stock\nbase_model: base.pth\nparameters: {filter_wise: false}"
+    one, two = (states[name] - states["base"] for name in ("a", "b"))
+    cos = (one * two).sum() / one.norm() / two.norm()
+    ratio = max(0.0, 2 * float(cos) / (1 + float(cos)))
+    expected = states["base"] + ratio * (one + two) / 2
+    assert torch.allclose(merged(tmp_path, text), expected, atol=1e-5)
+    (tmp_path / "rows.yml").write_text(text.replace("false", "true"))
+    with pytest.raises(InputError, match="'filter_wise' is true, and ours has one angle"):
+        from_file(tmp_path / "rows.yml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -19,6 +19,7 @@ from fisherkern.members.checks import check_weights, is_counter
 from fisherkern.merging import blocks as blocks_in_memory
 from fisherkern.merging import checks
 from fisherkern.merging.blocks import BLOCK, BlockIterator, as_table
+from fisherkern.merging.decay import decayed
 from fisherkern.merging.files.dcp_members import into_folders, open_any_member, open_fisher
 from fisherkern.merging.files.fisher_files import FisherFiles
 from fisherkern.merging.files.member_files import MemberFiles
@@ -45,7 +46,8 @@ from fisherkern.provenance import package_version
 PathLike = str | os.PathLike[str]
 
 # Methods that need neither data nor a model, whose order of tensors files do not keep.
-STREAMED = ("uniform", "weighted", "fisher", "slerp", "task_arithmetic", "ties", "dare")
+_FROM_BASE = ("task_arithmetic", "ties", "dare", "model_stock")
+STREAMED = ("uniform", "weighted", "fisher", "slerp", *_FROM_BASE)
 # Entries of each member read at once, and of each Fisher: a multiple of the blocks computed.
 READ = 16 * BLOCK
 
@@ -57,7 +59,7 @@ def merge_files(
     out: PathLike,
     *,
     method: str | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | str | None = None,
     fishers: Sequence[PathLike] | None = None,
     base: PathLike | None = None,
     options: Mapping[str, Any] | None = None,
@@ -98,8 +100,8 @@ def merge_files(
             model card (README.md in a folder), and for our models x.json. Each takes its name when
             all are whole, the model last; a failure leaves what was there before.
         method: "uniform", "weighted", "fisher" (all groups but "head"), "slerp", "task_arithmetic",
-            "ties" or "dare": the methods that need neither data nor a model.
-        weights: lambda, M numbers. Default: equal.
+            "ties", "dare" or "model_stock": the methods that need neither data nor a model.
+        weights: lambda, M numbers, or the name of a decay, see `merge`. Default: equal.
         fishers: M files of `DiagFisher.save`. Their names may have the prefixes of wrappers or lack
             them. Of native checkpoints, tensors without a Fisher are averaged by lambda.
         base: A checkpoint like the members, of the model that they were trained from.
@@ -122,7 +124,7 @@ def merge_files(
     Raises:
         InputError: Something does not fit, a NaN included; the message names file and tensor.
     """
-    out = Path(out)
+    out, weights = Path(out), decayed(weights, paths)
     if not paths:
         raise InputError("there is no model to merge")
     if fishers is not None and len(fishers) != len(paths):
@@ -177,7 +179,7 @@ def _choose(
     normalize: str | None,
 ) -> tuple[MergeMethod, dict[str, Any]]:
     if isinstance(inputs["weights"], str):
-        raise InputError("merge_files takes numbers as weights, not words")
+        raise InputError("merge_files takes numbers as weights, or the name of a decay")
     unused = dict.fromkeys(("grams", "products", "score", "validation"))
     if method is not None and method not in STREAMED:
         raise InputError(

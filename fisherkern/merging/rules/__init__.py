@@ -10,6 +10,7 @@ from fisherkern.merging.rules.slerp import slerp
 from fisherkern.merging.rules.task_arithmetic import task_arithmetic
 from fisherkern.merging.rules.ties import ties
 from fisherkern.merging.rules.dare import dare
+from fisherkern.merging.rules.model_stock import model_stock
 from fisherkern.merging.rules.pcrec import pcrec
 from fisherkern.merging.rules.regmean import regmean
 from fisherkern.merging.rules.full_fisher import full_fisher
@@ -30,6 +31,7 @@ __all__ = [
     "greedy_soup",
     "learned_soup",
     "merge_method",
+    "model_stock",
     "pcrec",
     "regmean",
     "slerp",

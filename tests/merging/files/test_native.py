@@ -81,6 +81,8 @@ METHODS = {
     "uniform": {},
     "slerp": {"method": "slerp", "weights": [1, 2]},
     "ties": {"method": "ties", "base": True, "options": {"density": 0.4}},
+    "model_stock": {"method": "model_stock", "base": True},
+    "decay": {"weights": "cosine-decay"},
     "dare": {"method": "dare", "base": True, "seed": 2},
     "task_arithmetic": {"method": "task_arithmetic", "base": True},
 }

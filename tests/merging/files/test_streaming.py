@@ -40,6 +40,7 @@ ARGUMENTS = {
     "fisher-row": {"method": "fisher", "fishers": True, "options": {"group": "row"}, "floor": 0.0},
     "task_arithmetic": {"method": "task_arithmetic", "base": True, "options": {"scale": 0.7}},
     "dare": {"method": "dare", "base": True, "seed": 3},
+    "decay": {"weights": "1-sqrt-decay"},
 }
 # Those that look at whole tensors first.
 PREPARED = {
@@ -47,6 +48,7 @@ PREPARED = {
     "fisher-neuron": {"fishers": True, "options": {"group": "neuron"}, "weights": [1, 2, 3]},
     "slerp": {"method": "slerp", "weights": [1, 2, 3]},
     "ties": {"method": "ties", "base": True, "options": {"density": 0.3}},
+    "model_stock": {"method": "model_stock", "base": True},
 }
 
 
