@@ -23,6 +23,10 @@ def data(run: Run) -> None:
             "max": int(lengths.max()),
         },
         "attributes": None if found.attributes is None else len(found.attributes),
+        "times": found.times is not None,
+        "split": found.holdout.name,
+        "training": int(found.holdout.train.sum()),
+        "targets": {part: len(found.targets(part)[0]) for part in ("validation", "test")},
         "fingerprint": found.fingerprint(),
     }
     run.finish(run.out(f"data-{found.name}"), result)

@@ -118,6 +118,7 @@ def train_encoder(
     if keep is not None:
         check_count("--keep", keep)
         check_count("--keep-every", keep_every)
+        check_most("epochs", epochs, 9999)  # so that the names' order is that of the epochs
         names += [KeptCheckpoints.name(epoch) for epoch in range(1, epochs + 1)]
     elif keep_every != 1:
         raise InputError(

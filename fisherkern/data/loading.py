@@ -117,6 +117,8 @@ def load(
         )
     )
     if time_split is None:
+        if (time_targets, time_validation) != ("last", "time"):
+            raise InputError("time_targets and time_validation are of a time_split; give one")
         return data
     if data.times is None:
         raise InputError(f"{path}: its actions have no times, which time_split={time_split} needs")

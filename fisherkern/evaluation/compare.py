@@ -48,10 +48,13 @@ class Comparison(Mapping[str, Difference]):
     def table(self) -> str:
         """Return the protocol, then a row for each metric: difference, error, interval."""
         lines = [f"{self.protocol}, {self.num_users:,} users, paired"]
-        lines.append(f"{'':<9}{'difference':>12}{'std. error':>12}{'95 % interval':>22}")
+        width = max(8, *map(len, self)) + 1
+        lines.append(f"{'':<{width}}{'difference':>12}{'std. error':>12}{'95 % interval':>22}")
         for metric, d in self.items():
             interval = f"{d.low:+.4f} to {d.high:+.4f}"
-            lines.append(f"{metric:<9}{d.mean:>+12.4f}{d.standard_error:>12.4f}{interval:>22}")
+            lines.append(
+                f"{metric:<{width}}{d.mean:>+12.4f}{d.standard_error:>12.4f}{interval:>22}"
+            )
         return "\n".join(lines)
 
 

@@ -123,6 +123,26 @@ def test_groups_of_users_by_a_loop(folder: Path, split: str, held_out: int) -> N
             highest = max(inside)
 
 
+def test_groups_of_successive_targets_by_a_loop() -> None:
+    data = fk.synthetic(num_users=40, num_items=30, clusters=4, min_length=3, max_length=9)
+    data = data.split_by_time(0.6, targets="successive")
+    model = fk.Popularity(data)
+    whole = fk.evaluate(model, data)
+    some = fk.evaluate(model, data, users=np.unique(whole.users)[::-2])
+    for own in (whole, some):
+        masks = user_groups(data, own)["history length"]
+        lengths = []
+        for user in dict.fromkeys(own.users.tolist()):
+            first = max(int(data.holdout.validated[user]), 1)
+            lengths += range(first, len(data.sequence(user)))
+        for label, mask in masks.items():
+            inside = [value for value, chosen in zip(lengths, mask, strict=True) if chosen]
+            assert label == f"{min(inside)} to {max(inside)} actions before"
+        assert len(own.users) > own.num_users and sum(m.sum() for m in masks.values()) == len(
+            lengths
+        )
+
+
 def test_groups_on_the_page_are_paired(folder: Path, measured: Page) -> None:
     data = fk.load(folder / "data.txt")
     best = read_json(folder / "run" / "result-report.json")["best_member"]

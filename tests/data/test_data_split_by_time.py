@@ -130,6 +130,8 @@ def test_files_with_times_are_split_and_those_without_refused(tmp_path):
     )
     # The quantile is 13; users 2 and 3 have two and three later actions, one of them the first.
     assert data.targets("test")[0].tolist() == [2, 2, 3, 3]
+    with pytest.raises(InputError, match="time_targets and time_validation are of a time_split"):
+        fk.load(path, time_targets="successive")
     lines = tmp_path / "made.txt"
     lines.write_text("1 1\n1 2\n1 3\n")
     with pytest.raises(InputError, match=r"made\.txt: its actions have no times"):

@@ -124,5 +124,8 @@ def test_the_command_keeps_and_merges_them(tmp_path, capsys):
     assert "did not make it" in capsys.readouterr().err
     assert main([*train_it[:-4], "--out", str(tmp_path / "x"), "--keep", "0"]) == 2
     assert "--keep must be at least 1" in capsys.readouterr().err
+    long = ["--epochs", "10000", "--keep", "1", "--out", str(tmp_path / "x")]
+    assert main(["train", "--data", "synthetic", *long]) == 2
+    assert "--epochs: must be at most 9,999" in capsys.readouterr().err
     assert main([*train_it[:-4], "--out", str(tmp_path / "x"), "--keep-every", "2"]) == 2
     assert "--keep-every: says how far apart" in capsys.readouterr().err
