@@ -93,7 +93,7 @@ class SequenceDataset:
             "user_ids": tuple(user_ids),
             "attributes": attributes,
             "times": None if times is None else _frozen_times(times, offset_array),
-            "holdout": leave_one_out(offset_array) if holdout is None else holdout,
+            "holdout": (holdout or leave_one_out(offset_array)).check(offset_array),
         }
         self.__dict__.update(values)
 
@@ -235,11 +235,9 @@ class SequenceDataset:
             digest.update(array.tobytes())
         ids = ItemIdsHash(digest)
         ids.update(self.item_ids)
-        held = self.holdout
-        if held.name != "leave-one-out":
-            digest.update(f"{held.name} {held.every}".encode())
-            for array in (held.train, held.validated):
-                digest.update(array.astype("<i8").tobytes())
+        split = self.holdout.content()
+        if split != leave_one_out(self.offsets).content():
+            digest.update(split)
         return ids.hexdigest()
 
     def loader(

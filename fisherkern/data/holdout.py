@@ -33,6 +33,29 @@ class Holdout:
     validated: NDArray[np.int64]
     every: bool = False
 
+    def __post_init__(self) -> None:
+        """Keep copies that nobody can change."""
+        for name in ("train", "validated"):
+            own = np.array(getattr(self, name), np.int64)
+            own.flags.writeable = False
+            object.__setattr__(self, name, own)
+
+    def check(self, offsets: NDArray[np.int64]) -> Holdout:
+        """Raise InputError unless the parts are those of sequences with these offsets."""
+        train, validated, lengths = self.train, self.validated, np.diff(offsets)
+        shaped = train.shape == validated.shape == lengths.shape
+        if not shaped or not ((train >= 0) & (train <= validated) & (validated <= lengths)).all():
+            raise InputError(
+                f"holdout must have 0 <= train <= validated <= actions for each of {len(lengths)} "
+                "users"
+            )
+        return self
+
+    def content(self) -> bytes:
+        """Return all of it, for a hash."""
+        parts = (array.astype("<i8").tobytes() for array in (self.train, self.validated))
+        return f"{self.name} {self.every}".encode() + b"".join(parts)
+
     def subset(self, users: NDArray[np.int64]) -> Holdout:
         """Return that of some users."""
         return Holdout(self.name, self.train[users], self.validated[users], self.every)

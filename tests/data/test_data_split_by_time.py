@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fisherkern as fk
+from fisherkern.data import Holdout
 from fisherkern.errors import InputError
 from fisherkern.objectives import NextItem
 from fisherkern.objectives.same_target import SameTarget
@@ -106,6 +107,19 @@ def test_times_and_the_split_follow_users_and_catalogues():
     assert (wide.times == data.times).all()
 
 
+@pytest.mark.parametrize(
+    ("train", "validated"), [([1], [2]), ([2, 0], [1, 0]), ([-1, 0], [0, 0]), ([1, 1], [1, 5])]
+)
+def test_a_holdout_of_other_sequences_is_refused(train, validated):
+    data = ("made", [1, 1, 1, 1, 1], [0, 3, 5], ["a"], [*"xy"])
+    good = fk.SequenceDataset(*data, holdout=Holdout("own", [1, 1], [2, 1], every=True))
+    assert good.targets("test")[1].tolist() == [2, 4]
+    with pytest.raises(InputError, match="holdout must have 0 <= train <= validated <= actions"):
+        fk.SequenceDataset(*data, holdout=Holdout("own", train, validated))
+    with pytest.raises(ValueError, match="read-only"):
+        good.holdout.train[0] = 2
+
+
 def test_the_fingerprint_is_of_the_split_and_not_of_the_times():
     data = fk.synthetic(num_users=30, num_items=20, clusters=4, seed=1)
     plain = fk.SequenceDataset("x", data.items, data.offsets, data.item_ids, data.user_ids)
@@ -116,7 +130,11 @@ def test_the_fingerprint_is_of_the_split_and_not_of_the_times():
         data.split_by_time(0.8, targets="successive"),
         data.split_by_time(0.8, validation="last-item"),
     ]
-    assert len({own.fingerprint() for own in [data, *split]}) == 5
+    odd = Holdout("leave-one-out", data.holdout.train - 1, data.holdout.validated)
+    split.append(
+        fk.SequenceDataset("x", data.items, data.offsets, data.item_ids, data.user_ids, holdout=odd)
+    )
+    assert len({own.fingerprint() for own in [data, *split]}) == 6
 
 
 def test_files_with_times_are_split_and_those_without_refused(tmp_path):
