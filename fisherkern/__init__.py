@@ -6,7 +6,7 @@ from fisherkern import interrupts as interrupts
 from fisherkern.adapters import adapt, load_dcp, load_tensors
 from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic
-from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ParallelEncoders, SASRec
+from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ItemParts, ParallelEncoders, SASRec
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Popularity, Report, ScoreEnsemble, compare, evaluate
 from fisherkern.fisher import (
@@ -20,7 +20,9 @@ from fisherkern.merging import Preflight, decay_weights, merge, merge_files, pre
 from fisherkern.objectives import (
     EMKD,
     Attributes,
+    CategoryNeighbours,
     CL4SRec,
+    ContentContrast,
     DuoRec,
     MaskedItems,
     NextItem,
@@ -53,10 +55,13 @@ __all__ = [
     "BERT4Rec",
     "CL4SRec",
     "Caser",
+    "CategoryNeighbours",
+    "ContentContrast",
     "DiagFisher",
     "DuoRec",
     "GRU4Rec",
     "InputError",
+    "ItemParts",
     "KeptCheckpoints",
     "LinearGrams",
     "MaskedItems",

@@ -16,9 +16,10 @@ from fisherkern.checks import takes_numpy
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup
 from fisherkern.errors import InputError, shown
 from fisherkern.members import checks
-from fisherkern.members.catalogue import CatalogueUnion, align_item_rows
+from fisherkern.members.catalogue import CatalogueUnion
 from fisherkern.members.checks import check_encoders
 from fisherkern.members.fitting import collect_batches
+from fisherkern.members.item_parts import align_rows, united_tensors
 from fisherkern.members.symmetries import Transforms, fold_norms, symmetries_of, transform_model
 from fisherkern.members.ties import named_tensors
 from fisherkern.objectives import Objective
@@ -133,9 +134,9 @@ def align(
     with processes.together(by != "weights") as same:
         adapters = checks.adapters_of(list(models))
         modules: list[Any] = checks.bare_modules(adapters)
-        ties, catalogue = checks.check_members(modules), align_item_rows(adapters, item_ids)
+        ties, catalogue = checks.check_members(modules), align_rows(adapters, item_ids)
         checks.check_config(adapters)
-        checks.check_tensors([named_tensors(model) for model in modules], ties, catalogue)
+        checks.check_tensors(united_tensors(modules, catalogue), ties, catalogue)
         _check_counts(reference, sweeps, len(modules))
         common, members = _foldable(modules, symmetries, rotate)
         batches = _batches(by, loader, objective, members[reference]) if members else []
@@ -215,12 +216,13 @@ def _pair(
 ) -> WeightPair:
     tensors = [named_tensors(member) for member in members]
     rows = {}
-    for name in catalogue.parameters:
+    for name in catalogue.parameters | catalogue.moving:
         found = catalogue.rows(name, [len(own[name]) for own in tensors])
         if found is not None:
             shared = (found[reference] >= 0) & (found[number] >= 0)
             rows[name] = (found[reference][shared], found[number][shared])
-    return WeightPair(common, tensors[reference], tensors[number], rows, catalogue.parameters)
+    tables = catalogue.parameters | catalogue.moving
+    return WeightPair(common, tensors[reference], tensors[number], rows, tables)
 
 
 def _symmetries(model: Any, given: Callable[[Any], Symmetries] | None) -> Symmetries:

@@ -47,12 +47,12 @@ CONTRASTIVE: dict[str, Callable[[], Objective]] = {"cl4srec": CL4SRec, "duorec":
 
 
 def encoder_arguments() -> dict[str, inspect.Parameter]:
-    """The arguments of all encoders but the catalogue's size, None where not given."""
+    """The arguments of all encoders but the catalogue's, None where not given."""
     return {
         name: parameter.replace(default=None, annotation=parameter.annotation | None)
         for encoder in ENCODERS.values()
         for name, parameter in inspect.signature(encoder, eval_str=True).parameters.items()
-        if name != "num_items"
+        if name not in ("num_items", "items")
     }
 
 

@@ -4,6 +4,7 @@ from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.bert4rec import BERT4Rec
 from fisherkern.encoders.caser import Caser
 from fisherkern.encoders.gru4rec import GRU4Rec
+from fisherkern.encoders.items import ItemEmbedding, ItemParts
 from fisherkern.encoders.parallel import ParallelEncoders
 from fisherkern.encoders.registry import ENCODERS
 from fisherkern.encoders.sasrec import SASRec
@@ -25,6 +26,8 @@ __all__ = [
     "Batch",
     "Caser",
     "GRU4Rec",
+    "ItemEmbedding",
+    "ItemParts",
     "ParallelEncoders",
     "SASRec",
     "SequenceEncoder",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.checks import check_count, check_positive
+from fisherkern.encoders.items import ItemEmbedding
 from fisherkern.errors import InputError
 
 Batch = Tensor | Mapping[str, Any]
@@ -97,23 +98,36 @@ class SequenceEncoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        lookups = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        tables = [module.weight for module in lookups]
         if self.output_embedding is not None:
             tables.append(self.output_embedding)
         for table in tables:
             nn.init.trunc_normal_(table, std=std, a=-2 * std, b=2 * std)
         with torch.no_grad():
-            self.item_embedding.weight[0] = 0  # never trained, so the same in every model
+            for module in lookups:  # never trained, so the same in every model
+                if module is self.item_embedding or module.padding_idx == 0:
+                    module.weight[0] = 0
 
     def head(self) -> tuple[Tensor, Tensor | None]:
-        """W (V, D) and b (V,) or None; views of the parameters, so that ties share storage."""
+        """W (V, D) and b (V,) or None; views of the parameters, so that ties share storage.
+
+        W is computed where items are made of parts and the output layer is tied to them.
+        """
         if self.output_embedding is not None:
             return self.output_embedding, self.output_bias
-        return self.item_embedding.weight[1 : self.num_items + 1], self.output_bias
+        table = self.item_embedding
+        if isinstance(table, ItemEmbedding):
+            items = torch.arange(1, self.num_items + 1, device=table.weight.device)
+            return table(items), self.output_bias
+        return table.weight[1 : self.num_items + 1], self.output_bias
 
     def item_parameters(self) -> dict[str, int]:
-        """Names of the parameters with one row per item, and the row of item 1 in each."""
+        """Names of the tensors with one row per item, and the row of item 1 in each."""
         rows = {"item_embedding.weight": 1}
+        if isinstance(self.item_embedding, ItemEmbedding):
+            own = self.item_embedding.tables()
+            rows = {f"item_embedding.{name}": row for name, row in own.items()}
         if self.output_bias is not None:
             rows["output_bias"] = 0
         if self.output_embedding is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.encoders.base import Batch, SequenceEncoder
+from fisherkern.encoders.items import ItemParts, item_settings, item_table
 from fisherkern.encoders.symmetry import Symmetries, SymmetryGroup
 from fisherkern.encoders.transformer import (
     Block,
@@ -40,6 +44,7 @@ class BERT4Rec(SequenceEncoder):
         tied: W is the item rows of the embedding, else a matrix of its own.
         init_std: deviation of the initial embeddings, a normal truncated at two deviations. Linear
             layers start from Xavier's uniform distribution.
+        items: what items are made of beside their ids, see `ItemParts`; None: nothing.
 
     Raises:
         InputError: a size below 1, a width that `heads` does not divide, an unknown `norm`, or a
@@ -62,6 +67,7 @@ class BERT4Rec(SequenceEncoder):
         norm: str = "post",
         tied: bool = True,
         init_std: float = 0.02,
+        items: ItemParts | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(num_items, max_len, dim)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
@@ -78,10 +84,11 @@ class BERT4Rec(SequenceEncoder):
             "norm": norm,
             "tied": tied,
             "init_std": init_std,
+            **item_settings(items),
         }
         check_blocks("BERT4Rec", self.config)
         self.mask_token = num_items + 1
-        self.item_embedding = nn.Embedding(num_items + 2, dim)
+        self.item_embedding = item_table(num_items + 2, num_items, dim, items, None)
         self.position_embedding = nn.Embedding(max_len, dim)
         self.embedding_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)

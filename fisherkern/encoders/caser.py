@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.checks import check_count, check_unit
 from fisherkern.encoders.base import Batch, SequenceEncoder, take
+from fisherkern.encoders.items import ItemParts, item_settings, item_table
 from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
 
 
@@ -36,6 +40,7 @@ class Caser(SequenceEncoder):
         bias: whether there is a b.
         init_std: deviation of the initial embeddings, see `BERT4Rec`; filters start as linear
             layers there.
+        items: what items are made of beside their ids, see `ItemParts`; None: nothing.
 
     Raises:
         InputError: a size below 1, or a dropout outside [0, 1).
@@ -58,6 +63,7 @@ class Caser(SequenceEncoder):
         tied: bool = False,
         bias: bool = True,
         init_std: float = 0.02,
+        items: ItemParts | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(num_items, max_len, dim)
         self.config = {
@@ -71,12 +77,13 @@ class Caser(SequenceEncoder):
             "tied": tied,
             "bias": bias,
             "init_std": init_std,
+            **item_settings(items),
         }
         for name in ("window", "horizontal", "vertical"):
             check_count(f"Caser: {name}", self.config[name])
         check_unit("Caser: dropout", dropout, "[0, 1)")
         self.window = window
-        self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.item_embedding = item_table(num_items + 1, num_items, dim, items)
         # A filter is a linear map of the embeddings it covers, laid side by side.
         self.horizontal = nn.ModuleList(
             nn.Linear(height * dim, horizontal) for height in range(1, window + 1)
@@ -135,7 +142,7 @@ class Caser(SequenceEncoder):
         if not tied:
             symmetries.groups[hidden] = SymmetryGroup(dim)
         symmetries.groups["vertical"] = SymmetryGroup(vertical, "orthogonal")
-        symmetries.axes["item_embedding.weight"] = whole(None, "items")
+        symmetries.add_items(self, "items")
         symmetries.axes["vertical.weight"] = whole("vertical", None)
         start = vertical * dim
         dense = [AxisSpec((hidden, "vertical", "items"), (dim, vertical, dim), 1, 0, start)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fisherkern.checks import check_count, check_unit
 from fisherkern.encoders.base import Batch, SequenceEncoder, take
-from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
+from fisherkern.encoders.items import ItemParts, item_settings, item_table
+from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup
 
 
 class GRU4Rec(SequenceEncoder):
@@ -35,6 +39,7 @@ class GRU4Rec(SequenceEncoder):
         bias: whether there is a b.
         init_std: deviation of the initial embeddings, see `BERT4Rec`; the GRU's six matrices start
             as linear layers there.
+        items: what items are made of beside their ids, see `ItemParts`; None: nothing.
 
     Raises:
         InputError: a size below 1, or a dropout outside [0, 1).
@@ -56,6 +61,7 @@ class GRU4Rec(SequenceEncoder):
         tied: bool = True,
         bias: bool = False,
         init_std: float = 0.02,
+        items: ItemParts | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(num_items, max_len, dim)
         hidden_dim = 2 * dim if hidden_dim is None else hidden_dim
@@ -69,11 +75,12 @@ class GRU4Rec(SequenceEncoder):
             "tied": tied,
             "bias": bias,
             "init_std": init_std,
+            **item_settings(items),
         }
         check_count("GRU4Rec: layers", layers)
         check_count("GRU4Rec: hidden_dim", hidden_dim)
         check_unit("GRU4Rec: dropout", dropout, "[0, 1)")
-        self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.item_embedding = item_table(num_items + 1, num_items, dim, items)
         self.dropout = nn.Dropout(dropout)
         self.gru = nn.GRU(dim, hidden_dim, layers, bias=False, batch_first=True)
         self.dense = nn.Linear(hidden_dim, dim)
@@ -119,7 +126,7 @@ class GRU4Rec(SequenceEncoder):
         symmetries = Symmetries({"items": SymmetryGroup(self.dim, "orthogonal")}, {})
         if not tied:
             symmetries.groups[hidden] = SymmetryGroup(self.dim, "orthogonal")
-        symmetries.axes["item_embedding.weight"] = whole(None, "items")
+        symmetries.add_items(self, "items")
         below, below_dim = "items", self.dim
         for layer in range(self.config["layers"]):
             state, gates = f"gru.{layer}", f"gru.{layer}.gates"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_choice
 from fisherkern.encoders.base import Batch, SequenceEncoder
+from fisherkern.encoders.items import ItemParts, item_settings, item_table
 from fisherkern.encoders.symmetry import Symmetries
 from fisherkern.encoders.transformer import (
     ACTIVATIONS,
@@ -53,6 +55,7 @@ class SASRec(SequenceEncoder):
         tied: W is the item rows of the embedding, else a matrix of its own.
         bias: whether there is a b.
         init_std: deviation of the initial embeddings, see `BERT4Rec`.
+        items: what items are made of beside their ids, see `ItemParts`; None: nothing.
 
     Raises:
         InputError: a size below 1, a width that `heads` does not divide, an unknown `norm` or
@@ -80,6 +83,7 @@ class SASRec(SequenceEncoder):
         tied: bool = True,
         bias: bool = False,
         init_std: float = 0.02,
+        items: ItemParts | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(num_items, max_len, dim)
         attention_dropout = dropout if attention_dropout is None else attention_dropout
@@ -99,12 +103,13 @@ class SASRec(SequenceEncoder):
             "tied": tied,
             "bias": bias,
             "init_std": init_std,
+            **item_settings(items),
         }
         check_blocks("SASRec", self.config)
         check_choice("SASRec: activation", activation, ACTIVATIONS)
         pre = norm == "pre"
         self.scale = dim**0.5 if scaled else 1.0
-        self.item_embedding = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.item_embedding = item_table(num_items + 1, num_items, dim, items)
         self.position_embedding = nn.Embedding(max_len, dim)
         self.embedding_norm = nn.Identity() if pre else nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)

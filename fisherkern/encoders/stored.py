@@ -66,6 +66,8 @@ def _problem(
     for name, value in config.items():
         if name not in parameters:
             return f"{kind.__name__} has no {shown(name)}"
+        if name == "items":  # the constructor checks them, and makes no more than they name
+            continue
         inner = value if isinstance(value, list) else [value]
         for entry in inner:
             problem = _nested(entry, limits) if isinstance(entry, Mapping) else None

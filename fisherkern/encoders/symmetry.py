@@ -108,6 +108,14 @@ class Symmetries:
         self.axes[f"{name}.weight"] = whole(label)
         self.axes[f"{name}.bias"] = whole(label)
 
+    def add_items(self, model: Any, label: str) -> None:
+        """Describe the item table of an encoder, of parts or plain, with D on axis `label`."""
+        for name, parameter in model.item_embedding.named_parameters():
+            bias = parameter.dim() == 1
+            projected = name.endswith("project.weight")
+            labels = (label,) if bias else (label, None) if projected else (None, label)
+            self.axes[f"item_embedding.{name}"] = whole(*labels)
+
     def add_output(self, model: Any, label: str) -> None:
         """Describe the output layer of an encoder that calls `add_output`; h has axis `label`."""
         if not model.config["tied"]:

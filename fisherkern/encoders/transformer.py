@@ -153,11 +153,11 @@ def check_blocks(owner: str, config: Mapping[str, Any]) -> None:
 
 def transformer_symmetries(model: Any, kind: str) -> Symmetries:
     """Symmetries of embedding tables and `model.blocks`; the residual stream has group `kind`."""
-    tables = ("item_embedding.weight", "position_embedding.weight")
     # A key's bias adds the same number to all scores of a query, which the softmax ignores.
     idle = frozenset(f"blocks.{i}.attention.key.bias" for i in range(len(model.blocks)))
     groups = {"residual": SymmetryGroup(model.dim, kind)}
-    symmetries = Symmetries(groups, {name: whole(None, "residual") for name in tables}, idle)
+    symmetries = Symmetries(groups, {"position_embedding.weight": whole(None, "residual")}, idle)
+    symmetries.add_items(model, "residual")
     for index, block in enumerate(model.blocks):
         _add_block(symmetries, block, f"blocks.{index}", "residual")
     return symmetries

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,24 @@ class CatalogueUnion:
         where it lacks the item; None if all members list the same items in the same order.
     sizes: each member's number of items.
     parameters: name -> row of the member's first item (the same for every member).
+    others: unions of rows that are no items, such as categories; a table of theirs is theirs alone.
+    config: what the merged model's `config` has in place of the members'.
     """
 
     item_ids: list[str] | None
     positions: list[Tensor] | None
     sizes: list[int]
     parameters: dict[str, int]
+    others: tuple[CatalogueUnion, ...] = ()
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def moving(self) -> dict[str, int]:
+        """The tables whose rows stand in other places, or are lacking, in some members."""
+        found = {} if self.positions is None else dict(self.parameters)
+        for other in self.others:
+            found |= other.moving
+        return found
 
     def row_maps(self, name: str, lengths: Sequence[int]) -> list[ItemRows] | None:
         """Return where each member's tensor has the merged rows; None where nothing moves.
@@ -40,6 +53,9 @@ class CatalogueUnion:
         `lengths` are the members' row counts. Rows before the first item (padding) and after
         the last (mask) pair up by their place there, whatever the catalogue's size.
         """
+        for other in self.others:
+            if name in other.parameters:
+                return other.row_maps(name, lengths)
         if self.positions is None or name not in self.parameters:
             return None
         first = self.parameters[name]

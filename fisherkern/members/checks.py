@@ -95,7 +95,7 @@ def check_tensors(
 ) -> None:
     """Check that shapes and dtypes agree, item rows apart, and that no tensor holds a NaN."""
     for tie in ties:
-        movable = catalogue.positions is not None and tie.name in catalogue.parameters
+        movable = tie.name in catalogue.moving
         first = tensors[0][tie.name]
         for number, own in enumerate(tensors):
             tensor = own[tie.name]
@@ -141,8 +141,16 @@ def check_finite(tensors: Sequence[Tensor], name: str) -> None:
 def check_config(models: Sequence[Any]) -> None:
     """What shapes no tensor but changes the function, such as the number of heads, agrees."""
     members = [ModelAdapter.of(model) for model in models]
-    check_settings([member.settings for member in members])
+    check_settings([_without_categories(member.settings) for member in members])
     check_functions(members)
+
+
+def _without_categories(settings: Any) -> Any:
+    """Settings without the names of categories, which `align_rows` matches."""
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("items"), Mapping):
+        return settings
+    kept = {key: own for key, own in settings["items"].items() if key not in ("categories", "most")}
+    return {**settings, "items": kept}
 
 
 def check_settings(configs: Sequence[Any]) -> None:

@@ -127,7 +127,9 @@ def _with_tensors_of(first: ModelAdapter, other: ModelAdapter) -> ModelAdapter:
         memo[id(parameter)] = own[name]
     saved = first.module.state_dict(keep_vars=True)
     for name, buffer in other.module.named_buffers():
-        if isinstance(kept := saved.get(name), Tensor) and kept.shape == buffer.shape:
+        if isinstance(kept := saved.get(name), Tensor):
+            if kept.shape != buffer.shape:
+                raise ValueError(f"{name} has another shape")
             memo[id(buffer)] = kept.detach().clone()
     # The deep copy keeps what it is told stands for a tensor, and copies everything else. A
     # library's own wrapper may copy in a way of its own; functions that were given need it.

@@ -11,7 +11,8 @@ from fisherkern.adapters import ModelAdapter
 from fisherkern.encoders.symmetry import whole
 from fisherkern.errors import InputError
 from fisherkern.members import checks
-from fisherkern.members.catalogue import CatalogueUnion, align_item_rows, positions_of
+from fisherkern.members.catalogue import CatalogueUnion, positions_of
+from fisherkern.members.item_parts import align_rows, check_categories, united_tensors
 from fisherkern.members.symmetries import symmetries_of
 from fisherkern.members.ties import Tie, named_tensors
 from fisherkern.merging import checks as merge_checks
@@ -33,8 +34,8 @@ class MemberSet:
         self.adapted = isinstance(given[0], ModelAdapter)
         models = checks.bare_modules(given)
         self.ties = checks.check_members(models)
-        self.catalogue: CatalogueUnion = align_item_rows(self.adapters, item_ids)
-        self.tensors = [named_tensors(model) for model in models]
+        self.catalogue: CatalogueUnion = align_rows(self.adapters, item_ids)
+        self.tensors = united_tensors(models, self.catalogue)
         checks.check_tensors(self.tensors, self.ties, self.catalogue)
         checks.check_config(self.adapters)
         self.models = models
@@ -127,8 +128,9 @@ class MemberSet:
         with checks.renamed("member 1", "the base"):
             if checks.check_members(pair) != self.ties:
                 raise InputError("member 1 is tied in other ways than the members")
+            check_categories([*self.adapters, adapter])
         with checks.renamed("member 0", "the base"):
-            align_item_rows([adapter], None)
+            align_rows([adapter], None)
         ids, own = self.catalogue.item_ids, adapter.item_ids
         if (ids is None) != (own is None):
             lacking, having = ("the base", "members") if own is None else ("member 0", "base")
@@ -137,7 +139,7 @@ class MemberSet:
             )
         with checks.renamed("member 1", "the base"):
             if own is None:
-                base_catalogue = align_item_rows(pair, None)
+                base_catalogue = align_rows(pair, None)
             else:
                 base_catalogue = _catalogue_of_base(ids or [], list(own), self, adapter)
             tensors = named_tensors(base)
@@ -193,7 +195,9 @@ class MemberSet:
         """
         first, items = self.adapters[0], self.catalogue.item_ids
         # Member 0's items come first, so a union of the same size is its own catalogue.
-        if items is None or len(items) == self.catalogue.sizes[0]:
+        same = items is None or len(items) == self.catalogue.sizes[0]
+        settings = first.settings or {}
+        if same and all(settings[key] == own for key, own in self.catalogue.config.items()):
             target, layout = first.copy(), first.module
         else:
             target = united_model(first, self.catalogue, self.ties)

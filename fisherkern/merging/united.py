@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ def united_model(first: ModelAdapter, catalogue: CatalogueUnion, ties: Sequence[
         InputError: No such model can be made.
     """
     if type(first.library) is PlainModule and first.library.item_tables(first.module) is not None:
-        target = _rebuilt(first, len(catalogue.item_ids or ()))
+        number = len(catalogue.item_ids or ()) or catalogue.sizes[0]
+        target = _rebuilt(first, {"num_items": number, **catalogue.config})
     else:
         target = _with_longer_tables(first, catalogue)
     if find_ties(target.module, "the model for the united catalogue") != list(ties):
@@ -47,8 +48,8 @@ def united_model(first: ModelAdapter, catalogue: CatalogueUnion, ties: Sequence[
     return target
 
 
-def _rebuilt(first: ModelAdapter, num_items: int) -> ModelAdapter:
-    """A new module of the class, with the config of member 0 but for the number of items."""
+def _rebuilt(first: ModelAdapter, changes: Mapping[str, Any]) -> ModelAdapter:
+    """A new module of the class, with the config of member 0 but for what changes."""
     module = first.module
     config = getattr(module, "config", None)
     if not isinstance(config, dict) or "num_items" not in config:
@@ -57,7 +58,7 @@ def _rebuilt(first: ModelAdapter, num_items: int) -> ModelAdapter:
             "with num_items to build a model for their union from"
         )
     with torch.random.fork_rng(devices=[]):
-        target: Any = type(module)(**{**config, "num_items": num_items})
+        target: Any = type(module)(**{**config, **changes})
     target.train(module.training)
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     for name, parameter in target.named_parameters():

@@ -117,6 +117,8 @@ def load_model(path: PathLike, mesh: Any = None) -> SequenceEncoder:
     name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
     shapes = {own: tensor.shape for own, tensor in tensors.items()}
     model = stored_encoder(path, name, header.get("config"), shapes, MODELS)
+    if mesh is not None and "items" in model.config:
+        raise InputError(f"{path}: its items are made of parts, which a mesh does not share out")
     check_stored_tensors(path, tensors, model.state_dict())
     if names_dcp(path):
         by_rows = [] if mesh is None else list(model.item_parameters())
