@@ -6,7 +6,16 @@ from fisherkern import interrupts as interrupts
 from fisherkern.adapters import adapt, load_dcp, load_tensors
 from fisherkern.alignment import align
 from fisherkern.data import SequenceDataset, from_frame, load, synthetic
-from fisherkern.encoders import BERT4Rec, Caser, GRU4Rec, ItemParts, ParallelEncoders, SASRec
+from fisherkern.encoders import (
+    FISM,
+    BERT4Rec,
+    Caser,
+    GRU4Rec,
+    ItemParts,
+    ParallelEncoders,
+    SASRec,
+    YouTubeDNN,
+)
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Popularity, Report, ScoreEnsemble, compare, evaluate
 from fisherkern.fisher import (
@@ -51,6 +60,7 @@ __version__ = package_version()
 
 __all__ = [
     "EMKD",
+    "FISM",
     "Attributes",
     "BERT4Rec",
     "CL4SRec",
@@ -79,6 +89,7 @@ __all__ = [
     "SymmetricNoiseTolerant",
     "TrainingSettings",
     "WeightEnsemble",
+    "YouTubeDNN",
     "adapt",
     "align",
     "compare",

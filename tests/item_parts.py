@@ -47,6 +47,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "GRU4Rec": {"hidden_dim": 4},
     "Caser": {"window": 3, "horizontal": 3, "vertical": 2},
     "BERT4Rec": {"heads": 2},
+    "FISM": {},
+    "YouTubeDNN": {"hidden_dim": 5},
 }
 
 

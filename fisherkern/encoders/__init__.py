@@ -3,6 +3,7 @@
 from fisherkern.encoders.base import Batch, SequenceEncoder
 from fisherkern.encoders.bert4rec import BERT4Rec
 from fisherkern.encoders.caser import Caser
+from fisherkern.encoders.fism import FISM
 from fisherkern.encoders.gru4rec import GRU4Rec
 from fisherkern.encoders.items import ItemEmbedding, ItemParts
 from fisherkern.encoders.parallel import ParallelEncoders
@@ -10,6 +11,7 @@ from fisherkern.encoders.registry import ENCODERS
 from fisherkern.encoders.sasrec import SASRec
 from fisherkern.encoders.stored import stored_encoder
 from fisherkern.encoders.symmetry import AxisSpec, Symmetries, SymmetryGroup, whole
+from fisherkern.encoders.youtube_dnn import YouTubeDNN
 
 #: What a model file may hold, by class name; `postmerge` adds its own.
 MODELS: dict[str, type[SequenceEncoder]] = {**ENCODERS, "ParallelEncoders": ParallelEncoders}
@@ -19,6 +21,7 @@ FORMER_NAMES = {"Calibrated": "SurgeryEncoder"}
 
 __all__ = [
     "ENCODERS",
+    "FISM",
     "FORMER_NAMES",
     "MODELS",
     "AxisSpec",
@@ -33,6 +36,7 @@ __all__ = [
     "SequenceEncoder",
     "Symmetries",
     "SymmetryGroup",
+    "YouTubeDNN",
     "stored_encoder",
     "whole",
 ]

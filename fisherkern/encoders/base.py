@@ -209,3 +209,20 @@ def take(x: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         return x
     return x.gather(1, positions.unsqueeze(2).expand(-1, -1, x.shape[2]))
+
+
+def prefix_means(x: Tensor, tokens: Tensor, alpha: float = 1.0) -> Tensor:
+    """Mean of x (N, T, D) over the items of `tokens` (N, T) up to each column, (N, T, D).
+
+    Divided by n^alpha of n items: `alpha` 0 gives the sum. Padding does not count.
+    """
+    there = tokens != 0
+    total = (x * there.unsqueeze(2)).cumsum(dim=1)
+    return total / there.cumsum(dim=1).clamp(min=1).unsqueeze(2).to(x.dtype) ** alpha
+
+
+def whole_mean(x: Tensor, tokens: Tensor, alpha: float = 1.0) -> Tensor:
+    """`prefix_means` at the last column alone, (N, D)."""
+    there = tokens != 0
+    total = (x * there.unsqueeze(2)).sum(dim=1)
+    return total / there.sum(dim=1, keepdim=True).clamp(min=1).to(x.dtype) ** alpha

@@ -3,8 +3,10 @@
 from fisherkern.encoders.base import SequenceEncoder
 from fisherkern.encoders.bert4rec import BERT4Rec
 from fisherkern.encoders.caser import Caser
+from fisherkern.encoders.fism import FISM
 from fisherkern.encoders.gru4rec import GRU4Rec
 from fisherkern.encoders.sasrec import SASRec
+from fisherkern.encoders.youtube_dnn import YouTubeDNN
 
 #: The encoders that a model file, or a member of `ParallelEncoders`, may name, by class name.
 ENCODERS: dict[str, type[SequenceEncoder]] = {
@@ -12,4 +14,6 @@ ENCODERS: dict[str, type[SequenceEncoder]] = {
     "SASRec": SASRec,
     "GRU4Rec": GRU4Rec,
     "Caser": Caser,
+    "FISM": FISM,
+    "YouTubeDNN": YouTubeDNN,
 }

@@ -16,7 +16,7 @@ from fisherkern.objectives.base import Objective, TrainingSequences, no_loss
 from fisherkern.objectives.by_length import states_by_length
 from fisherkern.objectives.scoring import softmax_loss
 
-LOSSES = ("softmax", "sampled_softmax", "bce", "gbce")
+LOSSES = ("softmax", "sampled_softmax", "bce", "gbce", "bpr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,15 @@ class NextItem(Objective):
         "sampled_softmax"  -log( exp(s+) / (exp(s+) + Σ_k exp(s_k - c_k)) )
         "bce"              -( log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1)
         "gbce"             -( β log σ(s+) + Σ_k log(1 - σ(s_k)) ) / (K + 1),  β = 1 - t (1 - α)
+        "bpr"              -Σ_k log σ(s+ - s_k) / K
 
     with c_k = log(K q_k) where `log_q` (the sum then is an unbiased estimate of the one over all
     other items) and 0 otherwise, q_k the probability of drawing item k, and α = K / (V - 1).
-    Negatives are drawn with replacement; one that is the next item itself does not count, in K + 1
-    neither. The full softmax holds what `softmax_loss` says.
+    Negatives are drawn with replacement; one that is the next item itself does not count, in K
+    and K + 1 neither. The full softmax holds what `softmax_loss` says.
 
     Args:
-        loss: "softmax", "sampled_softmax", "bce" or "gbce".
+        loss: "softmax", "sampled_softmax", "bce", "gbce" or "bpr".
         negatives: K, at least 1; below V with "gbce".
         t: calibration of "gbce", in [0, 1].
         log_q: correct "sampled_softmax" for the draw's probabilities.
@@ -52,7 +53,8 @@ class NextItem(Objective):
 
     Source:
         "bce": Kang and McAuley, SASRec, ICDM 2018, divided by K + 1. "gbce": Petrov and Macdonald,
-        gSASRec, RecSys 2023, eq. 10 and 14. `log_q`: Bengio and Senécal, 2008.
+        gSASRec, RecSys 2023, eq. 10 and 14. `log_q`: Bengio and Senécal, 2008. "bpr": Rendle et
+        al., UAI 2009, whose regulariser is the optimiser's weight decay here.
     """
 
     loss: str = "softmax"
@@ -153,6 +155,9 @@ class NextItem(Objective):
             scores = scores.masked_fill(hit, -math.inf)
             total = torch.logaddexp(positive, scores.logsumexp(dim=1))
             return (total - positive).mean()
+        if self.loss == "bpr":
+            pairs = F.softplus(scores - positive[:, None]).masked_fill(hit, 0.0).sum(dim=1)
+            return (pairs / (~hit).sum(dim=1).clamp(min=1)).mean()
         alpha = self.negatives / (weight.shape[0] - 1) if self.loss == "gbce" else 1.0
         beta = 1 - self.t * (1 - alpha)
         wrong = F.softplus(scores).masked_fill(hit, 0.0).sum(dim=1)

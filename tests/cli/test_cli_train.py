@@ -42,6 +42,11 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
         (["--encoder", "SASRec", "--heads", "2", "--no-tied"], fk.NextItem()),
         (["--encoder", "GRU4Rec", "--bias"], fk.NextItem()),
         (["--encoder", "Caser", "--window", "3"], fk.NextItem()),
+        (["--encoder", "YouTubeDNN", "--layers", "2"], fk.NextItem()),
+        (
+            ["--encoder", "FISM", "--objective", '{"name": "NextItem", "loss": "bpr"}'],
+            fk.NextItem("bpr"),
+        ),
         (["--objective", "next"], fk.NextItem(last_only=True)),
         (["--mask-ratio", "0.4"], fk.MaskedItems(0.4)),
         (

@@ -61,6 +61,8 @@ CASES |= {
     for name, config in (
         ("GRU4Rec", {"dim": 6, "layers": 2, "hidden_dim": 5}),
         ("Caser", {"dim": 6, "window": 3, "horizontal": 4, "vertical": 3}),
+        ("FISM", {"dim": 6}),
+        ("YouTubeDNN", {"dim": 6, "hidden_dim": 5}),
     )
     for tied in (True, False)
 }

@@ -58,6 +58,10 @@ def slow_loss(objective, model, tokens, drawn, log_q):
                 total += math.exp(score(item)) / corrected
             losses.append(-math.log(math.exp(score(target)) / total))
             continue
+        if objective.loss == "bpr":
+            pairs = [math.log(1 + math.exp(score(k) - score(target))) for k, _ in kept]
+            losses.append(sum(pairs) / max(1, len(kept)))
+            continue
         alpha = objective.negatives / (V - 1)
         beta = 1.0
         if objective.loss == "gbce":  # eq. 14: α (t (1 - 1/α) + 1/α)
@@ -83,6 +87,8 @@ SAMPLED = [
     fk.NextItem("gbce", 5),
     fk.NextItem("gbce", 5, t=0.2, negatives_per="position"),
     fk.NextItem("gbce", 5, t=1.0, sampling="popularity"),
+    fk.NextItem("bpr", 1, negatives_per="position"),
+    fk.NextItem("bpr", 4),
 ]
 
 

@@ -198,6 +198,7 @@ def test_a_folder_that_cannot_be_written(
         (["splits", "--by", "time", "--size-ratio", "0.5"], "size_ratio: parts by time have"),
         (["branches", "--count", "1"], "count: must be at least 2, got 1"),
         (["branches", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, SASRec"),
+        (["pcrec", "--encoder", "Caser"], "encoder: 'Caser' is not one of BERT4Rec, FISM, YouTub"),
         (["branches", "--base", "x", "--base-epochs", "1"], "base: a model to start from needs no"),
         (["branches", "--shared-start", "--base-epochs", "1"], "shared_start: members that branch"),
         (["objectives", "--base", "x"], "base: every row of objectives starts from scratch"),
@@ -230,3 +231,12 @@ def test_pruning_takes_the_weights_of_least_cost() -> None:
         left[name].view(-1)[i] = 0
     pruned = dict(without_cheapest(model, fisher, 0.3).named_parameters())
     assert all(torch.equal(pruned[name], weight) for name, weight in left.items())
+
+
+@pytest.mark.parametrize("encoder", ["FISM", "YouTubeDNN"])
+def test_pcrec_takes_two_bases_of_its_paper(small: str, tmp_path: Path, encoder: str) -> None:
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    command = ["pcrec", "--data", small, "--out", str(tmp_path), "--quiet", *given]
+    assert main([*command, "--peer-epochs", "2", "--encoder", encoder]) == 0
+    stored = fk.load_model(next((tmp_path / "seed-0").glob("*parameter-wise*.safetensors")))
+    assert type(stored).__name__ == encoder and stored.config["dropout"] == 0.1
