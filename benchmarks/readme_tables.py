@@ -25,12 +25,12 @@ from benchmarks.experiments.branches import ALIGNED
 from benchmarks.experiments.contrastive import CONTROL as PASSES
 from benchmarks.experiments.contrastive import EXTRA
 from benchmarks.experiments.contrastive import FISHER as EXACT_FISHER
-from benchmarks.experiments.free_fisher import titles
-from benchmarks.experiments.member_set import BY_LOSS, EXACT, FREE
+from benchmarks.experiments.member_set import BY_LOSS
 from benchmarks.experiments.splits import CONTROL as ALL_DATA
 from benchmarks.experiments.splits import WEIGHTED
 from benchmarks.experiments.tables import INTERVAL, comparison_table, difference
 from benchmarks.figures import latest_fisher_rows, read_rows
+from benchmarks.free_table import free_rows
 from benchmarks.market_table import market_rows
 from fisherkern.files import atomic_path, read_json
 from fisherkern.ops import proven
@@ -290,51 +290,6 @@ def summary_rows(results: Path = HERE / "results", lines: Sequence[Line] = tuple
         found.append(
             f"| {members} | {count} | {rows[reference]['ndcg@10']:.4f} | {' | '.join(cells)} |"
         )
-    return "\n".join(found)
-
-
-# What the members of an experiment on the free Fisher are, and its folder.
-OF_FREE = [
-    (f"{members}{data}", f"free_{name}_{kind}")
-    for kind, members in (
-        ("users", "each on a third of the users"),
-        ("uneven", "each on 76, 19 or 5 % of the users"),
-        ("time", "each on half of every history"),
-        ("regions", "two regions, half of the items sold in both"),
-        ("seeds", "three seeds, all data, a constant rate"),
-    )
-    for name, data in (("ml-1m", ""), ("beauty", ", Amazon Beauty"))
-]
-
-
-def free_rows(
-    results: Path = HERE / "results", lines: Sequence[tuple[str, str]] = tuple(OF_FREE)
-) -> str:
-    """A line for each experiment on the free Fisher; of each kind the better on validation."""
-    heads = "uniform merge, over it", "exact over uniform", "free over uniform", "exact over free"
-    found = [
-        f"| members | seeds | best member, NDCG@10 | {' | '.join(heads)} |",
-        f"|---|{'---:|' * (2 + len(heads))}",
-    ]
-    for members, folder in lines:
-        path = results / folder / "result.json"
-        if not path.exists():
-            continue
-        result = read_json(path)
-        rows = {row["model"]: row for row in result["tables"][-1]["rows"]}
-        exact, free = (
-            max(
-                (title for title in titles(estimate) if title in rows),
-                key=lambda title: float(rows[title]["validation_ndcg@10"]),
-            )
-            for estimate in (EXACT, FREE)
-        )
-        best = rows[UNIFORM]["over"]["best member"]["model"]
-        cells = [over(rows, UNIFORM, "best member")]
-        cells += [over(rows, name, "uniform merge") for name in (exact, free)]
-        cells += [over(rows, exact, "free Fisher")]
-        count = len(result["seeds"])
-        found.append(f"| {members} | {count} | {rows[best]['ndcg@10']:.4f} | {' | '.join(cells)} |")
     return "\n".join(found)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import fisherkern as fk
 from benchmarks import market_table
-from benchmarks.readme_tables import free_rows
+from benchmarks.free_table import free_rows
 
 
 def store(folder: Path, best: str) -> None:

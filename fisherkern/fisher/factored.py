@@ -47,7 +47,7 @@ def factor(tensors: Mapping[str, Tensor], least: int) -> tuple[dict[str, Tensor]
     return found, names
 
 
-def outer(rows: Tensor, columns: Tensor) -> Tensor:
+def multiply_factors(rows: Tensor, columns: Tensor) -> Tensor:
     """Return r cᵀ: (V,), (D,) -> (V, D)."""
     return rows[:, None] * columns
 
@@ -79,7 +79,7 @@ def multiplied(
     for name in factored_names(header, tensors, path):
         rows, columns = found.pop(name + ROWS), found.pop(name + COLUMNS)
         check_factors(name, (rows.dtype, rows.shape), (columns.dtype, columns.shape), path)
-        found[name] = outer(rows, columns)
+        found[name] = multiply_factors(rows, columns)
     return found
 
 

@@ -7,7 +7,13 @@ import os
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.fisher.factored import COLUMNS, ROWS, check_factors, factored_names, outer
+from fisherkern.fisher.factored import (
+    COLUMNS,
+    ROWS,
+    check_factors,
+    factored_names,
+    multiply_factors,
+)
 from fisherkern.merging.files.tensor_files import TensorFile
 
 
@@ -40,10 +46,10 @@ class FactoredFile(TensorFile):
         """As in `TensorFile`."""
         if name not in self._columns:
             return super().rows(name, start, stop)
-        return outer(self._factors.rows(name + ROWS, start, stop), self._columns[name])
+        return multiply_factors(self._factors.rows(name + ROWS, start, stop), self._columns[name])
 
     def take(self, name: str, index: Tensor) -> Tensor:
         """As in `TensorFile`."""
         if name not in self._columns:
             return super().take(name, index)
-        return outer(self._factors.take(name + ROWS, index), self._columns[name])
+        return multiply_factors(self._factors.take(name + ROWS, index), self._columns[name])

@@ -167,8 +167,7 @@ def merge_files(
             if rank() == 0:
                 with alone():
                     write_native(out, merge, provenance, low_rank)
-        found: dict[str, Any] = gathered(provenance)[0]
-    return found
+        return dict(gathered(provenance)[0])
 
 
 def _choose(
@@ -185,8 +184,7 @@ def _choose(
         raise InputError(
             f"method {shown(method)} is not one that files merge by: {', '.join(STREAMED)}"
         )
-    unused_inputs = {**inputs, **unused}
-    chosen = checks.choose_method(method, unused_inputs, options, floor, normalize, None)
+    chosen = checks.choose_method(method, {**inputs, **unused}, options, floor, normalize, None)
     if chosen[1].get("group") == "head":
         raise InputError("option 'group' is 'head', and files do not say what heads are: use merge")
     return chosen
