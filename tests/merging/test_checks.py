@@ -36,7 +36,7 @@ def pair():
         ([0.0, 0.0], "the weights sum to 0"),
         (["a", 1], "2 numbers were expected"),
         (3.0, "2 numbers were expected"),
-        ("best", "weights is 'best' where numbers or 'search'"),
+        ("best", "weights is 'best' where numbers, 'search' or one of"),
     ],
 )
 def test_weights(weights, message):
