@@ -1,6 +1,7 @@
 """The papers' experiments, end to end: python -m benchmarks.experiments; resumable."""
 
 from benchmarks.experiments.branches import Branches
+from benchmarks.experiments.checkpoints import Checkpoints
 from benchmarks.experiments.emkd import Emkd
 from benchmarks.experiments.engine import run_table
 from benchmarks.experiments.experiment import Experiment
@@ -25,6 +26,7 @@ TABLES: dict[str, type[Experiment]] = {
     "splits": Splits,
     "free-fisher": FreeFisher,
     "pruning": Pruning,
+    "checkpoints": Checkpoints,
     "branches": Branches,
     "emkd": Emkd,
     "pcrec": Pcrec,

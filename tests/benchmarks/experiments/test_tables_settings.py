@@ -36,6 +36,7 @@ def test_every_table_on_small_data(
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
         "free-fisher": ["--base-epochs", "1", "--member-epochs", "1"],
         "pruning": ["--base-epochs", "1"],
+        "checkpoints": ["--epochs", "5", "--count", "2"],
         "branches": [
             *("--member-epochs", "1", "--count", "2", "--encoder", "SASRec", "--turn-steps", "3")
         ],
