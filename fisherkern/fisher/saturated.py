@@ -38,12 +38,13 @@ class SaturatedRows:
     def among(
         h: Tensor, table: ItemTable, most: Tensor, dtype: torch.dtype
     ) -> SaturatedRows | None:
-        """Those of rows h (N, D) that have at most a share of some thousandths left.
+        """Those of rows h (N, D) that have at most a share of some thousandths left, in fp64 0.02.
 
         most (N,): an upper bound of the largest probability; a row that it allows costs two
-        passes over the items. Below the limit 1 − p has lost a third of its digits in `dtype`.
+        passes over the items. Below the limit 1 − p has lost a third of its digits in fp32; in fp64
+        the limit leaves (1 − p)² twelve.
         """
-        limit = torch.finfo(dtype).eps ** (1 / 3)
+        limit = 0.02 if dtype == torch.float64 else torch.finfo(dtype).eps ** (1 / 3)
         rows = (most > 1 - limit).nonzero()[:, 0]
         if not len(rows) or table.num_items < 2:
             return None
