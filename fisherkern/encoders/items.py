@@ -45,6 +45,9 @@ class ItemParts:
     has_id: Tensor
     id_dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_unit("items: id_dropout", self.id_dropout, "[0, 1)")
+
     @classmethod
     def of(
         cls,
@@ -85,7 +88,8 @@ class ItemParts:
             codes[number[item], : len(own)] = torch.tensor(
                 sorted(code[name] for name in own)
             ).long()
-        has_id = torch.tensor([item not in set(cold) for item in data.item_ids])
+        new = frozenset(cold)
+        has_id = torch.tensor([item not in new for item in data.item_ids])
         arrays = {
             name: torch.from_numpy(np.array(array, dtype=np.float32))
             for name, array in (content or {}).items()
@@ -98,7 +102,7 @@ class ItemParts:
             "categories": [list(level) for level in self.categories],
             "most": self.codes.shape[1],
             "content": {name: array.shape[-1] for name, array in self.content.items()},
-            "id_dropout": self.id_dropout,
+            "id_dropout": float(self.id_dropout),
         }
 
 
@@ -128,7 +132,8 @@ class ItemEmbedding(nn.Embedding):
 
     over the parts that v has: x_v0 with an id or a category, x_vk with the content. Without any,
     e_v = 0. There is no level_l where all categories are of one level, and no q without content.
-    Padding is 0; a mask token has an id alone. A cold item is one without an id.
+    Padding is 0; a mask token has an id alone. A cold item is one without an id. A lookup of n rows
+    holds n x L x D numbers, L the most categories of an item.
 
     Args:
         rows: padding, V items, and what comes after them.

@@ -237,6 +237,7 @@ def test_settings_of_a_file_are_checked(settings: object, message: str) -> None:
         ({"categories": {"i99": ["a"]}}, "categories: item 'i99' is not in"),
         ({"content": {"text": np.zeros((3, 2))}}, "text has shape (3, 2) for 11 items"),
         ({"content": {"text": np.zeros(11)}}, "text has shape (11,) for 11 items"),
+        ({"id_dropout": "x"}, "items: id_dropout must be in [0, 1), got 'x'"),
         ({"content": {"text": np.full((11, 2), np.inf)}}, "content 'text' holds an infinity"),
     ],
 )
