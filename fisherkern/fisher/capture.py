@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fisherkern.adapters.parameters import Parameters, ParamView
 from fisherkern.fisher import fast_ops
-from fisherkern.fisher.dependence import BatchDependence
+from fisherkern.fisher.dependence import BatchDependence, counts_rows
 from fisherkern.fisher.graph import edge_of
 from fisherkern.fisher.plain_run import without_max_norm
 from fisherkern.fisher.shared_tensors import EntriesCache, SharedTensor
@@ -201,6 +201,9 @@ class Capture(TorchFunctionMode):
         self._flattened: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self._num_sequences = num_sequences
         self._handlers = handlers
+        # Whether a number of rows came of values: then another batch of the same structure may
+        # have other rows than sequences where these were one.
+        self.counted = False
 
     def __torch_function__(
         self,
@@ -210,6 +213,7 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = without_max_norm(args, kwargs or {})
+        self.counted = self.counted or counts_rows(func, args)
         handler = self._handlers.get(func)
         if handler is None or isinstance(handler, Rewrite):
             output = self._unrecorded(handler, func, args, kwargs)

@@ -13,6 +13,25 @@ from torch import Tensor
 # Nesting of a batch, and of the lists that functions are given, that is looked into.
 _DEPTH = 4
 
+# What makes a number of rows of values, so that rows may be as many as sequences by chance; among
+# them what gives the lengths of sequences to Python.
+_COUNTED = {
+    torch.masked_select,
+    torch.Tensor.masked_select,
+    torch.nonzero,
+    torch.Tensor.nonzero,
+    torch.argwhere,
+    torch.Tensor.argwhere,
+    torch.unique,
+    torch.Tensor.unique,
+    torch.unique_consecutive,
+    torch.Tensor.unique_consecutive,
+    torch.repeat_interleave,
+    torch.Tensor.repeat_interleave,
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+}
+
 # What makes tensors of numbers from elsewhere, which may be the batch's.
 _FROM_OUTSIDE = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
@@ -79,3 +98,16 @@ class BatchDependence:
     def among(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether an argument of a call depends on the batch."""
         return any(t in self for part in (args, kwargs.values()) for t in tensors_in([*part], 3))
+
+
+def counts_rows(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call makes a number of rows of values: those where a condition holds, say."""
+    if func in _COUNTED:
+        return True
+    if func is torch.where:
+        return len(args) == 1
+    if func is not torch.Tensor.__getitem__ or len(args) < 2:
+        return False
+    indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+    kinds = (torch.bool, torch.uint8)
+    return any(isinstance(index, Tensor) and index.dtype in kinds for index in indices)

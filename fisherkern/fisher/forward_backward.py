@@ -82,28 +82,33 @@ class ForwardBackward:
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
-        result, ops = self._captured(batch, len(index))
+        result, ops, counted = self._captured(batch, len(index))
         if result.grad_fn is None:
             return CapturedForward(index, result, ops, Plan([], set()))
         # The structure is the model's, so it is examined once, and again where it is another:
         # on two sequences where those show the same calls, as they do in most models.
+        # Where numbers of rows come of values, every bucket is examined, all of it.
         structure = structure_of(ops)
-        if structure not in self._per_sequence:
-            examined = result, ops
-            if len(index) > 2:
-                small = self._captured(batch_slice(batch, 0, 2), 2)
-                if structure_of(small[1]) == structure:
-                    examined = small
-            self._per_sequence[structure] = per_sequence_ops(*examined)
-        plan = make_plan(result, ops, self._parameters, self._per_sequence[structure])
+        if counted:
+            own = per_sequence_ops(result, ops, whole=True)
+        else:
+            if structure not in self._per_sequence:
+                examined = result, ops
+                if len(index) > 2:
+                    small = self._captured(batch_slice(batch, 0, 2), 2)
+                    if structure_of(small[1]) == structure:
+                        examined = small[:2]
+                self._per_sequence[structure] = per_sequence_ops(*examined)
+            own = self._per_sequence[structure]
+        plan = make_plan(result, ops, self._parameters, own)
         return CapturedForward(index, result, ops, plan)
 
-    def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp]]:
+    def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp], bool]:
         with Capture(self._parameters, n, HANDLERS, batch, self._entries) as capture:
             result = self._called(batch)
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
-        return result, capture.ops
+        return result, capture.ops, capture.counted
 
     def backward(
         self, forward: CapturedForward, probes: int, block: int, probe_vectors: ProbeVectors

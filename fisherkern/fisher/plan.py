@@ -154,25 +154,26 @@ def _outermost(ops: Sequence[CapturedOp], usable: Sequence[int]) -> list[int]:
     return [index for index in usable if ops[index].output.node not in inside]
 
 
-def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp]) -> list[int]:
+def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp], whole: bool = False) -> list[int]:
     """Indices of the ops that `result` depends on sequence by sequence, as they are read.
 
     One backward pass from the first and one from the last sequence. An op without a gradient
     is a dead branch. One with a gradient at another sequence mixes sequences, or has another
     dimension (time, say) where sequences are expected. Two passes, because time with a single
     position in use looks like sequences to the one of the same index. If both readings of a
-    call pass, it is ambiguous and handled by the fallback.
+    call pass, it is ambiguous and handled by the fallback. `whole`: every sequence is told from
+    every other, by passes from those that have a binary digit in their number and from the rest.
     """
     if not ops:
         return []
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(result[0].shape, generator=generator).to(result)
+    directions = torch.randn(result.shape, generator=generator).to(result)
     edges = {op.output.node: op.output for op in ops}
     usable = set(range(len(ops)))
     wrong = []
-    for sequence in sorted({0, len(result) - 1}):
-        seed = torch.zeros_like(result)
-        seed[sequence] = direction
+    for active in _parted(len(result), whole):
+        there = active.to(result.device)
+        seed = directions * there.view(-1, *[1] * (result.dim() - 1))
         gradients = torch.autograd.grad(
             result, list(edges.values()), seed, retain_graph=True, allow_unused=True
         )
@@ -183,13 +184,21 @@ def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp]) -> list[int]:
                 usable.discard(index)
                 continue
             delta = op.sequences_first(delta[None])[0]
-            elsewhere = delta[:sequence].any() | delta[sequence + 1 :].any()
-            wrong.append((index, elsewhere))
+            wrong.append((index, (delta.flatten(1) != 0).any(dim=1).masked_fill(there, 0).any()))
     # All read back at once: a GPU is waited for only here.
     answers = torch.stack([answer for _, answer in wrong]).tolist() if wrong else []
     usable -= {index for (index, _), answer in zip(wrong, answers, strict=True) if answer}
     readings = collections.Counter(ops[index].output.node for index in usable)
     return sorted(index for index in usable if readings[ops[index].output.node] == 1)
+
+
+def _parted(n: int, whole: bool) -> list[Tensor]:
+    """(n,) bool each: the sequences of the passes of `per_sequence_ops`."""
+    number = torch.arange(n)
+    if not whole:
+        return [number == one for one in sorted({0, n - 1})]
+    digits = [(number >> place) % 2 == 1 for place in range((n - 1).bit_length())]
+    return [part for digit in digits for part in (digit, ~digit)] or [number == 0]
 
 
 def _overlapping(params: Sequence[ParamView]) -> set[str]:
