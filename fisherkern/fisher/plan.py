@@ -184,7 +184,9 @@ def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp], whole: bool = Fa
                 usable.discard(index)
                 continue
             delta = op.sequences_first(delta[None])[0]
-            wrong.append((index, (delta.flatten(1) != 0).any(dim=1).masked_fill(there, 0).any()))
+            wrong.append(
+                (index, (delta.reshape(len(delta), -1) != 0).any(dim=1).masked_fill(there, 0).any())
+            )
     # All read back at once: a GPU is waited for only here.
     answers = torch.stack([answer for _, answer in wrong]).tolist() if wrong else []
     usable -= {index for (index, _), answer in zip(wrong, answers, strict=True) if answer}
