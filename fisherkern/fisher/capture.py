@@ -213,7 +213,8 @@ class Capture(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = without_max_norm(args, kwargs or {})
-        self.counted = self.counted or counts_rows(func, args)
+        if counts_rows(func, args) and self._dependence.among(args, kwargs):
+            self.counted = True
         handler = self._handlers.get(func)
         if handler is None or isinstance(handler, Rewrite):
             output = self._unrecorded(handler, func, args, kwargs)
