@@ -42,4 +42,6 @@ if torch.distributed.get_rank() == 0:
     rows = fisher["item_embedding.weight"].to_local().shape[0]
     print(f"process 0 holds {rows} of {len(table)} rows; NDCG@10 {report['ndcg@10']:.4f}")
     assert dict(again) == dict(report)
+# What lies over the processes goes before they part.
+del model, other, table, fisher, mesh
 torch.distributed.destroy_process_group()
