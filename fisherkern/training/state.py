@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,13 +105,18 @@ class TrainState:
         A part that an earlier call in this process left as it is, by an interrupt or at its end,
         has the start of that call: whoever calls again with the same objects goes on.
         """
-        found = {part: _sha256(own) for part, own in self.parts.items() if part != "ema"}
-        return {part: _starts.get(now, now) for part, now in found.items()}
+        found = {}
+        for part, own in self.parts.items():
+            if part != "ema":
+                now = _sha256(own)
+                left, first = _starts.get(own, (now, now))
+                found[part] = first if left == now else now
+        return found
 
     def leave(self, start: Mapping[str, str]) -> None:
         """Remember for `start` what the parts that began as that are now."""
         for part, first in start.items():
-            _starts[_sha256(self.parts[part])] = first
+            _starts[self.parts[part]] = _sha256(self.parts[part]), first
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what the optimiser moves, by the names of `tensors`; a shared one, once."""
@@ -135,8 +141,9 @@ class TrainState:
             own[name].copy_(tensor)
 
 
-# What weights are now -> what they were when their run began; see `TrainState.start`.
-_starts: dict[str, str] = {}
+# By module: its weights when a call left it, and when its run began; see `TrainState.start`. A copy
+# of a trained model begins a run of its own, in this process as in the next.
+_starts: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
 
 
 def _sha256(module: nn.Module) -> str:

@@ -5,6 +5,7 @@ Run as a script, `python test_training_resume.py FOLDER`, it makes runs and kill
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from training_runs import Cycles, assert_same_bits, bits, new_model, run
 from fisherkern.errors import InputError
 from fisherkern.files import read_tensors, save_tensors
 from fisherkern.objectives import MaskedItems
-from fisherkern.training import save_model
+from fisherkern.training import load_model, save_model, state
 
 FULL = {"ema": 0.9, "patience": 3, "epochs": 4}
 
@@ -83,6 +84,23 @@ def test_interrupted_before_any_step_the_state_ends_up_the_same(
             log.scores,
             log.best_epoch,
         )
+
+
+def test_a_copy_of_a_trained_model_goes_on_from_where_it_was_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What trained a base and a member in one process finds the base in its file in the next."""
+    base, _ = full_run(tmp_path / "base")
+    save_model(base, tmp_path / "base.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        full_run(tmp_path / "member", 7, model=copy.deepcopy(base), seed=1)
+    whole, _ = full_run(tmp_path / "whole", model=copy.deepcopy(base), seed=1)
+    # As another process does: nothing is known of models of this one.
+    monkeypatch.setattr(state, "_starts", type(state._starts)())
+    again, _ = full_run(
+        tmp_path / "member", model=load_model(tmp_path / "base.safetensors"), seed=1
+    )
+    assert_same_bits(bits(again), bits(whole))
 
 
 def test_saving_by_time_and_by_steps_changes_no_bit(tmp_path: Path) -> None:
