@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiments.free_fisher import titles
+from benchmarks.experiments.contrastive import UNIFORM
+from benchmarks.experiments.free_fisher import titles, weighted_titles
 from benchmarks.experiments.member_set import EXACT, FREE
 from benchmarks.experiments.tables import difference
 from fisherkern.files import read_json
 
 RESULTS = Path(__file__).parent / "results"
-UNIFORM = "uniform merge"
 # What the members of an experiment on the free Fisher are, and its folder.
 OF_FREE = [
     (f"{members}{data}", f"free_{name}_{kind}")
@@ -41,7 +41,7 @@ def free_rows(results: Path = RESULTS, lines: Sequence[tuple[str, str]] = tuple(
         rows = {row["model"]: row for row in result["tables"][-1]["rows"]}
         exact, free = (
             max(
-                (title for title in titles(estimate) if title in rows),
+                (t for t in [*titles(estimate), *weighted_titles(estimate)] if t in rows),
                 key=lambda title: float(rows[title]["validation_ndcg@10"]),
             )
             for estimate in (EXACT, FREE)

@@ -24,10 +24,14 @@ FREE_WEIGHTED = f"Fisher merge {WEIGHTED}, {FREE}"
 
 
 def titles(estimate: Estimate) -> list[str]:
-    """The rows of an estimate; those weighted by users stand in a table of parts of other sizes."""
-    weighted = FREE_WEIGHTED if estimate == FREE else f"Fisher merge {WEIGHTED}"
-    starts = (f"Fisher merge, {estimate}", weighted)
-    return [f"{start}, floor {floor:g}" for start in starts for floor in FLOORS]
+    """The rows of an estimate."""
+    return [f"Fisher merge, {estimate}, floor {floor:g}" for floor in FLOORS]
+
+
+def weighted_titles(estimate: Estimate) -> list[str]:
+    """The rows of an estimate weighted by users, which parts of other sizes have besides."""
+    start = FREE_WEIGHTED if estimate == FREE else f"Fisher merge {WEIGHTED}"
+    return [f"{start}, floor {floor:g}" for floor in FLOORS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +62,11 @@ class FreeFisher(Splits):
     }
 
     def references(self) -> dict[str, Sequence[str]]:
+        weighted = weighted_titles(FREE) if self.size_ratio < 1 else []
         return {
             "best member": self.names(),
             "uniform merge": ["uniform merge"],
-            "free Fisher": titles(FREE)[: 4 if self.size_ratio < 1 else 2],
+            "free Fisher": [*titles(FREE), *weighted],
             "all data": [CONTROL],
         }
 
@@ -113,7 +118,7 @@ class FreeFisher(Splits):
         return found
 
     def extra_columns(self, cache: ArtifactCache) -> Mapping[str, Callable[[], dict[str, float]]]:
-        return {title: partial(self.errors, cache) for title in titles(FREE)[:2]}
+        return {title: partial(self.errors, cache) for title in titles(FREE)}
 
     def errors(self, cache: ArtifactCache) -> dict[str, float]:
         """The free Fishers' errors against the exact ones, the mean over the members."""

@@ -215,13 +215,12 @@ def _pair(
     number: int,
 ) -> WeightPair:
     tensors = [named_tensors(member) for member in members]
-    rows = {}
-    for name in catalogue.parameters | catalogue.moving:
+    rows, tables = {}, catalogue.parameters | catalogue.moving
+    for name in tables:
         found = catalogue.rows(name, [len(own[name]) for own in tensors])
         if found is not None:
             shared = (found[reference] >= 0) & (found[number] >= 0)
             rows[name] = (found[reference][shared], found[number][shared])
-    tables = catalogue.parameters | catalogue.moving
     return WeightPair(common, tensors[reference], tensors[number], rows, tables)
 
 

@@ -98,11 +98,11 @@ def load(
         ['10', '30']
     """
     text = os.fspath(name_or_path)
-    path = _named_file(text) if _is_name(text) and text != "synthetic" else Path(text)
-    data = (
-        synthetic()
-        if text == "synthetic"
-        else read_file(
+    if text == "synthetic":
+        path, data = Path(text), synthetic()
+    else:
+        path = _named_file(text) if _is_name(text) else Path(text)
+        data = read_file(
             path,
             format=format,
             name=name,
@@ -115,7 +115,6 @@ def load(
             header=header,
             quotes=quotes,
         )
-    )
     if time_split is None:
         if (time_targets, time_validation) != ("last", "time"):
             raise InputError("time_targets and time_validation are of a time_split; give one")

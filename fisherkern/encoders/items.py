@@ -162,8 +162,7 @@ class ItemEmbedding(nn.Embedding):
         padding_idx: int | None,
     ) -> None:
         super().__init__(rows, dim, padding_idx=padding_idx)
-        parts = items if isinstance(items, ItemParts) else None
-        self.settings = _checked(items.settings() if isinstance(items, ItemParts) else items)
+        self.settings = _settings_of(items)
         sizes = [len(level) for level in self.settings["categories"]]
         if sizes:
             self.category = nn.Embedding(1 + sum(sizes), dim, padding_idx=0)
@@ -178,8 +177,8 @@ class ItemEmbedding(nn.Embedding):
         self.content = nn.ModuleDict({name: _Content(rows, n, dim) for name, n in widths.items()})
         if widths:
             self.query = nn.Linear(dim, 1, bias=False)
-        if parts is not None:
-            self._fill(parts, num_items)
+        if isinstance(items, ItemParts):
+            self._fill(items, num_items)
 
     def _fill(self, parts: ItemParts, num_items: int) -> None:
         """Write the parts into the rows of the items."""
@@ -260,8 +259,9 @@ class _Content(nn.Module):
         return projected
 
 
-def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, which a file may hold; raise InputError for what is none."""
+def _settings_of(items: ItemParts | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of parts, or those that a file holds; InputError for what is none."""
+    settings = items.settings() if isinstance(items, ItemParts) else items
     if not isinstance(settings, Mapping) or settings.keys() != _SETTINGS:
         raise InputError(f"items: {shown(settings)} is neither ItemParts nor their settings")
     categories, content = settings["categories"], settings["content"]
@@ -288,7 +288,7 @@ def item_settings(items: ItemParts | Mapping[str, Any] | None) -> dict[str, Any]
     """Return what an encoder's `config` has of its parts: nothing of a plain table."""
     if items is None:
         return {}
-    return {"items": _checked(items.settings() if isinstance(items, ItemParts) else items)}
+    return {"items": _settings_of(items)}
 
 
 def item_table(

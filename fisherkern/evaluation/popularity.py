@@ -44,8 +44,9 @@ class Popularity(nn.Module):
     def __init__(self, data: SequenceDataset, *, days: float | None = None) -> None:
         super().__init__()
         self.item_ids = list(data.item_ids)
-        counts = data.popularity()
-        if days is not None:
+        if days is None:
+            counts = data.popularity()
+        else:
             check_positive("days", days)
             if data.times is None:
                 raise InputError(f"{data.name}: its actions have no times, which days={days} needs")

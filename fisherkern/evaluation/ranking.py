@@ -57,13 +57,14 @@ def evaluate(
     with n_i the training actions of target i's item, and the share of the catalogue that is in
     anybody's first k, Coverage@k = |∪_i first k of i| / V. These lists are those of a model that
     knows no target: seen items are left out as `seen` says, and of equal scores the first items are
-    taken. Scores are fp32, or fp64 where the model's
-    are. Of a model in half precision, or under autocast, the product with the output layer is done
-    in fp32, so that no ties come of rounding, where `fisherkern.adapt` finds that layer. Its logits
-    are widened otherwise. Where `torch.distributed` is initialised, every process calls this with
-    the same arguments, ranks its share of the batches and gets the whole report. Of a model whose
-    item table is a `DTensor` with its rows over the processes each counts, of all batches, its own
-    items.
+    taken.
+
+    Scores are fp32, or fp64 where the model's are. Of a model in half precision, or under autocast,
+    the product with the output layer is done in fp32, so that no ties come of rounding, where
+    `fisherkern.adapt` finds that layer. Its logits are widened otherwise. Where `torch.distributed`
+    is initialised, every process calls this with the same arguments, ranks its share of the batches
+    and gets the whole report. Of a model whose item table is a `DTensor` with its rows over the
+    processes each counts, of all batches, its own items.
 
     Args:
         model: A model of any library, as it is or adapted, or a function. Plain modules and

@@ -51,11 +51,10 @@ class NamedTensors(Mapping[str, Tensor]):
         Raises:
             InputError: `DTensor`s for a file, or a system that refuses to write.
         """
-        self._save(path, self._tensors, {"kind": self.KIND, "meta": self.meta})
+        self._save(path, self._tensors)
 
-    def _save(
-        self, path: str | os.PathLike[str], tensors: dict[str, Tensor], header: dict[str, Any]
-    ) -> None:
+    def _save(self, path: str | os.PathLike[str], tensors: dict[str, Tensor], **more: Any) -> None:
+        header = {"kind": self.KIND, "meta": self.meta, **more}
         if names_dcp(path):
             save_dcp(path, tensors, header)
             return
@@ -139,7 +138,7 @@ class DiagFisher(NamedTensors):
         if names_dcp(path):
             raise InputError(f"factored: {path} is a folder; a file x.safetensors has factors")
         tensors, names = factor(self._tensors, factored)
-        self._save(path, tensors, {"kind": self.KIND, "meta": self.meta, "factored": names})
+        self._save(path, tensors, factored=names)
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: Any) -> DiagFisher:

@@ -34,8 +34,9 @@ def align_rows(
     tables = _tables(adapters)
     if not tables:
         return catalogue
-    others = [*_of_categories(tables), *_of_known_rows(tables, catalogue)]
-    config = {"items": {**tables[0].settings, **_united_settings(tables)}}
+    united = _united_settings(tables)
+    others = [*_of_categories(tables, united), *_of_known_rows(tables, catalogue)]
+    config = {"items": {**tables[0].settings, **united}}
     return dataclasses.replace(catalogue, others=tuple(others), config=config)
 
 
@@ -69,9 +70,10 @@ def _names(settings: Mapping[str, Any]) -> list[str]:
     return [name for level in settings["categories"] for name in level]
 
 
-def _of_categories(tables: Sequence[ItemEmbedding]) -> list[CatalogueUnion]:
+def _of_categories(
+    tables: Sequence[ItemEmbedding], united: Mapping[str, Any]
+) -> list[CatalogueUnion]:
     """Where each member keeps the rows of categories, and of levels."""
-    united = {"categories": _united_settings(tables)["categories"]}
     if all(table.settings["categories"] == united["categories"] for table in tables):
         return []
     lists = [(f"member {m}", _names(table.settings)) for m, table in enumerate(tables)]
@@ -94,13 +96,9 @@ def _of_known_rows(
     """Where each member keeps id rows and content of the items of which it has some."""
     pairs = {"weight": "has_id"}
     pairs |= {f"content.{name}.values": f"content.{name}.known" for name in tables[0].content}
-    found = []
+    found, places = [], _places(catalogue)
     for name, known in pairs.items():
-        places = _places(catalogue)
-        has = [
-            torch.where(place >= 0, table.get_buffer(known).cpu()[1 + place], False)
-            for table, place in zip(tables, places, strict=True)
-        ]
+        has = _having(tables, places, known)
         anybody = torch.stack(has).any(dim=0)
         lacking = [(place >= 0) & ~own & anybody for place, own in zip(places, has, strict=True)]
         if any(bool(own.any()) for own in lacking):
@@ -114,6 +112,14 @@ def _places(catalogue: CatalogueUnion) -> list[Tensor]:
     if catalogue.positions is not None:
         return [place.long() for place in catalogue.positions]
     return [torch.arange(size) for size in catalogue.sizes]
+
+
+def _having(tables: Sequence[ItemEmbedding], places: Sequence[Tensor], name: str) -> list[Tensor]:
+    """Of each member, which items of the union its buffer `name` says yes to, (V,) bool."""
+    return [
+        torch.where(place >= 0, table.get_buffer(name).cpu()[1 + place], False)
+        for table, place in zip(tables, places, strict=True)
+    ]
 
 
 def check_categories(models: Sequence[ModelAdapter]) -> None:
@@ -144,9 +150,7 @@ def united_tensors(
             )
     places = _places(catalogue)
     for name in ("has_id", *(f"content.{name}.known" for name in tables[0].content)):
-        anybody = torch.zeros(len(places[0]), dtype=torch.bool)
-        for table, place in zip(tables, places, strict=True):
-            anybody |= (place >= 0) & table.get_buffer(name).cpu()[1 + place]
+        anybody = torch.stack(_having(tables, places, name)).any(dim=0)
         for table, place, own in zip(tables, places, found, strict=True):
             known = table.get_buffer(name).clone()
             known[1 + place[place >= 0].to(known.device)] = anybody[place >= 0].to(known.device)
