@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+import torch
 
 from fisherkern.errors import InputError, shown
 
@@ -96,3 +98,17 @@ def check_unit(name: str, value: Any, interval: str = "[0, 1]") -> None:
 def _is_number(value: Any) -> bool:
     numeric = isinstance(value, int | float | np.integer | np.floating)
     return numeric and not isinstance(value, bool)
+
+
+def device_named(name: str) -> torch.device:
+    """Return the device of a --device.
+
+    Raises:
+        InputError: a name of no device, or of one that is not there.
+    """
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name) is None:
+        raise InputError(f"--device: {shown(name)} is not like cpu, cuda or cuda:1")
+    device, there = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise InputError(f"--device: {name} is not here; there are {there} CUDA devices")
+    return device

@@ -1,5 +1,6 @@
 """The papers' experiments, end to end: python -m benchmarks.experiments; resumable."""
 
+from benchmarks.experiments.ablation import Ablation
 from benchmarks.experiments.branches import Branches
 from benchmarks.experiments.checkpoints import Checkpoints
 from benchmarks.experiments.emkd import Emkd
@@ -26,6 +27,7 @@ TABLES: dict[str, type[Experiment]] = {
     "splits": Splits,
     "free-fisher": FreeFisher,
     "pruning": Pruning,
+    "ablation": Ablation,
     "checkpoints": Checkpoints,
     "branches": Branches,
     "emkd": Emkd,

@@ -16,7 +16,8 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks.experiments import EXPERIMENTS, Experiment, Paper, run_paper, run_table
+from benchmarks.experiments import EXPERIMENTS, TABLES, Experiment, Paper, run_paper, run_table
+from fisherkern.checks import device_named
 from fisherkern.errors import InputError
 
 NOTE = "some defaults are others on beauty"
@@ -65,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
             "--time-limit", type=float, metavar="MIN", help="stop after this; rerun to go on"
         )
         command.add_argument("--threads", type=int, help="CPU threads")
+        if name in TABLES:
+            text = "where models are trained and ranked: cpu, cuda or cuda:1 (default: cpu)"
+            command.add_argument("--device", default="cpu", help=text)
+            command.add_argument(
+                "--rows", nargs="+", default=(), metavar="ROW", help="make these rows alone"
+            )
         command.add_argument("--quiet", action="store_true", help="no progress bars")
         settings, texts = command.add_argument_group("settings", NOTE), setting_texts(kind)
         for field in dataclasses.fields(kind):
@@ -120,7 +127,8 @@ def run(options: argparse.Namespace) -> None:
     if isinstance(experiment, Paper):
         run_paper(experiment, out, **call)
     else:
-        run_table(experiment, out, **call)
+        device = device_named(options.device)
+        run_table(experiment, out, **call, device=device, only=options.rows)
 
 
 if __name__ == "__main__":

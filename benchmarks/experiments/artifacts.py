@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from fisherkern.training import load_model, save_model, train, train_peers
 from fisherkern.training.state import read_moments
 
 EncoderT = TypeVar("EncoderT", bound=SequenceEncoder)
+
+CPU = torch.device("cpu")
 
 
 class OutOfTime(Exception):
@@ -57,6 +60,8 @@ class ArtifactCache:
     An artifact whose file exists is read instead of made. A row and its model have one name, so
     that the training log and the merge report of a row are found. Once the clock passes `end`
     (of time.monotonic; None: never), long work raises OutOfTime instead of starting.
+
+    Models are handed out on the CPU; trainings, Fishers and evaluations run on `device`.
     """
 
     def __init__(
@@ -68,8 +73,9 @@ class ArtifactCache:
         end: float | None = None,
         validation_users: int = 2000,
         progress: bool = False,
+        device: torch.device = CPU,
     ) -> None:
-        self.data, self.folder, self.seed = data, folder, seed
+        self.data, self.folder, self.seed, self.device = data, folder, seed, device
         self.given_base, self.end, self.progress = given_base, end, progress
         self.num_made = 0  # reports and JSON values that were not stored before
         self.users = self.spread_users(validation_users)
@@ -124,18 +130,30 @@ class ArtifactCache:
     ) -> SequenceEncoder:
         """The stored model `name`: a copy of what `start` gives, trained; see `train`.
 
-        The state is saved after every epoch, and a run that was stopped goes on from there.
+        The state is saved after every epoch, and a run that was stopped goes on from there. On a
+        GPU, where an epoch takes less time than saving, it is saved after every fiftieth.
         """
+        on_gpu = self.device.type == "cuda"
 
         def run(state: Path) -> tuple[SequenceEncoder, dict[str, Any]]:
-            model = copy.deepcopy(start())
+            model = copy.deepcopy(start()).to(self.device)
             timed: Any = _TimedData(self.data if data is None else data, self.check_time)
-            log = train(
-                model, timed, objective=objective, state=state, progress=self.progress, **settings
-            )
+            settings.setdefault("save_every", 50 if on_gpu else 1)
+            with tf32(on_gpu):
+                log = train(
+                    model,
+                    timed,
+                    objective=objective,
+                    state=state,
+                    progress=self.progress,
+                    **settings,
+                )
+            model.to(CPU)
             about = {"epochs": len(log.losses), "losses": log.losses, "scores": log.scores}
             optimizer, moments = read_moments(state, model)
             DiagFisher(*fisher_of_moments(moments, optimizer, model)).save(self.free_path(name))
+            if on_gpu:
+                about["device"] = f"{torch.cuda.get_device_name(self.device)}, TF32"
             return model, {**about, "best_epoch": log.best_epoch}
 
         return self._trained(name, run)
@@ -152,7 +170,7 @@ class ArtifactCache:
         def run(state: Path) -> tuple[SequenceEncoder, dict[str, Any]]:
             timed: Any = _TimedData(self.data, self.check_time)
             log = train_peers(
-                *start(),
+                *(peer.to(self.device) for peer in start()),
                 timed,
                 objective=objective,
                 state=state,
@@ -160,7 +178,7 @@ class ArtifactCache:
                 **settings,
             )
             about = {"epochs": len(log.losses[0]), "losses": log.losses, "scores": log.scores}
-            return log.model, {**about, "best_epoch": log.best_epoch, "peer": log.peer}
+            return log.model.to(CPU), {**about, "best_epoch": log.best_epoch, "peer": log.peer}
 
         return self._trained(name, run)
 
@@ -194,10 +212,14 @@ class ArtifactCache:
         if not path.exists():
             self.check_time()
             self.log(f"Fisher of {name}")
-            source, model = self.data if data is None else data, build()
+            source, model = self.data if data is None else data, build().to(self.device)
             count = min(sequences, source.num_users)
             loader = source.loader(split="train", max_len=model.max_len, limit=count)
-            fisher = diag_fisher(model, loader, seed=self.seed, progress=self.progress, **arguments)
+            batches = [{k: v.to(self.device) for k, v in batch.items()} for batch in loader]
+            fisher = diag_fisher(
+                model, batches, seed=self.seed, progress=self.progress, **arguments
+            )
+            model.to(CPU)
             fisher.save(path)
         return DiagFisher.load(path)
 
@@ -240,13 +262,14 @@ class ArtifactCache:
         path = self.path(row, f".{kind}.safetensors")
         if not path.exists():
             self.check_time()
-            model = build()
+            model = build().to(self.device)
             self.check_time()
             self.log(f"evaluating {row}")
             reports = {
                 name: evaluate(model, self.data, progress=self.progress, **protocol)
                 for name, protocol in protocols.items()
             }
+            model.to(CPU)
             save_reports(path, reports)
             self.num_made += 1
         return load_reports(path)
@@ -273,6 +296,18 @@ class ArtifactCache:
             if report is not None:
                 about["weights"] = report["weights"]
         return about
+
+
+@contextlib.contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """Let a GPU's products of float32 matrices round their factors to TF32, where `enabled`."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if enabled else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _TimedData:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.experiments.artifacts import ArtifactCache, OutOfTime, claim_folder
+from benchmarks.experiments.artifacts import CPU, ArtifactCache, OutOfTime, claim_folder
 from benchmarks.experiments.experiment import Experiment, RowBuilders
 from benchmarks.experiments.figures import draw_figures
 from benchmarks.experiments.tables import (
@@ -24,7 +24,7 @@ from benchmarks.experiments.tables import (
 )
 from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import Report
 from fisherkern.files import atomic_path, write_json
 from fisherkern.fingerprint import fingerprint
@@ -37,19 +37,24 @@ def run_table(
     seeds: Sequence[int] = (0,),
     time_limit: float | None = None,
     progress: bool = True,
+    device: torch.device = CPU,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Make the rows that `out` lacks, for `time_limit` minutes; the content of result.json.
 
     Both result.json and table.md are written after every row and name what is missing; the
     figures are of the first seed. A training stops at the end of the epoch in which the time ran
     out, and the next call goes on from there; a call with nothing to do writes the same bytes
-    again. More seeds may be asked for later. Raises InputError if `out` holds a run with other
-    settings, and for a negative limit.
+    again. More seeds may be asked for later. Of the rows, `only` these are made, where it names
+    some: several calls may each make some of one folder's. Raises InputError if `out` holds a run
+    with other settings, and for a negative limit or a row that is not there.
     """
     end = deadline(time_limit)
     data = load(experiment.data)
-    config, caches = open_caches(experiment, data, out, seeds=seeds, end=end, progress=progress)
-    table = ResultTable(experiment, config, caches)
+    config, caches = open_caches(
+        experiment, data, out, seeds=seeds, end=end, progress=progress, device=device
+    )
+    table = ResultTable(experiment, config, caches, only)
     figures = experiment.figures(caches[0])
     for cache in caches:
         table.fill(cache, lambda: table.write(out))
@@ -98,13 +103,16 @@ def open_caches(
     seeds: Sequence[int],
     end: float | None,
     progress: bool,
+    device: torch.device = CPU,
 ) -> tuple[dict[str, Any], list[ArtifactCache]]:
     """The content of config.json, and a cache for every seed, in the folder `out`."""
     base = experiment.load_base(data)
     config = config_of(experiment, data, base)
     claim_folder(out, config)
     users = experiment.validation_users
-    return config, [ArtifactCache(data, out, seed, base, end, users, progress) for seed in seeds]
+    return config, [
+        ArtifactCache(data, out, seed, base, end, users, progress, device) for seed in seeds
+    ]
 
 
 def settings_line(config: Mapping[str, Any]) -> str:
@@ -125,14 +133,22 @@ class ResultTable:
     """The rows of all seeds, as far as they are known; a subclass shows them in another way."""
 
     def __init__(
-        self, experiment: Experiment, config: Mapping[str, Any], caches: Sequence[ArtifactCache]
+        self,
+        experiment: Experiment,
+        config: Mapping[str, Any],
+        caches: Sequence[ArtifactCache],
+        only: Sequence[str] = (),
     ) -> None:
-        self.experiment, self.config = experiment, config
+        self.experiment, self.config, self.only = experiment, config, only
         self.missing_figures: list[str] = []
         # Seed -> row -> its result. The rows of all seeds stand there from the start.
         self.rows: dict[int, dict[str, RowResult | None]] = {
             cache.seed: dict.fromkeys(self.row_builders(cache)) for cache in caches
         }
+        for name in only:
+            if any(name not in rows for rows in self.rows.values()):
+                names = "; ".join(next(iter(self.rows.values())))
+                raise InputError(f"--rows: no row {shown(name)}; there are {names}")
 
     def row_builders(self, cache: ArtifactCache) -> RowBuilders:
         """The rows and the builders of their models."""
@@ -179,6 +195,8 @@ class ResultTable:
     def fill(self, cache: ArtifactCache, done: Callable[[], Any]) -> None:
         """Make a seed's rows while there is time, calling `done` after each that was not stored."""
         for row, build in self.row_builders(cache).items():
+            if self.only and row not in self.only:
+                continue
             before = cache.num_made
             try:
                 self.rows[cache.seed][row] = self.report_row(cache, row, build)

@@ -7,7 +7,6 @@ import errno
 import inspect
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from fisherkern import processes
+from fisherkern.checks import device_named
 from fisherkern.cli.claims import FolderClaim, result_path
 from fisherkern.data import SequenceDataset, load
 from fisherkern.encoders import SequenceEncoder
@@ -82,13 +82,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """The device of --device, which must be there; one for each process of torchrun's."""
-        name = self.values["device"]
-        if re.fullmatch(r"cpu|cuda(:\d{1,3})?", name) is None:
-            raise InputError(f"--device: {shown(name)} is not like cpu, cuda or cuda:1")
-        device = torch.device(name)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            there = torch.cuda.device_count()
-            raise InputError(f"--device: {name} is not here; there are {there} CUDA devices")
+        device = device_named(self.values["device"])
         if device.type == "cuda" and processes.started_by_torchrun() > 1:
             return torch.device("cuda", torch.cuda.current_device())
         return device
