@@ -14,6 +14,9 @@ from fisherkern.merging.rules.base import MergeBlock, TensorBlocks, merge_method
 
 # Sines below this are rounding: the members point the same way, or opposite ways.
 PARALLEL = 1e-6
+# Of three members and more: 1 + cosine of a member and their mean, and the mean's squared length,
+# below which rounding says where the direction lies.
+OPPOSITE = 1e-2
 
 
 def gram_of_members(
@@ -45,9 +48,9 @@ def slerp(block: MergeBlock) -> Tensor:
 
     For two members the second factor is sin((1-t)W)/sin(W) u_0 + sin(tW)/sin(W) u_1, t =
     lambda_1 and W the angle between them (Shoemake, SIGGRAPH 1985); for more it is one step
-    towards their mean on the sphere, whatever their order. Members that point the same way (or,
-    two of them, opposite ways), a tensor of zeros, and item rows that some member lacks, which
-    do not enter the angle either, are averaged by lambda.
+    towards their mean on the sphere, whatever their order. Members that point the same way or
+    cancel, a member opposite the others' mean, a tensor of zeros, and item rows that some member
+    lacks, which do not enter the angle either, are averaged by lambda.
     """
     plain = average(block)
     coefficients = _coefficients(block.stats, block.lam.cpu())
@@ -64,14 +67,16 @@ def _coefficients(gram: Tensor, lam: Tensor) -> Tensor | None:
         return None
     cosines = gram / length[:, None] / length
     chord = math.sqrt(max(0.0, float(lam @ cosines @ lam)))
-    if chord < PARALLEL:
+    used = lam > 0
+    pair = int(used.sum()) == 2
+    if chord < PARALLEL or (not pair and chord * chord < OPPOSITE):
         return None
     # From here on vectors are coefficients of u_0, u_1, ...
     mu = lam / chord
     along = (cosines @ mu).clamp(-1, 1)
-    across = (1 - along.square()).sqrt()
-    used = lam > 0
-    if not (across[used] > PARALLEL).any() or (along[used] < PARALLEL - 1).any():
+    across = ((1 - along) * (1 + along)).sqrt()
+    nearest = PARALLEL if pair else OPPOSITE
+    if not (across[used] > PARALLEL).any() or (along[used] < nearest - 1).any():
         return None
     # log_mu(u) = angle/sin(angle) (u - cos(angle) mu)
     ratio = torch.where(across > PARALLEL, along.acos() / across.clamp(min=PARALLEL), 1.0)
