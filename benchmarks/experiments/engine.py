@@ -52,7 +52,7 @@ def run_table(
     end = deadline(time_limit)
     data = load(experiment.data)
     config, caches = open_caches(
-        experiment, data, out, seeds=seeds, end=end, progress=progress, device=device
+        experiment, data, out, seeds=seeds, end=end, progress=progress, device=device, only=only
     )
     table = ResultTable(experiment, config, caches, only)
     figures = experiment.figures(caches[0])
@@ -63,7 +63,7 @@ def run_table(
     result = table.write(out)
     print(table.text(result))
     print(f"written to {out}: result.json, table.md{', figures' * bool(figures)}")
-    if result["missing"]:
+    if result["missing"] and not only:
         print_time_is_up()
     return result
 
@@ -104,15 +104,19 @@ def open_caches(
     end: float | None,
     progress: bool,
     device: torch.device = CPU,
+    only: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[ArtifactCache]]:
     """The content of config.json, and a cache for every seed, in the folder `out`."""
     base = experiment.load_base(data)
     config = config_of(experiment, data, base)
-    claim_folder(out, config)
     users = experiment.validation_users
-    return config, [
-        ArtifactCache(data, out, seed, base, end, users, progress, device) for seed in seeds
-    ]
+    caches = [ArtifactCache(data, out, seed, base, end, users, progress, device) for seed in seeds]
+    rows = list(experiment.rows(caches[0])) if only else []
+    for name in only:
+        if name not in rows:
+            raise InputError(f"--rows: no row {shown(name)}; there are {'; '.join(rows)}")
+    claim_folder(out, config)
+    return config, caches
 
 
 def settings_line(config: Mapping[str, Any]) -> str:
@@ -145,10 +149,6 @@ class ResultTable:
         self.rows: dict[int, dict[str, RowResult | None]] = {
             cache.seed: dict.fromkeys(self.row_builders(cache)) for cache in caches
         }
-        for name in only:
-            if any(name not in rows for rows in self.rows.values()):
-                names = "; ".join(next(iter(self.rows.values())))
-                raise InputError(f"--rows: no row {shown(name)}; there are {names}")
 
     def row_builders(self, cache: ArtifactCache) -> RowBuilders:
         """The rows and the builders of their models."""
@@ -195,7 +195,8 @@ class ResultTable:
     def fill(self, cache: ArtifactCache, done: Callable[[], Any]) -> None:
         """Make a seed's rows while there is time, calling `done` after each that was not stored."""
         for row, build in self.row_builders(cache).items():
-            if self.only and row not in self.only:
+            stored = cache.path(row, ".reports.safetensors").exists()  # by another call
+            if self.only and row not in self.only and not stored:
                 continue
             before = cache.num_made
             try:

@@ -241,3 +241,40 @@ def test_pcrec_takes_two_bases_of_its_paper(small: str, tmp_path: Path, encoder:
     assert main([*command, "--peer-epochs", "2", "--encoder", encoder]) == 0
     stored = fk.load_model(next((tmp_path / "seed-0").glob("*parameter-wise*.safetensors")))
     assert type(stored).__name__ == encoder and stored.config["dropout"] == 0.1
+
+
+def test_rows_may_be_made_by_several_calls(
+    small: str, tmp_path: Path, files: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """One call's rows and then another's give the files of one call for both."""
+    command = ["ablation", "--data", small, "--quiet", "--epochs", "2", "--dim", "8"]
+    command += ["--max-len", "6", "--validation-users", "9", "--batch-size", "32", "--rows"]
+    for rows in (["reference"], ["3 layers"]):
+        assert main([*command, *rows, "--out", str(tmp_path / "two")]) == 0
+    assert main([*command, "reference", "3 layers", "--out", str(tmp_path / "one")]) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    result = read_json(tmp_path / "one" / "result.json")
+    rows = [row["model"] for row in result["tables"][0]["rows"]]
+    assert rows == ["reference", "3 layers"]
+    assert "dropout .4" in result["missing"]["0"]
+
+
+def test_a_row_that_changes_nothing_is_left_out(small: str, tmp_path: Path) -> None:
+    own = ArtifactCache(fk.load(small), tmp_path, 0, None, None, 10, False)
+    rows = TABLES["ablation"].on(small, dim=128, dropout=0.4).rows(own)
+    assert "reference" in rows and "D = 64" in rows
+    assert "D = 128" not in rows and "dropout .4" not in rows
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rows", "another"], "--rows: no row 'another'"),
+        (["--device", "gpu"], "--device: 'gpu' is not like cpu, cuda or cuda:1"),
+        (["--device", "cuda:99"], "--device: cuda:99 is not here"),
+    ],
+)
+def test_other_rows_and_devices_are_refused(
+    assert_refused: Callable[[list[str], str], None], given: list[str], message: str
+) -> None:
+    assert_refused(["ablation", *given], message)
