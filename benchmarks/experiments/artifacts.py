@@ -169,8 +169,10 @@ class ArtifactCache:
 
         def run(state: Path) -> tuple[SequenceEncoder, dict[str, Any]]:
             timed: Any = _TimedData(self.data, self.check_time)
+            first, second = start()
             log = train_peers(
-                *(peer.to(self.device) for peer in start()),
+                first.to(self.device),
+                second.to(self.device),
                 timed,
                 objective=objective,
                 state=state,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,14 @@ from fisherkern.errors import InputError
 from fisherkern.evaluation import evaluate
 from fisherkern.files import atomic_path, is_file, read_json
 from fisherkern.merging import preflight
-from fisherkern.report import METRIC, Findings, merge_page, read_result, user_groups
+from fisherkern.report import (
+    METRIC,
+    Findings,
+    merge_page,
+    read_result,
+    user_groups,
+    weight_plane,
+)
 from fisherkern.tables import print_table
 
 
@@ -28,6 +36,7 @@ def report_merge(
     out: Path | None = None,
     split: str = "test",
     barriers: bool = False,
+    plane: int | None = None,
     batch_size: int = 256,
     device: str = BEST_DEVICE,
 ) -> None:
@@ -38,12 +47,18 @@ def report_merge(
         out: the page, ending in .html, or its folder (default: report.html in the merge's folder).
         split: what --data is measured on.
         barriers: also measure models on the lines between the members, on validation.
+        plane: also measure 81 models on the plane through the first three members, for so many
+            users of validation.
         batch_size: users ranked at once.
         device: cpu, cuda or cuda:1.
     """
     if barriers and run.values["data"] is None:
         raise InputError("--barriers: are measured on data; name --data")
+    if plane is not None and (plane < 1 or run.values["data"] is None):
+        raise InputError("--plane: a number of users of --data, at least 1")
     result = read_result(result_path(folder, "merge"))
+    if plane is not None and len(result.members) < 3:
+        raise InputError(f"--plane: goes through three members; there are {len(result.members)}")
     path = out if out is not None and out.suffix == ".html" else (out or folder) / "report.html"
     places = [folder / f"merged{ending}" for ending in ("", *MODEL_ENDINGS)]
     found = Findings(result, next((place for place in places if place.exists()), None))
@@ -57,6 +72,8 @@ def report_merge(
             models = [run.model(path) for path in found.members]
             score = lambda model: on_validation(model, data, batch_size)[METRIC]  # noqa: E731
             found.paths = preflight(models, score=score).paths or []
+        if plane is not None:
+            found.plane = _plane(run, found, data, plane)
     text = merge_page(found)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -65,6 +82,23 @@ def report_merge(
     if found.reports:
         print_table([{"model": name, METRIC: own[METRIC]} for name, own in found.reports.items()])
     print(f"written to {path}")
+
+
+def _plane(run: Run, found: Findings, data: SequenceDataset, users: int) -> dict[str, Any]:
+    """Measure the plane through the first three members."""
+    first = list(zip(found.names, found.members, strict=True))[:3]
+    members = {name: run.model(path) for name, path in first}
+    assert found.merged is not None
+    chosen = np.unique(np.linspace(0, data.num_users - 1, min(users, data.num_users)).astype(int))
+    size = run.values["batch_size"]
+
+    def score(model: Any) -> float:
+        return evaluate(
+            model, data, split="validation", users=chosen, batch_size=size, progress=False
+        )[METRIC]
+
+    fishers = dict(zip(members, found.fishers(), strict=False))
+    return weight_plane(members, {"merge": run.model(found.merged)}, score, fishers=fishers)
 
 
 def _measure(run: Run, found: Findings, data: SequenceDataset) -> None:

@@ -5,7 +5,8 @@ A tree of elements is written out by the standard library, which escapes all tex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 from fisherkern.errors import one_line
@@ -48,6 +49,7 @@ svg { vertical-align: middle; margin-left: .5rem; }
 """
 _BLUE, _GREY = "#0072b2", "#595959"  # 5.2 and 7 to 1 on white
 _WIDTH, _HEIGHT = 120, 14  # of a drawing, in pixels
+_SIDE = 320  # of a plane, in pixels
 _LONG = 32  # characters that a cell does not break
 
 
@@ -159,6 +161,47 @@ def interval(difference: Difference, reach: float) -> Element:
     )  # fmt: skip
 
 
-def _drawing(title: str, *shapes: Element) -> Element:
+def grid(title: str, plane: Mapping[str, Any], shown: Mapping[str, str]) -> Element:
+    """Draw scores on a plane as shades, lighter where they are higher, and models as letters.
+
+    Args:
+        title: what the drawing shows.
+        plane: of `weight_plane`.
+        shown: a model's name -> its letter.
+    """
+    x, y, values = plane["x"], plane["y"], plane["values"]
+    side, step = _SIDE / len(x), (x[1] - x[0], y[1] - y[0])
+    low, high = min(map(min, values)), max(map(max, values))
+
+    def place(point: Sequence[float]) -> tuple[float, float]:
+        across, up = ((point[i] - axis[0]) / step[i] + 0.5 for i, axis in enumerate((x, y)))
+        return side * across, _SIDE - side * up
+
+    shapes = []
+    for number, row in enumerate(values):
+        for column, value in enumerate(row):
+            light = 40 + 55 * ((value - low) / (high - low) if high > low else 1.0)
+            left, top = side * column, _SIDE - side * (number + 1)
+            shapes.append(
+                element(
+                    "rect", x=f"{left:.1f}", y=f"{top:.1f}", width=f"{side + 0.5:.1f}",
+                    height=f"{side + 0.5:.1f}", fill=f"hsl(205 60% {light:.0f}%)",
+                )
+            )  # fmt: skip
+    for points in plane["samples"].values():
+        for across, up in map(place, points):
+            if 0 <= across <= _SIDE and 0 <= up <= _SIDE:
+                at = {"cx": f"{across:.1f}", "cy": f"{up:.1f}"}
+                shapes.append(element("circle", **at, r=2, fill="#1a1a1a", fill_opacity=0.6))
+    for name, letter in shown.items():
+        across, up = place(plane["points"][name])
+        at = {"cx": f"{across:.1f}", "cy": f"{up:.1f}"}
+        text = {"x": f"{across:.1f}", "y": f"{up + 4:.1f}", "text_anchor": "middle"}
+        shapes.append(element("circle", **at, r=9, fill="#fff", stroke="#1a1a1a"))
+        shapes.append(element("text", letter, **text, font_size=11, fill="#1a1a1a"))
+    return _drawing(title, *shapes, size=(_SIDE, _SIDE))
+
+
+def _drawing(title: str, *shapes: Element, size: tuple[int, int] = (_WIDTH, _HEIGHT)) -> Element:
     inner = (element("title", title), *shapes)
-    return element("svg", *inner, width=_WIDTH, height=_HEIGHT, role="img", aria_label=title)
+    return element("svg", *inner, width=size[0], height=size[1], role="img", aria_label=title)

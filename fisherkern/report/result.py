@@ -86,6 +86,7 @@ class Findings:
         best: the member that is best on validation.
         groups: title -> label -> the merge's report and a member's, both on a group of users.
         paths: of `preflight`, from member to member.
+        plane: of `weight_plane`, through the first three members.
         notes: a sentence about each thing that is not known.
     """
 
@@ -95,6 +96,7 @@ class Findings:
     best: str | None = None
     groups: dict[str, dict[str, tuple[Report, Report]]] = field(default_factory=dict)
     paths: list[dict[str, Any]] = field(default_factory=list)
+    plane: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -10,7 +10,7 @@ from fisherkern.evaluation import Comparison, compare
 from fisherkern.fisher import DiagFisher
 from fisherkern.merging import METHODS
 from fisherkern.provenance import versions
-from fisherkern.report.html import Element, bar, element, interval, page, table
+from fisherkern.report.html import Element, bar, element, grid, interval, page, table
 from fisherkern.report.measures import fisher_by_head, fisher_by_layer, fisher_shares
 from fisherkern.report.result import Findings, about_model, sha256_of
 
@@ -29,6 +29,7 @@ def merge_page(found: Findings) -> str:
         ("Did it help?", _gains(found)),
         ("For whom?", _groups(found)),
         ("Between the members", _paths(found)),
+        ("The plane of three members", _plane(found)),
         ("Fisher by layer and head", _fisher_sums(found, fishers)),
         ("Coverage of the catalogue", _catalogue(found)),
         ("Weights by tensor", _tensors(found, fishers)),
@@ -141,6 +142,28 @@ def _paths(found: Findings) -> Iterator[Element | str]:
                 for t, s in points
             ],
         )
+
+
+def _plane(found: Findings) -> Iterator[Element | str]:
+    plane = found.plane
+    if plane is None:
+        yield "The plane was not measured; --plane with --data does it, of three members or more."
+        return
+    points, values = plane["points"], plane["values"]
+    shown = {name: "M" if name == "merge" else name for name in points}
+    yield element("div", grid("NDCG@10 on the plane of three members", plane, shown))
+    yield (
+        f"Lighter is better: NDCG@10 on validation is from {min(map(min, values)):.4f} to "
+        f"{max(map(max, values)):.4f}. M is the merge, a number a member. A model off the plane "
+        "is shown at its projection."
+    )
+    if plane["samples"]:
+        members = ", ".join(plane["samples"])
+        yield f"Dots are draws from the posteriors that the Fishers of members {members} say."
+    yield table(
+        "Where the models are, in distances from member 0",
+        [{"model": name, "along 0 to 1": x, "across": y} for name, (x, y) in points.items()],
+    )
 
 
 def _fisher_sums(found: Findings, fishers: Sequence[DiagFisher]) -> Iterator[Element | str]:

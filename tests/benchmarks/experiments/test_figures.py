@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.experiments.figures import weight_plane
 from benchmarks.experiments.fisher_cost import best_scaled_error, relative_error
+from fisherkern.report.plane import weight_plane
 
 
 def test_errors_against_the_exact_fisher() -> None:
