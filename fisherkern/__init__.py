@@ -38,6 +38,7 @@ from fisherkern.objectives import (
     NTXent,
     RepPad,
     SymmetricNoiseTolerant,
+    VREx,
 )
 from fisherkern.postmerge import (
     SurgeryEncoder,
@@ -88,6 +89,7 @@ __all__ = [
     "SurgeryEncoder",
     "SymmetricNoiseTolerant",
     "TrainingSettings",
+    "VREx",
     "WeightEnsemble",
     "YouTubeDNN",
     "adapt",

@@ -23,6 +23,9 @@ class Cycles:
     def fingerprint(self):
         return self.name
 
+    def popularity(self):
+        return np.arange(1, V + 1)
+
     def windows(self, *, batch_size, max_len, seed, epoch, crop):
         self.asked.append((batch_size, max_len, seed, epoch, crop))
         first = np.random.default_rng([seed, epoch]).integers(0, V, self.users)

@@ -14,6 +14,7 @@ from fisherkern.objectives.item_parts import CategoryNeighbours, ContentContrast
 from fisherkern.objectives.masked_items import MaskedItems
 from fisherkern.objectives.next_item import NextItem
 from fisherkern.objectives.reppad import RepPad
+from fisherkern.objectives.vrex import VREx
 
 #: What `from_settings` can make, by class name.
 OBJECTIVES: dict[str, type] = {
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type] = {
     "NextItem": NextItem,
     "RepPad": RepPad,
     "SymmetricNoiseTolerant": SymmetricNoiseTolerant,
+    "VREx": VREx,
     "WeightedSum": WeightedSum,
 }
 
@@ -77,6 +79,7 @@ __all__ = [
     "SymmetricNoiseTolerant",
     "Term",
     "TrainingSequences",
+    "VREx",
     "WeightedSum",
     "from_settings",
 ]

@@ -52,12 +52,21 @@ class MaskedItems(Objective):
         CPU, so that the draws do not depend on the model's device. Raises InputError if no row
         has an item.
         """
+        h, column, _ = self.places(model, tokens, generator)
+        return softmax_loss(h, column, *model.head())
+
+    def places(
+        self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return h (|M|, D), and the columns and rows (|M|,) int64 of the masked items.
+
+        Arguments as in a call.
+        """
         positions, chosen = self.draw(tokens, generator)
         masked = model.mask_items(tokens, positions, chosen)
-        hidden = states_by_length(model, masked, positions, chosen)
-        weight, bias = model.head()
+        h = model.transform(states_by_length(model, masked, positions, chosen)[chosen])
         column = tokens.gather(1, positions)[chosen] - model.first_item
-        return softmax_loss(model.transform(hidden[chosen]), column, weight, bias)
+        return h, column, chosen.nonzero()[:, 0]
 
     def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
         """Return |M| where `last_ratio` is 0."""

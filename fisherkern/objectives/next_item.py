@@ -88,6 +88,20 @@ class NextItem(Objective):
 
         0 where no row has two items.
         """
+        h, column, row = self.places(model, tokens)
+        if not len(h):
+            return no_loss(model)
+        weight, bias = model.head()
+        if self.loss == "softmax":
+            return softmax_loss(h, column, weight, bias)
+        kept, row = row.unique(return_inverse=True)
+        return self._sampled(h, column, row, len(kept), weight, bias, generator)
+
+    def places(self, model: SequenceEncoder, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return h (P, D), and the columns and rows (P,) int64 of the next items, rows ascending.
+
+        `tokens` as in a call.
+        """
         if not (self.last_only or model.causal):
             raise InputError(
                 f"NextItem needs a causal encoder or last_only=True: {type(model).__name__} sees"
@@ -97,22 +111,15 @@ class NextItem(Objective):
             raise InputError(
                 f"NextItem: negatives = {self.negatives} must be below the {model.num_items} items"
             )
-        tokens = tokens[(tokens[:, :-1] != 0).any(dim=1)]
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        row = (tokens[:, :-1] != 0).any(dim=1).nonzero()[:, 0]
+        inputs, targets = tokens[row, :-1], tokens[row, 1:]
         valid = (inputs != 0) & (targets != 0)
         if not valid.any():
-            return no_loss(model)
-        row = torch.arange(len(tokens), device=tokens.device)
+            return model.head()[0][:0], row[:0], row[:0]
         if self.last_only:
-            h, target = model.encode(inputs), tokens[:, -1]
-        else:
-            h, target = model.transform(states_by_length(model, inputs)[valid]), targets[valid]
-            row = row[:, None].expand_as(valid)[valid]
-        weight, bias = model.head()
-        column = target - model.first_item
-        if self.loss == "softmax":
-            return softmax_loss(h, column, weight, bias)
-        return self._sampled(h, column, row, len(tokens), weight, bias, generator)
+            return model.encode(inputs), targets[:, -1] - model.first_item, row
+        h = model.transform(states_by_length(model, inputs)[valid])
+        return h, targets[valid] - model.first_item, row[:, None].expand_as(valid)[valid]
 
     def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
         """Return P, the number of positions that have a next item."""

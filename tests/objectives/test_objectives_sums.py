@@ -106,6 +106,7 @@ OBJECTIVES = [
     fk.DuoRec("both", fk.NTXent(0.2, "cosine"), True),
     fk.Attributes(8, 0.1, "masked", 3),
     fk.RepPad(fk.MaskedItems(0.4), "random"),
+    fk.VREx(fk.MaskedItems(0.4), 0.5, "sequence", 2),
     fk.NextItem() + 0.1 * fk.CL4SRec() + 2 * fk.DuoRec("supervised"),
 ]
 

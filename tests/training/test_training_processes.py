@@ -19,7 +19,7 @@ from training_runs import Cycles, T, V, bits, new_model, run
 
 from fisherkern.encoders import GRU4Rec, SASRec
 from fisherkern.files import read_tensors, save_tensors
-from fisherkern.objectives import CL4SRec, MaskedItems, NextItem, batch_loss
+from fisherkern.objectives import CL4SRec, MaskedItems, NextItem, VREx, batch_loss
 from fisherkern.objectives.batch_loss import local_slice
 from fisherkern.objectives.scoring import LOCAL_SLICE, softmax_loss
 from fisherkern.training import TrainingLog
@@ -61,6 +61,7 @@ CASES: dict[str, Any] = {
     "next": lambda: (sasrec(), NextItem()),
     "in-batch negatives": lambda: (sasrec(), NextItem() + 0.5 * CL4SRec()),
     "masked with views": lambda: (new_model(dropout=0.0), MaskedItems(0.2) + 0.5 * CL4SRec()),
+    "environments": lambda: (sasrec(), VREx(NextItem(), 5.0) + 0.5 * CL4SRec()),
     "sampled": lambda: (gru4rec(), NextItem(loss="bce", negatives=5)),
 }
 
