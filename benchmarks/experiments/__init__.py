@@ -5,6 +5,7 @@ from benchmarks.experiments.branches import Branches
 from benchmarks.experiments.checkpoints import Checkpoints
 from benchmarks.experiments.emkd import Emkd
 from benchmarks.experiments.engine import run_table
+from benchmarks.experiments.environments import Environments
 from benchmarks.experiments.experiment import Experiment
 from benchmarks.experiments.free_fisher import FreeFisher
 from benchmarks.experiments.objectives import Objectives
@@ -26,6 +27,7 @@ TABLES: dict[str, type[Experiment]] = {
     "samplers": Samplers,
     "splits": Splits,
     "free-fisher": FreeFisher,
+    "environments": Environments,
     "pruning": Pruning,
     "ablation": Ablation,
     "checkpoints": Checkpoints,

@@ -35,6 +35,7 @@ def test_every_table_on_small_data(
         "samplers": ["--base-epochs", "1", "--member-epochs", "1", "--extra-epochs", "0"],
         "splits": ["--base-epochs", "1", "--member-epochs", "1", "--by", "regions"],
         "free-fisher": ["--base-epochs", "1", "--member-epochs", "1"],
+        "environments": ["--base-epochs", "1", "--member-epochs", "1"],
         "pruning": ["--base-epochs", "1"],
         "checkpoints": ["--epochs", "5", "--count", "2"],
         "branches": [
