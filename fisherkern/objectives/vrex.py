@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 from fisherkern.objectives.base import Objective, Term, TrainingSequences, no_loss
 from fisherkern.objectives.masked_items import MaskedItems
 from fisherkern.objectives.next_item import NextItem
@@ -61,13 +61,10 @@ class VREx(Objective):
 
     def __post_init__(self) -> None:
         inner = self.objective
-        if not isinstance(inner, NextItem | MaskedItems) or (
-            isinstance(inner, NextItem) and inner.loss != "softmax"
-        ):
-            raise InputError(
-                "VREx: objective must be NextItem() with loss 'softmax' or MaskedItems(), of whose"
-                f" every target there is a risk, not {type(inner).__name__}"
-            )
+        if not isinstance(inner, NextItem | MaskedItems):
+            raise InputError(f"VREx: objective must be NextItem or MaskedItems, got {shown(inner)}")
+        if isinstance(inner, NextItem):
+            check_choice("VREx: the loss of NextItem", inner.loss, ("softmax",))
         check_not_negative("VREx: weight", self.weight)
         check_choice("VREx: by", self.by, ("target", "sequence"))
         check_count("VREx: environments", self.environments, least=2)
