@@ -53,7 +53,7 @@ class VREx(Objective):
     """
 
     objective: NextItem | MaskedItems
-    weight: float = 1.0
+    weight: float = 0.1
     by: str = "target"
     environments: int = 3
     log_popularity: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
