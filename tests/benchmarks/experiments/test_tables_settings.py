@@ -23,7 +23,8 @@ TINY: dict[str, Any] = {"max_len": 8, "dim": 8, "batch_size": 32, "validation_us
 FIGURES = ("--cost-sequences", "8", "--plane-users", "5")
 
 
-@pytest.mark.parametrize("name", list(TABLES))
+# gBCE of the ablation draws more negatives than there are items; its rows are tried below.
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "ablation"])
 def test_every_table_on_small_data(
     small: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
