@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -158,12 +159,19 @@ def _plane(found: Findings) -> Iterator[Element | str]:
         "is shown at its projection."
     )
     if plane["samples"]:
-        members = ", ".join(plane["samples"])
-        yield f"Dots are draws from the posteriors that the Fishers of members {members} say."
-    yield table(
-        "Where the models are, in distances from member 0",
-        [{"model": name, "along 0 to 1": x, "across": y} for name, (x, y) in points.items()],
-    )
+        yield (
+            "Dots are draws from the posteriors that the members' Fishers say, as far as they are "
+            "wider than a member's circle."
+        )
+    rows = []
+    for name, (x, y) in points.items():
+        row = {"model": name, "along 0 to 1": x, "across": y}
+        if plane["samples"]:
+            drawn = plane["samples"].get(name)
+            spread = [statistics.stdev(axis) for axis in zip(*drawn, strict=True)] if drawn else []
+            row["posterior's deviations"] = ", ".join(f"{value:.2g}" for value in spread)
+        rows.append(row)
+    yield table("Where the models are, in distances from member 0", rows)
 
 
 def _fisher_sums(found: Findings, fishers: Sequence[DiagFisher]) -> Iterator[Element | str]:

@@ -52,6 +52,8 @@ def test_the_plane_has_the_members_and_their_posteriors(three: Path) -> None:
     assert [name for name in ("0", "1", "2", "M") if f">{name}</text>" in drawn] == [*"012M"]
     where = page.tables["Where the models are, in distances from member 0"]
     assert [row["model"] for row in where] == ["0", "1", "2", "merge"]
+    assert where[0]["posterior's deviations"].count(",") == 1
+    assert where[3]["posterior's deviations"] == ""
     assert float(where[0]["along 0 to 1"]) == float(where[0]["across"]) == 0
 
 
