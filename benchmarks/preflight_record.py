@@ -3,7 +3,8 @@
 Each folder holds an experiment's members (`python -m benchmarks.experiments free-fisher ...`).
 Every two of them, and all of them, are averaged: does the average beat the member that is best on
 validation? A line of the CSV has what is known before (cosines, scores on validation) and what
-came out on the test split. Without folders the file is judged as it stands.
+came out on the test split. Without folders the file is judged as it stands. What it says of
+`benchmarks/results/preflight.csv` goes into the package, where `preflight` reads it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import torch
 import fisherkern as fk
 from benchmarks.common import RESULTS
 from benchmarks.experiments.artifacts import ArtifactCache
-from fisherkern.files import read_json
+from fisherkern.files import read_json, write_json
 from fisherkern.merging.preflight import NEAR
 
 METRIC = "ndcg@10"
+COSINES, SCORES = "the cosine of weights", "scores on the path"
+STORED = RESULTS / "preflight.csv"
+RECORD = Path(fk.__file__).parent / "merging" / "preflight_record.json"
 KNOWN = ("cosine", "task_cosine", "best", "mean", "validation")
 COLUMNS = ("set", "data", "members", *KNOWN, "test", "low", "high")
 
@@ -103,9 +107,9 @@ def judge(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     predicted = leave_one_out(lines)
     _, outcomes = fitted(lines)
     ways = {
-        "the cosine of weights": np.array([line["cosine"] >= NEAR for line in lines]),
+        COSINES: np.array([line["cosine"] >= NEAR for line in lines]),
         "cosines and members' scores, other sets": predicted > 0,
-        "scores on the path": np.array([line["validation"] > 0 for line in lines]),
+        SCORES: np.array([line["validation"] > 0 for line in lines]),
     }
     return {
         "merges": len(lines),
@@ -122,6 +126,12 @@ def judge(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def counts(judged: Mapping[str, Any]) -> dict[str, int]:
+    """What `preflight` says of its record."""
+    right = judged["right"]
+    return {"merges": judged["merges"], "cosines": right[COSINES], "scores": right[SCORES]}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a CSV."""
     with path.open(encoding="utf-8", newline="") as stream:
@@ -135,7 +145,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "preflight.csv")
+    parser.add_argument("--out", type=Path, default=STORED)
     parser.add_argument("--users", type=int, default=10**6, help="users ranked at most")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,8 +157,11 @@ def main() -> int:
             if new:
                 writer.writeheader()
             writer.writerows(lines)
-    for name, value in judge(read(options.out)).items():
+    judged = judge(read(options.out))
+    for name, value in judged.items():
         print(f"{name}: {value}")
+    if options.out == STORED:
+        write_json(RECORD, counts(judged))
     return 0
 
 

@@ -20,6 +20,7 @@ def evaluate_checkpoint(
     *,
     against: Path | None = None,
     popularity: bool = False,
+    shard: bool = False,
     device: str = BEST_DEVICE,
 ) -> None:
     """Measure the ranking metrics of a checkpoint.
@@ -29,13 +30,14 @@ def evaluate_checkpoint(
         against: a checkpoint to compare with, user by user.
         popularity: rank by popularity too, and where the data have times by that of the last 7
             days, and compare with both.
+        shard: read folders x.dcp by rows of their item tables, each process of torchrun its own.
         device: cpu, cuda or cuda:1.
     """
     out = run.out(f"evaluate-{checkpoint.stem}")
     data = run.data()
     own, reports = data, []
     for path in [checkpoint] + ([against] if against else []):
-        model = run.model(path)
+        model = run.model(path, shard=shard)
         own = over_catalogue_of(model, data, path)
         reports.append((str(path), evaluate(model, **{**run.of(evaluate), "data": own})))
     if popularity:

@@ -10,6 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from fisherkern import processes
+from fisherkern.adapters.dcp import names_dcp
+from fisherkern.adapters.sharded import is_dtensor, local_part
 from fisherkern.checks import check_count
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of
@@ -36,6 +41,7 @@ def fisher(
     batch_size: int = 256,
     limit: int | None = None,
     factored: int | None = None,
+    shard: bool = False,
     device: str = BEST_DEVICE,
 ) -> None:
     """Compute the diagonal Fisher of a checkpoint, or of a model that a function makes.
@@ -51,19 +57,25 @@ def fisher(
         batch_size: sequences in a batch.
         limit: only this many sequences, evenly spread.
         factored: entries from which on a matrix is kept as its row and column sums.
+        shard: read a folder x.dcp by rows of its item tables, each process of torchrun its own;
+            the Fisher is such a folder too.
         device: cpu, cuda or cuda:1.
     """
     if (checkpoint is None) == (model is None):
         raise InputError("name a checkpoint, or a --model module:function")
+    for flag, value in (("model", model), ("from-state", from_state), ("factored", factored)):
+        if shard and value is not None:
+            raise InputError(f"--{flag}: does not go with --shard")
     if checkpoint is not None:
-        name, network, batches = checkpoint.stem, run.model(checkpoint), None
+        name, network, batches = checkpoint.stem, run.model(checkpoint, shard=shard), None
     else:
         name, network, batches = _built(run, str(model))
     if from_state is not None and checkpoint is None:
         raise InputError("--from-state: needs the checkpoint that the run gave")
     if factored is not None:
         check_count("--factored", factored)
-    path = run.out(f"fisher-{name}", f"{name}.fisher.safetensors") / f"{name}.fisher.safetensors"
+    file = f"{name}.fisher.{'dcp' if shard else 'safetensors'}"
+    path = run.out(f"fisher-{name}", file) / file
     if from_state is not None:
         _finish(run, path, _free(run, from_state, network), factored)
         return
@@ -86,13 +98,27 @@ def _free(run: Run, state: Path, network: SequenceEncoder) -> DiagFisher:
 
 def _finish(run: Run, path: Path, found: DiagFisher, factored: int | None) -> None:
     """Store a Fisher and tell its size by parameter."""
-    run.write(partial(found.save, factored=factored), path)
-    largest = {name: float(value.max()) for name, value in found.items()}
-    mean = {name: float(value.mean()) for name, value in found.items()}
+    if names_dcp(path):
+        found.save(path)  # every process has rows
+    else:
+        run.write(partial(found.save, factored=factored), path)
+    largest, mean = dict[str, float](), dict[str, float]()
+    for name, value in found.items():
+        largest[name], mean[name] = _extent(value)
     run.finish(path.parent, {"meta": found.meta, "mean": mean, "max": largest})
     rows = [{"parameter": name, "mean": mean[name], "max": largest[name]} for name in found]
     print_table(rows, digits=".3e")
     print(f"written to {path}")
+
+
+def _extent(value: Tensor) -> tuple[float, float]:
+    """(Largest entry, mean) of a tensor, whose rows may lie over the processes."""
+    if not is_dtensor(value):
+        return float(value.max()), float(value.mean())
+    own = local_part(value)
+    pairs = processes.gathered((float(own.max()) if own.numel() else 0.0, float(own.sum())))
+    most, sums = zip(*pairs, strict=True)
+    return max(most), sum(sums) / value.numel()
 
 
 def _built(run: Run, text: str) -> tuple[str, Any, Iterable[Any] | None]:

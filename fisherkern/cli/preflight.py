@@ -81,6 +81,7 @@ def _show(found: Preflight, checkpoints: Sequence[Path]) -> None:
         scores = " ".join(f"{score:.4f}" for score in path["scores"])
         print(f"validation NDCG@10 on the line from {a} to {b}: {scores}")
     print(found.verdict)
+    print(found.record)
     first = "align, then " if found.recipe["align"] else ""
     last = ", then train on" if found.recipe["fine_tune"] else ""
     print(f"recipe: {first}merge by {found.recipe['merge']['method']}{last}")

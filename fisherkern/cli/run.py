@@ -95,11 +95,17 @@ class Run:
         with processes.together():
             return load(name, **{key: self.values[key] for key in self.data_arguments})
 
-    def model(self, path: Path) -> SequenceEncoder:
-        """The model of a checkpoint, on the run's device."""
+    def model(self, path: Path, *, shard: bool = False) -> SequenceEncoder:
+        """The model of a checkpoint, on the run's device; its tables by rows if `shard`."""
         with processes.together():
-            device = self.device
-            return load_model(path).to(device)
+            device, world = self.device, processes.world()
+            if shard and world == 1:
+                raise InputError("--shard: shares rows among processes, which torchrun starts")
+            if not shard:
+                return load_model(path).to(device)
+            from torch.distributed.device_mesh import init_device_mesh
+
+            return load_model(path, init_device_mesh(device.type, (world,))).to(device)
 
     def batches(self, model: SequenceEncoder, data: SequenceDataset, **how: Any) -> Iterable[Any]:
         """`data.loader` for a model, its batches on the run's device."""

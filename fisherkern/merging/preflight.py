@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -43,6 +45,7 @@ class Preflight:
         inconsistency: Shares of users; None without `hits`.
         items: Number of owners -> number of items.
         verdict: One sentence.
+        record: One sentence: how often this way of telling was right about stored merges.
         recipe: "align" (whether to align first), "fine_tune" (whether to train on afterwards) and
             "merge" (arguments for `merge`).
     """
@@ -54,6 +57,7 @@ class Preflight:
     inconsistency: list[list[float]] | None
     items: dict[str, int]
     verdict: str
+    record: str
     recipe: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,8 +87,9 @@ def preflight(
 
     The best single member is a candidate of the recipe, merge(method="auto"), which is thus never
     worse than it on the data of `score`. The verdict rests on the paths where there is a score,
-    else on cosines, whose bounds (0.9, 0.5) come from a few small experiments. Inconsistency is
-    reported and not used: it did not tell good merges from bad ones there.
+    else on cosines, whose bounds (0.9, 0.5) come from a few small experiments; how often either was
+    right about the averages of benchmarks/results/preflight.csv is the result's `record`.
+    Inconsistency is reported and not used: it did not tell good merges from bad ones there.
 
     Scores M + points M (M-1)/2 models (with different catalogues, the ends of each path too), and
     holds one merged model at a time. Several processes score every model together: `evaluate` in
@@ -134,6 +139,7 @@ def preflight(
         inconsistency=None if hits is None else _inconsistency(models, hits),
         items=members.catalogue.owners(),
         verdict=verdict,
+        record=_record(scored=score is not None),
         recipe=recipe,
     )
 
@@ -239,6 +245,21 @@ def _inconsistency(models: Sequence[Any], hits: Callable[[Any], Any]) -> list[li
             same[f"the hits of member {number}"] = found[-1].numpy().tobytes()
     table = torch.stack(found).double()
     return ((table[:, None] != table[None]).double().mean(2)).tolist()
+
+
+def _record(scored: bool) -> str:
+    """Tell how often verdicts were right; `benchmarks/preflight_record.py` counts."""
+    text = importlib.resources.files("fisherkern").joinpath("merging/preflight_record.json")
+    counts = json.loads(text.read_text(encoding="utf-8"))
+    if scored:
+        return (
+            f"An average's score on validation was right about {counts['scores']} of "
+            f"{counts['merges']} stored averages, whether they beat their best member."
+        )
+    return (
+        f"Cosines alone were right about {counts['cosines']} of {counts['merges']} stored "
+        "averages, whether they beat their best member: a score on validation knows more."
+    )
 
 
 def _judge(

@@ -39,7 +39,14 @@ COMMANDS: dict[str, list[str]] = {
     "merge folders": ["merge", "a.dcp", "b.dcp", "--weights", "1,3"],
     "repair": ["repair", A, "--members", A, B, *FROM_DATA],
 }
+# By rows of the item table -> the command that reads all of it.
+SHARDED = {
+    "evaluate by rows": ("evaluate a folder", ["evaluate", "a.dcp", *FROM_DATA, "--shard"]),
+    "fisher by rows": ("fisher of a folder", [*COMMANDS["fisher of a folder"], "--shard"]),
+}
 FAULTS = {
+    "file by rows": (["evaluate", A, "--data", "data.txt", "--shard"], "the rows of a folder, x"),
+    "factors by rows": (["fisher", "a.dcp", "--factored", "9", "--shard"], "--factored: does not"),
     "alone": (["data", "--data", "data.txt"], "takes one process, and torchrun started 2"),
     "differs": (["evaluate", A, "--data", "data.txt", "--k", "RANK"], "arguments: process"),
     "theirs": (["merge", A, B, "--out", "theirs"], "did not make it"),
@@ -75,14 +82,15 @@ def run(words: list[str]) -> dict[str, Any]:
     return {"status": status, "out": out.getvalue(), "error": error.getvalue()}
 
 
-def commands(rank: int, world: int, folder: Path, port: int) -> None:
+def commands(rank: int, world: int, folder: Path, ports: list[int]) -> None:
     os.chdir(folder)
     found = {}
-    for number, (name, words) in enumerate(COMMANDS.items()):
-        set_environment(rank, world, port + number)
+    several = COMMANDS | {name: words for name, (_, words) in SHARDED.items()}
+    for name, words in several.items():
+        set_environment(rank, world, ports.pop())
         found[name] = run([*words, "--out", f"two/{name}"])
-    for number, (name, (words, _)) in enumerate(FAULTS.items(), start=len(COMMANDS)):
-        set_environment(rank, world, port + number)
+    for name, (words, _) in FAULTS.items():
+        set_environment(rank, world, ports.pop())
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         if name == "full" and rank == 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2048, unlimited[1]))
@@ -91,10 +99,13 @@ def commands(rank: int, world: int, folder: Path, port: int) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
-def free_port() -> int:
-    with socket.socket() as own:
-        own.bind(("127.0.0.1", 0))
-        return int(own.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports; a row of neighbours would soon hold one that is taken."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for own in sockets:
+            own.bind(("127.0.0.1", 0))
+        return [int(own.getsockname()[1]) for own in sockets]
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +113,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes ran all commands, and one process after them."""
     folder = tmp_path_factory.mktemp("commands")
     prepare(folder)
-    assert start(2, commands, folder, free_port()) == [0, 0]
-    before = Path.cwd()
+    ports = free_ports(len(COMMANDS) + len(SHARDED) + len(FAULTS))
+    assert start(2, commands, folder, ports) == [0, 0]
+    before, threads = Path.cwd(), torch.get_num_threads()
     os.chdir(folder)
+    torch.set_num_threads(1)  # as theirs: what rounding leaves is printed too
     try:
         found = {name: run([*words, "--out", f"one/{name}"]) for name, words in COMMANDS.items()}
     finally:
         os.chdir(before)
+        torch.set_num_threads(threads)
     (folder / "one.json").write_text(json.dumps(found))
     return folder
 
@@ -136,6 +150,35 @@ def test_a_command_by_two_processes_is_that_by_one(folder: Path, name: str) -> N
             for key, value in expected.items():
                 bound = 1e-6 * float(value.abs().max())
                 assert float((found[key] - value).abs().max()) <= bound, key
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_tables_by_rows_give_what_whole_ones_give(folder: Path, name: str) -> None:
+    whole, _ = SHARDED[name]
+    one, first, second = (
+        told(folder, "one", whole),
+        told(folder, "0", name),
+        told(folder, "1", name),
+    )
+    assert [first["status"], second["status"]] == [0, 0], first["error"]
+    assert second["out"] == second["error"] == ""
+    if whole.startswith("evaluate"):
+        assert first["out"].replace("two/", "one/") == one["out"]
+        return
+    assert "a.fisher.dcp" in first["out"]
+    expected = tensors(folder / "one" / whole / "a.fisher.safetensors")
+    found = tensors(folder / "two" / name / "a.fisher.dcp")
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        # A key's bias has no Fisher but what rounding leaves.
+        bound = max(1e-12, 1e-6 * float(value.abs().max()))
+        assert float((found[key] - value).abs().max()) <= bound, key
+
+
+def test_one_process_has_no_rows_to_share(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["evaluate", str(folder / "a.dcp"), "--data", str(folder / "data.txt"), "--shard"]
+    assert main([*words, "--out", str(folder / "alone")]) == 2
+    assert "--shard: shares rows among processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -8,7 +8,9 @@ import torch
 from helpers.merging import Toy, encoder, random_fisher
 from torch import tensor
 
+from benchmarks import preflight_record
 from fisherkern.errors import InputError
+from fisherkern.files import read_json
 from fisherkern.merging import METHODS
 from fisherkern.merging.auto import merge_auto
 from fisherkern.merging.merge import merge
@@ -123,6 +125,7 @@ def test_verdicts(values, score, words, align):
     found = preflight(points(*values), score=score)
     assert words in found.verdict
     assert found.verdict.endswith(".") and ". " not in found.verdict
+    assert ("score on validation was right about" in found.record) == (score is not None)
     assert found.recipe["align"] == align
     assert found.recipe["merge"]["method"] == (
         "auto" if score is not None and len(values) > 1 else "uniform"
@@ -239,3 +242,14 @@ def test_auto_names_what_does_not_fit(arguments, message):
     models = [encoder("ab", 0), encoder("ab", 1)]
     with pytest.raises(InputError, match=message):
         merge(models, method="auto", **arguments)
+
+
+def test_the_record_is_that_of_the_stored_merges():
+    lines = preflight_record.read(preflight_record.STORED)
+    counts = preflight_record.counts(preflight_record.judge(lines))
+    assert read_json(preflight_record.RECORD) == counts
+    assert all(line["low"] <= line["test"] <= line["high"] for line in lines)
+    # By a loop.
+    assert counts["merges"] == len(lines)
+    assert counts["scores"] == sum((x["validation"] > 0) == (x["test"] > 0) for x in lines)
+    assert counts["cosines"] == sum((x["cosine"] >= 0.9) == (x["test"] > 0) for x in lines)
