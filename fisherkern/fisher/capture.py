@@ -215,7 +215,9 @@ class Capture(TorchFunctionMode):
         kwargs = without_max_norm(args, kwargs or {})
         if counts_rows(func, args) and self._dependence.among(args, kwargs):
             self.counted = True
-        handler = self._handlers.get(func)
+        # Inside the model's own `torch.vmap` none of ours may stand for a function.
+        transformed = torch._C._are_functorch_transforms_active()
+        handler = None if transformed else self._handlers.get(func)
         if handler is None or isinstance(handler, Rewrite):
             output = self._unrecorded(handler, func, args, kwargs)
         else:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from helpers.fisher import assert_equal
 from helpers.layers import Recommender, assert_right
+from helpers.strangers import Body
 from models import HISTORIES, NUM_ITEMS, shaken
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -353,6 +354,21 @@ def test_compiled_parts(part: str, caplog: pytest.LogCaptureFixture) -> None:
     assert_equal(fk.DiagFisher(renamed, {}), brute.fisher(gradients, p))
     assert not traced
     assert not caplog.records
+
+
+class Vmapped(Body):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.states(ids)
+        attended = torch.vmap(lambda y: F.scaled_dot_product_attention(*[y[None, None]] * 3)[0, 0])
+        return (torch.vmap(F.gelu)(x) + attended(x))[:, -1] @ self.items.weight.T
+
+
+def test_vmap_inside_the_model() -> None:
+    """No function of ours takes the place of one there."""
+    model = shaken(Vmapped())
+    p, gradients = brute.all_gradients(model, HISTORIES)
+    fisher = fk.diag_fisher(model, [HISTORIES], sampler="exact", progress=False)
+    assert_equal(fisher, brute.fisher(gradients, p))
 
 
 def test_products_with_fused_attention() -> None:
