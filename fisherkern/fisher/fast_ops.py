@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
+from fisherkern.fisher.slices import Slice, SliceRule
 from fisherkern.ops.products import product, rows_product, suits_linear
 
 
@@ -40,6 +41,12 @@ class _Linear(torch.autograd.Function):
             return None, None, None
         return rows_product(deltas[0][None], ctx.transposed)[0], None, None
 
+    @staticmethod
+    def slice_rule(ctx: Any, shape: torch.Size, given: Slice) -> SliceRule | None:
+        if given.dim == len(shape) - 1:
+            return None
+        return SliceRule(lambda delta: [rows_product(delta, ctx.transposed)], [given])
+
 
 class _Pointwise(torch.autograd.Function):
     """F.conv1d of one column at a time: a linear map of the channels, (N, C, L) to (N, O, L)."""
@@ -58,6 +65,14 @@ class _Pointwise(torch.autograd.Function):
             return None, None, None
         by_column = rows_product(deltas[0].transpose(1, 2)[None], ctx.transposed)[0]
         return by_column.transpose(1, 2), None, None
+
+    @staticmethod
+    def slice_rule(ctx: Any, shape: torch.Size, given: Slice) -> SliceRule | None:
+        def function(delta: Tensor) -> list[Tensor | None]:
+            by_column = rows_product(delta.transpose(2, 3), ctx.transposed)
+            return [by_column.transpose(2, 3)]
+
+        return SliceRule(function, [given]) if given.dim != 1 else None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -82,6 +97,21 @@ class _LayerNorm(torch.autograd.Function):
         rows = delta.reshape(1, *normalised.shape)
         result = ops.layer_norm_backward(rows, normalised, weight, rstd)
         return result.view(delta.shape), None, None, None
+
+    @staticmethod
+    def slice_rule(ctx: Any, shape: torch.Size, given: Slice) -> SliceRule | None:
+        if given.dim == len(shape) - 1:
+            return None
+        normalised, weight, rstd = ctx.saved_tensors
+        normalised = given.of(normalised.view(shape)).reshape(-1, shape[-1])
+        rstd = given.of(rstd.view(shape[:-1])).flatten()
+
+        def function(delta: Tensor) -> list[Tensor | None]:
+            rows = delta.reshape(len(delta), *normalised.shape)
+            result = ops.layer_norm_backward(rows, normalised, weight, rstd)
+            return [result.view(delta.shape)]
+
+        return SliceRule(function, [given])
 
 
 # Nodes of the autograd graph at which a parameter's gradient ends.

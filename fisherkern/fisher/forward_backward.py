@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fisherkern.adapters.batches import batch_slice
 from fisherkern.adapters.parameters import Parameters
@@ -25,6 +26,7 @@ from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops
 from fisherkern.fisher.schedule import stored_sequences
 from fisherkern.fisher.shared_tensors import EntriesCache
+from fisherkern.fisher.sliced_backward import SlicedBackward, sliced, takes_slices
 from fisherkern.fisher.vjp import batched_vector_jacobians, single_vector_jacobians
 
 log = logging.getLogger("fisherkern")
@@ -35,12 +37,14 @@ class CapturedForward:
     """The forward pass of a bucket: its `result` (n, ...), the captured ops and the plan.
 
     `index` (n,), on the model's device, says which sequences of the micro-batch these are.
+    `sliced`: the part of the backward pass in which ops and plan have a slice of the positions.
     """
 
     index: Tensor
     result: Tensor
     ops: Sequence[CapturedOp]
     plan: Plan
+    sliced: SlicedBackward | None = None
 
     @property
     def needed(self) -> list[int]:
@@ -65,6 +69,8 @@ class ForwardBackward:
         self._autocast = autocast
         # Indices of the ops that handlers serve, by the structure of what was captured.
         self._per_sequence: dict[tuple[Any, ...], list[int]] = {}
+        # Whether slices of gradients were right for it, likewise.
+        self._takes_slices: dict[tuple[Any, ...], bool] = {}
         self._entries: EntriesCache = {}
         # Whether probes go back together, through a bucket and through a sequence alone.
         self.in_blocks = self.alone_in_blocks = True
@@ -98,9 +104,13 @@ class ForwardBackward:
                     small = self._captured(batch_slice(batch, 0, 2), 2)
                     if structure_of(small[1]) == structure:
                         examined = small[:2]
-                self._per_sequence[structure] = per_sequence_ops(*examined)
+                own = self._per_sequence[structure] = per_sequence_ops(*examined)
+                plan = make_plan(*examined, self._parameters, own)
+                self._takes_slices[structure] = takes_slices(*examined, plan)
             own = self._per_sequence[structure]
         plan = make_plan(result, ops, self._parameters, own)
+        if not counted and self._takes_slices[structure]:
+            return CapturedForward(index, result, *sliced(result, ops, plan))
         return CapturedForward(index, result, ops, plan)
 
     def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp], bool]:
@@ -119,13 +129,12 @@ class ForwardBackward:
         by op, are (R, n, ...), as `ParamUse` takes them. Afterwards the pass is used up.
         """
         indices = forward.needed
-        outputs = [forward.ops[i].output for i in indices]
         first = 0
         while indices and first < probes:
             span = slice(first, min(first + (block if self.in_blocks else 1), probes))
             given = probe_vectors(forward.index, span).to(forward.result.dtype)
             try:
-                gradients = self._gradients(forward.result, outputs, given, span.stop < probes)
+                gradients = self._gradients(forward, given, span.stop < probes)
             except torch.OutOfMemoryError:
                 if len(given) == 1:
                     raise
@@ -136,7 +145,7 @@ class ForwardBackward:
             if gradients is None:
                 continue
             deltas: list[Tensor | None] = [None] * len(forward.ops)
-            for index, delta in zip(indices, gradients, strict=True):
+            for index, delta in gradients.items():
                 if delta is not None:
                     deltas[index] = forward.ops[index].sequences_first(delta)
             del gradients
@@ -158,10 +167,10 @@ class ForwardBackward:
             try:
                 if together:
                     compared = not self._alone_compared
-                    gradients = batched_vector_jacobians([result], tensors, given, compared)
+                    gradients = batched_vector_jacobians([result], tensors, [given], compared)
                     self._alone_compared = True
                 else:
-                    gradients = single_vector_jacobians([result], tensors, given)
+                    gradients = single_vector_jacobians([result], tensors, [given])
             except torch.OutOfMemoryError:
                 if len(given) == 1:
                     raise
@@ -178,24 +187,34 @@ class ForwardBackward:
             first = span.stop
 
     def _gradients(
-        self, result: Tensor, outputs: Sequence[Any], given: Tensor, retain: bool
-    ) -> Sequence[Tensor | None] | None:
-        """Gradients of a block; None where the model's backward pass takes one probe at a time."""
+        self, forward: CapturedForward, given: Tensor, retain: bool
+    ) -> dict[int, Tensor | None] | None:
+        """Gradients of a block by op; None where the model's backward pass takes one probe."""
+        found: dict[int, Tensor | None] = {}
+        edges, vectors = [get_gradient_edge(forward.result)], [given]
+        if forward.sliced is not None:
+            sliced, edges, vectors = forward.sliced.gradients(given)
+            found |= sliced
+        rest = [i for i in forward.needed if i not in found]
+        if not rest:
+            return found
+        outputs = [forward.ops[i].output for i in rest]
         if len(given) == 1:
             single = torch.autograd.grad(
-                result, outputs, given[0], retain_graph=retain, allow_unused=True
+                edges, outputs, [v[0] for v in vectors], retain_graph=retain, allow_unused=True
             )
-            return [None if delta is None else delta[None] for delta in single]
-        try:
-            found = batched_vector_jacobians([result], outputs, given, not self._compared)
-            self._compared = True
-            return found
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as reason:  # whatever a model's own backward pass may raise
-            log.debug("probes one at a time: %s", reason)
-            self.in_blocks = False
-            return None
+            deltas: list[Tensor | None] = [None if d is None else d[None] for d in single]
+        else:
+            try:
+                deltas = batched_vector_jacobians(edges, outputs, vectors, not self._compared)
+                self._compared = True
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as reason:  # whatever a model's own backward pass may raise
+                log.debug("probes one at a time: %s", reason)
+                self.in_blocks = False
+                return None
+        return found | dict(zip(rest, deltas, strict=True))
 
 
 def ordered_results(forwards: Sequence[CapturedForward]) -> Tensor:

@@ -15,9 +15,9 @@ Places = Sequence[Tensor] | Sequence[GradientEdge]
 
 
 def batched_vector_jacobians(
-    outputs: Places, inputs: Places, given: Tensor, compared: bool
+    outputs: Places, inputs: Places, given: Sequence[Tensor], compared: bool
 ) -> list[Tensor | None]:
-    """Gradients (R, ...) at `inputs` for R gradients `given` (R, ...) of the one output.
+    """Gradients (R, ...) at `inputs` for R gradients `given` (R, ...) of each output.
 
     By `torch.vmap`, whose reasons against a graph are raised; None for an input that gets no
     gradient. The graph is kept. `compared`: the last vector's gradients are also computed alone,
@@ -26,23 +26,23 @@ def batched_vector_jacobians(
     """
     absent: set[int] = set()
 
-    def gradients(vector: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(outputs, inputs, [vector], retain_graph=True, allow_unused=True)
+    def gradients(*vectors: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
         absent.update(i for i, gradient in enumerate(found) if gradient is None)
         return [gradient for gradient in found if gradient is not None]
 
     with warnings.catch_warnings():
         # Of an operator that would be called for one vector after another.
         warnings.filterwarnings("error", message=".*batching rule")
-        present = iter(torch.vmap(gradients)(given))
+        present = iter(torch.vmap(gradients)(*given))
     together = [None if i in absent else next(present) for i in range(len(inputs))]
     if compared:
-        alone = single_vector_jacobians(outputs, inputs, given[-1:])
-        _check_alike([found if found is None else found[-1:] for found in together], alone)
+        alone = single_vector_jacobians(outputs, inputs, [vectors[-1:] for vectors in given])
+        check_alike([found if found is None else found[-1:] for found in together], alone)
     return together
 
 
-def _check_alike(together: Sequence[Tensor | None], alone: Sequence[Tensor | None]) -> None:
+def check_alike(together: Sequence[Tensor | None], alone: Sequence[Tensor | None]) -> None:
     """Raise RuntimeError where gradients differ by more than rounding."""
     if any((one is None) != (other is None) for one, other in zip(together, alone, strict=True)):
         raise RuntimeError("torch.vmap gives gradients where autograd gives none")
@@ -62,11 +62,13 @@ def _check_alike(together: Sequence[Tensor | None], alone: Sequence[Tensor | Non
             raise RuntimeError(f"torch.vmap gives gradients that are {off:.2g} of {most:.2g} off")
 
 
-def single_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
+def single_vector_jacobians(
+    outputs: Places, inputs: Places, given: Sequence[Tensor]
+) -> list[Tensor | None]:
     """The same, one vector after another; sparse gradients become dense."""
     rows = [
-        torch.autograd.grad(outputs, inputs, [vector], retain_graph=True, allow_unused=True)
-        for vector in given
+        torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
+        for vectors in zip(*given, strict=True)
     ]
     return [
         None if column[0] is None else torch.stack([gradient.to_dense() for gradient in column])
@@ -75,8 +77,8 @@ def single_vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> l
 
 
 def vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
-    """The same, together where they can go together."""
+    """The same of one output, together where they can go together."""
     if len(given) > 1:
         with contextlib.suppress(Exception):  # whatever a model's own backward pass may raise
-            return batched_vector_jacobians(outputs, inputs, given, compared=True)
-    return single_vector_jacobians(outputs, inputs, given)
+            return batched_vector_jacobians(outputs, inputs, [given], compared=True)
+    return single_vector_jacobians(outputs, inputs, [given])

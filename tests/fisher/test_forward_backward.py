@@ -35,8 +35,8 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     gradients = forward_backward.ForwardBackward._gradients
 
-    def noted(self: Any, result: Tensor, outputs: Any, given: Tensor, retain: bool) -> Any:
-        found = gradients(self, result, outputs, given, retain)
+    def noted(self: Any, forward: Any, given: Tensor, retain: bool) -> Any:
+        found = gradients(self, forward, given, retain)
         if found is not None:
             sizes.append(len(given))
         return found
@@ -189,10 +189,10 @@ def test_blocks_that_do_not_fit_into_memory_are_halved(
 ) -> None:
     gradients = forward_backward.ForwardBackward._gradients
 
-    def limited(self: Any, result: Tensor, outputs: Any, given: Tensor, retain: bool) -> Any:
+    def limited(self: Any, forward: Any, given: Tensor, retain: bool) -> Any:
         if len(given) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return gradients(self, result, outputs, given, retain)
+        return gradients(self, forward, given, retain)
 
     monkeypatch.setattr(forward_backward.ForwardBackward, "_gradients", limited)
     model = bert(True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
 from fisherkern.fisher.fast_ops import apply
+from fisherkern.fisher.slices import Slice, SliceRule
 
 
 class _Gelu(torch.autograd.Function):
@@ -25,6 +26,11 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor, None]:
         (derivative,) = ctx.saved_tensors
         return deltas[0] * derivative, None
+
+    @staticmethod
+    def slice_rule(ctx: Any, shape: torch.Size, given: Slice) -> SliceRule:
+        factor = given.of(ctx.saved_tensors[0])
+        return SliceRule(lambda delta: [delta * factor], [given])
 
 
 def gelu(call: CapturedCall, input: Tensor, *, approximate: str = "none") -> Any:

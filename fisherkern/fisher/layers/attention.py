@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fisherkern import ops
 from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
 from fisherkern.fisher.fast_ops import apply
+from fisherkern.fisher.slices import Slice, SliceRule
 from fisherkern.ops.backend import on_gpu
 
 
@@ -220,6 +222,19 @@ class _Attended(torch.autograd.Function):
         p, q, k, v = ctx.saved_tensors
         gradients = ops.attention_backward(p, deltas[0][None], q, k, v, ctx.scale)
         return *(gradient[0] for gradient in gradients), None, None
+
+    @staticmethod
+    def slice_rule(ctx: Any, shape: torch.Size, given: Slice) -> SliceRule | None:
+        """Of some queries, whose gradients go to all keys and values."""
+        if given.dim != 1:
+            return None
+        p, q, k, v = ctx.saved_tensors
+        p, q, keys = given.of(p, 2), given.of(q), Slice(1, 0, k.shape[1])
+
+        def function(delta: Tensor) -> Sequence[Tensor]:
+            return ops.attention_backward(p, delta, q, k, v, ctx.scale)
+
+        return SliceRule(function, [given, keys, keys])
 
 
 HANDLERS: Handlers = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.adapters.parameters import ParamView
+from fisherkern.fisher.slices import Slice
 
 
 @runtime_checkable
@@ -34,6 +35,14 @@ class Joinable(Protocol):
     @staticmethod
     def joined(uses: Sequence[Any]) -> Joinable:
         """The use of all positions of several uses of the same kind and parameter."""
+
+
+@runtime_checkable
+class Sliceable(Protocol):
+    """A use that also serves the gradients of a slice of its output."""
+
+    def sliced_to(self, part: Slice, extent: int) -> Any:
+        """The use for delta that is `part` of (N, ...) with `extent` entries; None without one."""
 
 
 def by_position(tensor: Tensor, trailing: int, leading: int = 1) -> Tensor:
@@ -59,8 +68,15 @@ def widened(*tensors: Tensor) -> list[Tensor]:
 class LinearGrad:
     """W of y = x Wᵀ + b: g_n = Σ_t δ_nt x_ntᵀ."""
 
+    _positions: ClassVar[int] = 1  # their dimension in delta (N, T, O)
+
     param: ParamView
     inputs: Tensor  # (N, T, I)
+
+    def sliced_to(self, part: Slice, extent: int) -> LinearGrad | None:
+        if part.dim != self._positions or self.inputs.shape[1] != extent:
+            return None
+        return dataclasses.replace(self, inputs=part.of(self.inputs, 1))
 
     def positions(self, delta: Tensor) -> Tensor:
         return by_position(delta, 1, leading=2)
@@ -80,6 +96,8 @@ class LinearGrad:
 @dataclasses.dataclass
 class ConvolutionGrad(LinearGrad):
     """The weight, (O, C·k), of a convolution: a Linear's on the unfolded input, (N, L, C·k)."""
+
+    _positions: ClassVar[int] = 2  # of (N, O, L)
 
     def positions(self, delta: Tensor) -> Tensor:
         return channels_last(delta)
@@ -141,6 +159,9 @@ class BiasGrad:
     param: ParamView
     copies: tuple[int, ...]  # the dimensions of (N, ...) over which the parameter is repeated
 
+    def sliced_to(self, part: Slice, extent: int) -> BiasGrad | None:
+        return self if part.dim in self.copies else None
+
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         fisher += self._summed(delta.flatten(0, 1)).square().sum(dim=0)
 
@@ -158,6 +179,11 @@ class GainGrad(BiasGrad):
     """A factor that broadcasts (gain of a norm): g_n is δ_n ∘ x̄_n summed over the copies."""
 
     inputs: Tensor  # (N, ...), the conjugate of the other factor; bool where it lets through
+
+    def sliced_to(self, part: Slice, extent: int) -> GainGrad | None:
+        if part.dim not in self.copies:
+            return None
+        return dataclasses.replace(self, inputs=part.of(self.inputs))
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         (wide,) = widened(delta)
