@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from fisherkern.ops.backend import on_gpu
+
 
 class Slice(NamedTuple):
     """The entries first ... first + length − 1 of dimension `dim` of a node's output."""
@@ -176,12 +178,14 @@ def _found(node: Node, shape: torch.Size, given: Slice) -> SliceRule | None:
     """What a write in place to a view passes on, where it is the gradient itself or transposed.
 
     The node does not say what was written. It is linear: what it does to random numbers, one
-    another, it does to all.
+    another, it does to all. None on a GPU, which would be waited for.
     """
     metadata = node._input_metadata[0]
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(math.prod(shape), generator=generator).view(shape)
     random = random.to(metadata.dtype).to(metadata.device)
+    if on_gpu(random):
+        return None
     dims = [(0, 0), *itertools.combinations(range(len(shape)), 2)]
     rules: list[SliceRule | None] = []
     for result in _called(node, random.clone()):
