@@ -21,6 +21,7 @@ OF_FREE = [
         ("time", "each on half of every history"),
         ("regions", "two regions, half of the items sold in both"),
         ("seeds", "three seeds, all data, a constant rate"),
+        ("early", "three seeds, ten passes together, decayed rates"),
         ("strong", "three seeds of a strong base (D = 256), decayed rates"),
     )
     for name, data in (("ml-1m", ""), ("beauty", ", Amazon Beauty"))
