@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from fisherkern import processes
 from fisherkern.adapters.sharded import check_whole
-from fisherkern.checks import check_count, check_positive, takes_numpy
+from fisherkern.checks import takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
-from fisherkern.files import is_file
 from fisherkern.fingerprint import json_sha256
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.objectives.batch_loss import BatchLoss
@@ -28,7 +27,15 @@ from fisherkern.training import distributed
 from fisherkern.training.cpu_kernels import FastCPUKernels, backward
 from fisherkern.training.loggers import RunScalars, ScalarLogger
 from fisherkern.training.settings import TrainingSettings, learning_rate
-from fisherkern.training.state import PathLike, TrainProgress, TrainState, load_state, save_state
+from fisherkern.training.state import (
+    CheckpointPolicy,
+    PathLike,
+    TrainProgress,
+    TrainState,
+    is_state,
+    load_state,
+    save_state,
+)
 from fisherkern.training.weight_average import WeightAverage
 
 OnEpoch = Callable[[int, SequenceEncoder, float], None]
@@ -70,23 +77,6 @@ class TrainingLog:
     scores: dict[int, float]
     best_epoch: int | None
     ema: SequenceEncoder | None
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointPolicy:
-    """Where the state goes (None: nowhere), and after how many epochs, steps or seconds."""
-
-    path: PathLike | None
-    every: int
-    every_steps: int | None
-    every_seconds: float | None
-
-    def __post_init__(self) -> None:
-        check_count("save_every", self.every)
-        if self.every_steps is not None:
-            check_count("save_every_steps", self.every_steps)
-        if self.every_seconds is not None:
-            check_positive("save_every_seconds", self.every_seconds)
 
 
 @takes_numpy
@@ -132,8 +122,9 @@ def train(
             where it has one, tells one run from another.
         on_epoch: called as on_epoch(epoch, model, mean_loss), epochs counted from 1, before the
             epoch's state is saved.
-        state: file to save the run to, and to go on from if it exists. A run is known by its
-            settings, its data and the weights that it starts from.
+        state: file to save the run to, and to go on from if it exists, or a folder x.dcp of
+            `torch.distributed.checkpoint`. A run is known by its settings, its data and the weights
+            that it starts from.
         save_every: epochs between saves.
         save_every_steps: steps between saves inside an epoch; None: none.
         save_every_seconds: seconds between saves inside an epoch; None: none.
@@ -220,7 +211,7 @@ class TrainLoop:
         self.progress = TrainProgress()
         if saving.path is not None:
             self.identity["start"] = self.state.start()
-        if saving.path is not None and is_file(saving.path):
+        if saving.path is not None and is_state(saving.path):
             self.progress = load_state(saving.path, self.state, self.identity)
             if (made := len(self.progress.losses)) > settings.epochs:
                 raise InputError(f"{saving.path}: its run made {made} of {settings.epochs} epochs")
@@ -311,14 +302,15 @@ class TrainLoop:
     def save_inside(self) -> None:
         """Save between two steps of an epoch, when it is time."""
         steps, seconds = self.saving.every_steps, self.saving.every_seconds
-        if (steps is not None and self.progress.step % steps == 0) or (
-            seconds is not None and time.perf_counter() - self.saved >= seconds
-        ):
+        late = seconds is not None and time.perf_counter() - self.saved >= seconds
+        if seconds is not None and self.saving.together:  # clocks differ
+            late = distributed.from_first_process(float(late), self.device) > 0
+        if late or (steps is not None and self.progress.step % steps == 0):
             self.save()
 
     def save(self) -> None:
-        """Save the state where there is a file for it; process 0 alone."""
-        if self.saving.path is not None and processes.rank() == 0:
+        """Save the state where there is a file for it; process 0 alone, or all a folder."""
+        if self.saving.path is not None and (processes.rank() == 0 or self.saving.together):
             save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 

@@ -22,14 +22,15 @@ from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
 from fisherkern.training.loggers import RunScalars
-from fisherkern.training.loop import (
+from fisherkern.training.loop import TrainingData, TrainLoop, Validate, checked_settings
+from fisherkern.training.state import (
     CheckpointPolicy,
-    TrainingData,
-    TrainLoop,
-    Validate,
-    checked_settings,
+    PathLike,
+    check_run,
+    contents,
+    read_progress,
+    restore,
 )
-from fisherkern.training.state import PathLike, check_run, contents, read_progress, restore
 
 NAMES = ("a", "b")
 

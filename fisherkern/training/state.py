@@ -13,13 +13,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkern.adapters.dcp import names_dcp, save_dcp
+from fisherkern.adapters.dcp_files import DcpFolder, is_dcp
+from fisherkern.checks import check_count, check_positive
 from fisherkern.errors import InputError, shown
-from fisherkern.files import read_tensors, save_tensors
+from fisherkern.files import is_file, read_tensors, save_tensors
 from fisherkern.fisher.second_moments import Moment
 from fisherkern.training.checkpoint import check_stored_tensors
 
 PathLike = str | os.PathLike[str]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointPolicy:
+    """Where the state goes (None: nowhere), and after how many epochs, steps or seconds."""
+
+    path: PathLike | None
+    every: int
+    every_steps: int | None
+    every_seconds: float | None
+
+    def __post_init__(self) -> None:
+        check_count("save_every", self.every)
+        if self.every_steps is not None:
+            check_count("save_every_steps", self.every_steps)
+        if self.every_seconds is not None:
+            check_positive("save_every_seconds", self.every_seconds)
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes write: a folder x.dcp."""
+        return self.path is not None and names_dcp(self.path)
 
 
 @dataclasses.dataclass
@@ -161,10 +186,25 @@ def save_state(
 ) -> None:
     """Write all that `load_state` needs to go on; `run` says, in JSON values, what run it is.
 
-    No clock time is in the file: the same run gives the same bytes.
+    No clock time is in the file: the same run gives the same bytes. A folder x.dcp is written by
+    all processes, each of which has the same.
     """
     about = {"kind": "training", "run": run, "progress": progress.to_json()}
-    save_tensors(path, contents(state), about)
+    save = save_dcp if names_dcp(path) else save_tensors
+    save(path, contents(state), about)
+
+
+def is_state(path: PathLike) -> bool:
+    """Whether there is a file, or a folder x.dcp, to go on from."""
+    return is_dcp(path) if names_dcp(path) else is_file(path)
+
+
+def _read(path: PathLike) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Read the tensors and the header of a file or a folder."""
+    if not names_dcp(path):
+        return read_tensors(path)
+    folder = DcpFolder(path)
+    return {name: folder[name] for name in folder}, folder.about
 
 
 def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> TrainProgress:
@@ -173,7 +213,7 @@ def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> Tra
     Raises InputError if the file is no training state, or that of a run with other settings, model,
     objective or data.
     """
-    tensors, header = read_tensors(path)
+    tensors, header = _read(path)
     if header.get("kind") != "training":
         raise InputError(f"{path}: not a training state")
     check_run(path, header.get("run"), run)
@@ -199,7 +239,7 @@ def read_moments(path: PathLike, model: nn.Module) -> tuple[str, dict[str, Momen
 
     Raises InputError if the file is no training state, of another model, or of no step yet.
     """
-    tensors, header = read_tensors(path)
+    tensors, header = _read(path)
     if header.get("kind") != "training":
         raise InputError(f"{path}: not a training state")
     run = header.get("run")

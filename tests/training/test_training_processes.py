@@ -5,6 +5,7 @@ Run as a script, `python test_training_processes.py FOLDER RANK WORLD`, it is on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch import nn
 from training_runs import Cycles, T, V, bits, new_model, run
 
 from fisherkern.encoders import GRU4Rec, SASRec
-from fisherkern.files import read_tensors, save_tensors
+from fisherkern.files import read_json, read_tensors, save_tensors
 from fisherkern.objectives import CL4SRec, MaskedItems, NextItem, VREx, batch_loss
 from fisherkern.objectives.batch_loss import local_slice
 from fisherkern.objectives.scoring import LOCAL_SLICE, softmax_loss
@@ -42,6 +43,28 @@ class WithHead(MaskedItems):
         if used:
             loss = loss + self.head(model.encode({"history": tokens[:, 1:]})).square().mean()
         return loss
+
+
+class Stops(MaskedItems):
+    """Masked items until the loss was asked for so often."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__(0.3)
+        object.__setattr__(self, "left", [calls])
+
+    def __call__(self, model, tokens, generator):
+        self.left[0] -= 1
+        if self.left[0] == 0:
+            raise KeyboardInterrupt
+        return super().__call__(model, tokens, generator)
+
+
+def stopped(folder: Path | None, calls: int) -> tuple[nn.Module, int]:
+    """A run saved in a folder after every second step; the model, and the steps made here."""
+    objective = Stops(calls)
+    saving = {"save_every_steps": 2, "save_every_seconds": 0.02, "save_every": 2}
+    model, _ = run(folder, objective=objective, epochs=3, ema=0.9, **saving)
+    return model, calls - objective.left[0]
 
 
 def sasrec() -> SASRec:
@@ -104,6 +127,13 @@ def one_of_several(folder: Path, rank: int, world: int) -> None:
             "validations": len(calls),
         }
         save_tensors(case / f"rank{rank}", tensors, about)
+    with contextlib.suppress(KeyboardInterrupt):
+        stopped(folder / "run.dcp", 6)
+    halfway = read_json(folder / "run.dcp" / "fisherkern.json")["progress"]["step"]
+    resumed, whole = stopped(folder / "run.dcp", -1), stopped(None, -1)
+    for name, (model, steps) in (("resumed", resumed), ("whole", whole)):
+        about = {"halfway": halfway, "steps": steps}
+        save_tensors(folder / f"{name}{rank}", bits(model), about)
     # Each process drops out other units: the seeds differ, those of the draws do not.
     seeds = []
 
@@ -163,6 +193,27 @@ def test_they_give_the_single_process_s_result(name: str, together: Path, tmp_pa
     assert after.steps == log.steps
     for key, tensor in bits(again).items():
         assert torch.equal(tensor, first[key]), key
+
+
+def test_a_folder_is_gone_on_from_to_the_same_bits(together: Path) -> None:
+    """By the same processes; the finished run is read by one as well."""
+    whole, _ = read_tensors(together / "whole0")
+    for rank in (0, 1):
+        resumed, about = read_tensors(together / f"resumed{rank}")
+        assert about["halfway"] > 0 and about["halfway"] + about["steps"] == 9
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    alone, steps = stopped(together / "run.dcp", -1)
+    assert steps == 0
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in bits(alone).items())
+
+
+def test_a_folder_of_one_process(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stopped(tmp_path / "run.dcp", 6)
+    assert (tmp_path / "run.dcp" / ".metadata").is_file()
+    (whole, all_steps), (resumed, steps) = stopped(None, -1), stopped(tmp_path / "run.dcp", -1)
+    assert 0 < steps < all_steps == 9
+    assert all(torch.equal(bits(resumed)[name], own) for name, own in bits(whole).items())
 
 
 def test_they_drop_out_apart_and_draw_alike(together: Path) -> None:
