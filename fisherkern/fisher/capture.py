@@ -165,6 +165,9 @@ _BY_ROW = {
     torch.sigmoid,
 }
 
+# By which a model has its own say in gradients: a hook may change them, of a tensor or of its node.
+_HOOKING = {torch.Tensor.register_hook, torch.Tensor.grad_fn.__get__}  # type: ignore[union-attr]
+
 # Replacements without parameter gradients, which the engine computes itself.
 _FAST_OPS: Mapping[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: fast_ops.linear,
@@ -204,6 +207,8 @@ class Capture(TorchFunctionMode):
         # Whether a number of rows came of values: then another batch of the same structure may
         # have other rows than sequences where these were one.
         self.counted = False
+        # Whether the model may have registered hooks, which another batch need not have.
+        self.hooked = False
 
     def __torch_function__(
         self,
@@ -215,6 +220,8 @@ class Capture(TorchFunctionMode):
         kwargs = without_max_norm(args, kwargs or {})
         if counts_rows(func, args) and self._dependence.among(args, kwargs):
             self.counted = True
+        if func in _HOOKING:
+            self.hooked = True
         # Inside the model's own `torch.vmap` none of ours may stand for a function.
         transformed = torch._C._are_functorch_transforms_active()
         handler = None if transformed else self._handlers.get(func)

@@ -88,7 +88,8 @@ class ForwardBackward:
 
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
-        result, ops, counted = self._captured(batch, len(index))
+        result, capture = self._captured(batch, len(index))
+        ops, counted = capture.ops, capture.counted
         if result.grad_fn is None:
             return CapturedForward(index, result, ops, Plan([], set()))
         # The structure is the model's, so it is examined once, and again where it is another:
@@ -102,23 +103,23 @@ class ForwardBackward:
                 examined = result, ops
                 if len(index) > 2:
                     small = self._captured(batch_slice(batch, 0, 2), 2)
-                    if structure_of(small[1]) == structure:
-                        examined = small[:2]
+                    if structure_of(small[1].ops) == structure:
+                        examined = small[0], small[1].ops
                 own = self._per_sequence[structure] = per_sequence_ops(*examined)
                 plan = make_plan(*examined, self._parameters, own)
                 self._takes_slices[structure] = takes_slices(*examined, plan)
             own = self._per_sequence[structure]
         plan = make_plan(result, ops, self._parameters, own)
-        if not counted and self._takes_slices[structure]:
+        if not (counted or capture.hooked) and self._takes_slices[structure]:
             return CapturedForward(index, result, *sliced(result, ops, plan))
         return CapturedForward(index, result, ops, plan)
 
-    def _captured(self, batch: Any, n: int) -> tuple[Tensor, list[CapturedOp], bool]:
+    def _captured(self, batch: Any, n: int) -> tuple[Tensor, Capture]:
         with Capture(self._parameters, n, HANDLERS, batch, self._entries) as capture:
             result = self._called(batch)
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
-        return result, capture.ops, capture.counted
+        return result, capture
 
     def backward(
         self, forward: CapturedForward, probes: int, block: int, probe_vectors: ProbeVectors

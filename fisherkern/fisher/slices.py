@@ -56,6 +56,8 @@ def slice_rule(node: Node, given: Slice | None) -> SliceRule | None:
     if given is None:
         return _selection(name, node)
     shape = shape_of(node)
+    if node._input_metadata[0].dtype.is_complex:  # of which a real input gets a part
+        return None
     own = getattr(getattr(type(node), "_forward_cls", None), "slice_rule", None)
     if own is not None:
         found: SliceRule | None = own(node, shape, given)
@@ -153,22 +155,30 @@ def _transposed(given: Slice, first: int, second: int) -> SliceRule:
 
 
 def _entrywise(node: Node, shape: torch.Size, given: Slice) -> SliceRule:
-    """The factors are what comes of ones; inputs that were broadcast have none."""
+    """The factors are what comes of ones; inputs that were broadcast or moved have none."""
     metadata = node._input_metadata[0]
     one = torch.ones((), dtype=metadata.dtype, device=metadata.device)
     factors = [
         None if factor is None or factor.shape != shape else given.of(factor).clone()
         for factor in _called(node, one.expand(shape))
     ]
+    # Of an input that was promoted a node gives a gradient as wide as its own.
+    dtypes = [
+        None if follower is None else follower._input_metadata[output].dtype
+        for follower, output in node.next_functions
+    ]
     follows = [
-        follower is not None and factor is not None and shape_of(follower, output) == shape
+        follower is not None
+        and factor is not None
+        and shape_of(follower, output) == shape
+        and follower._input_metadata[output].device == metadata.device
         for factor, (follower, output) in zip(factors, node.next_functions, strict=True)
     ]
 
     def function(delta: Tensor) -> list[Tensor | None]:
         return [
-            (delta * factor).to(factor.dtype) if factor is not None and kept else None
-            for factor, kept in zip(factors, follows, strict=True)
+            (delta * factor).to(dtype) if factor is not None and kept else None
+            for factor, dtype, kept in zip(factors, dtypes, follows, strict=True)
         ]
 
     return SliceRule(function, [given if kept else None for kept in follows])
@@ -178,7 +188,8 @@ def _found(node: Node, shape: torch.Size, given: Slice) -> SliceRule | None:
     """What a write in place to a view passes on, where it is the gradient itself or transposed.
 
     The node does not say what was written. It is linear: what it does to random numbers, one
-    another, it does to all. None on a GPU, which would be waited for.
+    another, it does to all. An input that was broadcast gets no slice: the node leaves the sum to
+    autograd. None on a GPU, which would be waited for.
     """
     metadata = node._input_metadata[0]
     generator = torch.Generator().manual_seed(0)
@@ -188,11 +199,13 @@ def _found(node: Node, shape: torch.Size, given: Slice) -> SliceRule | None:
         return None
     dims = [(0, 0), *itertools.combinations(range(len(shape)), 2)]
     rules: list[SliceRule | None] = []
-    for result in _called(node, random.clone()):
+    for result, place in zip(_called(node, random.clone()), node.next_functions, strict=True):
         alike = (
             _transposed(given, *pair)
             for pair in dims
-            if result is not None and torch.equal(result, random.transpose(*pair))
+            if result is not None
+            and _arrives_at(result, *place)
+            and torch.equal(result, random.transpose(*pair))
         )
         rules.append(next(alike, None))
 
@@ -200,6 +213,14 @@ def _found(node: Node, shape: torch.Size, given: Slice) -> SliceRule | None:
         return [None if rule is None else rule.function(delta)[0] for rule in rules]
 
     return SliceRule(function, [None if rule is None else rule.slices[0] for rule in rules])
+
+
+def _arrives_at(gradient: Tensor, follower: Node | None, output: int) -> bool:
+    """Whether a gradient is of the shape and type of what it is a gradient of."""
+    if follower is None:
+        return False
+    metadata = follower._input_metadata[output]
+    return gradient.shape == shape_of(follower, output) and gradient.dtype == metadata.dtype
 
 
 def _called(node: Any, delta: Tensor) -> tuple[Tensor | None, ...]:

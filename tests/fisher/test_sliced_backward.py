@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import brute
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,74 @@ def test_last_blocks(
     assert_equal(fisher, expected(model), 1e-12)
     assert positions.count(1) % max(kept, 1) == 0 and bool(positions.count(1)) == bool(kept)
     assert positions.count(5)
+
+
+class Changing(nn.Module):
+    """A layer whose gradient is another, on longer histories, than its calls tell."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.items = nn.Embedding(12, 6)
+        self.layer, self.inner, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.layer(self.items(ids).cumsum(1)))
+        y, longer = torch.tanh(self.inner(x)), ids.shape[1] > 5
+        if self.kind == "turned":
+            turn = torch.polar(torch.ones(()), torch.tensor(float(longer))).to(torch.complex128)
+            y = (y * turn * turn).to(y.dtype)
+        elif longer and y.grad_fn is not None:
+            if self.kind == "hooked":
+                y.register_hook(lambda gradient: 2 * gradient)
+            else:
+                y.grad_fn.register_hook(lambda gradients, _: (2 * gradients[0],))
+        return self.out((x + y)[:, -1])
+
+
+@pytest.mark.parametrize("kind", ["hooked", "node hooked", "turned"])
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_later_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch passes for one whose gradients are slices; a later one does not."""
+    monkeypatch.setattr(fast_ops, "suits_linear", lambda *_: torch.is_grad_enabled())
+    model = shaken(Changing(kind))
+    longer = torch.cat([HISTORIES, HISTORIES[:, 3:]], dim=1)
+    found = fk.diag_fisher(model, [HISTORIES, longer], progress=False, sampler="exact")
+    parts = [brute.all_gradients(model, ids) for ids in (HISTORIES, longer)]
+    first, second = (brute.fisher(gradients, p) for p, gradients in parts)
+    assert_equal(found, {name: (first[name] + second[name]) / 2 for name in first}, 1e-12)
+
+
+class Summed(nn.Module):
+    """Sums in which an input is broadcast, in place and to a view, or promoted."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.items = nn.Embedding(12, 6)
+        self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 12)
+        if kind == "gates":
+            self.gate = nn.Linear(6, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.layer(self.items(ids).cumsum(1)))
+        if self.kind == "promoted":
+            wide = torch.ones(ids.shape[1], 1, dtype=torch.float64)
+            return self.out((self.layer(x) + wide).to(x.dtype)[:, -1])
+        y = self.layer(x).transpose(0, 1)
+        if self.kind == "gates":
+            y += torch.sigmoid(self.gate(x)).transpose(0, 1)
+        else:
+            y += torch.tanh(self.layer(x.mean(1)))
+        return self.out(y[-1])
+
+
+@pytest.mark.parametrize("kind", ["gates", "vectors", "promoted"])
+def test_sums_of_other_shapes_or_types(kind: str) -> None:
+    model = shaken(Summed(kind))
+    p, gradients = brute.all_gradients(model, HISTORIES)
+    found = fk.diag_fisher(model.float(), [HISTORIES], progress=False, sampler="exact")
+    assert_equal(found, brute.fisher(gradients, p), 1e-4)
 
 
 WEIGHT, VECTOR = torch.randn(6, 6).double(), torch.randn(6).double()
