@@ -207,8 +207,8 @@ class Capture(TorchFunctionMode):
         # Whether a number of rows came of values: then another batch of the same structure may
         # have other rows than sequences where these were one.
         self.counted = False
-        # Whether the model may have registered hooks, which another batch need not have.
-        self.hooked = False
+        # Nodes on which the model may have registered hooks, which another batch need not have.
+        self.hooked: set[Node | None] = set()
 
     def __torch_function__(
         self,
@@ -221,7 +221,7 @@ class Capture(TorchFunctionMode):
         if counts_rows(func, args) and self._dependence.among(args, kwargs):
             self.counted = True
         if func in _HOOKING:
-            self.hooked = True
+            self.hooked.add(args[0].grad_fn)
         # Inside the model's own `torch.vmap` none of ours may stand for a function.
         transformed = torch._C._are_functorch_transforms_active()
         handler = None if transformed else self._handlers.get(func)

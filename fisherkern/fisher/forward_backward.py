@@ -109,6 +109,8 @@ class ForwardBackward:
                 plan = make_plan(*examined, self._parameters, own)
                 self._takes_slices[structure] = takes_slices(*examined, plan)
             own = self._per_sequence[structure]
+        # A gradient is handed over before the hooks on it have run.
+        own = [i for i in own if ops[i].output.node not in capture.hooked]
         plan = make_plan(result, ops, self._parameters, own)
         if not (counted or capture.hooked) and self._takes_slices[structure]:
             return CapturedForward(index, result, *sliced(result, ops, plan))

@@ -113,11 +113,14 @@ class Changing(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = torch.tanh(self.layer(self.items(ids).cumsum(1)))
-        y, longer = torch.tanh(self.inner(x)), ids.shape[1] > 5
+        z, longer = self.inner(x), ids.shape[1] > 5
+        if self.kind == "layer hooked" and longer and z.requires_grad:
+            z.register_hook(lambda gradient: 2 * gradient)
+        y = torch.tanh(z)
         if self.kind == "turned":
             turn = torch.polar(torch.ones(()), torch.tensor(float(longer))).to(torch.complex128)
             y = (y * turn * turn).to(y.dtype)
-        elif longer and y.grad_fn is not None:
+        elif self.kind != "layer hooked" and longer and y.grad_fn is not None:
             if self.kind == "hooked":
                 y.register_hook(lambda gradient: 2 * gradient)
             else:
@@ -125,7 +128,7 @@ class Changing(nn.Module):
         return self.out((x + y)[:, -1])
 
 
-@pytest.mark.parametrize("kind", ["hooked", "node hooked", "turned"])
+@pytest.mark.parametrize("kind", ["hooked", "layer hooked", "node hooked", "turned"])
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_later_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first batch passes for one whose gradients are slices; a later one does not."""
