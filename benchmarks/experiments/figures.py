@@ -17,6 +17,7 @@ from fisherkern.encoders import SequenceEncoder
 from fisherkern.files import atomic_path
 from fisherkern.report.plane import weight_plane
 
+GRID_SIZE = 9  # points along each side of the plane
 TOP = 50  # of the sorted probabilities
 BATCH = 256  # test histories that the probabilities are the mean over
 COST, CURVES, PLANE = "fisher_cost", "sorted-probabilities", "plane"
@@ -77,7 +78,9 @@ def draw_plane(
     path: Path,
 ) -> None:
     """Validation NDCG@10 on the plane through three members, and where the others are."""
-    plane = cache.json("figures", PLANE, lambda: weight_plane(members(), others(), score))
+    plane = cache.json(
+        "figures", PLANE, lambda: weight_plane(members(), others(), score, size=GRID_SIZE)
+    )
     points = {name: (x, y) for name, (x, y) in plane["points"].items()}
     x, y, values = (np.array(plane[name]) for name in ("x", "y", "values"))
     plots.plot_plane(points, x, y, values, "validation NDCG@10", path)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fisherkern.errors import InputError
 from fisherkern.fisher import DiagFisher
 
-GRID_SIZE = 9  # points along each side of the plane
 SAMPLES = 40  # of each posterior
 # Of a tensor's mean Fisher, added to each entry: where F is 0 a posterior would have no end.
 FLOOR = 0.1
@@ -25,7 +24,7 @@ def weight_plane(
     score: Callable[[nn.Module], float],
     *,
     fishers: Mapping[str, DiagFisher] | None = None,
-    size: int = GRID_SIZE,
+    size: int = 9,
 ) -> dict[str, Any]:
     """Compute where models are in the plane of three members, and `score` on a grid of it.
 
