@@ -1,11 +1,10 @@
 """Recording where a forward pass uses parameters.
 
-A `TorchFunctionMode` sees every torch function the model calls, so `nn.Linear`,
-`F.linear` on a bare parameter and a weight shared by two modules are one case;
-nothing in the model is wrapped or changed. A handler (see layers/) turns a call it
-knows into uses of parameters; a rewrite computes a call's result by calls that have
-handlers. `graph.params_outside` finds parameters that the result also reaches by another way,
-which no handler describes.
+A `TorchFunctionMode` sees every torch function the model calls, so `nn.Linear`, `F.linear` on a
+bare parameter and a weight shared by two modules are one case; nothing in the model is wrapped or
+changed. A handler (see layers/) turns a call it knows into uses of parameters; a rewrite computes
+a call's result by calls that have handlers. `graph.params_outside` finds parameters that the result
+also reaches by another way, which no handler describes.
 """
 
 from __future__ import annotations
@@ -204,10 +203,9 @@ class Capture(TorchFunctionMode):
         self._flattened: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         self._num_sequences = num_sequences
         self._handlers = handlers
-        # Whether a number of rows came of values: then another batch of the same structure may
-        # have other rows than sequences where these were one.
+        # Whether a number of rows came of values: another batch may have other rows then.
         self.counted = False
-        # Nodes on which the model may have registered hooks, which another batch need not have.
+        # Nodes with hooks of the model, perhaps; another batch need not have them.
         self.hooked: set[Node | None] = set()
 
     def __torch_function__(
@@ -223,8 +221,8 @@ class Capture(TorchFunctionMode):
         if func in _HOOKING:
             self.hooked.add(args[0].grad_fn)
         # Inside the model's own `torch.vmap` none of ours may stand for a function.
-        transformed = torch._C._are_functorch_transforms_active()
-        handler = None if transformed else self._handlers.get(func)
+        own = not torch._C._are_functorch_transforms_active()
+        handler = self._handlers.get(func) if own else None
         if handler is None or isinstance(handler, Rewrite):
             output = self._unrecorded(handler, func, args, kwargs)
         else:
@@ -305,9 +303,8 @@ class Capture(TorchFunctionMode):
         """Whether a handler may have a use for this argument."""
         if not _differentiated(tensor):
             return False
-        if tensor.grad_fn is not None and tensor not in self._dependence:
-            return True
-        return self.parameters.view_or_transpose(tensor) is not None
+        shared = tensor.grad_fn is not None and tensor not in self._dependence
+        return shared or self.parameters.view_or_transpose(tensor) is not None
 
     def _record(
         self,
