@@ -122,6 +122,31 @@ class Objective:
     __rmul__ = __mul__
 
 
+class OverObjective(Objective):
+    """An objective made of another, its field `objective`, whose windows and targets it has."""
+
+    objective: Objective
+
+    @property
+    def lookahead(self) -> int:  # type: ignore[override]
+        """The other's."""
+        return self.objective.lookahead
+
+    @property
+    def needs(self) -> str:  # type: ignore[override]
+        """The other's."""
+        return self.objective.needs
+
+    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
+        """Return the other's."""
+        return self.objective.targets(model, tokens)
+
+
+def total_loss(terms: list[Term]) -> Tensor:
+    """Return the sum of terms, weighted, 0-dim."""
+    return torch.stack([term.weight * term.loss for term in terms]).sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightedSum(Objective):
     """Σ_i weights_i parts_i: what `+` and `*` make, flat however they are nested.
@@ -165,8 +190,7 @@ class WeightedSum(Objective):
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the weighted sum of the parts' losses, 0-dim."""
-        terms = self.terms(model, tokens, generator)
-        return torch.stack([term.weight * term.loss for term in terms]).sum()
+        return total_loss(self.terms(model, tokens, generator))
 
     def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
         """Return the sum over the parts whose weight is not 0."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fisherkern.checks import check_choice
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.objectives.base import Objective, Term, TrainingSequences
+from fisherkern.objectives.base import Objective, OverObjective, Term, TrainingSequences
 
 
 @dataclasses.dataclass(frozen=True)
-class RepPad(Objective):
+class RepPad(OverObjective):
     """An objective on windows whose padding is filled by repetition.
 
         0 0 0 0 0 0 a b c   becomes   b c 0 a b c 0 a b c   cut on the left to the same width
@@ -47,25 +47,11 @@ class RepPad(Objective):
                 f"RepPad: {type(self.objective).__name__} cannot read repeated sequences"
             )
 
-    @property
-    def lookahead(self) -> int:  # type: ignore[override]
-        """The repeated objective's."""
-        return self.objective.lookahead
-
-    @property
-    def needs(self) -> str:  # type: ignore[override]
-        """The repeated objective's."""
-        return self.objective.needs
-
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the loss, 0-dim, of the repeated `tokens` (N, T) int64 left-padded with 0."""
         return self.objective(model, self.repeat(tokens, generator), generator)
-
-    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
-        """Return the repeated objective's for the windows as they are; copies add to it."""
-        return self.objective.targets(model, tokens)
 
     def terms(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator

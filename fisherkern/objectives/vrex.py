@@ -12,7 +12,13 @@ from torch import Tensor
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
-from fisherkern.objectives.base import Objective, Term, TrainingSequences, no_loss
+from fisherkern.objectives.base import (
+    OverObjective,
+    Term,
+    TrainingSequences,
+    no_loss,
+    total_loss,
+)
 from fisherkern.objectives.masked_items import MaskedItems
 from fisherkern.objectives.next_item import NextItem
 from fisherkern.objectives.scoring import LOCAL_SLICE, softmax_loss
@@ -20,7 +26,7 @@ from fisherkern.processes import joined_sum, world
 
 
 @dataclasses.dataclass(frozen=True)
-class VREx(Objective):
+class VREx(OverObjective):
     """Another objective plus `weight` times the variance of its risks between environments.
 
         L + weight/|E| Σ_e (R_e - mean_e R_e)²
@@ -69,26 +75,11 @@ class VREx(Objective):
         check_choice("VREx: by", self.by, ("target", "sequence"))
         check_count("VREx: environments", self.environments, least=2)
 
-    @property
-    def lookahead(self) -> int:  # type: ignore[override]
-        """The objective's."""
-        return self.objective.lookahead
-
-    @property
-    def needs(self) -> str:  # type: ignore[override]
-        """The objective's."""
-        return self.objective.needs
-
     def __call__(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Return the loss, 0-dim, of windows (N, T + lookahead) int64 left-padded with 0."""
-        terms = self.terms(model, tokens, generator)
-        return torch.stack([term.weight * term.loss for term in terms]).sum()
-
-    def targets(self, model: SequenceEncoder, tokens: Tensor) -> int:
-        """Return the objective's."""
-        return self.objective.targets(model, tokens)
+        return total_loss(self.terms(model, tokens, generator))
 
     def terms(
         self, model: SequenceEncoder, tokens: Tensor, generator: torch.Generator
