@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.experiments.reports import load_reports, save_reports
 from fisherkern import merge
 from fisherkern.data import SequenceDataset
+from fisherkern.data.batching import evenly_spread
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
 from fisherkern.evaluation import Report, evaluate
@@ -82,8 +83,7 @@ class ArtifactCache:
 
     def spread_users(self, count: int) -> NDArray[np.int64]:
         """(min(count, num_users),) int64: users evenly spread over all of them."""
-        total = self.data.num_users
-        return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+        return evenly_spread(self.data.num_users, count)
 
     def artifact_name(self, name: str) -> str:
         """The file name, without suffix, of the artifact `name`."""

@@ -12,6 +12,7 @@ from fisherkern.cli.arguments import command
 from fisherkern.cli.claims import MODEL_ENDINGS, result_path
 from fisherkern.cli.run import BEST_DEVICE, Run, on_validation, over_catalogue_of
 from fisherkern.data import SequenceDataset, load
+from fisherkern.data.batching import evenly_spread
 from fisherkern.documents import MAX_SETTINGS
 from fisherkern.errors import InputError
 from fisherkern.evaluation import evaluate
@@ -89,15 +90,12 @@ def _plane(run: Run, found: Findings, data: SequenceDataset, users: int) -> dict
     first = list(zip(found.names, found.members, strict=True))[:3]
     members = {name: run.model(path) for name, path in first}
     assert found.merged is not None
-    chosen = np.unique(np.linspace(0, data.num_users - 1, min(users, data.num_users)).astype(int))
-    size = run.values["batch_size"]
+    chosen, size = evenly_spread(data.num_users, users), run.values["batch_size"]
 
     def score(model: Any) -> float:
-        return evaluate(
-            model, data, split="validation", users=chosen, batch_size=size, progress=False
-        )[METRIC]
+        return on_validation(model, data, size, users=chosen, progress=False)[METRIC]
 
-    fishers = dict(zip(members, found.fishers(), strict=False))
+    fishers = dict(zip(members, found.fishers, strict=False))
     return weight_plane(members, {"merge": run.model(found.merged)}, score, fishers=fishers)
 
 

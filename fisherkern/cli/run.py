@@ -237,7 +237,9 @@ def over_catalogue_of(model: SequenceEncoder, data: SequenceDataset, path: Path)
     return data
 
 
-def on_validation(model: SequenceEncoder, data: SequenceDataset, batch_size: int) -> Report:
+def on_validation(
+    model: SequenceEncoder, data: SequenceDataset, batch_size: int, **which: Any
+) -> Report:
     """The metrics at 10 of the validation items, by which members and merges are chosen."""
     own = over_catalogue_of(model, data, Path("the model"))
-    return evaluate(model, own, split="validation", k=10, batch_size=batch_size)
+    return evaluate(model, own, split="validation", k=10, batch_size=batch_size, **which)

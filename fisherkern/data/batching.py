@@ -132,7 +132,7 @@ def history_batches(
     if limit is not None:
         check_count("limit", limit)
         # Evenly spread: the first users of a file are often its oldest or most active.
-        keep = np.linspace(0, users.size - 1, min(limit, users.size)).round().astype(np.int64)
+        keep = evenly_spread(users.size, limit)
         users, target = users[keep], target[keep]
     return HistoryBatches(items, offsets[users], target, users, batch_size, max_len)
 
@@ -172,3 +172,8 @@ def window_batches(
     order = random.permutation(len(stop))
     start = np.maximum(begin, stop - max_len)
     return WindowBatches(items, start[order], stop[order], batch_size, max_len)
+
+
+def evenly_spread(total: int, count: int) -> NDArray[np.int64]:
+    """(min(count, total),) int64: numbers from 0 to total - 1, rising."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from fisherkern.errors import InputError
 from fisherkern.fisher import DiagFisher
@@ -81,7 +82,7 @@ def weight_plane(
         row = []
         for u in x:
             vector = origin + float(u) * first + float(v) * second
-            _put(probe, vector)
+            vector_to_parameters(vector.to(next(probe.parameters())), probe.parameters())
             row.append(score(probe))
         values.append(row)
     return {
@@ -114,12 +115,3 @@ def _samples(
 
 def _flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten().cpu() for p in model.parameters()])
-
-
-@torch.no_grad()
-def _put(model: nn.Module, vector: Tensor) -> None:
-    start = 0
-    for parameter in model.parameters():
-        part = vector[start : start + parameter.numel()]
-        parameter.copy_(part.view_as(parameter))
-        start += parameter.numel()

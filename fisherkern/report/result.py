@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,8 +125,9 @@ class Findings:
         except InputError as error:
             return str(error)
 
+    @functools.cached_property
     def fishers(self) -> list[DiagFisher]:
-        """Read the members' Fishers; none, and a note, where one cannot be read."""
+        """The members' Fishers; none, and a note, where one cannot be read."""
         try:
             return [DiagFisher.load(path) for path in self.result.used.fishers]
         except InputError as error:

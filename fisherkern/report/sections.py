@@ -24,7 +24,7 @@ def merge_page(found: Findings) -> str:
     """Write the page of a merge as HTML."""
     title = f"Merge of {len(found.result.members)} models"
     body = [element("h1", title), *_lead(found)]
-    fishers = found.fishers()
+    fishers = found.fishers
     for head, parts in (
         ("Members", _members(found)),
         ("Did it help?", _gains(found)),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkern.adapters.dcp import names_dcp, save_dcp
+from fisherkern.adapters.dcp import load_by_rows, names_dcp, save_dcp
 from fisherkern.adapters.dcp_files import DcpFolder, is_dcp
 from fisherkern.checks import check_count, check_positive
 from fisherkern.errors import InputError, shown
@@ -204,7 +204,7 @@ def _read(path: PathLike) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     if not names_dcp(path):
         return read_tensors(path)
     folder = DcpFolder(path)
-    return {name: folder[name] for name in folder}, folder.about
+    return load_by_rows(folder), folder.about
 
 
 def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> TrainProgress:
