@@ -60,7 +60,8 @@ def _array(stub: Stub) -> list[Any] | None:
 
 def _entries(content: bytes, dtype: numpy.dtype[Any]) -> list[Any]:
     try:
-        return numpy.frombuffer(content, dtype).tolist()
+        entries: list[Any] = numpy.frombuffer(content, dtype).tolist()
+        return entries
     except ValueError:  # code points beyond Unicode
         return [None]
 

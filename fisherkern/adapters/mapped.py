@@ -54,7 +54,8 @@ class MappedFile:
 
     def storage(self, start: int, stop: int) -> torch.UntypedStorage:
         """The mapped bytes; writing to them changes memory, never the file."""
-        return self._storage[start:stop]
+        mapped: torch.UntypedStorage = self._storage[start:stop]
+        return mapped
 
     def read(self, start: int, stop: int) -> bytearray:
         """A copy of the bytes, read rather than mapped: pages of a map count as memory in use."""

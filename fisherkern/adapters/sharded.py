@@ -52,7 +52,8 @@ def gathered_whole(tensor: Any) -> Tensor:
 
 def local_part(tensor: Any) -> Tensor:
     """What this process has of a tensor: of a `DTensor` its shard, else all."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
+    return part
 
 
 def laid_out(whole: Tensor, like: Any) -> Tensor:
@@ -225,7 +226,7 @@ class ShardedModel:
         for _, value in leaves(batch):
             if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32):
                 ids.append(value.flatten().cpu().long())
-        named = torch.cat(ids).unique().to(device)
+        named: Tensor = torch.cat(ids).unique().to(device)
         wanted = {}
         for name, shard in self.tables.items():
             rows, first, items = shard.shape[0], 0, 0
@@ -328,7 +329,7 @@ def _check_unwrapped(module: nn.Module, gathered_names: Sequence[str]) -> None:
 
 def _is_table(
     name: str,
-    tensor: Any,
+    tensor: Tensor,
     module: nn.Module,
     by_rows: Mapping[str, Any],
     known: Collection[str] | None,

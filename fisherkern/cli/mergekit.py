@@ -156,12 +156,11 @@ def _value(path: Path, key: str, value: Any) -> Any:
 
 
 def _dtype(path: Path, value: Any) -> str | None:
-    if value is not None and value not in OUTPUT_DTYPES:
-        raise InputError(
-            f"{path}: 'dtype' is {shown(value)} where one of {', '.join(OUTPUT_DTYPES)} "
-            "was expected"
-        )
-    return value
+    if value is None or isinstance(value, str) and value in OUTPUT_DTYPES:
+        return value
+    raise InputError(
+        f"{path}: 'dtype' is {shown(value)} where one of {', '.join(OUTPUT_DTYPES)} was expected"
+    )
 
 
 def _place(path: Path, name: str) -> Path:

@@ -73,7 +73,7 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.values["seed"]
+        return int(self.values["seed"])
 
     @property
     def progress(self) -> bool:
@@ -150,7 +150,8 @@ class Run:
         with processes.together():
             if processes.rank() == 0:
                 made.append(function(*given, **named))
-        return processes.gathered(made)[0][0]
+        first: list[Made] = processes.gathered(made)[0]
+        return first[0]
 
     def _files(self) -> list[Path]:
         """The files that the arguments name."""

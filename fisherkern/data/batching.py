@@ -31,8 +31,9 @@ def gather_ranges(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[
     """Return the positions start[0]..stop[0]-1, start[1]..stop[1]-1, ..., joined, int64."""
     lengths = stop - start
     ends = np.cumsum(lengths)
-    total = int(ends[-1]) if ends.size else 0
-    return np.arange(total) + np.repeat(start - (ends - lengths), lengths)
+    positions = np.arange(int(ends[-1]) if ends.size else 0)
+    positions += np.repeat(start - (ends - lengths), lengths)
+    return positions
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class SequenceDataset:
     item_ids: tuple[str, ...]
     user_ids: tuple[str, ...]
     attributes: dict[str, list[int]] | None
-    times: NDArray | None
+    times: NDArray[Any] | None
     holdout: Holdout
 
     def __init__(
@@ -343,7 +344,7 @@ class SequenceDataset:
         return rows.astype(np.int64)
 
 
-def _frozen(values: ArrayLike, dtype: type[np.generic], name: str) -> NDArray:
+def _frozen(values: ArrayLike, dtype: type[np.generic], name: str) -> NDArray[Any]:
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InputError(f"{name} must be one-dimensional integers, not {array.dtype}")
@@ -356,7 +357,7 @@ def _frozen(values: ArrayLike, dtype: type[np.generic], name: str) -> NDArray:
     return cast
 
 
-def _frozen_times(values: ArrayLike, offsets: NDArray[np.int64]) -> NDArray:
+def _frozen_times(values: ArrayLike, offsets: NDArray[np.int64]) -> NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (int(offsets[-1]),) or array.dtype.kind not in "iuf":
         raise InputError(f"times must be {offsets[-1]} numbers, not {array.dtype} {array.shape}")

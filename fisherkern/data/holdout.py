@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def leave_one_out(offsets: NDArray[np.int64]) -> Holdout:
 
 
 def after_quantile(
-    times: NDArray, offsets: NDArray[np.int64], quantile: float, targets: str, validation: str
+    times: NDArray[Any], offsets: NDArray[np.int64], quantile: float, targets: str, validation: str
 ) -> Holdout:
     """Hold out what is later than a quantile of all times; see `SequenceDataset.split_by_time`."""
     check_unit("quantile", quantile, "(0, 1)")

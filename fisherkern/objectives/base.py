@@ -80,7 +80,7 @@ class Objective:
         """Return the loss as terms that add up to it, each a mean over targets of its own."""
         return [Term(self(model, tokens, generator), self.targets(model, tokens))]
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """Name and arguments as JSON values; a resumed run must have the same.
 
         A field that the printed form leaves out (`repr=False`) is what `bind` found, and left
@@ -244,7 +244,7 @@ def _terms(objective: Objective) -> tuple[tuple[float, ...], tuple[Objective, ..
     return (1.0,), (objective,)
 
 
-def _arguments(value: Any) -> dict:
+def _arguments(value: Any) -> dict[str, Any]:
     return {
         field.name: _json(getattr(value, field.name))
         for field in dataclasses.fields(value)

@@ -109,7 +109,8 @@ class _Rows:
             result = method(*map(own, (batch, *more)), **{n: own(v) for n, v in named.items()})
         finally:
             self.inside = False
-        return _GatherRows.apply(result, self.group)[:count]
+        rows = _GatherRows.apply(result, self.group)  # type: ignore[no-untyped-call]
+        return rows[:count]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -54,7 +54,8 @@ def _mean_loss(h: Tensor, column: Tensor, weight: Tensor, bias: Tensor | None) -
         return F.cross_entropy(F.linear(h, weight, bias), column)
     rows = max(1, tile // weight.shape[0])
     multiple = _ROWS if suits(h, weight) and rows >= _ROWS else 1
-    return _TiledSoftmaxLoss.apply(h, column, weight, bias, rows // multiple * multiple, multiple)
+    arguments = (h, column, weight, bias, rows // multiple * multiple, multiple)
+    return _TiledSoftmaxLoss.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 class _TiledSoftmaxLoss(torch.autograd.Function):

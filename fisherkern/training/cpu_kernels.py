@@ -51,7 +51,8 @@ def backward(loss: Tensor) -> None:
 def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; its gradients can be differentiated in turn."""
     if suits_linear(input, weight, bias) and rows_for_onednn(input.numel() // input.shape[-1]):
-        return Linear.apply(input, weight, bias)
+        output: Tensor = Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+        return output
     return F.linear(input, weight, bias)
 
 

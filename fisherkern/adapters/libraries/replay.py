@@ -128,7 +128,7 @@ def _steps(module: nn.Module) -> list[str]:
 
 def _features(batch: Any) -> Mapping[str, Tensor]:
     for name in ("features", "feature_tensor", "feature_tensors", "inputs"):
-        found = _part(batch, name)
+        found: Mapping[str, Tensor] | None = _part(batch, name)
         if found is not None:
             return found
     raise KeyError("features")
