@@ -75,7 +75,7 @@ def _hook(
     keep: Callable[..., None],
     real: Tensor,
 ) -> Hook | None:
-    """What hands a module's labelled activations to `keep`; None for a module without any."""
+    """Return a hook that gives a module's labelled activations to `keep`; None if it has none."""
     axes = symmetries.axes.get(f"{name}.weight", ())
     if isinstance(part, nn.LayerNorm) and axes:
         return lambda _, inputs, output: keep(name, axes[0].labels, inputs[0])
@@ -105,7 +105,7 @@ def _hook(
 def _linear(
     name: str, axes: Sequence[AxisSpec], x: Tensor, y: Tensor, keep: Callable[..., None]
 ) -> None:
-    """What a linear layer reads, by the axes its weight consists of, and writes."""
+    """Keep what a linear layer reads, by the axes its weight consists of, and writes."""
     # Of more dimensions it is no activation of a position: Caser's windows, channel by channel.
     if x.dim() > 3 or any(spec.length is not None and spec.dim != 1 for spec in axes):
         return
@@ -156,7 +156,7 @@ class Correlations:
         return {str(label) for own in self._labels.values() for label in own if label} - alone
 
     def add(self, reference: Observations, member: Observations) -> None:
-        """The observations of a batch."""
+        """Add the observations of a batch."""
         for name, (labels, own) in reference.items():
             a, b = own.double(), member[name][1].to(own.device, torch.float64)
             new = [a.sum(0), b.sum(0)]
@@ -277,7 +277,7 @@ def match_activations(
 def _solve_all(
     symmetries: Symmetries, found: Mapping[str, Tensor], of_weights: OfWeights, start: Transforms
 ) -> dict[str, Tensor]:
-    """The best element of every group; what the activations leave open, by the weights."""
+    """Return the best element of every group; what the activations leave open, by the weights."""
     transforms = dict(start)
     # The weights see the other groups moved: the first round moves them by activations alone.
     for share in (0.0, TIE_BREAK, TIE_BREAK):
@@ -298,7 +298,7 @@ def _solve_all(
 def _agreement(
     symmetries: Symmetries, name: str, found: Mapping[str, Tensor], transforms: Transforms
 ) -> float:
-    """The mean over blocks and observed labels of <T, C>: 1 where the two do the same."""
+    """Return the mean over blocks and observed labels of <T, C>: 1 where the two do the same."""
     group = symmetries.groups[name]
     values = []
     for label in symmetries.labels(name):

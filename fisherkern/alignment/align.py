@@ -177,7 +177,7 @@ def align(
 
 
 def _distances(common: Symmetries, pair: WeightPair, transforms: Transforms) -> dict[str, Any]:
-    """What a report says of the groups, and of the distance before and after."""
+    """Return what a report says of the groups, and of the distance before and after."""
     return {
         "groups": {name: group.kind for name, group in common.groups.items()},
         "distance_before": pair.distance({}),
@@ -186,7 +186,7 @@ def _distances(common: Symmetries, pair: WeightPair, transforms: Transforms) -> 
 
 
 def _batches(by: str, loader: Any, objective: Any, reference: nn.Module) -> list[Any]:
-    """The loader's batches; checks that there is one where there is something to see."""
+    """Return the loader's batches; checks that there is one where there is something to see."""
     if by not in BY:
         raise InputError(f"by is {shown(by)} where {', '.join(map(repr, BY))} was expected")
     if (loader is None) != (by == "weights"):
@@ -242,7 +242,7 @@ def _check_counts(reference: int, sweeps: int, members: int) -> None:
 def _foldable(
     models: list[ModelT], symmetries: Callable[[ModelT], Symmetries] | None, rotate: bool
 ) -> tuple[Symmetries, list[ModelT]]:
-    """What all members admit, and the members with their norms folded where that is a rotation."""
+    """Return what all members admit, and the members, norms folded where that is a rotation."""
     common = _common([_symmetries(model, symmetries) for model in models], rotate)
     if any(group.kind == "rotation" for group in common.groups.values()):
         models = [fold_norms(model, common) for model in models]
@@ -250,7 +250,7 @@ def _foldable(
 
 
 def _common(found: Sequence[Symmetries], rotate: bool) -> Symmetries:
-    """What all members admit: a rotation that one of them does not is a permutation for all."""
+    """Return what all members admit: where one admits no rotation, a permutation for all."""
     groups = dict(found[0].groups)
     for name, group in groups.items():
         if group.kind in ("rotation", "orthogonal") and not (

@@ -87,14 +87,14 @@ class _Average:
         }
 
     def __call__(self, tokens: Any) -> Tensor:
-        """The loss of a batch, or what has it for its mean over the processes."""
+        """Return the loss of a batch, or what has it for its mean over the processes."""
         tensors = {f"model.{name}": tensor for name, tensor in self.parameters().items()}
         loss: Tensor = functional_call(self.loss, tensors, (tokens, self.generator))[0]
         return loss
 
     @torch.no_grad()
     def over(self, batches: Sequence[Tensor]) -> float:
-        """The mean loss of the first batches, with the same draws at every call."""
+        """Return the mean loss of the first batches, with the same draws at every call."""
         self.generator.manual_seed(self.seed)
         first = batches[:CHECKED]
         return sum(average_gradients_([], self(batch)) for batch in first) / len(first)
@@ -156,7 +156,7 @@ def learn_rotations(
 
 
 def _composed(first: Transforms, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The transforms that act as `first`, then as `second`, matrices."""
+    """Return the transforms that act as `first`, then as `second`, matrices."""
     found = dict(first)
     for label, turn in second.items():
         start = first.get(label)

@@ -53,7 +53,7 @@ ALONE = ("demo", "data")
 
 
 def _message(error: Exception) -> str | None:
-    """What to say of an error that is the input's or the machine's; None for one of ours."""
+    """Return what to say of an error that is the input's or the machine's; None for one of ours."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError) and error.strerror is not None:

@@ -69,7 +69,7 @@ def _show(members: list[dict[str, Any]]) -> None:
 
 
 def _from_data(run: Run, models: list[SequenceEncoder]) -> dict[str, Any]:
-    """What `align` looks at beside the weights."""
+    """Return what `align` looks at beside the weights."""
     by, reference, size = (run.values[name] for name in ("by", "reference", "batch_size"))
     if by == "weights":
         return {}

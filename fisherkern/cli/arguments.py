@@ -39,7 +39,7 @@ def _general(
     quiet: bool = False,
     config: Path | None = None,
 ) -> None:
-    """The arguments that every command takes.
+    """Take the arguments that every command takes.
 
     Args:
         data: ml-1m, beauty, synthetic, or a file.
@@ -62,7 +62,7 @@ class Command:
     data_arguments: tuple[str, ...]  # those that go to `load`, which others' names go before
 
     def stub(self) -> Callable[..., None]:
-        """What cyclopts is given: the signature and the help of the command, to be read."""
+        """Return what cyclopts is given: the signature and the help of the command, to be read."""
 
         def stub(*arguments: Any, **options: Any) -> None: ...
 
@@ -140,7 +140,7 @@ def _flag(
     *,
     positional: bool = False,
 ) -> inspect.Parameter | None:
-    """The parameter as cyclopts is to see it; None where no command line can give it."""
+    """Return the parameter as cyclopts is to see it; None where no command line can give it."""
     kind = flag_type(parameter.annotation)
     if parameter.name in choices:
         words = Literal[tuple(choices[parameter.name])]  # type: ignore[valid-type]
@@ -161,7 +161,7 @@ def _flag(
 
 
 def flag_type(annotation: Any) -> Any:
-    """What of a type a command line can give: of `Sequence[float] | Tensor` the list of numbers.
+    """Return what a command line can give of a type: a list for `Sequence[float] | Tensor`.
 
     None where it can give nothing.
     """
@@ -191,7 +191,7 @@ def flag_type(annotation: Any) -> Any:
 
 
 def summary(source: Callable[..., Any]) -> str:
-    """The docstring's first paragraph."""
+    """Return the docstring's first paragraph."""
     return " ".join((inspect.getdoc(source) or "").split("\n\n")[0].split())
 
 

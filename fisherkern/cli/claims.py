@@ -149,7 +149,7 @@ class FolderClaim:
 
 
 def result_path(out: Path, command: str) -> Path:
-    """The file for a command's result: result.json, or result-COMMAND.json beside another's."""
+    """Return the file for a result: result.json, or result-COMMAND.json beside another's."""
     for name in ("result.json", f"result-{command}.json"):
         path = out / name
         if not is_file(path) or (_maker(path) or {}).get("command") == command:
@@ -158,7 +158,7 @@ def result_path(out: Path, command: str) -> Path:
 
 
 def _maker(path: Path) -> dict[str, Any] | None:
-    """The arguments of the run that wrote a result or a claim; None where no run did."""
+    """Return the arguments of the run that wrote a result or a claim; None where no run did."""
     try:
         content = read_json(path, MAX_SETTINGS) if is_file(path) else None
     except InputError:  # cut short, or somebody else's

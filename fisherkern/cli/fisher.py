@@ -88,7 +88,7 @@ def fisher(
 
 
 def _free(run: Run, state: Path, network: SequenceEncoder) -> DiagFisher:
-    """The Fisher of a training state's second moments."""
+    """Return the Fisher of a training state's second moments."""
     unused = {"data", "limit", "split", "batch_size", *run.of(diag_fisher)} - {"progress"}
     for flag in sorted(unused & run.given):
         raise InputError(f"--{flag.replace('_', '-')}: --from-state computes nothing of data")

@@ -88,7 +88,7 @@ def merge_checkpoints(
 
 
 def _recipe(run: Run) -> Recipe:
-    """The recipe that --recipe names, or the flags describe."""
+    """Return the recipe that --recipe names, or the flags describe."""
     values = run.values
     if values["recipe"] is None:
         if not values["checkpoints"]:
@@ -114,7 +114,7 @@ def _recipe(run: Run) -> Recipe:
 
 
 def _suffix(recipe: Recipe) -> str:
-    """What follows "merged" in the result's name: as the first member's, nothing for a folder."""
+    """Return the ending of the result's name: the first member's, nothing for a folder."""
     first = recipe.members[0]
     if is_dcp(first):
         return SUFFIX
@@ -209,7 +209,7 @@ def _weight_ensemble(run: Run, recipe: Recipe, path: Path) -> dict[str, Any]:
 
 
 def _from_data(run: Run, recipe: Recipe, models: Sequence[SequenceEncoder]) -> dict[str, Any]:
-    """The arguments of `merge` that the method takes from data: validation split or training."""
+    """Return what `merge` takes from data for the method: the validation split or training."""
     inputs = METHODS[recipe.method].inputs if recipe.method in METHODS else {}
     wanted = {name for name in ("score", "validation", "grams", "products") if name in inputs}
     if recipe.method == "auto":
@@ -255,7 +255,7 @@ def _histories(
 
 
 def _weight_rows(members: Sequence[str], weights: Any) -> list[dict[str, Any]]:
-    """A row of each member, or of each tensor where the weights were learned so."""
+    """Return a row of each member, or of each tensor where the weights were learned so."""
     if isinstance(weights, list):
         return [
             {"member": path, "weight": weight}

@@ -32,7 +32,7 @@ def is_mergekit(content: Mapping[str, Any]) -> bool:
 
 
 def from_mergekit(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `Recipe` that a recipe of mergekit stands for.
+    """Return the arguments of `Recipe` that a recipe of mergekit stands for.
 
     Task vectors are summed there by weights that need not sum to 1: scale is lambda times the sum,
     over the number of members. Trimming is by tensor.
@@ -156,7 +156,7 @@ def _value(path: Path, key: str, value: Any) -> Any:
 
 
 def _dtype(path: Path, value: Any) -> str | None:
-    if value is None or isinstance(value, str) and value in OUTPUT_DTYPES:
+    if value is None or (isinstance(value, str) and value in OUTPUT_DTYPES):
         return value
     raise InputError(
         f"{path}: 'dtype' is {shown(value)} where one of {', '.join(OUTPUT_DTYPES)} was expected"
@@ -164,6 +164,6 @@ def _dtype(path: Path, value: Any) -> str | None:
 
 
 def _place(path: Path, name: str) -> Path:
-    """A checkpoint beside the recipe, or where mergekit would look for it."""
+    """Return a checkpoint beside the recipe, or where mergekit would look for it."""
     beside = path.parent / name
     return beside if beside.exists() or not Path(name).exists() else Path(name)

@@ -29,7 +29,7 @@ REPEATABLE: dict[str, Any] = {
 
 
 def make_app(commands: Iterable[Command]) -> App:
-    """The application of all commands; help is drawn on a terminal and plain elsewhere."""
+    """Return the application of all commands; help is drawn on a terminal and plain elsewhere."""
     terminal = sys.stdout.isatty()
     app = App(
         name="fisherkern",
@@ -51,7 +51,7 @@ def make_app(commands: Iterable[Command]) -> App:
 
 
 def parse(app: App, words: Sequence[str]) -> tuple[Command, Run] | None:
-    """The command and its run; None where help or the version was asked for, and printed.
+    """Return the command and its run; None where help or the version was asked for, and printed.
 
     Raises InputError, one line, for what cyclopts refuses.
     """
@@ -105,7 +105,9 @@ def _read_config(app: App, commands: tuple[str, ...], arguments: Any) -> None:
         argument = named.get("--" + name.replace("_", "-"))
         default = None if argument is None else argument.field_info.default
         # Stands for "not given" where that is the default, which no flag can say.
-        if name in ("command", "config") or value in (None, []) and argument and not _set(default):
+        if name in ("command", "config") or (
+            value in (None, []) and argument and not _set(default)
+        ):
             continue
         values[name] = json.dumps(value) if isinstance(value, Mapping) else value
     Dict({commands[-1]: values}, source=str(path))(app, commands, arguments)
@@ -116,7 +118,7 @@ def _set(default: Any) -> bool:
 
 
 def _check_values(app: App, commands: tuple[str, ...], arguments: Any) -> None:
-    """What cyclopts would take otherwise: 1.5 for a whole number, "none" for a word."""
+    """Refuse what cyclopts would take: 1.5 for a whole number, "none" for a word."""
     for argument in arguments:
         kinds = _scalars(argument.hint)
         whole = int in kinds and float not in kinds

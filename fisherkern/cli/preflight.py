@@ -37,7 +37,7 @@ def preflight_checkpoints(
 
 
 def _measures(run: Run, models: Sequence[SequenceEncoder]) -> dict[str, Any]:
-    """A member's score and hits are both asked for, and are of one evaluation."""
+    """Give the score and the hits of a member, both of one evaluation."""
     data, size = run.data(), run.values["batch_size"]
     members, reports = {id(model) for model in models}, dict[int, Report]()
 

@@ -49,7 +49,7 @@ class Recipe:
         return {name: _told(getattr(self, name)) for name in RECIPE_FIELDS}
 
     def settings(self) -> dict[str, Any]:
-        """The arguments that `merge` and `merge_files` take alike."""
+        """Return the arguments that `merge` and `merge_files` take alike."""
         names = ("method", "floor", "normalize", "check_fingerprint", "seed")
         return {"options": self.options or None, **{name: getattr(self, name) for name in names}}
 
@@ -74,7 +74,7 @@ MEMBER_KEYS = tuple(own.name for own in fields(_Member))
 
 
 def weights_from(text: str | None) -> list[float] | Words | None:
-    """The weights that --weights gives."""
+    """Return the weights that --weights gives."""
     if text is None or text in WORDS_FOR_WEIGHTS:
         return text  # type: ignore[return-value]  # mypy narrows no str to a Literal
     try:
@@ -85,7 +85,7 @@ def weights_from(text: str | None) -> list[float] | Words | None:
 
 
 def option_from(text: str) -> tuple[str, Any]:
-    """The name and the value that --option gives, the value as a recipe would read it."""
+    """Return the name and the value that --option gives, the value as a recipe would read it."""
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise InputError(f"--option: {shown(text)} is not like density=0.2")
@@ -93,7 +93,7 @@ def option_from(text: str) -> tuple[str, Any]:
 
 
 def from_file(path: Path) -> Recipe:
-    """The recipe in a YAML file; paths in it are relative to its folder.
+    """Return the recipe in a YAML file; paths in it are relative to its folder.
 
         members:                    # files, or mappings of model, fisher and weight
           - {model: m1.safetensors, fisher: m1.fisher.safetensors}
@@ -166,7 +166,7 @@ def _members(path: Path, content: Any) -> list[_Member]:
 
 
 def _converted(path: Path, mapping: LinedMapping, key: str, kind: type, where: str = "") -> Any:
-    """A key's value as the type of the field: strictly, so that true is no number."""
+    """Return a key's value as the type of the field: strictly, so that true is no number."""
 
     def path_from(wanted: type, value: Any) -> Any:
         if wanted is Path and isinstance(value, str):

@@ -66,17 +66,19 @@ class Run:
                 _check_folder(folder.parent if folder.suffix == ".html" else folder)
 
     def of(self, function: Callable[..., Any]) -> dict[str, Any]:
-        """The arguments of a public function that this run has."""
+        """Return the arguments of a public function that this run has."""
         values = {**self.values, "progress": self.progress}
         names = inspect.signature(function).parameters
         return {name: values[name] for name in names if name in values}
 
     @property
     def seed(self) -> int:
+        """The seed of every draw."""
         return int(self.values["seed"])
 
     @property
     def progress(self) -> bool:
+        """Whether this process shows bars."""
         return not self.values["quiet"] and processes.rank() == 0
 
     @property
@@ -88,7 +90,7 @@ class Run:
         return device
 
     def data(self, name: str | None = None) -> SequenceDataset:
-        """The data set of --data, or of the name that a recipe gives."""
+        """Return the data set of --data, or of the name that a recipe gives."""
         name = self.values["data"] if name is None else name
         if name is None:
             raise InputError("--data: name a data set (ml-1m, beauty, synthetic) or a file")
@@ -96,7 +98,7 @@ class Run:
             return load(name, **{key: self.values[key] for key in self.data_arguments})
 
     def model(self, path: Path, *, shard: bool = False) -> SequenceEncoder:
-        """The model of a checkpoint, on the run's device; its tables by rows if `shard`."""
+        """Return the model of a checkpoint, on the run's device; its tables by rows if `shard`."""
         with processes.together():
             device, world = self.device, processes.world()
             if shard and world == 1:
@@ -154,7 +156,7 @@ class Run:
         return first[0]
 
     def _files(self) -> list[Path]:
-        """The files that the arguments name."""
+        """Return the files that the arguments name."""
         given = [v for name, v in self.values.items() if name not in ("out", "log_dir")]
         entries = [entry for v in given for entry in (v if isinstance(v, list | tuple) else [v])]
         return [entry for entry in entries if isinstance(entry, Path)]
@@ -230,7 +232,7 @@ def _plain(value: Any) -> Any:
 
 
 def over_catalogue_of(model: SequenceEncoder, data: SequenceDataset, path: Path) -> SequenceDataset:
-    """The data over the model's catalogue, which may hold more items: a merge's union."""
+    """Return the data over the model's catalogue, which may hold more items: a merge's union."""
     if model.item_ids is not None and list(model.item_ids) != list(data.item_ids):
         return data.with_items(model.item_ids)
     if model.num_items != data.num_items:
@@ -241,6 +243,6 @@ def over_catalogue_of(model: SequenceEncoder, data: SequenceDataset, path: Path)
 def on_validation(
     model: SequenceEncoder, data: SequenceDataset, batch_size: int, **which: Any
 ) -> Report:
-    """The metrics at 10 of the validation items, by which members and merges are chosen."""
+    """Return the metrics at 10 of the validation items, by which members and merges are chosen."""
     own = over_catalogue_of(model, data, Path("the model"))
     return evaluate(model, own, split="validation", k=10, batch_size=batch_size, **which)

@@ -47,7 +47,7 @@ CONTRASTIVE: dict[str, Callable[[], Objective]] = {"cl4srec": CL4SRec, "duorec":
 
 
 def encoder_arguments() -> dict[str, inspect.Parameter]:
-    """The arguments of all encoders but the catalogue's, None where not given."""
+    """Return the arguments of all encoders but the catalogue's, None where not given."""
     return {
         name: parameter.replace(default=None, annotation=parameter.annotation | None)
         for encoder in ENCODERS.values()
@@ -174,7 +174,7 @@ def _save(
 
 
 def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDataset]:
-    """The encoder to train, and the data over its catalogue."""
+    """Return the encoder to train, and the data over its catalogue."""
     init, name, networks = (run.values[key] for key in ("init", "encoder", "networks"))
     given = {key: run.values[key] for key in encoder_arguments()}
     given = {key: value for key, value in given.items() if value is not None}
@@ -267,5 +267,6 @@ class ValidationScore:
             raise InputError(f"--score: {odd} is not like ndcg@10, hr@5 or mrr@20")
 
     def __call__(self, model: SequenceEncoder) -> float:
+        """Return the model's metric on validation."""
         k = int(self.metric.partition("@")[2])
         return evaluate(model, self.data, split="validation", k=(k,))[self.metric]

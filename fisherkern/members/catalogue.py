@@ -197,7 +197,7 @@ def _positions(
 
 
 def _item_parameters(models: Sequence[ModelAdapter]) -> dict[str, int]:
-    """The members' common tables with a row for each item."""
+    """Return the members' common tables with a row for each item."""
     tables = [model.item_parameters for model in models]
     for number, table in enumerate(tables):
         if table != tables[0]:

@@ -116,7 +116,7 @@ def check_tensors(
 
 
 def compared(models: Sequence[nn.Module], **given: Any) -> dict[str, Any]:
-    """What several processes compare of their models and arguments; nothing where there is one."""
+    """Return what processes compare of their models and arguments; nothing for one process."""
     if world() == 1:
         return {}
     return {"models": [fingerprint(model) for model in models], **given}
@@ -124,7 +124,7 @@ def compared(models: Sequence[nn.Module], **given: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def renamed(old: str, new: str) -> Iterator[None]:
-    """Checks of members inside the block, said of something else: `new` where they name `old`."""
+    """Say checks of members inside the block of something else: `new` where they name `old`."""
     try:
         yield
     except InputError as error:
@@ -139,14 +139,14 @@ def check_finite(tensors: Sequence[Tensor], name: str) -> None:
 
 
 def check_config(models: Sequence[Any]) -> None:
-    """What shapes no tensor but changes the function, such as the number of heads, agrees."""
+    """Check that settings agree that shape no tensor, such as the number of heads."""
     members = [ModelAdapter.of(model) for model in models]
     check_settings([_without_categories(member.settings) for member in members])
     check_functions(members)
 
 
 def _without_categories(settings: Any) -> Any:
-    """Settings without the names of categories, which `align_rows` matches."""
+    """Return settings without the names of categories, which `align_rows` matches."""
     if not isinstance(settings, Mapping) or not isinstance(settings.get("items"), Mapping):
         return settings
     kept = {key: own for key, own in settings["items"].items() if key not in ("categories", "most")}
@@ -154,7 +154,7 @@ def _without_categories(settings: Any) -> Any:
 
 
 def check_settings(configs: Sequence[Any]) -> None:
-    """The same, of what the members were built with."""
+    """Check the same of what the members were built with."""
     if not all(isinstance(own, Mapping) for own in configs):
         return
     # RecBole's configuration is the whole run's.

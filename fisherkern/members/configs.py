@@ -23,7 +23,7 @@ OF_NETWORK = re.compile(
 
 
 def function_settings(config: Mapping[str, Any], *, of_trainer: bool = False) -> dict[str, Any]:
-    """The settings of a configuration that change what the network computes.
+    """Return the settings of a configuration that change what the network computes.
 
     Left out are names and paths, dropout, initial values, dtypes, caches, sizes of a catalogue,
     and all that acts in training alone.

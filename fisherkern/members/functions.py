@@ -118,7 +118,7 @@ def _gap(first: ModelAdapter, other: ModelAdapter) -> str | None:
 
 
 def _with_tensors_of(first: ModelAdapter, other: ModelAdapter) -> ModelAdapter:
-    """The other member around the first's parameters themselves, and copies of its buffers."""
+    """Return the other member around the first's parameters, and copies of its buffers."""
     memo: dict[int, Any] = {}
     own = dict(first.module.named_parameters(remove_duplicate=False))
     for name, parameter in other.module.named_parameters(remove_duplicate=False):

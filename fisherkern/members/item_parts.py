@@ -41,14 +41,14 @@ def align_rows(
 
 
 def _tables(models: Sequence[ModelAdapter]) -> list[ItemEmbedding]:
-    """The members' item tables where all are made of parts; none otherwise."""
+    """Return the members' item tables where all are made of parts; none otherwise."""
     found = [getattr(model.module, _TABLE, None) for model in models]
     tables = [own for own in found if isinstance(own, ItemEmbedding)]
     return tables if len(tables) == len(found) else []
 
 
 def _united_settings(tables: Sequence[ItemEmbedding]) -> dict[str, Any]:
-    """The categories of all members, by level, and the most of one item."""
+    """Return the categories of all members, by level, and the most of one item."""
     levels: list[dict[str, None]] = []
     for table in tables:
         for level, names in enumerate(table.settings["categories"]):

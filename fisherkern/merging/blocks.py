@@ -160,7 +160,7 @@ def _owner_weights(lam: Tensor, owns: Tensor) -> Tensor:
 
 
 def agree(tensors: Sequence[Tensor], rows: Sequence[Tensor] | None) -> tuple[Tensor | None, int]:
-    """(The members' common tensor, 0), or (None, m) for the first member m that differs."""
+    """Return (the members' common tensor, 0), or (None, m) for the first member m that differs."""
     first = tensors[0].detach()
     if rows is None:
         for member, tensor in enumerate(tensors):

@@ -131,7 +131,7 @@ def check_fingerprints(
 def check_fisher(
     fisher: Mapping[str, Tensor], tensors: Mapping[str, Tensor], ties: Sequence[Tie], member: int
 ) -> dict[str, Tensor]:
-    """The Fisher by tie name, checked; a tensor it may lack (frozen) is left out."""
+    """Return the Fisher by tie name, checked; a tensor it may lack (frozen) is left out."""
     whose = f"the Fisher of member {member}"
     for name in fisher:
         if name not in tensors:

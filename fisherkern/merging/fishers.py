@@ -48,7 +48,7 @@ def check_definitions(made: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def block_sums(value: Tensor) -> Iterator[float]:
-    """Sums of blocks of rows: the same for a tensor and for its blocks read one by one."""
+    """Yield sums of blocks of rows: the same for a tensor and for its blocks read one by one."""
     table = as_table(value)
     if table.numel():
         for block in table.split(max(1, BLOCK // table.shape[1])):

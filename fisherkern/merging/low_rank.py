@@ -37,7 +37,7 @@ class LowRankOptions:
     def split(
         options: Mapping[str, Any] | None,
     ) -> tuple[LowRankOptions, Mapping[str, Any] | None]:
-        """(These options, those of the method)."""
+        """Return (these options, those of the method)."""
         if not isinstance(options, Mapping):
             return LowRankOptions(), options
         own = {key: options[key] for key in ("rank", "full", "factors") if key in options}
@@ -147,7 +147,7 @@ def _transposed(tensors: Mapping[str, Tensor], pair: LowRankPair) -> bool:
 
 
 def _factors(tensors: Mapping[str, Tensor], pair: LowRankPair) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) in float64."""
+    """Return A (r, in) and B (out, r) in float64."""
     a, b = tensors[pair.a].detach().double(), tensors[pair.b].detach().double()
     for name, own in ((pair.a, a), (pair.b, b)):
         if not own.isfinite().all():
@@ -160,7 +160,7 @@ def _factors(tensors: Mapping[str, Tensor], pair: LowRankPair) -> tuple[Tensor, 
 def _nearest(
     factors: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float], rank: int
 ) -> tuple[Tensor, Tensor, float, float]:
-    """A and B of the nearest product of a rank, its energy, and that of the sum."""
+    """Return A and B of the nearest product of a rank, its energy, and that of the sum."""
     first_a, first_b = factors[0]
     a = torch.cat([own for own, _ in factors])
     b = torch.cat([share * own for share, (_, own) in zip(shares, factors, strict=True)], 1)
@@ -186,7 +186,7 @@ def _nearest(
 def _as_stored(
     first: Mapping[str, Tensor], pair: LowRankPair, a: Tensor, b: Tensor
 ) -> dict[str, Tensor]:
-    """The factors in the shapes and types of the first member's, but for the rank."""
+    """Return the factors in the shapes and types of the first member's, but for the rank."""
     old_a, old_b = first[pair.a], first[pair.b]
     if _transposed(first, pair):
         a, b = a.T, b.T
@@ -229,7 +229,7 @@ def scalings_in(model: nn.Module, pairs: Sequence[LowRankPair], owner: str) -> d
 
 
 def pairs_of(names: Sequence[str], options: LowRankOptions) -> list[LowRankPair]:
-    """The pairs that are merged as products; none where factors are asked for.
+    """Return the pairs that are merged as products; none where factors are asked for.
 
     Raises:
         InputError: Other factors of weights; or `rank` or `full` without a pair.
@@ -247,7 +247,7 @@ class LowRankMembers:
     """The low-rank updates of members in memory."""
 
     def __init__(self, members: MemberSet, pairs: Sequence[LowRankPair], base: Any = None) -> None:
-        """`base`: the model that the members were trained from, with the same pairs."""
+        """Take products of the members, off those of the `base` they were trained from."""
         self.pairs, self.tensors = pairs, members.tensors
         self.scalings = [
             scalings_in(model, pairs, f"member {number}")
@@ -262,7 +262,7 @@ class LowRankMembers:
     def of(
         members: MemberSet, options: LowRankOptions, method: str, inputs: Mapping[str, Any]
     ) -> LowRankMembers | None:
-        """The updates that are merged as products; None where there are none.
+        """Return the updates that are merged as products; None where there are none.
 
         Raises:
             InputError: The method weighs entries, or an option needs files.
@@ -306,7 +306,7 @@ class LowRankMembers:
         pair: LowRankPair,
         from_base: bool,
     ) -> tuple[Tensor, Tensor]:
-        """A and B of a member's update, of twice the rank where the base's is taken off."""
+        """Return A and B of a member's update, of twice the rank where the base's is taken off."""
         a, b = _factors(tensors, pair)
         b = scaling[pair.a] * b
         if not from_base or self._base is None:

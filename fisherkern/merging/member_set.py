@@ -150,7 +150,7 @@ class MemberSet:
         self._base = tensors, base_catalogue
 
     def blocks(self, tie: Tie, floor: float, seed: int) -> BlockIterator:
-        """The blocks of a parameter; of a buffer, without what methods know of parameters."""
+        """Return a parameter's blocks; a buffer's, without what methods know of parameters."""
         own, rows = [tensor.detach() for tensor in self.of(tie)], self.rows(tie)
         if tie.name not in self.parameters:
             return BlockIterator(tie.name, own, rows)
@@ -189,7 +189,7 @@ class MemberSet:
         return self.catalogue.rows(tie.name, lengths)
 
     def new_model(self) -> tuple[ModelAdapter, nn.Module]:
-        """(The model to write to, the module whose ties it has).
+        """Return (the model to write to, the module whose ties it has).
 
         A copy of member 0, or a new model of its kind for the united catalogue.
         """

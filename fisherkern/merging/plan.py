@@ -55,7 +55,7 @@ class MergePlan:
         return merge_tensor(self.function, self.blocks[name], lam, self.stats.get(name))
 
     def report(self, weights: Weights, candidates: Sequence[Any]) -> dict[str, Any]:
-        """What a merge report says of the plan and of the lambda chosen among candidates."""
+        """Return what a merge report says of the plan and of the lambda chosen among candidates."""
         return {
             "method": self.method.name,
             "members": len(self.members),
@@ -70,7 +70,7 @@ class MergePlan:
         }
 
     def compared(self) -> dict[str, Any]:
-        """What several processes compare before they merge together: the equal mix, and how."""
+        """Return what processes compare before they merge together: the equal mix, and how."""
         if world() == 1:
             return {}
         self.write([1 / len(self.members)] * len(self.members))

@@ -267,7 +267,7 @@ def _judge(
     scores: Sequence[float] | None,
     paths: Sequence[dict[str, Any]] | None,
 ) -> tuple[str, dict[str, Any]]:
-    """(The verdict, the recipe)."""
+    """Return (the verdict, the recipe)."""
     pairs = list(itertools.combinations(range(len(cosine)), 2))
     recipe: dict[str, Any] = {"align": False, "fine_tune": False, "merge": {"method": "uniform"}}
     mend = {"align": True, "fine_tune": True}

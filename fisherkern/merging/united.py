@@ -49,7 +49,7 @@ def united_model(first: ModelAdapter, catalogue: CatalogueUnion, ties: Sequence[
 
 
 def _rebuilt(first: ModelAdapter, changes: Mapping[str, Any]) -> ModelAdapter:
-    """A new module of the class, with the config of member 0 but for what changes."""
+    """Return a new module of the class, with the config of member 0 but for what changes."""
     module = first.module
     config = getattr(module, "config", None)
     if not isinstance(config, dict) or "num_items" not in config:
@@ -67,7 +67,7 @@ def _rebuilt(first: ModelAdapter, changes: Mapping[str, Any]) -> ModelAdapter:
 
 
 def _with_longer_tables(first: ModelAdapter, catalogue: CatalogueUnion) -> ModelAdapter:
-    """A copy of member 0 whose item tables have rows for the items of all members."""
+    """Return a copy of member 0 whose item tables have rows for the items of all members."""
     more = len(catalogue.item_ids or ()) - catalogue.sizes[0]
     target = first.copy()
     tables = dict(target.module.named_parameters(remove_duplicate=False))

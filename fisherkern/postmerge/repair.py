@@ -88,7 +88,7 @@ def repair(
 
 
 def _by_length(loader: Iterable[Any]) -> Iterator[Tensor]:
-    """The loader's histories without padding, (n, T) each; those without an item are left out."""
+    """Yield the loader's histories without padding, (n, T) each, but those without an item."""
     for number, batch in enumerate(loader):
         history = batch.get("history") if isinstance(batch, Mapping) else batch
         if not isinstance(history, Tensor) or history.dim() != 2:
@@ -102,7 +102,7 @@ def _by_length(loader: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _modules(model: nn.Module, names: Sequence[str] | None) -> list[str]:
-    """The names, checked; all layer norms for None."""
+    """Return the names, checked; all layer norms for None."""
     if names is None:
         names = [
             name
@@ -170,7 +170,7 @@ def _statistics(
 
 
 def _of_all(sums: dict[str, Moments], device: torch.device) -> dict[str, Moments]:
-    """The moments of all processes' groups together, joined in their order."""
+    """Return the moments of all processes' groups together, joined in their order."""
     if processes.world() == 1:
         return sums
     told = {name: (n, mean.cpu(), square.cpu()) for name, (n, mean, square) in sums.items()}

@@ -280,7 +280,7 @@ _OutputLayer = tuple[Tensor, Tensor | None]
 
 
 def _translation(merged: _OutputLayer, member: _OutputLayer) -> tuple[Tensor, Tensor]:
-    """A (D, D) and a (D,) float64 of t(h) = h + A h + a, as in `representation_surgery`."""
+    """Return A (D, D) and a (D,) float64 of t(h) = h + A h + a, as in `representation_surgery`."""
     (weight, bias), (own, own_bias) = merged, member
     own = own.to(weight.device)
     table, gap = _centred(weight), _centred(own.double() - weight.double())

@@ -203,7 +203,7 @@ class WeightEnsemble(FrozenEncoderWrapper):
             own.requires_grad_(True)
 
     def routers(self) -> list[Router]:
-        """The routers, one for all layers where they share it."""
+        """Return the routers, one for all layers where they share it."""
         return [module for module in self.network.modules() if isinstance(module, Router)]
 
     def states(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -101,7 +101,7 @@ def real_positions(tokens: Tensor) -> Tensor:
 
 
 def mean_over(x: Tensor, real: Tensor) -> Tensor:
-    """The mean of x (N, T, C) over the positions where `real` (N, T): (N, C)."""
+    """Return the mean of x (N, T, C) over the positions where `real` (N, T): (N, C)."""
     # Selected, not multiplied: what stands at padding may be anything.
     kept = torch.where(real[:, :, None], x, 0.0)
     return kept.sum(1) / real.sum(1, keepdim=True)

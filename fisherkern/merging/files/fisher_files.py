@@ -180,7 +180,7 @@ def _check(file: TensorFile, member: TensorFile, names: Mapping[str, str]) -> No
 
 
 def _survey(file: TensorFile, names: Mapping[str, str]) -> tuple[float, dict[str, float]]:
-    """The mean over all entries, and each tensor's largest entry; values are checked."""
+    """Return the mean over all entries, and each tensor's largest entry; values are checked."""
     sums: list[float] = []
     count = 0
     largest = {}

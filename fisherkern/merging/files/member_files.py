@@ -81,7 +81,7 @@ class MemberFiles:
             self.ids_sha256 = self.item_ids.sha256()
 
     def _grown(self, tables: Collection[str]) -> Layout:
-        """The first member's layout with a row for every item of the united catalogue."""
+        """Return the first member's layout with a row for every item of the united catalogue."""
         layout = dict(self.files[0].layout)
         if self.catalogue.positions is not None:
             more = len(self.catalogue.positions[0]) - self.sizes[0]
@@ -95,7 +95,7 @@ class MemberFiles:
         return self.catalogue.row_maps(name, [_length(file, name) for file in self.files])
 
     def base_rows(self, name: str) -> ItemRows | None:
-        """The same of the base."""
+        """Return the same of the base."""
         if self._base_catalogue is None or self.base is None:
             return None
         found = self._base_catalogue.row_maps(name, [_length(self.base, name)])
@@ -113,13 +113,13 @@ class MemberFiles:
         ]
 
     def base_identity(self, hashes: Mapping[Path, str]) -> dict[str, Any] | None:
-        """The same of the base, without metrics; None without one."""
+        """Return the same of the base, without metrics; None without one."""
         if self.base is None:
             return None
         return {**_identity(self.base, hashes), **self._catalogue_of(self.base, self.sizes[-1])}
 
     def catalogue_identity(self) -> dict[str, Any] | None:
-        """The merged catalogue: items, hash of their ids, number of owners -> number of items."""
+        """Return the merged catalogue: items, hash of the ids, items by their number of owners."""
         if not self.known:
             return None
         owners = self.catalogue.owners()
@@ -135,7 +135,7 @@ class MemberFiles:
         return {"items": size, "item_ids_sha256": file.about.get("item_ids_sha256")}
 
     def _read_catalogues(self, rows: dict[str, int]) -> None:
-        """The united catalogue, and where the base keeps its items; reads each JSON once."""
+        """Read the united catalogue, and where the base keeps its items; each JSON once."""
         hashes = [file.about.get("item_ids_sha256") for file in self.everything]
         odd = next((h for h in hashes if not isinstance(h, str | None)), None)
         if odd is not None:
@@ -220,7 +220,7 @@ def _length(file: TensorFile, name: str) -> int:
 
 
 def _model_of(file: TensorFile) -> SequenceEncoder | None:
-    """An empty model of the file's class, whose tensors the file holds; None for another file."""
+    """Return an empty model of the file's class, with its tensors; None for another file."""
     name = file.about.get("class")
     if file.about.get("kind") != "model" or not isinstance(name, str) or name not in ENCODERS:
         return None
@@ -305,7 +305,7 @@ def _check_alike(
 
 
 def _read_about(file: TensorFile, ids: ItemIdFile) -> dict[str, Any]:
-    """The JSON beside a model file without its item ids, which are checked; {} without one."""
+    """Return the JSON beside a model file without its item ids, checked; {} without one."""
     if file.about.get("kind") != "model" or not ids.path.is_file():
         return {}
     for _ in ids.pieces():
@@ -324,7 +324,7 @@ def _numbered(file: TensorFile, ids: ItemIdFile, size: int, numbers: ItemNumbers
 
 
 def _check_about(file: TensorFile, ids: ItemIdFile) -> None:
-    """The JSON is that of the model file."""
+    """Check that the JSON is that of the model file."""
     metrics = ids.about.get("metrics", {})
     known = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
     if not known:

@@ -52,7 +52,7 @@ def write_model(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) ->
 
 
 def _header(merge: StreamingMerge, provenance: dict[str, Any]) -> dict[str, Any]:
-    """What fisherkern says in the model file."""
+    """Return what fisherkern says in the model file."""
     first = merge.members.files[0]
     header = {**first.about, "merge": provenance}
     if first.about.get("kind") == "model":
@@ -66,7 +66,7 @@ def _metadata(merge: StreamingMerge, provenance: dict[str, Any]) -> dict[str, st
 
 
 def _write_beside(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) -> None:
-    """The card, and the JSON of a model of ours."""
+    """Write the card, and the JSON of a model of ours."""
     members, first = merge.members, merge.members.files[0]
     card = model_card(out.name, _header(merge, provenance), provenance)
     with atomic_path(out.with_suffix(".md")) as beside:
@@ -97,7 +97,7 @@ def _common_path(out: Path) -> Iterator[Path]:
 
 
 def _write_rows(path: Path, merge: StreamingMerge) -> None:
-    """This process's rows of every tensor, behind the header."""
+    """Write this process's rows of every tensor behind the header."""
     layout = merge.members.layout
     with path.open("r+b") as stream:
         place = 8 + int.from_bytes(stream.read(8), "little")
@@ -113,7 +113,7 @@ def _write_rows(path: Path, merge: StreamingMerge) -> None:
 
 
 def _write_about(path: Path, about: dict[str, Any], item_ids: MergedIds | None) -> None:
-    """The JSON beside a model, its item ids in the place of None and a piece at a time."""
+    """Write the JSON beside a model, its item ids in the place of None and a piece at a time."""
     text = json.dumps(about, indent=1, allow_nan=False)
     # A word of the class before it would have its quotation marks behind backslashes.
     before, after = text.split('"item_ids": null', 1)

@@ -45,7 +45,7 @@ class RowReaders(contextlib.ExitStack):
         step: int,
         folder: Path,
     ) -> None:
-        """What is read of the files, and where.
+        """Plan what is read of the files, and where.
 
         `maps`: the row of each file that each row of the result comes from. `part`: rows of the
         result that are asked for, in blocks of `step`. `folder`: for what is copied.

@@ -181,7 +181,7 @@ def write_native(
         provenance["without_fisher"] = merge.fishers.uncovered(members.parameters)
 
     def card() -> str:
-        """The card, when all has been merged: the hashes are known then."""
+        """Return the card, when all has been merged: the hashes are known then."""
         merge.read_hashes()
         provenance.update(merge.identities())
         return model_card(out.name, {}, provenance)
@@ -207,7 +207,7 @@ def write_native(
 
 
 def _write_grown(out: Path, merge: StreamingMerge, source: Checkpoint) -> None:
-    """A file of tensors by name and nothing else, with more item rows than the first member's."""
+    """Write a file of nothing but named tensors, with more item rows than the first member's."""
     part = source.parts[0].source
     with atomic_path(out) as temporary:
         if isinstance(part, SafetensorsFile):
@@ -264,7 +264,7 @@ def _merged_factors(
 
 
 def _write_adapter(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, card: str) -> None:
-    """A PEFT folder of another rank than the first member's."""
+    """Write a PEFT folder of another rank than the first member's."""
     config = {**(low_rank.configs[0] or {}), "r": low_rank.options.rank, "rank_pattern": {}}
     plain = {name: own.contiguous() for name, own in MergedTensors(merge).items()}
     with new_folder(out) as folder:
@@ -279,7 +279,7 @@ def _write_adapter(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, car
 
 
 def _write_delta(out: Path, merge: StreamingMerge, low_rank: LowRankFiles, card: str) -> None:
-    """What the merge adds to every weight, under the names of the base model's weights."""
+    """Write what the merge adds to every weight, under the names of the base model's weights."""
     files, pairs = merge.members.files, low_rank.pairs
     others = [name for name in _tensors(files[0]) if name not in merge.solved]
     if others:

@@ -35,7 +35,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")
 
 
 def check_native_settings(files: Sequence[TensorFile]) -> None:
-    """Settings that change the function agree.
+    """Check that settings agree that change the function.
 
     Raises:
         InputError: Two differ; the message names the files, the setting and both values.
@@ -68,7 +68,7 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _plain(value: Pairs, depth: int = 0) -> dict[str, Any]:
-    """The numbers, words and switches of a dictionary in a file, nested ones three deep."""
+    """Return the numbers, words and switches of a dictionary in a file, nested ones three deep."""
     found: dict[str, Any] = {}
     for key, entry in value.texts().items():
         if isinstance(entry, Pairs) and depth < 3:
@@ -179,7 +179,7 @@ def match_item_rows(files: Sequence[TensorFile], base: TensorFile | None) -> Mat
 def _beside(
     first: TensorFile, known: Sequence[ItemIds], ids: Sequence[Any]
 ) -> dict[str, Any] | None:
-    """The ids in the form in which they stood beside the first member; None if they did not."""
+    """Return the ids in the form they had beside the first member; None if it had none."""
     if first.checkpoint is None or first.checkpoint.item_ids is not None:
         return None
     start = known[0].first_item
@@ -244,7 +244,7 @@ def _item_tables(files: Sequence[TensorFile], known: Sequence[ItemIds]) -> dict[
 
 
 def _first_item(files: Sequence[TensorFile], known: Sequence[ItemIds], name: str, more: int) -> int:
-    """The row of the first item of a table with `more` rows than items."""
+    """Return the row of the first item of a table with `more` rows than items."""
     if more == 0:
         return 0
     given = {own.first_item for own in known} - {None}

@@ -231,7 +231,7 @@ class StreamingMerge:
                 self.fishers.check_fingerprints(files, parameters)
 
     def identities(self) -> dict[str, Any]:
-        """What is merged, for the provenance; hashes are UNKNOWN before `read_hashes`."""
+        """Return what is merged, for the provenance; hashes are UNKNOWN before `read_hashes`."""
         members, fishers, hashes = self.members, self.fishers, self._hashes
         return {
             "members": members.identities(hashes),
@@ -245,12 +245,12 @@ class StreamingMerge:
         self._hashes |= joined_hashes(self._own)
 
     def write(self, name: str, stream: BinaryIO) -> None:
-        """The merged tensor's bytes."""
+        """Write the merged tensor's bytes."""
         for block in self.blocks(name):
             stream.write(raw(block))
 
     def blocks(self, name: str, part: slice | None = None) -> Iterator[Tensor]:
-        """The merged tensor, a block of rows at a time; `part`: see `pieces`."""
+        """Yield the merged tensor, a block of rows at a time; `part`: see `pieces`."""
         shape = self.members.layout[name][1]
         if name in self.solved:
             yield self.solved[name]

@@ -67,7 +67,7 @@ def _neuron_means(name: str, sums: Sums) -> Tensor:
 
 
 def _head_means(tensors: Mapping[str, TensorBlocks]) -> dict[str, Tensor]:
-    """The tensors that belong to attention heads."""
+    """Return the tensors that belong to attention heads."""
     kin: dict[str, dict[str, tuple[Tensor, float, int]]] = {}
     for name, blocks in tensors.items():
         if blocks.heads is None:

@@ -40,7 +40,7 @@ class InputGrams:
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    """The pseudo-inverse of a symmetric positive semi-definite matrix."""
+    """Return the pseudo-inverse of a symmetric positive semi-definite matrix."""
     # With a unit diagonal, features of unequal size do not pass for noise.
     size = matrix.diagonal().clamp(min=torch.finfo(matrix.dtype).tiny).rsqrt()
     values, vectors = torch.linalg.eigh(size[:, None] * matrix * size)

@@ -65,7 +65,7 @@ def ties(
 
 
 def _thresholds(group: list[TensorBlocks], density: float) -> Tensor:
-    """The k-th largest |tau| of every member over the tensors of `group`, k = density of them.
+    """Return the k-th largest |tau| of every member over a `group`, k its density of entries.
 
     Exact for any number of entries and without a copy of them: non-negative float64 numbers
     are ordered as their bits, so four passes that count one digit of 16 bits each find it.
