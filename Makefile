@@ -1,7 +1,7 @@
 # `make demo` and `make test` work on a fresh clone: both set up .venv first.
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made from.
 .DELETE_ON_ERROR:
-.PHONY: demo test lint setup sanitize libraries site clean
+.PHONY: demo test coverage lint setup sanitize libraries site clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -17,6 +17,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest
+
+# Which lines the tests run, folder by folder; twice as slow as the tests.
+coverage: $(STAMP)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov=fisherkern --cov-report=json:build/coverage.json
+	$(VENV)/bin/python -m benchmarks.coverage_by_folder build/coverage.json
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -4,7 +4,7 @@ A table stands between `<!-- table: FOLDER/WHAT -->` and `<!-- end -->`, where F
 benchmarks/results and WHAT is `result.json` (an experiment's rows, their mean where
 there are several seeds);
 or WHAT is `fisher.csv`, `segment.csv` or `training.csv`, the latest row of each estimate, shape
-or library that bench_fisher.py, bench_segment.py or bench_training.py wrote;
+or library that bench_fisher.py, bench_segment.py or bench_training.py wrote, or `coverage.csv`;
 `fisher.csv?data=ml-1m&T=50` takes the rows with those values alone;
 or the whole is `summary`, a line for each experiment on merging, `starts`, a line for each
 distance between members' starts, `free`, the exact Fisher beside the free one, `markets`, two
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.coverage_by_folder import coverage_rows
 from benchmarks.experiments.branches import ALIGNED
 from benchmarks.experiments.contrastive import CONTROL as PASSES
 from benchmarks.experiments.contrastive import EXTRA
@@ -323,6 +324,7 @@ CSV_TABLES = {
     "fisher.csv": fisher_rows,
     "segment.csv": segment_rows,
     "training.csv": training_rows,
+    "coverage.csv": coverage_rows,
 }
 
 
