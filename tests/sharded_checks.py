@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fisherkern as fk
 from fisherkern import processes
-from fisherkern.fisher.item_table import ItemTable
-from fisherkern.fisher.sharded_table import ShardedItemTable
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.sharded.table import ShardedItemTable
 
 
 def check_case(name: str, mesh: Any) -> None:

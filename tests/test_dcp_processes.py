@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 import fisherkern as fk
 from fisherkern import processes
-from fisherkern.adapters import dcp
+from fisherkern.adapters.sharded import dcp
 
 TOPK: dict[str, Any] = {"sampler": "topk", "k": 4, "progress": False}
 ITEMS = 17

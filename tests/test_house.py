@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fisherkern", "tests", "benchmarks", "examples")
 UNSAFE_MODULES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve")
 MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 100
+MAX_ROOM = 4000  # lines of the files in one folder
 
 # Arrows point from a higher level to a lower one. A module of one level imports nothing
 # of its own level but its own package; the exceptions are listed.
@@ -249,6 +250,14 @@ def test_files_and_functions_are_short(path):
     length = len(source.splitlines())
     assert length <= MAX_FILE
     assert long_functions(source) == []
+
+
+def test_rooms_are_small() -> None:
+    lines: collections.Counter[str] = collections.Counter()
+    for path in (ROOT / "fisherkern").rglob("*.py"):
+        room = path.parent.relative_to(ROOT).as_posix()
+        lines[room] += len(path.read_text(encoding="utf-8").splitlines())
+    assert {room: length for room, length in lines.items() if length > MAX_ROOM} == {}
 
 
 @pytest.mark.parametrize(

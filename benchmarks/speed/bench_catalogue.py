@@ -26,9 +26,9 @@ from torch import Tensor
 
 from benchmarks.common import append, check_columns, device, seconds, with_peak
 from fisherkern import InputError, ops
-from fisherkern.fisher.factor import CovarianceFactor
-from fisherkern.fisher.item_table import ItemTable
-from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.samplers import SoftmaxStats, factor_covariance
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference
 from fisherkern.ops.sample_distinct import sample_distinct_reference

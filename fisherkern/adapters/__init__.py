@@ -2,10 +2,10 @@
 
 from fisherkern.adapters.adapt import adapt
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.checkpoints import Checkpoint, load_tensors
-from fisherkern.adapters.dcp import load_dcp
+from fisherkern.adapters.files.checkpoints import Checkpoint, load_tensors
+from fisherkern.adapters.files.writing import write_like
 from fisherkern.adapters.libraries import Library, register
-from fisherkern.adapters.writing import write_like
+from fisherkern.adapters.sharded.dcp import load_dcp
 
 __all__ = [
     "Checkpoint",

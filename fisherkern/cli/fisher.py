@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from fisherkern import processes
-from fisherkern.adapters.dcp import names_dcp
-from fisherkern.adapters.sharded import is_dtensor, local_part
+from fisherkern.adapters.sharded.dcp import names_dcp
+from fisherkern.adapters.sharded.models import is_dtensor, local_part
 from fisherkern.checks import check_count
 from fisherkern.cli.arguments import command
 from fisherkern.cli.run import BEST_DEVICE, Run, over_catalogue_of

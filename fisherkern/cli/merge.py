@@ -10,8 +10,8 @@ from typing import Any
 
 from fisherkern import processes
 from fisherkern.adapters import load_tensors
-from fisherkern.adapters.dcp import SUFFIX
-from fisherkern.adapters.dcp_files import is_dcp
+from fisherkern.adapters.files.dcp_files import is_dcp
+from fisherkern.adapters.sharded.dcp import SUFFIX
 from fisherkern.cli.arguments import command
 from fisherkern.cli.recipe import RECIPE_FIELDS, Recipe, from_file, option_from, weights_from
 from fisherkern.cli.run import Run, on_validation, over_catalogue_of

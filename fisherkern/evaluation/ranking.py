@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherkern import processes
-from fisherkern.adapters.sharded import sharded_fingerprint
+from fisherkern.adapters.sharded.models import sharded_fingerprint
 from fisherkern.checks import check_choice, check_count, takes_numpy
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import HistoryBatches

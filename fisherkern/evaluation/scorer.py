@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.agreement import EXAMPLE, check_function
-from fisherkern.adapters.sharded import is_sharded
+from fisherkern.adapters.sharded.models import is_sharded
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation.scores import Scores, ScoringLayer, WholeScores, rounds

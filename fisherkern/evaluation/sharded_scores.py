@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.batches import batch_size, batch_slice, sequence_lengths
-from fisherkern.adapters.sharded import ShardedModel
-from fisherkern.adapters.sharded_layer import OwnItems, seen_by, with_sharded_layer
+from fisherkern.adapters.sharded.models import ShardedModel
+from fisherkern.adapters.sharded.output_layer import OwnItems, seen_by, with_sharded_layer
 from fisherkern.errors import InputError
 from fisherkern.evaluation.scores import ItemPairs, NaNScoreError, TiledScores, top_columns
 from fisherkern.processes import joined_sum, own_part, stacked, together

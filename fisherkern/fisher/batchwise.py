@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.fisher.logit_samplers import LogitStats
-from fisherkern.fisher.samplers import check_softmax, sample
+from fisherkern.fisher.factors.logit_samplers import LogitStats
+from fisherkern.fisher.factors.samplers import check_softmax, sample
 from fisherkern.fisher.settings import Settings
 
 

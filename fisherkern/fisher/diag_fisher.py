@@ -10,15 +10,15 @@ import torch
 
 from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.sharded import sharded_fingerprint
+from fisherkern.adapters.sharded.models import sharded_fingerprint
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.first_batch import FirstBatchCheck
-from fisherkern.fisher.plain_run import buffers_kept, plainly
+from fisherkern.fisher.forward.plain_run import buffers_kept, plainly
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
-from fisherkern.fisher.sharded_engine import engine_of
+from fisherkern.fisher.sharded.engine import engine_of
 from fisherkern.modes import eval_mode
 from fisherkern.ops.backend import use_backend
 from fisherkern.progress import progress_bar

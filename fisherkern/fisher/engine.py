@@ -17,16 +17,21 @@ from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.batchwise import add_batchwise_
-from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.logit_samplers import LogitStats, factor_logits
+from fisherkern.fisher.factors.samplers import (
+    SoftmaxStats,
+    check_softmax,
+    factor_covariance,
+)
+from fisherkern.fisher.forward.plain_run import NormGuard
 from fisherkern.fisher.forward_backward import (
     CapturedForward,
     ForwardBackward,
     ordered_results,
 )
-from fisherkern.fisher.item_table import ItemTable
-from fisherkern.fisher.logit_samplers import LogitStats, factor_logits
 from fisherkern.fisher.output_layers import OutputLayer, why_not_factored
-from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import TiedEmbeddingGrad, tied_embedding_grads
 from fisherkern.fisher.positions import (
     PositionProbes,
@@ -36,11 +41,6 @@ from fisherkern.fisher.positions import (
     position_targets,
 )
 from fisherkern.fisher.running_sums import RunningSums, float64_sum, mean_of
-from fisherkern.fisher.samplers import (
-    SoftmaxStats,
-    check_softmax,
-    factor_covariance,
-)
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import Settings
 from fisherkern.processes import Dealer, gathered, joined_sum

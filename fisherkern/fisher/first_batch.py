@@ -15,11 +15,11 @@ from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.engine import Engine
-from fisherkern.fisher.factor import CovarianceFactor
-from fisherkern.fisher.logit_samplers import LogitStats, factor_logit_items
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.logit_samplers import LogitStats, factor_logit_items
+from fisherkern.fisher.factors.samplers import SoftmaxStats, factor_items
 from fisherkern.fisher.output_layers import OutputLayer
 from fisherkern.fisher.positions import POSITION_IDS, counted_positions
-from fisherkern.fisher.samplers import SoftmaxStats, factor_items
 
 log = logging.getLogger("fisherkern")
 

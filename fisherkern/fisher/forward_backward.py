@@ -19,15 +19,15 @@ from fisherkern.adapters.batches import batch_slice
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
-from fisherkern.fisher.capture import Capture, CapturedOp, structure_of
-from fisherkern.fisher.factor import CovarianceFactor, ProbeVectors
+from fisherkern.fisher.factors.factor import CovarianceFactor, ProbeVectors
+from fisherkern.fisher.forward.capture import Capture, CapturedOp, structure_of
+from fisherkern.fisher.forward.plain_run import NormGuard
+from fisherkern.fisher.forward.shared_tensors import EntriesCache
+from fisherkern.fisher.forward.vjp import batched_vector_jacobians, single_vector_jacobians
 from fisherkern.fisher.layers import HANDLERS
-from fisherkern.fisher.plain_run import NormGuard
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops
 from fisherkern.fisher.schedule import stored_sequences
-from fisherkern.fisher.shared_tensors import EntriesCache
 from fisherkern.fisher.sliced_backward import SlicedBackward, sliced, takes_slices
-from fisherkern.fisher.vjp import batched_vector_jacobians, single_vector_jacobians
 
 log = logging.getLogger("fisherkern")
 

@@ -14,13 +14,13 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.agreement import EXAMPLE, check_function
 from fisherkern.adapters.batches import batch_size, batch_slice, takes
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.adapters.sharded import check_whole
+from fisherkern.adapters.sharded.models import check_whole
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.capture import Capture
+from fisherkern.fisher.forward.capture import Capture
+from fisherkern.fisher.forward.plain_run import plainly
 from fisherkern.fisher.layers import HANDLERS, LinearGrad
-from fisherkern.fisher.plain_run import plainly
 from fisherkern.fisher.plan import make_plan, per_sequence_ops
 from fisherkern.fisher.result import NamedTensors
 from fisherkern.fisher.schedule import Schedule

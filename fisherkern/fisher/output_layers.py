@@ -17,11 +17,11 @@ from torch import Tensor
 from fisherkern import ops
 from fisherkern.adapters.parameters import ParamView
 from fisherkern.adapters.row_scaling import RowScaling
-from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.samplers import SoftmaxStats, add_output_
 from fisherkern.fisher.forward_backward import CapturedForward
-from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.plan import TiedEmbeddingGrad
-from fisherkern.fisher.samplers import SoftmaxStats, add_output_
 from fisherkern.ops.products import add_rows_
 from fisherkern.ops.softmax_lse import exp_minus_, logit_tiles
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from fisherkern import ops as kernels
 from fisherkern.adapters.parameters import Parameters, ParamView
-from fisherkern.fisher.capture import CapturedOp, ParamUse
-from fisherkern.fisher.factor import CovarianceFactor
-from fisherkern.fisher.graph import nodes_below, params_outside
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.samplers import SoftmaxStats
+from fisherkern.fisher.forward.capture import CapturedOp, ParamUse
+from fisherkern.fisher.forward.graph import nodes_below, params_outside
+from fisherkern.fisher.forward.shared_tensors import SharedView
 from fisherkern.fisher.layers.grads import EmbeddingGrad, Joinable
 from fisherkern.fisher.layers.shared import uses_of
-from fisherkern.fisher.samplers import SoftmaxStats
 from fisherkern.fisher.schedule import stored_sequences
-from fisherkern.fisher.shared_tensors import SharedView
 from fisherkern.ops.lookup_square import LookupSegments
 
 

@@ -18,9 +18,9 @@ from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.parameters import ParamView
 from fisherkern.adapters.row_scaling import RowScaling
 from fisherkern.errors import InputError
-from fisherkern.fisher.factor import CovarianceFactor
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.samplers import SoftmaxStats
 from fisherkern.fisher.plan import ParamGrad
-from fisherkern.fisher.samplers import SoftmaxStats
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 

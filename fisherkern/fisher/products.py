@@ -13,11 +13,11 @@ from fisherkern import processes
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.agreement import check_function
 from fisherkern.adapters.batches import batch_size, batch_slice, takes
-from fisherkern.adapters.sharded import check_whole
+from fisherkern.adapters.sharded.models import check_whole
 from fisherkern.checks import check_loader
 from fisherkern.errors import InputError, one_line
 from fisherkern.fingerprint import fingerprint
-from fisherkern.fisher.plain_run import NormGuard, plainly
+from fisherkern.fisher.forward.plain_run import NormGuard, plainly
 from fisherkern.fisher.schedule import Schedule
 from fisherkern.fisher.settings import check_chunk
 from fisherkern.modes import eval_mode

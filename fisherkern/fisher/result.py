@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.dcp import load_by_rows, names_dcp, save_dcp
-from fisherkern.adapters.dcp_files import DcpFolder
-from fisherkern.adapters.sharded import is_dtensor, local_part
+from fisherkern.adapters.files.dcp_files import DcpFolder
+from fisherkern.adapters.sharded.dcp import load_by_rows, names_dcp, save_dcp
+from fisherkern.adapters.sharded.models import is_dtensor, local_part
 from fisherkern.errors import InputError, shown
 from fisherkern.files import read_tensors, save_tensors
 from fisherkern.fisher.factored import factor, multiplied

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from fisherkern.fisher.capture import CapturedOp, ParamUse
-from fisherkern.fisher.graph import nodes_below
+from fisherkern.fisher.forward.capture import CapturedOp, ParamUse
+from fisherkern.fisher.forward.graph import nodes_below
+from fisherkern.fisher.forward.slices import Slice, SliceRule, has_one_output, shape_of, slice_rule
+from fisherkern.fisher.forward.vjp import check_alike, single_vector_jacobians
 from fisherkern.fisher.layers.grads import Sliceable
 from fisherkern.fisher.plan import Plan
-from fisherkern.fisher.slices import Slice, SliceRule, has_one_output, shape_of, slice_rule
-from fisherkern.fisher.vjp import check_alike, single_vector_jacobians
 
 log = logging.getLogger("fisherkern")
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
-from fisherkern.adapters.sharded import is_dtensor
+from fisherkern.adapters.sharded.models import is_dtensor
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import fingerprint

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.dcp import MODEL_JSON, load_by_rows, names_dcp, save_dcp
-from fisherkern.adapters.dcp_files import DcpFolder
-from fisherkern.adapters.sharded import is_dtensor
+from fisherkern.adapters.files.dcp_files import DcpFolder
+from fisherkern.adapters.sharded.dcp import MODEL_JSON, load_by_rows, names_dcp, save_dcp
+from fisherkern.adapters.sharded.models import is_dtensor
 from fisherkern.encoders import FORMER_NAMES, MODELS, SequenceEncoder, stored_encoder
 from fisherkern.errors import InputError, shown
 from fisherkern.files import (

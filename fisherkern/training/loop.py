@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern import processes
-from fisherkern.adapters.sharded import check_whole
+from fisherkern.adapters.sharded.models import check_whole
 from fisherkern.checks import takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisherkern.adapters.dcp import load_by_rows, names_dcp, save_dcp
-from fisherkern.adapters.dcp_files import DcpFolder, is_dcp
+from fisherkern.adapters.files.dcp_files import DcpFolder, is_dcp
+from fisherkern.adapters.sharded.dcp import load_by_rows, names_dcp, save_dcp
 from fisherkern.checks import check_count, check_positive
 from fisherkern.errors import InputError, shown
 from fisherkern.files import is_file, read_tensors, save_tensors

@@ -12,7 +12,7 @@ import torch
 
 import fisherkern as fk
 from fisherkern.adapters import load_tensors
-from fisherkern.adapters.mapped import MappedFile
+from fisherkern.adapters.files.mapped import MappedFile
 from fisherkern.errors import InputError
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from fisherkern.adapters import load_tensors, pickles, torch_files
+from fisherkern.adapters import load_tensors
+from fisherkern.adapters.files import pickles, torch_files
 from fisherkern.errors import InputError
 
 

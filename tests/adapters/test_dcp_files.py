@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as checkpointing
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import fisherkern as fk
-from fisherkern.adapters.dcp_files import DcpFolder
+from fisherkern.adapters.files.dcp_files import DcpFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

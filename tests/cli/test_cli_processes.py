@@ -19,7 +19,7 @@ import torch
 from process_runs import DATA, member, set_environment, start
 
 import fisherkern as fk
-from fisherkern.adapters.dcp_files import DcpFolder
+from fisherkern.adapters.files.dcp_files import DcpFolder
 from fisherkern.cli import main
 from fisherkern.files import read_tensors
 

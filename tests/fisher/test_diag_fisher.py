@@ -43,7 +43,7 @@ def test_sketch_with_all_directions_is_exact(tied: bool, norm: str, length: int)
 def test_streamed_sketch_with_a_probe_for_every_item_is_exact(
     tied: bool, norm: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fisherkern.fisher.samplers._COVARIANCE_LIMIT", 0)
+    monkeypatch.setattr("fisherkern.fisher.factors.samplers._COVARIANCE_LIMIT", 0)
     model = bert(tied, norm, max_len=length)
     p, gradients = brute.all_gradients(model, histories(length))
     arguments = {"sampler": "sketch", "probes": NUM_ITEMS, "progress": False}

@@ -12,9 +12,9 @@ from models import HISTORIES, bert, shaken
 from torch import Tensor
 
 import fisherkern as fk
-from fisherkern.fisher.factor import cholesky, eigen, project, solve_lower
-from fisherkern.fisher.item_table import ItemTable
-from fisherkern.fisher.samplers import SoftmaxStats, factor_covariance
+from fisherkern.fisher.factors.factor import cholesky, eigen, project, solve_lower
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.samplers import SoftmaxStats, factor_covariance
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops.softmax_moments import softmax_moments_reference
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fisherkern as fk
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.fisher.capture import Capture
-from fisherkern.fisher.fast_ops import _LayerNorm, layer_norm
+from fisherkern.fisher.forward.capture import Capture
+from fisherkern.fisher.forward.fast_ops import _LayerNorm, layer_norm
 from fisherkern.fisher.layers import HANDLERS
 
 

@@ -16,7 +16,7 @@ from models import HISTORIES, NUM_ITEMS, shaken
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher import samplers
+from fisherkern.fisher.factors import samplers
 
 
 def by_root(rows: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from models import HISTORIES, NUM_ITEMS, shaken
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher import samplers
-from fisherkern.fisher.item_table import ItemTable
-from fisherkern.fisher.saturated import SaturatedRows, complement
+from fisherkern.fisher.factors import samplers
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.saturated import SaturatedRows, complement
 
 SAMPLERS: list[dict[str, Any]] = [
     {"sampler": "exact"},

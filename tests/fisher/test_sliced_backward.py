@@ -15,11 +15,12 @@ from models import HISTORIES, shaken
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher import fast_ops, forward_backward
-from fisherkern.fisher.fast_ops import apply
+from fisherkern.fisher import forward_backward
+from fisherkern.fisher.forward import fast_ops
+from fisherkern.fisher.forward.fast_ops import apply
+from fisherkern.fisher.forward.slices import Slice, slice_rule
 from fisherkern.fisher.layers.activations import _Gelu
 from fisherkern.fisher.layers.attention import _Attended
-from fisherkern.fisher.slices import Slice, slice_rule
 
 
 class Block(Body):

@@ -29,7 +29,7 @@ def test_mean_over_seeds_is_exact(
     The engine's sums are looked at before `finish`, which holds them above zero.
     """
     if streamed:
-        monkeypatch.setattr("fisherkern.fisher.samplers._COVARIANCE_LIMIT", 0)
+        monkeypatch.setattr("fisherkern.fisher.factors.samplers._COVARIANCE_LIMIT", 0)
     model = bert(tied, layers=1)
     histories = HISTORIES[:3]
     p, gradients = brute.all_gradients(model, histories)

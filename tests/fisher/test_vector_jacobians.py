@@ -11,7 +11,7 @@ from models import HISTORIES, NUM_ITEMS
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher.vjp import vector_jacobians
+from fisherkern.fisher.forward.vjp import vector_jacobians
 
 
 class Distances(Recommender):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fisherkern as fk
 from fisherkern import ops
-from fisherkern.fisher import samplers
+from fisherkern.fisher.factors import samplers
 from fisherkern.ops import sample_items_triton, segment_outer_square_triton, tiles_triton
 from fisherkern.ops.backend import use_backend
 from fisherkern.ops.head_sqgrad import head_sqgrad_reference

@@ -7,7 +7,7 @@ take the fallback.
 
 from __future__ import annotations
 
-from fisherkern.fisher.capture import Handlers
+from fisherkern.fisher.forward.capture import Handlers
 from fisherkern.fisher.layers import (
     activations,
     attention,

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
-from fisherkern.fisher.fast_ops import apply
-from fisherkern.fisher.slices import Slice, SliceRule
+from fisherkern.fisher.forward.capture import CapturedCall, Handlers, Rewrite
+from fisherkern.fisher.forward.fast_ops import apply
+from fisherkern.fisher.forward.slices import Slice, SliceRule
 
 
 class _Gelu(torch.autograd.Function):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
-from fisherkern.fisher.fast_ops import apply
-from fisherkern.fisher.slices import Slice, SliceRule
+from fisherkern.fisher.forward.capture import CapturedCall, Handlers, Rewrite
+from fisherkern.fisher.forward.fast_ops import apply
+from fisherkern.fisher.forward.slices import Slice, SliceRule
 from fisherkern.ops.backend import on_gpu
 
 

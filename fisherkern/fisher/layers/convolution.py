@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Handlers, OpCall, ParamUse
+from fisherkern.fisher.forward.capture import Handlers, OpCall, ParamUse
 from fisherkern.fisher.layers.dense import Described, added
 from fisherkern.fisher.layers.grads import ConvolutionGrad, GroupedConvolutionGrad
 

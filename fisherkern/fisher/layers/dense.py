@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import Handlers, OpCall, ParamUse, Rewrite
+from fisherkern.fisher.forward.capture import Handlers, OpCall, ParamUse, Rewrite
 from fisherkern.fisher.layers.einsum import einsum, inner
 from fisherkern.fisher.layers.grads import (
     BagGrad,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import CapturedCall
+from fisherkern.fisher.forward.capture import CapturedCall
 
 _TWO_OPERANDS = re.compile(r"(\.{3})?([a-zA-Z]*),(\.{3})?([a-zA-Z]*)->(\.{3})?([a-zA-Z]*)")
 # Stand for the dimensions of an ellipsis.

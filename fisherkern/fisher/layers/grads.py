@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fisherkern import ops
 from fisherkern.adapters.parameters import ParamView
-from fisherkern.fisher.slices import Slice
+from fisherkern.fisher.forward.slices import Slice
 
 
 @runtime_checkable

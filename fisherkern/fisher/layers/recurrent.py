@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherkern.fisher.capture import CapturedCall, Handlers, Rewrite
-from fisherkern.fisher.fast_ops import apply
+from fisherkern.fisher.forward.capture import CapturedCall, Handlers, Rewrite
+from fisherkern.fisher.forward.fast_ops import apply
 
 # The states, then the input's and the state's parts of the gates -> the next states.
 _State = tuple[Tensor, ...]

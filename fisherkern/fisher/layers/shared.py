@@ -7,10 +7,10 @@ import dataclasses
 from torch import Tensor
 
 from fisherkern.adapters.parameters import ParamView
-from fisherkern.fisher.capture import ParamUse
+from fisherkern.fisher.forward.capture import ParamUse
+from fisherkern.fisher.forward.shared_tensors import Entries, SharedTensor
 from fisherkern.fisher.layers.grads import EmbeddingGrad
 from fisherkern.fisher.schedule import stored_sequences
-from fisherkern.fisher.shared_tensors import Entries, SharedTensor
 
 
 @dataclasses.dataclass

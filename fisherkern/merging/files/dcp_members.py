@@ -15,8 +15,8 @@ from typing import Any, ParamSpec
 from torch import Tensor
 
 from fisherkern.adapters import load_tensors
-from fisherkern.adapters.dcp import MODEL_JSON, SUFFIX, save_dcp
-from fisherkern.adapters.dcp_files import DcpFolder, FileWindow, is_dcp
+from fisherkern.adapters.files.dcp_files import DcpFolder, FileWindow, is_dcp
+from fisherkern.adapters.sharded.dcp import MODEL_JSON, SUFFIX, save_dcp
 from fisherkern.errors import InputError, shown
 from fisherkern.files import RunningHash, read_json
 from fisherkern.merging.files.factored_file import FactoredFile

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from fisherkern.adapters import Checkpoint, load_tensors
-from fisherkern.adapters.mapped import MappedFile, Slot
+from fisherkern.adapters.files.mapped import MappedFile, Slot
 from fisherkern.errors import InputError
 from fisherkern.files import RunningHash
 from fisherkern.merging.files.tensor_files import PASSED, TYPES, TensorFile, raw

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fisherkern.adapters import Checkpoint
-from fisherkern.adapters.checkpoints import read_json_object
-from fisherkern.adapters.pickles import Pairs, Stub
+from fisherkern.adapters.files.checkpoints import read_json_object
+from fisherkern.adapters.files.pickles import Pairs, Stub
 from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import CatalogueUnion, positions_of, union_item_ids
 from fisherkern.members.configs import differing_setting, function_settings

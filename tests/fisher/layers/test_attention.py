@@ -11,7 +11,7 @@ from models import HISTORIES, NUM_ITEMS
 from torch import Tensor, nn
 
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.fisher.capture import Capture
+from fisherkern.fisher.forward.capture import Capture
 from fisherkern.fisher.layers import HANDLERS
 
 

@@ -14,7 +14,7 @@ from models import HISTORIES, shaken
 from torch import Tensor, nn
 
 import fisherkern as fk
-from fisherkern.fisher import fast_ops
+from fisherkern.fisher.forward import fast_ops
 
 
 class Pointwise(Body):

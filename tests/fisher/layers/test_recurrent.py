@@ -12,7 +12,7 @@ from models import HISTORIES
 from torch import Tensor, nn
 
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.fisher.capture import Capture
+from fisherkern.fisher.forward.capture import Capture
 from fisherkern.fisher.layers import HANDLERS, LinearGrad
 
 LAYERS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}

@@ -12,7 +12,7 @@ from models import HISTORIES
 from torch import Tensor, nn
 
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.fisher.capture import Capture
+from fisherkern.fisher.forward.capture import Capture
 from fisherkern.fisher.layers import HANDLERS
 
 N, H, Q, T, D, E = 3, 2, 5, 7, 4, 6

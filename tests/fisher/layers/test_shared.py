@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 import fisherkern as fk
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.fisher.shared_tensors import SharedTensor
+from fisherkern.fisher.forward.shared_tensors import SharedTensor
 
 ROWS, WIDTH, LENGTH = NUM_ITEMS + 1, 4, 5
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fisherkern.errors import InputError
-from fisherkern.fisher.factor import (
+from fisherkern.fisher.factors.factor import (
     CovarianceFactor,
     cholesky,
     eigen,
@@ -28,10 +28,10 @@ from fisherkern.fisher.factor import (
     solve_lower,
     stored_vectors,
 )
-from fisherkern.fisher.item_table import ItemTable
-from fisherkern.fisher.saturated import SaturatedRows
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.saturated import SaturatedRows
+from fisherkern.fisher.factors.streamed_sketch import streamed_sketch
 from fisherkern.fisher.settings import Settings
-from fisherkern.fisher.streamed_sketch import streamed_sketch
 from fisherkern.ops import counter_rng
 
 # Multiply-adds per sequence up to which C is formed: 10⁵ items at D = 64.

@@ -14,9 +14,9 @@ from typing import IO, Any, cast
 
 import torch
 
-from fisherkern.adapters import pickles
-from fisherkern.adapters.mapped import MAX_DEFLATION, MappedFile, Region, Slot
-from fisherkern.adapters.pickles import Global, Pairs, PickleError
+from fisherkern.adapters.files import pickles
+from fisherkern.adapters.files.mapped import MAX_DEFLATION, MappedFile, Region, Slot
+from fisherkern.adapters.files.pickles import Global, Pairs, PickleError
 from fisherkern.errors import InputError, shown
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001

@@ -22,11 +22,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.adapters.parameters import Parameters, ParamView
-from fisherkern.fisher import fast_ops
-from fisherkern.fisher.dependence import BatchDependence, counts_rows
-from fisherkern.fisher.graph import edge_of
-from fisherkern.fisher.plain_run import without_max_norm
-from fisherkern.fisher.shared_tensors import EntriesCache, SharedTensor
+from fisherkern.fisher.forward import fast_ops
+from fisherkern.fisher.forward.dependence import BatchDependence, counts_rows
+from fisherkern.fisher.forward.graph import edge_of
+from fisherkern.fisher.forward.plain_run import without_max_norm
+from fisherkern.fisher.forward.shared_tensors import EntriesCache, SharedTensor
 
 
 class ParamUse(Protocol):

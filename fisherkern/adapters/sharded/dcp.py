@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.dcp_files import ABOUT, DcpFolder, is_dcp
-from fisherkern.adapters.sharded import is_dtensor, laid_out, local_part
+from fisherkern.adapters.files.dcp_files import ABOUT, DcpFolder, is_dcp
+from fisherkern.adapters.sharded.models import is_dtensor, laid_out, local_part
 from fisherkern.errors import InputError, shown
 from fisherkern.files import write_json
 from fisherkern.processes import rank, together, world

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fisherkern.adapters.batches import leaves
-from fisherkern.adapters.stand_ins import StandIns
+from fisherkern.adapters.sharded.stand_ins import StandIns
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint, json_sha256
 from fisherkern.processes import gathered, joined_sum, rank, world

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.parameters import Parameters
-from fisherkern.adapters.sharded import ShardedModel, laid_out
-from fisherkern.adapters.sharded_layer import seen_by
+from fisherkern.adapters.sharded.models import ShardedModel, laid_out
+from fisherkern.adapters.sharded.output_layer import seen_by
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.settings import Settings
 

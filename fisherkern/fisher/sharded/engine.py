@@ -18,19 +18,19 @@ from torch import Tensor
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size, batch_slice, batch_take, sequence_lengths
 from fisherkern.adapters.parameters import Parameters, ParamView
-from fisherkern.adapters.sharded import ShardedHead, ShardedModel, is_sharded
-from fisherkern.adapters.sharded_layer import CANNOT, OwnItems, seen_by, with_sharded_layer
+from fisherkern.adapters.sharded.models import ShardedHead, ShardedModel, is_sharded
+from fisherkern.adapters.sharded.output_layer import CANNOT, OwnItems, seen_by, with_sharded_layer
 from fisherkern.errors import InputError
 from fisherkern.fisher.engine import Engine
+from fisherkern.fisher.factors.item_table import ItemTable
+from fisherkern.fisher.factors.samplers import check_softmax
 from fisherkern.fisher.forward_backward import CapturedForward
-from fisherkern.fisher.gathered_engine import GatheredEngine, by_rows
-from fisherkern.fisher.item_table import ItemTable
 from fisherkern.fisher.output_layers import OutputLayer, why_not_factored
 from fisherkern.fisher.positions import PositionRows, counted_positions, position_targets
 from fisherkern.fisher.running_sums import RunningSums, mean_of
-from fisherkern.fisher.samplers import check_softmax
 from fisherkern.fisher.settings import Settings
-from fisherkern.fisher.sharded_table import ShardedItemTable
+from fisherkern.fisher.sharded.gathered_engine import GatheredEngine, by_rows
+from fisherkern.fisher.sharded.table import ShardedItemTable
 from fisherkern.processes import gathered, joined_sum, own_part, rank, together
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fisherkern.adapters.mapped import MappedFile, Region, Slot, contiguous_stride
+from fisherkern.adapters.files.mapped import MappedFile, Region, Slot, contiguous_stride
 from fisherkern.documents import header_length, parse_header
 from fisherkern.errors import InputError, shown
 

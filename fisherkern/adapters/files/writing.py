@@ -20,8 +20,8 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.checkpoints import Checkpoint, CheckpointFile
-from fisherkern.adapters.mapped import CHUNK, Region, Slot
+from fisherkern.adapters.files.checkpoints import Checkpoint, CheckpointFile
+from fisherkern.adapters.files.mapped import CHUNK, Region, Slot
 from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 

@@ -5,7 +5,7 @@ dictionaries around them, whole modules), safetensors files, Hugging Face folder
 or shards, and PEFT folders. `write_like` writes the same kind with other values.
 
 **The guarantee.** No class, constructor or function that a file names is imported or called.
-Pickles go through a machine of our own (`fisherkern.adapters.pickles`) that knows how torch
+Pickles go through a machine of our own (`fisherkern.adapters.files.pickles`) that knows how torch
 describes tensors and keeps everything else as inert stubs. Sizes in a file are held to the
 file's own size before anything is allocated; a broken or hostile file is an `InputError`.
 
@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.item_ids import Ids, ids_of
-from fisherkern.adapters.mapped import MappedFile, Region, Slot
-from fisherkern.adapters.pickles import Pairs
-from fisherkern.adapters.safetensors_files import SafetensorsFile, read_safetensors
-from fisherkern.adapters.states import SavedState, find_state
-from fisherkern.adapters.torch_files import TorchFile, read_torch_file
+from fisherkern.adapters.files.item_ids import Ids, ids_of
+from fisherkern.adapters.files.mapped import MappedFile, Region, Slot
+from fisherkern.adapters.files.pickles import Pairs
+from fisherkern.adapters.files.safetensors_files import SafetensorsFile, read_safetensors
+from fisherkern.adapters.files.states import SavedState, find_state
+from fisherkern.adapters.files.torch_files import TorchFile, read_torch_file
 from fisherkern.documents import MAX_SETTINGS, read_json
 from fisherkern.errors import InputError, shown
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.factor import CovarianceFactor, stored_vectors
+from fisherkern.fisher.factors.factor import CovarianceFactor, stored_vectors
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 

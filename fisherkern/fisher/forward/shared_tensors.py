@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from fisherkern.adapters.parameters import Parameters, ParamView
-from fisherkern.fisher import fast_ops
-from fisherkern.fisher.graph import nodes_below
-from fisherkern.fisher.vjp import vector_jacobians
+from fisherkern.fisher.forward import fast_ops
+from fisherkern.fisher.forward.graph import nodes_below
+from fisherkern.fisher.forward.vjp import vector_jacobians
 
 # Parameters of one S that are not lists of entries: each takes a backward pass of its own.
 _MOST_COMPUTED = 4

@@ -11,8 +11,8 @@ from torch import Tensor
 from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.adapters.output_layer import find_output_layer
-from fisherkern.adapters.sharded import ShardedModel
-from fisherkern.adapters.stand_ins import OnMeta
+from fisherkern.adapters.sharded.models import ShardedModel
+from fisherkern.adapters.sharded.stand_ins import OnMeta
 from fisherkern.errors import InputError
 from fisherkern.processes import together
 

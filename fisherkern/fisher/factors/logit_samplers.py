@@ -13,9 +13,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.factor import CovarianceFactor
-from fisherkern.fisher.samplers import sample
-from fisherkern.fisher.saturated import complement
+from fisherkern.fisher.factors.factor import CovarianceFactor
+from fisherkern.fisher.factors.samplers import sample
+from fisherkern.fisher.factors.saturated import complement
 from fisherkern.fisher.settings import Settings
 from fisherkern.ops import counter_rng
 from fisherkern.ops.sample_distinct import distinct_from_ranges

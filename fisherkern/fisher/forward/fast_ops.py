@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.slices import Slice, SliceRule
+from fisherkern.fisher.forward.slices import Slice, SliceRule
 from fisherkern.ops.products import product, rows_product, suits_linear
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from fisherkern.adapters.pickles import Stub
+from fisherkern.adapters.files.pickles import Stub
 
 Ids = tuple[int | float | str | bool | None, ...]
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")

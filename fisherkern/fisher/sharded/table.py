@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fisherkern import ops
-from fisherkern.fisher.item_table import ItemTable, ItemTile
-from fisherkern.fisher.sharded_draws import distinct_items, every_item
+from fisherkern.fisher.factors.item_table import ItemTable, ItemTile
+from fisherkern.fisher.sharded.draws import distinct_items, every_item
 from fisherkern.ops import counter_rng
 from fisherkern.ops.head_sqgrad import add_square_of_items_
 from fisherkern.ops.sample_items import items_at, row_blocks

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fisherkern.fisher.item_table import ItemTable
+from fisherkern.fisher.factors.item_table import ItemTable
 from fisherkern.ops import counter_rng
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fisherkern.adapters.mapped import Slot
-from fisherkern.adapters.pickles import Pairs, Stub
-from fisherkern.adapters.torch_files import Refused
+from fisherkern.adapters.files.mapped import Slot
+from fisherkern.adapters.files.pickles import Pairs, Stub
+from fisherkern.adapters.files.torch_files import Refused
 from fisherkern.errors import InputError, shown
 
 # Where trainers keep the weights; whatever other tensors there are is theirs.

@@ -2,7 +2,7 @@
 
 A folder's `.metadata` is a pickle that says which boxes of which tensors stand where in its
 `.distcp` files; each box there is what `torch.save` writes. Both go through the machine of
-`fisherkern.adapters.pickles`, which calls nothing that a file names: torch's own reader would.
+`pickles.py`, which calls nothing that a file names: torch's own reader would.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.mapped import MappedFile, Slot
-from fisherkern.adapters.pickles import Global, Pairs, PickleError, Stub, run_program
-from fisherkern.adapters.torch_files import STORAGE_DTYPES, ZIP_START, read_torch_file
+from fisherkern.adapters.files.mapped import MappedFile, Slot
+from fisherkern.adapters.files.pickles import Global, Pairs, PickleError, Stub, run_program
+from fisherkern.adapters.files.torch_files import STORAGE_DTYPES, ZIP_START, read_torch_file
 from fisherkern.documents import MAX_SETTINGS, read_json
 from fisherkern.errors import InputError, shown
 from fisherkern.files import RunningHash, read_into

@@ -1,0 +1,1 @@
+"""Models whose tensors lie over several processes, and their folders."""

@@ -1,0 +1,1 @@
+"""One forward pass and its graph: recorded, run again, differentiated."""

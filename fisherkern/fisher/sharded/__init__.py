@@ -1,0 +1,1 @@
+"""The engine for models whose tensors lie over several processes."""
