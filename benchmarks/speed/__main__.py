@@ -3,7 +3,8 @@
 Two processes, one of each revision's package, run the same small cases in turn, so that what
 else the machine does falls on both. The figure is CPU time: the median over the rounds of
 now / before. A case above --limit is measured again with three times the rounds; if it stays
-above, the exit status is 1. Nothing is written into the checkout.
+above, the exit status is 1. Nothing is written into the checkout. --instructions counts those
+of one call with valgrind, for machines whose seconds are too noisy; it takes minutes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import child_environment
+from benchmarks.speed.instructions import under_callgrind
 from benchmarks.speed.small_cases import CASES
 from fisherkern.errors import InputError, shown
 
@@ -59,10 +61,12 @@ def package_of(revision: str, folder: Path) -> Path:
 class Worker:
     """A process with the package of one revision; the cases are always those of this file."""
 
-    def __init__(self, package: Path) -> None:
+    def __init__(self, package: Path, counts: Path | None = None) -> None:
         environment = child_environment()
+        before, counter = under_callgrind(counts) if counts else ([], [])
         environment["PYTHONPATH"] = f"{package}:{environment['PYTHONPATH']}"
-        command = [sys.executable, "-m", "benchmarks.speed.case_worker", str(package)]
+        command = [*before, sys.executable, "-m", "benchmarks.speed.case_worker"]
+        command += [str(package), *counter]
         self.process = subprocess.Popen(
             command,
             cwd=package,
@@ -72,8 +76,8 @@ class Worker:
             text=True,
         )
 
-    def seconds(self, name: str, calls: int) -> float | str:
-        """CPU seconds a call, or why the case does not run."""
+    def cost(self, name: str, calls: int) -> float | str:
+        """CPU seconds or instructions a call, or why the case does not run."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps([name, calls]) + "\n")
         self.process.stdin.flush()
@@ -85,8 +89,8 @@ class Worker:
 
 
 def measure(base: Worker, head: Worker, name: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of both and the ratio's p20, median and p80; or the reason why not."""
-    once = [worker.seconds(name, 1) for worker in (base, head)]
+    """The cost of both and the ratio's p20, median and p80; or the reason why not."""
+    once = [worker.cost(name, 1) for worker in (base, head)]
     for revision, answer in zip(("base", "now"), once, strict=True):
         if isinstance(answer, str):
             return {"case": name, revision: answer}
@@ -94,41 +98,49 @@ def measure(base: Worker, head: Worker, name: str, rounds: int) -> dict[str, Any
     pairs = []
     for number in range(rounds):
         order = (base, head) if number % 2 == 0 else (head, base)
-        times = {worker: float(worker.seconds(name, calls)) for worker in order}
+        times = {worker: float(worker.cost(name, calls)) for worker in order}
         pairs.append((times[base], times[head]))
     ratios = sorted(after / before for before, after in pairs)
     return {
         "case": name,
-        "base": 1e3 * statistics.median(before for before, _ in pairs),
-        "now": 1e3 * statistics.median(after for _, after in pairs),
+        "base": statistics.median(before for before, _ in pairs),
+        "now": statistics.median(after for _, after in pairs),
         "ratio": statistics.median(ratios),
         "p20": ratios[round(0.2 * (rounds - 1))],
         "p80": ratios[round(0.8 * (rounds - 1))],
     }
 
 
-def compare(before: Path, after: Path, names: Sequence[str], limit: float) -> list[dict[str, Any]]:
-    """A row of `measure` for each case, in turns of the packages in two folders."""
-    base, head = Worker(before), Worker(after)
+def compare(
+    before: Path, after: Path, names: Sequence[str], limit: float, counts: Path | None = None
+) -> list[dict[str, Any]]:
+    """A row of `measure` for each case, in turns of the packages in two folders.
+
+    With a folder for the `counts` of instructions, these are the cost.
+    """
+    base, head = Worker(before, counts), Worker(after, counts)
+    rounds = 3 if counts else ROUNDS
     try:
         rows = []
         for name in names:
-            row = measure(base, head, name, ROUNDS)
+            row = measure(base, head, name, rounds)
             if row.get("ratio", 0.0) > limit:
-                row = measure(base, head, name, 3 * ROUNDS)
+                row = measure(base, head, name, 3 * rounds)
             rows.append(row)
-            print(line(row, limit), flush=True)
+            print(line(row, limit, ("M ", 1e-6) if counts else ("ms", 1e3)), flush=True)
         return rows
     finally:
         base.close()
         head.close()
 
 
-def line(row: Mapping[str, Any], limit: float) -> str:
+def line(row: Mapping[str, Any], limit: float, unit: tuple[str, float] = ("ms", 1e3)) -> str:
     if "ratio" not in row:
         missing = "base" if "base" in row else "now"
         return f"{row['case']:24} not run by {missing}: {row[missing]}"
-    figures = f"{row['base']:9.2f} ms {row['now']:9.2f} ms {row['ratio']:7.2f}"
+    name, scale = unit
+    base, now = scale * row["base"], scale * row["now"]
+    figures = f"{base:9.2f} {name} {now:9.2f} {name} {row['ratio']:7.2f}"
     spread = f"({row['p20']:.2f} to {row['p80']:.2f})"
     return f"{row['case']:24}{figures}  {spread}{'  SLOWER' if row['ratio'] > limit else ''}"
 
@@ -144,13 +156,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", required=True, help="the revision to compare with")
     parser.add_argument("--limit", type=float, default=LIMIT, help="a ratio above it fails")
     parser.add_argument("--only", default="", help="cases whose names hold this text")
+    parser.add_argument(
+        "--instructions", action="store_true", help="count instructions, by valgrind"
+    )
     options = parser.parse_args(arguments)
     names = [name for name in CASES if options.only in name]
     try:
         with tempfile.TemporaryDirectory() as folder:
             before = package_of(options.base, Path(folder))
             print(f"{'case':24}{'base':>12}{'now':>13}{'ratio':>8}  (p20 to p80)")
-            slower = failed(compare(before, ROOT, names, options.limit), options.limit)
+            counts = Path(folder) if options.instructions else None
+            slower = failed(compare(before, ROOT, names, options.limit, counts), options.limit)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.speed import __main__ as speed
+from benchmarks.speed import instructions
 from benchmarks.speed.small_cases import CASES
 from fisherkern import ops
 
@@ -46,3 +47,23 @@ def test_what_is_slower_or_gone_fails(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_revision_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert speed.main(["--base", "no-such-revision"]) == 2
     assert "--base: 'no-such-revision' is no revision" in capsys.readouterr().err
+
+
+def test_instructions_need_valgrind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(instructions.shutil, "which", lambda name: None)
+    assert speed.main(["--base", "HEAD", "--instructions"]) == 2
+    assert "--instructions: needs valgrind and a C compiler" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("valgrind"), reason="needs valgrind")
+def test_instructions_are_those_of_the_calls(tmp_path: Path) -> None:
+    worker = speed.Worker(speed.ROOT, tmp_path)
+    try:
+        one, three = (float(worker.cost("softmax_mean", calls)) for calls in (1, 3))
+    finally:
+        worker.close()
+    assert one > 64 * 2000 * 32 / 16  # fewer than one fused product of eight would be too few
+    assert one == pytest.approx(three, rel=0.2)  # a call's, not all calls'
