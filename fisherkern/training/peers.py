@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fisherkern import processes
+from fisherkern.adapters.sharded.dcp import names_dcp
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
-from fisherkern.files import is_file, read_tensors, save_tensors
 from fisherkern.members.layers import entropy, histogram, over_layers
 from fisherkern.objectives import MaskedItems, Objective
 from fisherkern.progress import progress_bar
@@ -28,8 +28,11 @@ from fisherkern.training.state import (
     PathLike,
     check_run,
     contents,
+    is_state,
     read_progress,
+    read_state,
     restore,
+    write_state,
 )
 
 NAMES = ("a", "b")
@@ -177,8 +180,8 @@ def train_peers(
         peer_lr: model_b's learning rate; None: half of lr, the released code's.
         peer_seed: model_b's seed of windows, order, dropout and masks; None: seed + 1.
         validate: gives the score of an epoch, validate(model), higher being better.
-        state: file to save the run to after every epoch, and to go on from if it exists, to the
-            same bits as a run never interrupted.
+        state: file, or folder x.dcp, to save the run to after every epoch, and to go on from if
+            it exists, to the same bits as a run never interrupted.
         progress: show a progress bar.
         **settings: the fields of `TrainingSettings`; `patience` counts validations without a new
             best of either peer.
@@ -241,7 +244,7 @@ class _Pair:
         if path is not None:
             for name, run in zip(NAMES, runs, strict=True):
                 self.identity[f"{name}.start"] = run.state.start()
-        if path is not None and is_file(path):
+        if path is not None and is_state(path):
             self.load(path)
 
     def go(self, show: bool) -> None:
@@ -274,7 +277,7 @@ class _Pair:
         )
 
     def save(self) -> None:
-        if self.path is None or processes.rank() != 0:
+        if self.path is None or (processes.rank() != 0 and not names_dcp(self.path)):
             return
         tensors = {
             f"{name}.{key}": tensor
@@ -283,10 +286,10 @@ class _Pair:
         }
         reached = [run.progress.to_json() for run in self.runs]
         about = {"kind": "peers", "run": self.identity, "progress": reached}
-        save_tensors(self.path, tensors, about)
+        write_state(self.path, tensors, about)
 
     def load(self, path: PathLike) -> None:
-        tensors, header = read_tensors(path)
+        tensors, header = read_state(path)
         reached = header.get("progress")
         if header.get("kind") != "peers" or not isinstance(reached, list) or len(reached) != 2:
             raise InputError(f"{path}: not a state of two peers")

@@ -184,14 +184,19 @@ def _sha256(module: nn.Module) -> str:
 def save_state(
     path: PathLike, state: TrainState, progress: TrainProgress, run: Mapping[str, Any]
 ) -> None:
-    """Write all that `load_state` needs to go on; `run` says, in JSON values, what run it is.
+    """Write all that `load_state` needs to go on; `run` says, in JSON values, what run it is."""
+    about = {"kind": "training", "run": run, "progress": progress.to_json()}
+    write_state(path, contents(state), about)
+
+
+def write_state(path: PathLike, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write the tensors and the header of a run to a file or a folder.
 
     No clock time is in the file: the same run gives the same bytes. A folder x.dcp is written by
     all processes, each of which has the same.
     """
-    about = {"kind": "training", "run": run, "progress": progress.to_json()}
     save = save_dcp if names_dcp(path) else save_tensors
-    save(path, contents(state), about)
+    save(path, tensors, about)
 
 
 def is_state(path: PathLike) -> bool:
@@ -199,7 +204,7 @@ def is_state(path: PathLike) -> bool:
     return is_dcp(path) if names_dcp(path) else is_file(path)
 
 
-def _read(path: PathLike) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+def read_state(path: PathLike) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
     """Read the tensors and the header of a file or a folder."""
     if not names_dcp(path):
         return read_tensors(path)
@@ -213,7 +218,7 @@ def load_state(path: PathLike, state: TrainState, run: Mapping[str, Any]) -> Tra
     Raises InputError if the file is no training state, or that of a run with other settings, model,
     objective or data.
     """
-    tensors, header = _read(path)
+    tensors, header = read_state(path)
     if header.get("kind") != "training":
         raise InputError(f"{path}: not a training state")
     check_run(path, header.get("run"), run)
@@ -239,7 +244,7 @@ def read_moments(path: PathLike, model: nn.Module) -> tuple[str, dict[str, Momen
 
     Raises InputError if the file is no training state, of another model, or of no step yet.
     """
-    tensors, header = _read(path)
+    tensors, header = read_state(path)
     if header.get("kind") != "training":
         raise InputError(f"{path}: not a training state")
     run = header.get("run")

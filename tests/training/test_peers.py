@@ -215,10 +215,11 @@ class Interrupted(Cycles):
 
 @pytest.mark.parametrize("cooperation", ["layer", "parameter"])
 @pytest.mark.parametrize("stop", [(5, 2), (6, 2), (6, 3)])
-def test_resume_gives_the_same_bits(cooperation, stop, tmp_path):
+@pytest.mark.parametrize("name", ["state.safetensors", "state.dcp"])
+def test_resume_gives_the_same_bits(cooperation, stop, name, tmp_path):
     changes = {"cooperation": cooperation, "validate": lambda m: m.output_bias.sum().item()}
     whole, log = run(**changes)
-    path = tmp_path / "state.safetensors"
+    path = tmp_path / name
     data = Interrupted(*stop)
     data.asked.append(stop)
     with pytest.raises(Stop):
@@ -227,9 +228,10 @@ def test_resume_gives_the_same_bits(cooperation, stop, tmp_path):
     assert (again.losses, again.scores, again.peer) == (log.losses, log.scores, log.peer)
     for own, expected in zip(models, whole, strict=True):
         assert_same_bits(bits(own), bits(expected))
-    saved = path.read_bytes()
+    file = path / "fisherkern.json" if path.is_dir() else path
+    saved = file.read_bytes()
     done, _ = run(path, **changes)
-    assert path.read_bytes() == saved
+    assert file.read_bytes() == saved
     assert_same_bits(bits(done[0]), bits(whole[0]))
 
 
