@@ -21,14 +21,14 @@ class Autocast:
 
     @staticmethod
     def of(device: torch.device) -> Autocast:
-        """What is in force for `device` now."""
+        """Return what is in force for `device` now."""
         kind = device.type
         return Autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def on(self) -> torch.autocast:
-        """A context in which the model runs as the caller asked for."""
+        """Return a context in which the model runs as the caller asked for."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
 
     def off(self) -> torch.autocast:
-        """A context without it."""
+        """Return a context without it."""
         return torch.autocast(self.device_type, enabled=False)

@@ -161,7 +161,7 @@ def diag_fisher(
 
 
 def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:
-    """What `meta` says of `count` sequences with `total` positions that count."""
+    """Return what `meta` says of `count` sequences with `total` positions that count."""
     sampler = engine.settings.sampler
     return {
         "probes": engine.probes or None,

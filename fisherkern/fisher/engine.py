@@ -84,7 +84,7 @@ class Engine:
         self.dealer = Dealer()
 
     def _summed(self) -> Mapping[str, Tensor]:
-        """The parameters whose sums every process has whole."""
+        """Return the parameters whose sums every process has whole."""
         return self.parameters.named
 
     def _runner(self, function: Callable[[Any], Tensor]) -> ForwardBackward:
@@ -137,7 +137,7 @@ class Engine:
         return n
 
     def of_few(self, batch: Any) -> Engine:
-        """The engine whose gradients a few sequences are compared by."""
+        """Return the engine whose gradients a few sequences are compared by."""
         return self
 
     def join(self) -> None:
@@ -181,7 +181,7 @@ class Engine:
         return OutputLayer(weight, bias, own, view_of(bias), fixed, scaling)
 
     def _forward(self, batch: Any, n: int, layer: OutputLayer | None) -> list[CapturedForward]:
-        """A forward pass of each length bucket of the micro-batch."""
+        """Return a forward pass of each length bucket of the micro-batch."""
         width = None if layer is None else layer.weight.shape[1]
         probes = self.settings.most_probes(width) if self.runner.in_blocks else 1
         buckets = list(self.schedule.length_buckets(self.model, batch, n, probes))
@@ -195,7 +195,7 @@ class Engine:
         sequence_ids: Tensor,
         target: Tensor | None,
     ) -> None:
-        """The output layer in closed form, the encoder by probes from its hidden states."""
+        """Add the output layer in closed form, the encoder by probes from its hidden states."""
         h = self._hidden(forwards, len(sequence_ids))
         stats, factor = self._factored(h, layer, sequence_ids, target)
         self._add_output(layer, stats, factor, slice(None), 1.0)
@@ -208,7 +208,7 @@ class Engine:
         self._probe(batch, forwards, factor, tied)
 
     def _hidden(self, forwards: list[CapturedForward], n: int) -> Tensor:
-        """The hidden states of the micro-batch's n sequences."""
+        """Return the hidden states of the micro-batch's n sequences."""
         return ordered_results(forwards)
 
     def _factored(
@@ -222,7 +222,7 @@ class Engine:
         return layer.table()
 
     def _factor(self, stats: SoftmaxStats | LogitStats) -> CovarianceFactor:
-        """The factor that the sampler asks for."""
+        """Return the factor that the sampler asks for."""
         if isinstance(stats, LogitStats):
             return factor_logits(stats, self.settings)
         return factor_covariance(stats, self.settings)
@@ -377,7 +377,7 @@ class Engine:
                         self.reached.add(name)
 
     def finish(self, num_sequences: int) -> dict[str, Tensor]:
-        """The mean over the sequences, in each parameter's shape; every parameter accounted for."""
+        """Return the mean over sequences, by parameter and in its shape; each is accounted for."""
         named, sums = self.parameters.named, {name: self.sums.total(name) for name in self.fisher}
         self._check(sums)
         means = {

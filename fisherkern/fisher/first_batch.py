@@ -131,7 +131,7 @@ class FirstBatchCheck:
         return _PlainGradients(item, z.detach(), present)
 
     def _difference(self, ours: dict[str, Tensor], plain: Iterable[_PlainGradients]) -> str | None:
-        """The parameter that is further from its gradients than rounding, and how far."""
+        """Return the parameter that is further from its gradients than rounding, and how far."""
         named = self._named
         expected = {name: torch.zeros_like(total) for name, total in ours.items()}
         for found in plain:

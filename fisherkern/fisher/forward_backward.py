@@ -221,7 +221,7 @@ class ForwardBackward:
 
 
 def ordered_results(forwards: Sequence[CapturedForward]) -> Tensor:
-    """The results of all sequences in their order, (N, ...), fp32 or wider, without graphs."""
+    """Return all sequences' results in their order, (N, ...), fp32 or wider, no graphs."""
     results = torch.cat([forward.result.detach() for forward in forwards])
     index = torch.cat([forward.index for forward in forwards])
     ordered = torch.empty_like(results).index_copy_(0, index, results)

@@ -139,7 +139,7 @@ class _Collector:
                 self._add(name, use.inputs.flatten(0, 1), delta[0])
 
     def _add(self, name: str, inputs: Tensor, delta: Tensor) -> None:
-        """inputs (P, I), delta (N, T, O) of as many positions."""
+        """Add xᵀx of `inputs` (P, I) at positions where delta (N, T, O) is not 0."""
         matters = (delta.reshape(len(inputs), -1) != 0).any(1)
         x = inputs[matters].double()
         gram = x.T @ x

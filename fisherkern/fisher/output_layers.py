@@ -74,7 +74,7 @@ class OutputLayer:
             sums_bias += weight * own[1]
 
     def of_rows(self, factor: CovarianceFactor) -> CovarianceFactor:
-        """A factor without the cross terms of rows that have no output part."""
+        """Return a factor without the cross terms of rows that have no output part."""
         if self.fixed_rows is None:
             return factor
         fixed, cross = self.fixed_rows, factor.tied_cross_term
@@ -85,7 +85,7 @@ class OutputLayer:
         return dataclasses.replace(factor, tied_cross_term=of_others)
 
     def tied(self, grad: TiedEmbeddingGrad, weight: Tensor) -> TiedEmbeddingGrad:
-        """The gradient of lookups of `weight_param`, with J_v h, by segment, in the place of h."""
+        """Return lookups' gradient of `weight_param`, with J_v h by segment in the place of h."""
         if self.row_scaling is None or self.weight_param is None:
             return grad
         row, sequence = grad.segments.row, grad.segments.sequence

@@ -46,7 +46,7 @@ class ParamGrad:
         return EmbeddingGrad.joined([use for use in self.uses if isinstance(use, EmbeddingGrad)])
 
     def joined_delta(self, deltas: Sequence[Tensor | None], probes: int) -> Tensor:
-        """The output gradients that belong to `joined_lookup`, (R, N, T, D)."""
+        """Return the output gradients that belong to `joined_lookup`, (R, N, T, D)."""
         parts = []
         for op, use in zip(self.ops, self.uses, strict=True):
             assert isinstance(use, EmbeddingGrad)
@@ -80,7 +80,7 @@ class ParamGrad:
                 _add_stored_square_(fisher, uses, probe)
 
     def _join(self, indices: tuple[int, ...]) -> Joinable | None:
-        """The uses of these indices as one, kept for the next probe; None if they differ."""
+        """Return the uses of these indices as one, kept for the next probe; None if they differ."""
         uses = [self.uses[index] for index in indices]
         first = uses[0]
         if any(type(use) is not type(first) for use in uses) or not isinstance(first, Joinable):
@@ -146,7 +146,7 @@ def make_plan(
 
 
 def _outermost(ops: Sequence[CapturedOp], usable: Sequence[int]) -> list[int]:
-    """The usable ops but for those that make what another one takes for a parameter.
+    """Return the usable ops but for those that make what another one takes for a parameter.
 
     The gradients of the parameters that they use come through that other one.
     """
@@ -160,7 +160,7 @@ _BASE, _ROUNDING = 32, 64
 
 
 def per_sequence_ops(result: Tensor, ops: Sequence[CapturedOp], whole: bool = False) -> list[int]:
-    """Indices of the ops that `result` depends on sequence by sequence, as they are read.
+    """Return indices of the ops that `result` depends on sequence by sequence, as read.
 
     One backward pass from the first and one from the last sequence. An op without a gradient
     is a dead branch. One with a gradient at another sequence mixes sequences, or has another

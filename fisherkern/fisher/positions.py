@@ -46,7 +46,7 @@ class PositionRows:
 
     @classmethod
     def of(cls, counted: Tensor, sequence_ids: Tensor, settings: Settings) -> PositionRows:
-        """The rows of positions `counted` (n, T) bool of the sequences with these ids (n,)."""
+        """Return the rows of positions `counted` (n, T) bool of sequences with ids (n,)."""
         if counted.shape[1] >= POSITION_IDS:
             raise InputError(f"positions: {counted.shape[1]} of a sequence are too many")
         number = counted.cumsum(dim=1) - 1
@@ -105,7 +105,7 @@ class PositionProbes:
         return rank - start[self.rows.sequence]
 
     def vectors(self, index: Tensor, span: slice) -> Tensor:
-        """The probes of a span at sequences `index` (m,) of the micro-batch, (R, m, T, D)."""
+        """Return a span's probes at sequences `index` (m,) of the micro-batch, (R, m, T, D)."""
         if self.alone:
             columns = [
                 self.rows.by_place(self.factor.probe_vectors(own, column)[0] * root[:, None], own)
@@ -239,7 +239,7 @@ def counted_positions(model: ModelAdapter, batch: Any, shape: tuple[int, int]) -
 
 
 def position_targets(model: ModelAdapter, batch: Any, rows: PositionRows) -> Tensor:
-    """The logit columns of the rows' labels, (M,).
+    """Return the logit columns of the rows' labels, (M,).
 
     Raises:
         InputError: The batch has no labels.

@@ -96,7 +96,7 @@ class NamedTensors(Mapping[str, Tensor]):
 
     @staticmethod
     def _wrong(tensor: Tensor) -> str | None:
-        """What is wrong with a tensor; None where nothing is."""
+        """Return what is wrong with a tensor; None where nothing is."""
         return None if torch.isfinite(tensor).all() else "a non-finite entry"
 
 

@@ -60,7 +60,7 @@ class RunningSums:
         self._moved.add(name)
 
     def total(self, name: str) -> Tensor:
-        """The sum of everything, float64 where any of it is kept so."""
+        """Return the sum of everything, float64 where any of it is kept so."""
         if name not in self._moved:
             return self.recent[name]
         self._move(name)
@@ -77,12 +77,12 @@ class RunningSums:
 
 
 def float64_sum(values: Tensor) -> Tensor:
-    """The float64 sum of a flat tensor, of which a part at a time is widened."""
+    """Return the float64 sum of a flat tensor, of which a part at a time is widened."""
     return torch.stack([part.double().sum() for part in values.split(_WIDENED)]).sum()
 
 
 def mean_of(total: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """The mean of a sum of squares, in place where the type allows, as tables may be large.
+    """Return the mean of a sum of squares, in place where the type allows, as tables may be large.
 
     Rounding and a sketch's noise can take a sum below zero; a mean is 0 there.
     """

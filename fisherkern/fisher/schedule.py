@@ -57,7 +57,7 @@ class Schedule:
 
     @classmethod
     def of(cls, device: torch.device) -> Schedule:
-        """The schedule that fills `device`."""
+        """Return the schedule that fills `device`."""
         if device.type != "cuda":
             return cls(_CPU_POSITIONS, _CPU_GRADIENTS)
         free, _ = torch.cuda.mem_get_info(device)
@@ -65,17 +65,17 @@ class Schedule:
 
     @classmethod
     def of_memory(cls, free: int) -> Schedule:
-        """The schedule for a GPU with `free` bytes."""
+        """Return the schedule for a GPU with `free` bytes."""
         positions = max(1, free * _GPU_POSITIONS_PER_GIB >> 30)
         return cls(positions, free // _GPU_BYTES_PER_GRADIENT, 2**26)
 
     @classmethod
     def of_one_probe(cls, micro_batch: int | None) -> Schedule:
-        """The schedule of work with one backward pass or none: few positions suffice."""
+        """Return the schedule of work with one backward pass or none: few positions suffice."""
         return cls(_FEWEST_POSITIONS, _CPU_GRADIENTS, micro_batch=micro_batch)
 
     def micro_batches(self, batch: Any, n: int) -> Iterator[tuple[Any, int, int]]:
-        """The batch's `n` sequences in their order: (part, first, last + 1)."""
+        """Yield the batch's `n` sequences in their order: (part, first, last + 1)."""
         size = self._most(batch, n)
         for start in range(0, n, size):
             stop = min(start + size, n)
@@ -88,7 +88,7 @@ class Schedule:
     def length_buckets(
         self, model: ModelAdapter, batch: Any, n: int, probes: int = 1
     ) -> Iterator[Bucket]:
-        """The `n` sequences of a batch, for blocks of at most `probes` probes.
+        """Yield the `n` sequences of a batch, for blocks of at most `probes` probes.
 
         From long to short where the model computes no padding that a bucket shares; otherwise
         in their order. Where the number of positions is unknown, a bucket has a micro-batch.

@@ -47,7 +47,7 @@ class Settings:
     check: bool = True
 
     def checked(self) -> Settings:
-        """These settings, with the sketch's default filled in; InputError for a bad one."""
+        """Return these settings, the sketch's default filled in; InputError for a bad one."""
         check_chunk(self.chunk)
         if self.reduction not in ("sequence", "batchwise"):
             raise InputError(f"reduction: {shown(self.reduction)} is not 'sequence' or 'batchwise'")
@@ -76,7 +76,7 @@ class Settings:
         return settings
 
     def _unused(self) -> dict[str, Any]:
-        """What the sampler makes no use of though it was given, as it is when not given."""
+        """Return what the sampler makes no use of though it was given, as it is when not given."""
         unused = {
             name: standard
             for name, standard in _NOT_GIVEN.items()
@@ -110,13 +110,13 @@ class Settings:
         return self.k
 
     def most_probes(self, width: int | None) -> int:
-        """The most probes that a factor over `width` dimensions has; None: over all logits."""
+        """Return the most probes that a factor over `width` dimensions has; None: all logits."""
         asked = {"exact": self.probes, "sketch": self.probes, "target": 1}
         count = asked.get(self.sampler, self.k or _ITEMS)
         return min(count or _MANY_PROBES, width or _MANY_PROBES)
 
     def meta(self, num_items: int) -> dict[str, Any]:
-        """What a Fisher's `meta` says of them; None where the sampler does not use one."""
+        """Return what a Fisher's `meta` says of them; None where the sampler does not use one."""
         sampled = self.sampler in ("topk", "model", "random")
         return {
             "sampler": self.sampler,

@@ -162,7 +162,7 @@ class _Walk:
                     ready.append((follower, part))
 
     def _step(self, node: Node, given: Slice | None, edges: Mapping[Node, int]) -> _Step | None:
-        """The step of a node all of whose gradient arrives in one slice, None where it has none."""
+        """Return the step of a node whose whole gradient arrives in one slice, or None."""
         if not has_one_output(node) or (given is None and node in self.by_node):
             return None
         uses: dict[int, ParamUse] = {}
@@ -204,7 +204,7 @@ class _Walk:
 
 
 def _edges_to(start: Node, needed: Iterable[Node]) -> dict[Node, int]:
-    """The nodes by which gradients go from `start` to those needed, and edges to each."""
+    """Return the nodes by which gradients go from `start` to those needed, and edges to each."""
     above: dict[Node, list[Node]] = defaultdict(list)
     for node in nodes_below(start):
         for follower, _ in node.next_functions:

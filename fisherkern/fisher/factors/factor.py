@@ -31,7 +31,7 @@ class CovarianceFactor:
     kept: Tensor | None = None
 
     def after(self, first: int) -> CovarianceFactor:
-        """The probes and cross terms of the sequences from `first` on, numbered from 0."""
+        """Return the probes and cross terms of the sequences from `first` on, numbered from 0."""
         vectors, cross = self.probe_vectors, self.tied_cross_term
         return CovarianceFactor(
             self.probes,
@@ -85,12 +85,12 @@ def eigen(matrix: Tensor, dtype: torch.dtype, rank: int) -> tuple[Tensor, Tensor
 
 
 def stored_vectors(every: Tensor) -> ProbeVectors:
-    """The probe vectors of all sequences, (N, R, D), stored."""
+    """Return the probe vectors of all sequences, (N, R, D), stored."""
     return lambda sequence, probes: every[sequence, probes].transpose(0, 1)
 
 
 def matrix_vectors(matrix: Tensor, dtype: torch.dtype) -> ProbeVectors:
-    """The columns of (N, D, R) matrices, cast when they are taken."""
+    """Return the columns of (N, D, R) matrices, cast when they are taken."""
     return lambda sequence, probes: matrix[sequence][:, :, probes].to(dtype).permute(2, 0, 1)
 
 

@@ -38,15 +38,15 @@ class ItemTable:
         return len(self.weight)
 
     def mean(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The lse (N,), w̄ (N, D) and log-sum-exps of the ranges of items; `ops.softmax_mean`."""
+        """Return lse (N,), w̄ (N, D) and the ranges' log-sum-exps, as `ops.softmax_mean`."""
         return ops.softmax_mean(h, self.weight, self.bias)
 
     def largest(self, ranges: Tensor) -> Tensor:
-        """The largest log-sum-exp of a range, (N,)."""
+        """Return the largest log-sum-exp of a range, (N,)."""
         return ranges.amax(dim=1)
 
     def topk(self, h: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The p and ids (N, k) of the most likely items, lse and w̄; `ops.softmax_topk`."""
+        """Return p and ids (N, k) of the most likely items, lse and w̄; `ops.softmax_topk`."""
         return ops.softmax_topk(h, self.weight, self.bias, k)
 
     def covariance(self, h: Tensor, lse: Tensor, mean: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class ItemTable:
     def sketch(
         self, h: Tensor, lse: Tensor, mean: Tensor, rows: Tensor, probes: int, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """The u (N, R, D) and sums (N, R); `ops.softmax_sketch`."""
+        """Return u (N, R, D) and sums (N, R); `ops.softmax_sketch`."""
         return ops.softmax_sketch(h, self.weight, self.bias, lse, mean, rows, probes, seed)
 
     def draw(
@@ -83,7 +83,7 @@ class ItemTable:
         ops.head_sqgrad_(sums[0], sums[1], h, self.weight, self.bias, lse, ids, omega)
 
     def most_likely(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The most likely item of each row and its logit, (N,) each."""
+        """Return the most likely item of each row and its logit, (N,) each."""
         highest = torch.full((len(h),), -torch.inf, dtype=h.dtype, device=h.device)
         item = torch.zeros(len(h), dtype=torch.int64, device=h.device)
         for tile in self.tiles(h):
@@ -93,12 +93,12 @@ class ItemTable:
         return item, highest
 
     def tiles(self, h: Tensor) -> Iterator[ItemTile]:
-        """The logits of h (N, D), a tile of items after another; z may be overwritten."""
+        """Yield the logits of h (N, D), a tile of items after another; z may be overwritten."""
         for start, stop, z in logit_tiles(h, self.weight, self.bias):
             yield ItemTile(start, z, self.weight[start:stop], slice(start, stop))
 
     def columns(self, rows: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """The items of rows of the table that is looked up, and which of them are none.
+        """Return the items of rows of the table that is looked up, and which of them are none.
 
         `rows` (...) int64, -1 for none; `first`: the row of item 0. What is no item is called 0.
         """
@@ -107,14 +107,14 @@ class ItemTable:
         return items.masked_fill(outside, 0), outside
 
     def joined(self, sums: Tensor) -> Tensor:
-        """Sums over this table's tiles as sums over all items."""
+        """Return sums over this table's tiles as sums over all items."""
         return sums
 
     def fetch(self, items: Tensor) -> None:
         """Have the rows of some items at hand."""
 
     def rows(self, items: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The vectors (..., D) and biases (...) of items (...) that were fetched."""
+        """Return the vectors (..., D) and biases (...) of items (...) that were fetched."""
         return self.weight[items], None if self.bias is None else self.bias[items]
 
     def add_rows_(self, sums: Tensor, items: Tensor, values: Tensor) -> None:

@@ -67,7 +67,7 @@ class LogitStats:
 
 
 def factor_logits(stats: LogitStats, settings: Settings) -> CovarianceFactor:
-    """The factor that `settings.sampler` asks for; its columns are over the V logits."""
+    """Return the factor that `settings.sampler` asks for; its columns are over the V logits."""
     if settings.sampler == "sketch":
         return _sketch(stats.log_p.exp(), stats, settings)
     if settings.sampler == "exact":
@@ -78,7 +78,7 @@ def factor_logits(stats: LogitStats, settings: Settings) -> CovarianceFactor:
 def factor_logit_items(
     stats: LogitStats, ids: Tensor | None, omega: Tensor, mass: Tensor | None = None
 ) -> CovarianceFactor:
-    """The factor of some items of each sequence: ids (N, K), None for all, weights ω (N, K)."""
+    """Return the factor of items of each sequence: ids (N, K), None for all, ω (N, K)."""
     p = stats.log_p.exp()
     rest, omega = complement(p), omega.to(p.dtype)
     probes = omega.shape[1]

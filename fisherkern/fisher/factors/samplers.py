@@ -68,7 +68,7 @@ class SoftmaxStats:
         target: Tensor | None,
         settings: Settings,
     ) -> SoftmaxStats:
-        """The pass over the items that every sampler needs, with topk's own work in it."""
+        """Return the pass over the items that every sampler needs, with topk's own work in it."""
         if settings.sampler == "topk":
             p, ids, lse, mean = table.topk(h, settings.num_sampled(table.num_items))
             saturated = SaturatedRows.among(h, table, p[:, 0], lse.dtype)
@@ -129,7 +129,7 @@ class SoftmaxStats:
 
 
 def factor_covariance(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
-    """The factor that `settings.sampler` asks for."""
+    """Return the factor that `settings.sampler` asks for."""
     if settings.sampler == "exact":
         return _exact(stats, settings)
     if settings.sampler == "sketch":
@@ -184,7 +184,7 @@ class ItemSampler(Protocol):
 
 
 def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The items of an item sampler: ids (N, K) int64, weights ω (N, K), captured mass (N,)."""
+    """Return an item sampler's ids (N, K) int64, weights ω (N, K), captured mass (N,)."""
     n, v = len(stats.sequence_ids), stats.num_items
     k = settings.num_sampled(v)
     if settings.sampler == "topk":
@@ -216,7 +216,7 @@ def sample(stats: ItemSampler, settings: Settings) -> tuple[Tensor, Tensor, Tens
 def factor_items(
     stats: SoftmaxStats, ids: Tensor, omega: Tensor, mass: Tensor | None = None
 ) -> CovarianceFactor:
-    """The factor of some items of each sequence: ids (N, K), weights ω (N, K), mass (N,)."""
+    """Return the factor of some items of each sequence: ids (N, K), weights ω (N, K), mass (N,)."""
     stats.table.fetch(ids)
     root = omega.to(stats.mean.dtype).sqrt()
     every = torch.arange(len(ids), device=ids.device)
@@ -300,7 +300,7 @@ def _exact(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
 
 
 def _exact_of_all(stats: SoftmaxStats) -> CovarianceFactor:
-    """A Cholesky factor of every C: any L with L Lᵀ = C serves where no direction is dropped."""
+    """Return Cholesky factors: any L with L Lᵀ = C serves where no direction is dropped."""
     lower = cholesky(_covariance(stats), stats.mean.dtype)
 
     def cross(sequence: Tensor, items: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ def _exact_of_few_items(stats: SoftmaxStats) -> CovarianceFactor:
 
 
 def _hybrid_sketch(stats: SoftmaxStats, settings: Settings) -> CovarianceFactor:
-    """The top directions of C kept exactly, the rest sketched in C's own eigenbasis.
+    """Return the top directions of C kept exactly, the rest sketched in C's own eigenbasis.
 
     The remaining directions are dealt into buckets and summed with random signs, as
     `softmax_sketch` does with items: the same expectation, with less to be random about.

@@ -13,7 +13,7 @@ from fisherkern.ops import counter_rng
 
 
 def streamed_sketch(stats: Any, settings: Settings) -> CovarianceFactor:
-    """The factor whose columns are sums of items with random signs."""
+    """Return the factor whose columns are sums of items with random signs."""
     assert settings.probes is not None
     probes, seed = settings.probes, settings.seed
     inputs = stats.h, stats.lse, stats.mean, stats.sequence_ids

@@ -63,7 +63,7 @@ class CapturedOp:
     other_inputs: list[Node]
 
     def sequences_first(self, delta: Tensor) -> Tensor:
-        """The R gradients that arrived at `output` as `ParamUse` takes them, (R, N, ...)."""
+        """Return the R gradients that arrived at `output` as `ParamUse` takes them, (R, N, ...)."""
         return delta.reshape(len(delta), *self.shape).movedim(1 + self.dim, 1)
 
 
@@ -85,7 +85,7 @@ class OpCall:
     capture: Capture
 
     def view_of(self, tensor: Any) -> ParamView | None:
-        """The parameter, or what is computed from some, whose gradient the call's is part of.
+        """Return the parameter, or what is made of some, whose gradient the call's is part of.
 
         A view without gradient has none.
         """
@@ -94,14 +94,14 @@ class OpCall:
         return self.capture.parameters.view_of(tensor) or self.capture.shared_view(tensor)
 
     def transpose_of(self, tensor: Tensor) -> ParamView | None:
-        """The parameter of which a matrix is the transpose, and not one itself."""
+        """Return the parameter of which a matrix is the transpose, and not one itself."""
         parameters = self.capture.parameters
         if not _differentiated(tensor) or parameters.view_of(tensor) is not None:
             return None
         return parameters.view_or_transpose(tensor)
 
     def first(self, tensor: Tensor) -> Tensor:
-        """The values of a tensor that is laid out as the output, sequences moved to the front."""
+        """Return the values of a tensor laid out as the output, sequences moved to the front."""
         return tensor.detach().movedim(self.dim, 0)
 
     def positions(self, tensor: Tensor, trailing: int = 1) -> Tensor:
@@ -110,7 +110,7 @@ class OpCall:
         return values.reshape(len(values), -1, *values.shape[values.dim() - trailing :])
 
     def copies(self, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The dimensions over which a tensor of `shape` is repeated to the output's shape.
+        """Return the dimensions over which a tensor of `shape` is repeated to the output's shape.
 
         Counted with the sequences' in front and without it; None where the tensor has
         an extent of its own there, and so is no shared parameter.
@@ -231,7 +231,7 @@ class Capture(TorchFunctionMode):
         return output
 
     def shared_view(self, tensor: Tensor) -> ParamView | None:
-        """A tensor that all sequences share, computed from parameters, in a parameter's place."""
+        """Return a tensor that all sequences share, of parameters, in a parameter's place."""
         if tensor.grad_fn is None or tensor in self._dependence:
             return None
         key = tensor.grad_fn, tensor.output_nr
@@ -291,7 +291,7 @@ class Capture(TorchFunctionMode):
         return output
 
     def _called(self, depends: bool, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A call by a rewrite, which makes tensors of its arguments unseen."""
+        """Call a function for a rewrite, which makes tensors of its arguments unseen."""
         if depends:
             self._dependence.note(args[:1], True)
         return self.__torch_function__(func, (), args, kwargs)
@@ -374,7 +374,7 @@ class Capture(TorchFunctionMode):
         return unflattened
 
     def _lead(self, args: tuple[Any, ...], output: Tensor) -> tuple[int, ...] | None:
-        """What the first dimension of a call's output was, if it works on remembered rows."""
+        """Return the first dimension of a call's output, if it works on remembered rows."""
         for tensor in args:
             if id(tensor) in self._flattened and output.dim() > 0:
                 lead = self._flattened[id(tensor)][1]

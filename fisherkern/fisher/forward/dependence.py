@@ -37,7 +37,7 @@ _FROM_OUTSIDE = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
 
 def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """The tensors that a batch or an argument holds, whatever it is made of."""
+    """Yield the tensors that a batch or an argument holds, whatever it is made of."""
     if isinstance(value, Tensor):
         yield value
     elif depth == 0 or isinstance(value, (str, bytes, int, float, type(None))):

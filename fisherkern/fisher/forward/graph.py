@@ -72,7 +72,7 @@ def params_outside(result: Tensor, ops: Iterable[RecordedOp], parameters: Parame
 
 
 def nodes_below(*roots: Node) -> dict[Node, None]:
-    """The graph that ends in some nodes, these included, in the order of a walk."""
+    """Return the graph that ends in some nodes, these included, in the order of a walk."""
     nodes: dict[Node, None] = {}
     stack = list(roots)
     while stack:

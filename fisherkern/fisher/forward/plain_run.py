@@ -107,7 +107,7 @@ class NormGuard(TorchFunctionMode):
 
 
 def without_max_norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keywords of a lookup that changes nothing; of any other call those that it has."""
+    """Return the keywords of a lookup that changes nothing; of any other call those that it has."""
     if kwargs.get("max_norm") is None:
         return kwargs
     rows = args[1].detach()[args[0]]

@@ -22,7 +22,7 @@ class Slice(NamedTuple):
     length: int
 
     def of(self, tensor: Tensor, dim: int | None = None) -> Tensor:
-        """The slice of a tensor, along another dimension where one is given."""
+        """Return the slice of a tensor, along another dimension where one is given."""
         return tensor.narrow(self.dim if dim is None else dim, self.first, self.length)
 
     def whole(self, delta: Tensor, shape: Sequence[int]) -> Tensor:
@@ -47,7 +47,7 @@ class SliceRule(NamedTuple):
 
 
 def slice_rule(node: Node, given: Slice | None) -> SliceRule | None:
-    """The rule of a node for gradients of the slice `given`, None where there is none.
+    """Return the rule of a node for gradients of the slice `given`, None where there is none.
 
     A node that selects a slice has a rule for all of its output, None. A Function has one where
     it has a static method `slice_rule(node, shape, given)`.
@@ -75,7 +75,7 @@ def slice_rule(node: Node, given: Slice | None) -> SliceRule | None:
 
 
 def shape_of(node: Node, output: int = 0) -> torch.Size:
-    """The shape of a node's output."""
+    """Return the shape of a node's output."""
     return torch.Size(node._input_metadata[output].shape)
 
 
@@ -155,7 +155,7 @@ def _transposed(given: Slice, first: int, second: int) -> SliceRule:
 
 
 def _entrywise(node: Node, shape: torch.Size, given: Slice) -> SliceRule:
-    """The factors are what comes of ones; inputs that were broadcast or moved have none."""
+    """Return factors: what comes of ones; inputs that were broadcast or moved have none."""
     metadata = node._input_metadata[0]
     one = torch.ones((), dtype=metadata.dtype, device=metadata.device)
     factors = [
@@ -185,7 +185,7 @@ def _entrywise(node: Node, shape: torch.Size, given: Slice) -> SliceRule:
 
 
 def _found(node: Node, shape: torch.Size, given: Slice) -> SliceRule | None:
-    """What a write in place to a view passes on, where it is the gradient itself or transposed.
+    """Return what a write in place to a view passes on: the gradient itself or transposed.
 
     The node does not say what was written. It is linear: what it does to random numbers, one
     another, it does to all. An input that was broadcast gets no slice: the node leaves the sum to
@@ -224,7 +224,7 @@ def _arrives_at(gradient: Tensor, follower: Node | None, output: int) -> bool:
 
 
 def _called(node: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients that a node gives to its inputs."""
+    """Return the gradients that a node gives to its inputs."""
     with torch.no_grad():
         found = node(delta)
     return found if isinstance(found, tuple) else (found,)

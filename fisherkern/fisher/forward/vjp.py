@@ -65,7 +65,7 @@ def check_alike(together: Sequence[Tensor | None], alone: Sequence[Tensor | None
 def single_vector_jacobians(
     outputs: Places, inputs: Places, given: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The same, one vector after another; sparse gradients become dense."""
+    """Return the same, one vector after another; sparse gradients become dense."""
     rows = [
         torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
         for vectors in zip(*given, strict=True)
@@ -77,7 +77,7 @@ def single_vector_jacobians(
 
 
 def vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Tensor | None]:
-    """The same of one output, together where they can go together."""
+    """Return the same of one output, together where they can go together."""
     if len(given) > 1:
         with contextlib.suppress(Exception):  # whatever a model's own backward pass may raise
             return batched_vector_jacobians(outputs, inputs, [given], compared=True)

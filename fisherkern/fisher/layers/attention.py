@@ -86,7 +86,7 @@ def _projected(
     weights: tuple[Tensor | None, ...],
     bias: Tensor | None,
 ) -> list[Tensor]:
-    """Queries, keys and values (N, T, D); on a GPU by one product where inputs are the same.
+    """Return queries, keys, values (N, T, D); on a GPU by one product of equal inputs.
 
     On a CPU it costs more to put the three gradients side by side than one product saves.
     """
@@ -129,7 +129,7 @@ def _attended(
 
 
 def _softmax(scores: Tensor, dim: int) -> Tensor:
-    """A query that may attend to nothing gets nothing, as in PyTorch's fused attention."""
+    """Give nothing to a query that may attend to nothing, as PyTorch's fused attention does."""
     result: Tensor = torch.ops.aten._safe_softmax(scores, dim)
     return result
 

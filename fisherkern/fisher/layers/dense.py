@@ -26,7 +26,7 @@ Described = Sequence[tuple[Tensor, ParamUse]]
 
 
 def added(call: OpCall, tensor: Tensor | None, shape: Sequence[int] | None = None) -> Described:
-    """The use of a summand laid out as `shape` (default: the parameter's), if it is a parameter."""
+    """Return the use of a parameter that is a summand laid out as `shape` (default: its own)."""
     view = call.view_of(tensor)
     if tensor is None or view is None:
         return []
@@ -37,7 +37,7 @@ def added(call: OpCall, tensor: Tensor | None, shape: Sequence[int] | None = Non
 def scaled(
     call: OpCall, tensor: Tensor | None, inputs: Tensor, shape: Sequence[int] | None = None
 ) -> Described:
-    """The same for a factor of `inputs`, which broadcast to the output."""
+    """Return the same for a factor of `inputs`, which broadcast to the output."""
     view = call.view_of(tensor)
     if tensor is None or view is None:
         return []
@@ -186,7 +186,7 @@ def _rows(call: OpCall, table: Tensor, ids: Tensor) -> Described:
 
 
 def repeated(call: OpCall) -> Described:
-    """A tensor laid out once for every sequence: expand, repeat and their kin."""
+    """Serve a tensor laid out once for every sequence: expand, repeat and their kin."""
     tensor = call.args[0]
     aligned = zip(tensor.shape[::-1], call.output.shape[::-1], strict=False)
     return added(call, tensor) if all(e in (1, all) for e, all in aligned) else []

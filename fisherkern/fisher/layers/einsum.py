@@ -37,7 +37,7 @@ def einsum(call: CapturedCall, equation: Any, *operands: Any) -> Any:
 
 
 def _letters(equation: Any, operands: Any) -> tuple[str, str, str] | None:
-    """The letters of both operands and of the result, each dimension by one."""
+    """Return the letters of both operands and of the result, each dimension by one."""
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     match = _TWO_OPERANDS.fullmatch(equation.replace(" ", ""))

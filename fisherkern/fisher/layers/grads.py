@@ -27,14 +27,14 @@ class Joinable(Protocol):
     """A use of which several make one; see above."""
 
     def positions(self, delta: Tensor) -> Tensor:
-        """The part of `delta` that `joined` wants side by side, (R, N, T, ...)."""
+        """Return the part of `delta` that `joined` wants side by side, (R, N, T, ...)."""
 
     def add_square_(self, fisher: Tensor, delta: Tensor) -> None:
         """See `ParamUse`; also takes what `positions` gives."""
 
     @staticmethod
     def joined(uses: Sequence[Any]) -> Joinable:
-        """The use of all positions of several uses of the same kind and parameter."""
+        """Return the use of all positions of several uses of the same kind and parameter."""
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Sliceable(Protocol):
     """A use that also serves the gradients of a slice of its output."""
 
     def sliced_to(self, part: Slice, extent: int) -> Any:
-        """The use for delta that is `part` of (N, ...) with `extent` entries; None without one."""
+        """Return the use for delta that is `part` of (N, ...) with `extent` entries, or None."""
 
 
 def by_position(tensor: Tensor, trailing: int, leading: int = 1) -> Tensor:
@@ -57,7 +57,7 @@ def channels_last(delta: Tensor) -> Tensor:
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in one dtype, fp32 or wider: autocast gives delta another than the inputs."""
+    """Return tensors of one dtype, fp32 or wider: autocast gives delta another."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -245,11 +245,11 @@ class EmbeddingGrad:
         return g.index_put_((here.sequence, here.row.clamp(min=0)), sums, accumulate=True)
 
     def sliced(self, part: slice) -> EmbeddingGrad:
-        """The lookups of some sequences."""
+        """Return the lookups of some sequences."""
         return dataclasses.replace(self, ids=self.ids[part])
 
     def through(self, param: ParamView, rows: Tensor) -> EmbeddingGrad:
-        """The same lookups of `param`, whose row (V,) each row here is; -1 for none."""
+        """Return the same lookups of `param`, whose row (V,) each row here is; -1 for none."""
         ids = torch.cat([rows, rows.new_full((1,), -1)])[self.ids]
         return dataclasses.replace(self, param=param, ids=ids)
 

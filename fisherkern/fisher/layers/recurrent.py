@@ -50,18 +50,20 @@ def _time_first(*parts: Tensor) -> Tensor:
 
 
 def _backwards(*tensors: Tensor) -> Any:
-    """Steps (T, N, ...) from the last to the first."""
+    """Return the steps (T, N, ...) from the last to the first."""
     return zip(*(tensor.unbind(0)[::-1] for tensor in tensors), strict=True)
 
 
 def _forwards(steps: list[Tensor]) -> Tensor:
-    """Steps (N, ...) listed from the last to the first -> (N, T, ...)."""
+    """Join steps (N, ...) listed from the last to the first: (N, T, ...)."""
     return torch.stack(steps[::-1], dim=1)
 
 
 class _GruStates(torch.autograd.Function):
-    """h_t (N, T, H) of the gates and the states before each step; all gradients are ∂h times
-    a derivative that the forward pass keeps."""
+    """h_t (N, T, H) of the gates and the states before each step.
+
+    All gradients are ∂h times a derivative that the forward pass keeps.
+    """
 
     @staticmethod
     def forward(

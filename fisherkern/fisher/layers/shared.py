@@ -66,7 +66,7 @@ class EntriesGrad(SharedGrad):
 
 
 def uses_of(use: ParamUse, tensor: SharedTensor) -> list[ParamUse]:
-    """What a use of S is for the parameters that S is computed from."""
+    """Return what a use of S is for the parameters that S is computed from."""
     uses: list[ParamUse] = []
     for name in tensor.names:
         param = ParamView(name, 0, tuple(tensor.parameters.named[name].shape))

@@ -64,7 +64,7 @@ def distinct_items(
 def _largest_ranges(
     table: ShardedItems, log_mass: Tensor, rows: Tensor, count: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The `count` ranges of the whole table with the largest maxima: these, and their numbers."""
+    """Return the `count` ranges of the whole table with the largest maxima, and their numbers."""
     first = table.first // RANGE
     parts = torch.arange(first, first + log_mass.shape[1], device=rows.device)
     maxima, number = _outermost(log_mass, parts)
@@ -84,7 +84,7 @@ def _largest_ranges(
 
 
 def _outermost(log_mass: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-    """The masses (N, E) of the first and last ranges of all processes, and their numbers (E,).
+    """Return the masses (N, E) of all processes' first and last ranges, and numbers (E,).
 
     They alone may be shared, and then have the mass of all shares.
     """
@@ -102,7 +102,7 @@ def _outermost(log_mass: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_p(table: ShardedItems, h: Tensor, lse: Tensor, parts: Tensor) -> Tensor:
-    """The log p of this process's items in ranges (N, m), −inf at the others': (N, m, RANGE)."""
+    """Return log p of the process's items in ranges (N, m), −inf at others': (N, m, RANGE)."""
     shape = *parts.shape, RANGE
     found = torch.full(shape, -torch.inf, dtype=torch.float64, device=h.device)
     for piece in table.pieces:

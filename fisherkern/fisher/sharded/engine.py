@@ -35,7 +35,7 @@ from fisherkern.processes import gathered, joined_sum, own_part, rank, together
 
 
 def engine_of(model: ModelAdapter, settings: Settings) -> Engine:
-    """The engine that suits a model's parameters."""
+    """Return the engine that suits a model's parameters."""
     if not is_sharded(model.module):
         return Engine(model, settings)
     known = model.library.item_tables(model.module)
@@ -155,7 +155,7 @@ class ShardedEngine(GatheredEngine):
             total[rows[own] - shard.first] += found[own]
 
     def _output_layer(self) -> OutputLayer:
-        """This process's part of the output layer."""
+        """Return this process's part of the output layer."""
         assert self.head is not None and self.own is not None
         weight, bias = self.own.weight, self.own.bias
         return OutputLayer(
@@ -215,7 +215,7 @@ class ShardedEngine(GatheredEngine):
         return [dataclasses.replace(f, index=f.index + own.start) for f in found]
 
     def _hidden(self, forwards: list[CapturedForward], n: int) -> Tensor:
-        """The hidden states of all processes' sequences."""
+        """Return the hidden states of all processes' sequences."""
         h = self._no_states(n)
         for forward in forwards:
             h[forward.index] = forward.result.detach().to(h.dtype)
@@ -260,7 +260,7 @@ class ShardedEngine(GatheredEngine):
     def _rows(
         self, batch: Any, forward: CapturedForward, sequence_ids: Tensor
     ) -> tuple[PositionRows, Tensor, Tensor | None]:
-        """The positions of a bucket that count, their hidden states and targets."""
+        """Return the positions of a bucket that count, their hidden states and targets."""
         result = forward.result.detach()
         if result.dim() != 3:
             raise InputError("positions: the model gives states of the last position alone")
@@ -277,7 +277,7 @@ class ShardedEngine(GatheredEngine):
     def _joined_rows(
         self, own: tuple[PositionRows, Tensor, Tensor | None] | None
     ) -> tuple[_States, int]:
-        """The positions of all processes, and the number of the first of this one's."""
+        """Return the positions of all processes, and the number of the first of this one's."""
         counts = gathered((0, 0) if own is None else (len(own[0]), self.counted))
         self.num_positions += sum(counted for _, counted in counts)
         first, total = sum(n for n, _ in counts[: rank()]), sum(n for n, _ in counts)
@@ -296,7 +296,7 @@ class ShardedEngine(GatheredEngine):
         return found, first
 
     def of_few(self, batch: Any) -> Engine:
-        """An engine for the same model with the items that a few sequences name, and no others."""
+        """Return an engine for the same model with the items alone that a few sequences name."""
         assert self.head is not None and self.own is not None
         assert self.model.all_hidden is not None
         self._fetch(batch)

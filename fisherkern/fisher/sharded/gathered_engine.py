@@ -33,7 +33,7 @@ class GatheredEngine(Engine):
 
 
 def by_rows(local: Tensor, parameter: Any) -> Tensor:
-    """A `DTensor` of this process's rows, laid out as a parameter."""
+    """Return a `DTensor` of this process's rows, laid out as a parameter."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(

@@ -49,7 +49,7 @@ class ItemPiece:
 
 
 def pieces_of(first: int, weight: Tensor, bias: Tensor | None) -> list[ItemPiece]:
-    """The process's items from `first` on, cut so that their ranges are those of the whole table.
+    """Return the process's items from `first` on, cut as the whole table's ranges are.
 
     Draws without replacement are keyed by range.
     """
@@ -96,14 +96,14 @@ class ShardedItemTable(ItemTable):
         return self._num_items
 
     def _by_piece(self, values: Sequence[Tensor], missing: Tensor) -> Tensor:
-        """A value of each piece of all processes, (2 P, ...); `missing` for a piece that is not."""
+        """Return a value of each piece of all processes, (2 P, ...); `missing` for none."""
         padded = [*values, *[missing] * (_PIECES - len(values))]
         return stacked(torch.stack(padded)).flatten(0, 1)
 
     def _joined_mean(
         self, h: Tensor, found: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """The lse and w̄ over all pieces, of (lse, w̄) over each."""
+        """Return the lse and w̄ over all pieces, of (lse, w̄) over each."""
         dtype = torch.promote_types(h.dtype, torch.float32)
         nothing = torch.full((len(h),), -torch.inf, dtype=torch.float64, device=h.device)
         every = self._by_piece([lse.double() for lse, _ in found], nothing)
@@ -116,14 +116,14 @@ class ShardedItemTable(ItemTable):
         return lse.to(dtype), joined_sum(mean)
 
     def mean(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The joined lse and w̄, and the log-sum-exps of this process's ranges."""
+        """Return the joined lse and w̄, and the log-sum-exps of this process's ranges."""
         found = [ops.softmax_mean(h, *piece.inputs) for piece in self.pieces]
         none = torch.empty(len(h), 0, dtype=torch.float64, device=h.device)
         ranges = torch.cat([none, *(part for _, _, part in found)], dim=1)
         return *self._joined_mean(h, [(lse, mean) for lse, mean, _ in found]), ranges
 
     def largest(self, ranges: Tensor) -> Tensor:
-        """The largest log-sum-exp of a range of all processes, (N,)."""
+        """Return the largest log-sum-exp of a range of all processes, (N,)."""
         nothing = ranges.new_full((len(ranges), 1), -torch.inf)
         return stacked(torch.cat([nothing, ranges], dim=1).amax(dim=1)).amax(dim=0)
 
@@ -229,7 +229,7 @@ class ShardedItemTable(ItemTable):
         return item, highest
 
     def tiles(self, h: Tensor) -> Iterator[ItemTile]:
-        """The logits of this process's items."""
+        """Yield the logits of this process's items."""
         for piece in self.pieces:
             for start, stop, z in logit_tiles(h, *piece.inputs):
                 place = slice(piece.place.start + start, piece.place.start + stop)
@@ -243,7 +243,7 @@ class ShardedItemTable(ItemTable):
         return items.masked_fill(none, 0), none
 
     def joined(self, sums: Tensor) -> Tensor:
-        """The sum over the processes."""
+        """Return the sum over the processes."""
         return joined_sum(sums)
 
     def fetch(self, items: Tensor) -> None:
@@ -265,7 +265,7 @@ class ShardedItemTable(ItemTable):
         self._known = known
 
     def rows(self, items: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The vectors and biases of items that were fetched."""
+        """Return the vectors and biases of items that were fetched."""
         place = torch.searchsorted(self._known, items.contiguous()).clamp(
             max=max(len(self._known) - 1, 0)
         )
