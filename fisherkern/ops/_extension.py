@@ -32,7 +32,7 @@ class LaunchSplit(NamedTuple):
 def extension_for(
     op: str, fisher: Tensor, delta: Tensor, *tensors: Tensor | None, width: int = 0, size: int = 0
 ) -> ModuleType | None:
-    """The extension where this call of `op` may run in it, else None.
+    """Return the extension where this call of `op` may run in it, else None.
 
     fp32 sums, fp32 or bf16 inputs, all on the CPU or on one GPU that it was compiled for.
     On a GPU only where the backend is "cuda", or "auto" and proven.json has a row of the op for
@@ -273,7 +273,7 @@ def _threads(products: int) -> int:
 
 
 def _workspace(fisher: Tensor, split: LaunchSplit, rows: int, columns: int) -> Tensor | None:
-    """The splits' sums, None where there is one split or nothing to sum."""
+    """Return the splits' sums, None where there is one split or nothing to sum."""
     if split.splits == 1 or rows * columns == 0:
         return None
     return fisher.new_empty(split.splits, rows, columns)

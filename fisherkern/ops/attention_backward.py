@@ -72,7 +72,7 @@ def _of_queries(
 def attention_backward_reference(
     p: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> Gradients:
-    """The fp64 twin: the products written out over r, n, h, queries i and keys j."""
+    """Compute the fp64 twin: the products written out over r, n, h, queries i and keys j."""
     p, delta, q, k, v = (tensor.double() for tensor in (p, delta, q, k, v))
     dp = torch.einsum("rnihe,njhe->rnhij", delta, v)
     # The Jacobian of a softmax, diag(p) − p pᵀ, whole.

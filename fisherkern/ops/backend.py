@@ -66,7 +66,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend() -> str:
-    """The backend in force: the innermost `use_backend`, else the environment's, else auto."""
+    """Return the backend in force: the innermost `use_backend`'s, the environment's, or auto."""
     name = _chosen.get()
     if name != "auto":
         return name
@@ -111,7 +111,7 @@ def use_triton(
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """A GPU's compute capability as one number: 90 is 9.0."""
+    """Return a GPU's compute capability as one number: 90 is 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

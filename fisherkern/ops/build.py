@@ -14,7 +14,7 @@ log = logging.getLogger("fisherkern")
 
 @functools.cache
 def load_extension() -> ModuleType | None:
-    """The extension, or None where it was not built for this Python."""
+    """Return the extension, or None where it was not built for this Python."""
     try:
         return importlib.import_module("fisherkern._C")
     except ModuleNotFoundError:

@@ -41,7 +41,7 @@ def random_bits_at(seed: int, row: Tensor, column: Tensor) -> Tensor:
 
 
 def row_keys(seed: int, row: Tensor) -> Tensor:
-    """The part of the numbers' keys that a row's columns share, int64."""
+    """Return the part of the numbers' keys that a row's columns share, int64."""
     signed_seed = (seed + 2**63) % 2**64 - 2**63
     return _mix(_mix(row * GOLDEN + signed_seed) + GOLDEN)
 
@@ -52,7 +52,7 @@ def uniform(seed: int, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def gumbel_at(seed: int, row: Tensor, column: Tensor) -> Tensor:
-    """Standard Gumbel numbers −log(−log u), float64, for int64 tensors that broadcast."""
+    """Draw standard Gumbel numbers −log(−log u), float64, by int64 tensors that broadcast."""
     # 52 bits and a half: neither 0 nor 1, whose logarithms are not finite.
     u = (_shift_right(random_bits_at(seed, row, column), 12).double() + 0.5) * 2.0**-52
     return u.log_().neg_().log_().neg_()
@@ -102,7 +102,7 @@ _BUCKETS = -1
 
 
 def bucket_rotations(seed: int, blocks: Tensor, probes: int) -> Tensor:
-    """A random number below `probes` for each block, int64."""
+    """Return a random number below `probes` for each block, int64."""
     bits = random_bits_at(seed, torch.full_like(blocks, _BUCKETS), blocks)
     return _shift_right(bits, 33) % probes
 
@@ -113,7 +113,7 @@ def catalogue_rotations(seed: int, num_items: int, probes: int, device: torch.de
 
 
 def bucket_of(seed: int, column: Tensor, probes: int) -> Tensor:
-    """The bucket, 0 … probes − 1, of each column, int64.
+    """Return the bucket, 0 … probes − 1, of each column, int64.
 
     The `probes` columns of a block (columns R j … R j + R − 1) take one bucket each, in an
     order turned by a random number: columns of different blocks meet with probability
@@ -125,7 +125,7 @@ def bucket_of(seed: int, column: Tensor, probes: int) -> Tensor:
 def members_by_bucket(
     seed: int, probes: int, first: int, count: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """The columns first … first + count − 1 of each bucket of `bucket_of`, ascending, int64."""
+    """Return columns first … first + count − 1 of each bucket of `bucket_of`, int64."""
     blocks = torch.arange(first // probes, -(-(first + count) // probes), device=device)
     rotations = bucket_rotations(seed, blocks, probes)
     # Made on the CPU once more: a GPU would be waited for. Only in the outermost blocks may a

@@ -97,7 +97,7 @@ def add_square_of_items_(
 def head_sqgrad_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, omega: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The fp64 twin: (weight part (V, D), bias part (V,)); one N×V matrix per sampled item."""
+    """Compute the fp64 twin: weight part (V, D), bias part (V,); an N×V matrix an item."""
     p = reference_logits(h, weight, bias).softmax(dim=1)
     if ids is None or omega is None:
         everything = torch.arange(weight.shape[0], device=h.device)

@@ -66,7 +66,7 @@ _TABLE: dict[tuple[str, int, str], Launch] = {
 
 
 def launch(kernel: str, device: torch.device, dtype: torch.dtype) -> Launch:
-    """The row of `kernel` for the newest architecture in the table that `device` reaches.
+    """Return the row of `kernel` for the newest architecture in the table that `device` reaches.
 
     Devices older than every row, and the interpreter on the CPU, take the oldest row.
     """
@@ -100,7 +100,7 @@ _OUTER_TILE: dict[tuple[int, str], int] = {
 def outer_split(
     device: torch.device, dtype: torch.dtype, rows: int, columns: int, pairs: int
 ) -> tuple[int, int]:
-    """(sums, tile): how the compiled segment_outer_square_ cuts `pairs` for F (rows, columns)."""
+    """Return (sums, tile): how the compiled segment_outer_square_ cuts `pairs` for F."""
     kind = "fp32" if dtype == torch.float32 else "half"
     major, minor = torch.cuda.get_device_capability(device)
     tile = _OUTER_TILE[
@@ -113,7 +113,7 @@ def outer_split(
 
 
 def lookup_splits(probes: int) -> int:
-    """Sums that the compiled lookup_square_ cuts a row into.
+    """Return sums that the compiled lookup_square_ cuts a row into.
 
     A row of every sequence (the mask token's) has N·R pairs where most have R: it must
     not run long after the others are done.

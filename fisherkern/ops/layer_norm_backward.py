@@ -51,7 +51,7 @@ def _of_rows(delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Ten
 def layer_norm_backward_reference(
     delta: Tensor, normalised: Tensor, weight: Tensor | None, rstd: Tensor
 ) -> Tensor:
-    """The fp64 twin: every row's Jacobian of y, rstd w (I − 1/D − n nᵀ/D), whole."""
+    """Compute the fp64 twin: every row's Jacobian of y, rstd w (I − 1/D − n nᵀ/D), whole."""
     delta, n, rstd = delta.double(), normalised.double(), rstd.double()
     width = n.shape[1]
     jacobian = torch.eye(width).to(n) - (1 + n[:, :, None] * n[:, None, :]) / width

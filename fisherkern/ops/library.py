@@ -20,7 +20,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def _no_outputs(**_arguments: Any) -> None:
-    """The outputs of an op that only mutates."""
+    """Return nothing, as an op does that only mutates."""
 
 
 def register_op(
@@ -77,7 +77,7 @@ def register_op(
 def _as_probes(
     op: Any, index: int, _info: Any, in_dims: Sequence[int | None], *args: Any
 ) -> tuple[Any, Any]:
-    """A rule of torch.library.register_vmap: outputs, and the mapped dimension of each."""
+    """Return a rule of torch.library.register_vmap: outputs, and the mapped dimension of each."""
     mapped = [i for i, dim in enumerate(in_dims) if dim is not None]
     if mapped != [index]:
         name = op._schema.arguments[index].name

@@ -210,7 +210,7 @@ def lookup_square_reference(
     beta: dict[tuple[int, int], list[float]] | None = None,
     hidden: Tensor | None = None,
 ) -> Tensor:
-    """The fp64 twin: a loop over probes, sequences and positions; (V, D).
+    """Compute the fp64 twin: a loop over probes, sequences and positions; (V, D).
 
     delta (R, N·T, D), ids (N, T); beta gives the R coefficients of (sequence, row).
     """

@@ -88,7 +88,7 @@ class Row:
 
 
 def read_proven(path: Path) -> list[Row]:
-    """The rows of a file. Raises InputError where one is not what `Row` says."""
+    """Return the rows of a file. Raises InputError where one is not what `Row` says."""
     found = []
     for number, entry in enumerate(json.loads(path.read_text(encoding="utf-8")), 1):
         if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Row)}:
@@ -104,24 +104,24 @@ def read_proven(path: Path) -> list[Row]:
 
 
 def text_of(rows: Sequence[Row]) -> str:
-    """What the file holds: a row a line, sorted."""
+    """Return what the file holds: a row a line, sorted."""
     lines = sorted(json.dumps(asdict(row)) for row in rows)
     return "[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n"
 
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    """The rows that the package came with."""
+    """Return the rows that the package came with."""
     return tuple(read_proven(FILE))
 
 
 def widths_of(op: str, backend: str) -> tuple[tuple[int, int], ...]:
-    """The classes of widths of an op's kernels."""
+    """Return the classes of widths of an op's kernels."""
     return SEGMENT_WIDTHS[backend] if op == SEGMENTS else WIDTHS
 
 
 def dtype_name(first: torch.dtype, second: torch.dtype) -> str | None:
-    """What a row calls products of such matrices; None: nothing that rows are about."""
+    """Return what a row calls products of such matrices; None: nothing that rows are about."""
     if (first, second) == (torch.float32, torch.bfloat16):
         return "mixed"
     return _ONE_DTYPE.get(first) if first == second else None
@@ -134,7 +134,7 @@ def beats_torch(op: str, backend: str, arch: int, dtype: str | None, width: int,
 
 @functools.cache
 def _faster_from(op: str, backend: str, arch: int, dtype: str, width: int) -> float:
-    """The size from which "auto" takes the kernel: infinite where it never does."""
+    """Return the size from which "auto" takes the kernel: infinite where it never does."""
     own = [row for row in rows() if row.covers(op, backend, arch, dtype, width)]
     sizes = [row.faster_from for row in own if stale(row, kernel_hash(op, backend)) is None]
     return min((size for size in sizes if size is not None), default=float("inf"))
@@ -154,7 +154,7 @@ def stale(row: Row, code: str | None) -> str | None:
 def launch_settings(
     op: str, backend: str, arch: int, dtype: str, table: Table | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The rows of today's launch table, or of another, that a Triton op runs with.
+    """Return the rows of today's launch table, or of another, that a Triton op runs with.
 
     Of the extension's there are none.
     """
@@ -187,7 +187,7 @@ def kernel_hash(op: str, backend: str) -> str | None:
 
 
 def kernel_hashes(extension: object | None = None) -> dict[str, str]:
-    """What identifies all kernels as they are now, for a run on a GPU to keep beside its results.
+    """Return what identifies today's kernels, for a run on a GPU to keep beside its results.
 
     "op/backend": `kernel_hash`, of the extension's that of the module given, nothing without one;
     "launch/kernel/arch/kind": the row of the launch table.
@@ -201,7 +201,7 @@ def kernel_hashes(extension: object | None = None) -> dict[str, str]:
 
 
 def triton_sources(folder: Path, name: str) -> dict[str, bytes]:
-    """A kernel's file in `folder` and every other *_triton.py it comes to import."""
+    """Return a kernel's file in `folder` and every other *_triton.py it comes to import."""
     found: dict[str, bytes] = {}
     waiting = [name]
     while waiting:

@@ -35,7 +35,7 @@ from fisherkern.ops.softmax_lse import RANGE, reference_logits
 
 
 def range_maxima(log_mass: Tensor, parts: Tensor, rows: Tensor, seed: int) -> Tensor:
-    """The largest perturbed value of ranges (P,): log_mass (N, P) fp64, rows (N,) -> (N, P)."""
+    """Return the ranges' largest perturbed values (N, P) of log_mass (N, P) fp64, rows (N,)."""
     # Ranges take the columns below zero: no item has them.
     return log_mass + counter_rng.gumbel_at(seed, rows[:, None], -1 - parts[None, :])
 
@@ -156,7 +156,7 @@ def sample_distinct(
 def sample_distinct_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, k: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The fp64 twin of `sample_distinct`: the noise of all items, then one sort."""
+    """Compute the fp64 twin of `sample_distinct`: the noise of all items, then one sort."""
     log_p = reference_logits(h, weight, bias).log_softmax(dim=1)
     items = torch.arange(log_p.shape[1], device=h.device)
     noisy = log_p + counter_rng.gumbel_at(seed, rows[:, None], items)

@@ -106,7 +106,7 @@ def sample_items(
 def items_at(
     u: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor, ranges: Tensor
 ) -> Tensor:
-    """The items at which the running sums of exp(z − lse) pass u (N, k): (N, k) int64."""
+    """Return the items at which the running sums of exp(z − lse) pass u (N, k): (N, k) int64."""
     ids = torch.empty(u.shape, dtype=torch.int64, device=h.device)
     for block in row_blocks(h.shape[0], max(ranges.shape[1], u.shape[1] * RANGE)):
         total = (ranges[block] - lse[block, None].double()).exp_().cumsum(dim=1)
@@ -125,7 +125,7 @@ def items_at(
 def sample_items_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, k: int, seed: int
 ) -> Tensor:
-    """The fp64 twin of `sample_items`; holds all probabilities."""
+    """Compute the fp64 twin of `sample_items`; holds all probabilities."""
     cdf = reference_logits(h, weight, bias).softmax(dim=1).cumsum(dim=1)
     u = counter_rng.uniform(seed, rows, torch.arange(k, device=h.device))
     return torch.searchsorted(cdf, u, right=True).clamp_(max=weight.shape[0] - 1)

@@ -123,7 +123,7 @@ def segment_outer_square_(fisher: Tensor, delta: Tensor, inputs: Tensor) -> None
 
 
 def segment_outer_square_reference(delta: Tensor, inputs: Tensor) -> Tensor:
-    """The fp64 twin: Σ_r Σ_n (Σ_t δ_rnt a_ntᵀ)², (O, I), a loop over probes to positions."""
+    """Compute the fp64 twin: Σ_r Σ_n (Σ_t δ_rnt a_ntᵀ)², (O, I), by loops."""
     total = torch.zeros(delta.shape[3], inputs.shape[2], dtype=torch.float64)
     for probe in delta.double():
         for d, a in zip(probe, inputs.double(), strict=True):

@@ -115,7 +115,7 @@ def softmax_lse(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def softmax_lse_reference(h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The fp64 twin of `softmax_lse`; holds all logits."""
+    """Compute the fp64 twin of `softmax_lse`; holds all logits."""
     return torch.logsumexp(reference_logits(h, weight, bias), dim=1)
 
 
@@ -131,6 +131,6 @@ def num_ranges(num_items: int) -> int:
 
 
 def chosen_range(total: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The range each u (N, k) falls into and the mass below it; total (N, P): running sums."""
+    """Return the range each u (N, k) falls into, the mass below; total (N, P): running sums."""
     part = torch.searchsorted(total, u, right=True).clamp_(max=total.shape[1] - 1)
     return part, torch.where(part > 0, total.gather(1, (part - 1).clamp_(min=0)), 0.0)

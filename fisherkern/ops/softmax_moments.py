@@ -165,7 +165,7 @@ def second_moment(
 def softmax_moments_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The fp64 twin: (mean (N, D), covariance (N, D, D)); holds N·V·D numbers."""
+    """Compute the fp64 twin: (mean (N, D), covariance (N, D, D)); holds N·V·D numbers."""
     p = reference_logits(h, weight, bias).softmax(dim=1)
     mean = p @ weight.double()
     centred = weight.double()[None] - mean[:, None]
@@ -173,6 +173,6 @@ def softmax_moments_reference(
 
 
 def range_lse_reference(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The fp64 twin of the ranges' log-sum-exp, (N, ⌈V / RANGE⌉)."""
+    """Compute the fp64 twin of the ranges' log-sum-exp, (N, ⌈V / RANGE⌉)."""
     z = reference_logits(h, weight, bias)
     return torch.stack([part.logsumexp(dim=1) for part in z.split(RANGE, dim=1)], dim=1)

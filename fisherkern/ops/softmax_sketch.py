@@ -81,7 +81,7 @@ def sketch_sums(
     seed: int,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Σ_v sqrt(p(v)) ε_v w_v (N, R, D) and without w_v (N, R), by bucket, of items first + 0 …"""
+    """Return Σ_v sqrt(p(v)) ε_v w_v (N, R, D), also without w_v (N, R), of items from `first`."""
     n, width = h.shape[0], weight.shape[1]
     sums = torch.zeros(n, probes, width, dtype=lse.dtype, device=h.device)
     totals = torch.zeros(n, probes, dtype=lse.dtype, device=h.device)
@@ -103,7 +103,7 @@ def sketch_sums(
 def softmax_sketch_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, probes: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The fp64 twin of `softmax_sketch`; holds N·V·R numbers."""
+    """Compute the fp64 twin of `softmax_sketch`; holds N·V·R numbers."""
     p = reference_logits(h, weight, bias).softmax(dim=1)
     items = torch.arange(weight.shape[0], device=h.device)
     row, item = torch.broadcast_tensors(rows[:, None], items[None, :])

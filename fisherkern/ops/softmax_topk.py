@@ -104,7 +104,7 @@ class _OnlineTopk:
         return peaks.amax(dim=1)
 
     def _least(self, peaks: Tensor) -> Tensor | None:
-        """What an item must exceed to be looked at (N,); None where all must be.
+        """Return what an item must exceed to be looked at (N,); None where all must be.
 
         Among equal items the lower ids, which came first, stay: once there are k, only
         larger ones enter, and after some tiles few groups have any. Before, k groups with
@@ -190,7 +190,7 @@ def softmax_topk(
 def softmax_topk_reference(
     h: Tensor, weight: Tensor, bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fp64 twin of `softmax_topk`; holds all logits and sorts them."""
+    """Compute the fp64 twin of `softmax_topk`; holds all logits and sorts them."""
     z = reference_logits(h, weight, bias)
     values, ids = torch.sort(z, dim=1, descending=True, stable=True)
     lse = torch.logsumexp(z, dim=1)
