@@ -106,14 +106,14 @@ def test_yaml_beyond_the_limits(case, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     if message is None:  # "<<" is a word like any other
         assert read_yaml(path)["c"] == {"<<": [{"b": 1}, {"b": 1}]}
     else:
         with pytest.raises(InputError, match=message) as error:
             read_yaml(path)
         assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
 
