@@ -35,20 +35,30 @@ def eval_mode(model: Any, *, gradients: bool = False) -> Iterator[None]:
         for module in modules:
             blocks, training = _modes.get(id(module), (0, module.training))
             _modes[id(module)] = blocks + 1, training
-        if modules:
-            model.eval()
+        try:
+            if modules:
+                model.eval()
+        except NotImplementedError:  # an exported program's modules have their mode and no switch
+            for module in modules:
+                module.training = False
         if recurrent:
             _switch_cudnn(1)
     try:
         yield
     finally:
+        own_modes = []
         with _lock:
             for module in modules:
                 blocks, training = _modes.pop(id(module))
                 if blocks > 1:
                     _modes[id(module)] = blocks - 1, training
-                else:
-                    module.training = training
+                    continue
+                if type(module).train is not nn.Module.train:  # LoRA layers merge their weights
+                    module.train(training)
+                own_modes.append((module, training))
+            # A module's switch has thrown those of the modules inside it.
+            for module, training in own_modes:
+                module.training = training
             if recurrent:
                 _switch_cudnn(-1)
 

@@ -17,6 +17,35 @@ def test_modes_come_back_after_an_error_too():
     assert [module.training for module in model.modules()] == before == [True, True, False, False]
 
 
+class Merging(nn.Linear):
+    """Its evaluation mode is another weight, as that of a LoRA layer."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data += -1 if mode else 1
+        return super().train(mode)
+
+
+def test_what_a_modules_own_switch_changes_comes_back():
+    model = nn.Sequential(Merging(2, 2), nn.Sequential(nn.Dropout()))
+    model[1].eval()
+    before = model[0].weight.clone()
+    for training in (True, False):
+        model.training = training
+        with eval_mode(model):
+            assert not torch.equal(model[0].weight, before)
+        assert [module.training for module in model.modules()] == [training, True, False, False]
+        assert (model[0].weight - before).abs().max() < 1e-6
+
+
+def test_exported_programs_run_in_their_own_mode():
+    module = torch.export.export(
+        nn.Sequential(nn.Linear(2, 2)).eval(), (torch.ones(3, 2),)
+    ).module()
+    with eval_mode(module):
+        assert module(torch.ones(3, 2)).shape == (3, 2)
+
+
 def test_what_is_no_module_is_left_alone():
     with eval_mode(len):
         pass

@@ -7,6 +7,8 @@ import dis
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.fx
 from torch import nn
 
 from fisherkern.errors import InputError
@@ -17,6 +19,8 @@ _HELD = ("torch_model", "lightning_model", "_model", "model", "module")
 # AveragedModel, then RecTools' Lightning module.
 _PASSED_ON = ("_orig_mod", "module", "torch_model")
 _DEEPEST = 8
+# Modules of torch's classes whose own code says what they compute.
+WITH_CODE = (torch.jit.ScriptModule, torch.fx.GraphModule)
 # What byte code does that is more than to call and to return.
 _COMPUTES = ("BINARY", "UNARY", "COMPARE", "FOR_ITER", "STORE", "LOAD_GLOBAL", "IMPORT")
 
@@ -99,8 +103,10 @@ def _attribute(model: Any, name: str) -> Any:
 def _passed_on(model: nn.Module) -> str | None:
     """The child that a wrapper of torch or RecTools passes every call to."""
     of_torch = type(model).__module__.partition(".")[0] == "torch"
+    of_torch = of_torch and not isinstance(model, WITH_CODE)
+    children = dict(model.named_children())
     for name in _PASSED_ON:
-        child = model._modules.get(name)
+        child = children.get(name)
         if child is None or not (of_torch or name in ("_orig_mod", "torch_model")):
             continue
         if of_torch or _only_trained_child(model) == name:

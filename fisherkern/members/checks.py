@@ -60,7 +60,7 @@ def check_members(models: Sequence[Any]) -> list[Tie]:
     """
     models = bare_modules(models)
     for number, model in enumerate(models):
-        if type(model) is not type(models[0]):
+        if _class_name(model) != _class_name(models[0]):
             raise InputError(
                 f"member {number} is a {type(model).__name__} and member 0 "
                 f"a {type(models[0]).__name__}; only models of one class merge"
@@ -88,6 +88,11 @@ def check_members(models: Sequence[Any]) -> list[Tie]:
                 "to different ones, in the other"
             )
     return ties[0]
+
+
+def _class_name(model: nn.Module) -> tuple[str, str]:
+    """Of the class: a parametrised or traced module, and a notebook's cell, make it anew."""
+    return type(model).__module__, type(model).__qualname__
 
 
 def check_tensors(

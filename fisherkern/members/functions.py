@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.agreement import distance
+from fisherkern.adapters.wrappers import WITH_CODE
 from fisherkern.errors import InputError, one_line, shown
 from fisherkern.modes import eval_mode
 
@@ -72,7 +73,11 @@ def _module_difference(first: nn.Module, other: nn.Module) -> tuple[str, str, st
     """(Name, the first's, the other's) of a module of PyTorch's own that differs."""
     named = dict(other.named_modules())
     for name, own in first.named_modules():
-        if (same := named.get(name)) is None or not _is_pytorchs(own):
+        if (same := named.get(name)) is None:
+            continue
+        if isinstance(own, WITH_CODE) and isinstance(same, WITH_CODE) and own.code != same.code:
+            return name, "has one code", "has another"
+        if not _is_pytorchs(own):
             continue
         if isinstance(own, _IN_TRAINING) and isinstance(same, _IN_TRAINING):
             continue

@@ -111,6 +111,25 @@ def test_a_module_that_computes_is_no_wrapper() -> None:
     assert_equal(fisher, brute.fisher(gradients, p))
 
 
+@pytest.mark.parametrize("kind", [torch.jit.script, torch.fx.symbolic_trace])
+def test_scripted_and_traced_modules_are_no_wrappers(kind: Callable[[nn.Module], Any]) -> None:
+    models = []
+    for _ in range(2):
+        model = nn.Sequential(nn.Embedding(NUM_ITEMS + 1, 4), nn.Flatten())
+        model.add_module("module", nn.Linear(4 * HISTORIES.shape[1], NUM_ITEMS))
+        models.append(kind(model.double()))
+    fisher = fk.diag_fisher(models[0], [HISTORIES], sampler="exact", progress=False)
+    p, gradients = brute.all_gradients(models[0], HISTORIES)
+    assert_equal(fisher, brute.fisher(gradients, p))
+    merged = fk.merge(models).state_dict()
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(merged[name], (value + models[1].state_dict()[name]) / 2)
+    other = nn.Sequential(nn.Embedding(NUM_ITEMS + 1, 4), nn.ReLU(), nn.Flatten())
+    other.add_module("module", nn.Linear(4 * HISTORIES.shape[1], NUM_ITEMS))
+    with pytest.raises(fk.InputError, match="has another in member 1 and has one code"):
+        fk.merge([models[0], kind(other.double())])
+
+
 def test_a_class_of_any_name_merges() -> None:
     for name in ("SASRec", "BERT4Rec", "GRU4Rec", "Caser"):
         kind = type(name, (Linear,), {"config": {"norm": "x"}})
