@@ -1,18 +1,22 @@
-"""Evaluation mode for the length of a block, in one thread or several."""
+"""Evaluation mode for the length of a block, in one thread or several; caches go as they came."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _lock = threading.Lock()
-# By id, of modules in a block of some thread: how many they are in, and the mode they come from.
-_modes: dict[int, tuple[int, bool]] = {}
+# By id, of modules in a block of some thread: how many they are in, the mode they come from, and
+# their attributes.
+_modes: dict[int, tuple[int, bool, dict[str, Any]]] = {}
+# What every module has.
+_COMMON = frozenset(vars(nn.Module()))
 # Blocks without cuDNN, and whether it was on before the first.
 _without_cudnn = 0
 _cudnn = True
@@ -22,7 +26,9 @@ _cudnn = True
 def eval_mode(model: Any, *, gradients: bool = False) -> Iterator[None]:
     """Put every submodule into eval mode inside the block, and back into its own mode after it.
 
-    Blocks of several threads may hold one module: it comes back after the last of them.
+    Blocks of several threads may hold one module: it comes back after the last of them. Attributes
+    with tensors that a forward pass has set come back too: an item table that a model keeps for its
+    next pass is that of these weights.
 
     Args:
         model: A module. Anything else that can be called has no mode and is left alone.
@@ -33,8 +39,8 @@ def eval_mode(model: Any, *, gradients: bool = False) -> Iterator[None]:
     recurrent = gradients and any(isinstance(module, nn.RNNBase) for module in modules)
     with _lock:
         for module in modules:
-            blocks, training = _modes.get(id(module), (0, module.training))
-            _modes[id(module)] = blocks + 1, training
+            known = _modes.get(id(module)) or (0, module.training, _attributes(module))
+            _modes[id(module)] = known[0] + 1, *known[1:]
         try:
             if modules:
                 model.eval()
@@ -49,10 +55,11 @@ def eval_mode(model: Any, *, gradients: bool = False) -> Iterator[None]:
         own_modes = []
         with _lock:
             for module in modules:
-                blocks, training = _modes.pop(id(module))
+                blocks, training, attributes = _modes.pop(id(module))
                 if blocks > 1:
-                    _modes[id(module)] = blocks - 1, training
+                    _modes[id(module)] = blocks - 1, training, attributes
                     continue
+                _put_back(module, attributes)
                 if type(module).train is not nn.Module.train:  # LoRA layers merge their weights
                     module.train(training)
                 own_modes.append((module, training))
@@ -61,6 +68,47 @@ def eval_mode(model: Any, *, gradients: bool = False) -> Iterator[None]:
                 module.training = training
             if recurrent:
                 _switch_cudnn(-1)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return a module's own attributes, each with a copy of what a list or dictionary holds."""
+    return {
+        name: (value, copy.copy(value) if type(value) in (dict, list) else None)
+        for name, value in vars(module).items()
+        if name not in _COMMON
+    }
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Undo changes to attributes that have to do with tensors."""
+    own = vars(module)
+    for name in [name for name in own if name not in _COMMON]:
+        value, content = attributes.get(name, (None, None))
+        if not (_holds_tensor(own[name]) or _holds_tensor(value) or _holds_tensor(content)):
+            continue
+        if name not in attributes:
+            del own[name]
+            continue
+        if own[name] is not value:
+            own[name] = value
+        if content is not None and not _same(value, content):
+            value.clear()
+            value.update(content) if isinstance(value, dict) else value.extend(content)
+
+
+def _entries(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, dict) else value)
+
+
+def _holds_tensor(value: Any) -> bool:
+    if type(value) in (dict, list, tuple):
+        return any(isinstance(entry, Tensor) for entry in _entries(value))
+    return isinstance(value, Tensor)
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(_entries(one), _entries(other), strict=False)
+    return len(one) == len(other) and all(a is b for a, b in pairs)
 
 
 def _switch_cudnn(step: int) -> None:

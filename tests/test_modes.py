@@ -38,6 +38,33 @@ def test_what_a_modules_own_switch_changes_comes_back():
         assert (model[0].weight - before).abs().max() < 1e-6
 
 
+class Keeping(nn.Linear):
+    """It keeps its normed rows for the next pass, in three ways."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.rows, self.named, self.calls = None, {}, 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.rows = self.weight / self.weight.norm() if self.rows is None else self.rows
+        self.named["rows"] = self.late = self.rows
+        return x @ self.rows.T
+
+
+def test_what_a_pass_leaves_behind_goes():
+    model = nn.Sequential(Keeping(2, 2), nn.GRU(2, 2))
+    named, flat = model[0].named, list(model[1]._flat_weights)
+    with torch.no_grad(), eval_mode(model):
+        model(torch.ones(3, 2))
+    assert model[0].rows is None
+    assert model[0].named is named
+    assert named == {}
+    assert not hasattr(model[0], "late")
+    assert model[0].calls == 1
+    assert all(a is b for a, b in zip(model[1]._flat_weights, flat, strict=True))
+
+
 def test_exported_programs_run_in_their_own_mode():
     module = torch.export.export(
         nn.Sequential(nn.Linear(2, 2)).eval(), (torch.ones(3, 2),)

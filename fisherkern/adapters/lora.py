@@ -18,10 +18,13 @@ _SECOND = {
     "lora_down": "lora_up",
 }
 _OF_LORA = re.compile(r"(^|\.)lora_")
-_OTHER_FACTORS = re.compile(r"(^|\.)(parametrizations\.|lokr_|hada_|oft_|boft_|vera_lambda_)")
-# A weight by its parts: weight norm's, spectral norm's.
+_OTHER_FACTORS = re.compile(
+    r"(^|\.)(parametrizations\.|lokr_|hada_|oft_|boft_|hra_u|vera_lambda_|randlora_|vblora_"
+    r"|poly_lora_|gralora_|delora_|road_(theta|alpha))"
+)
+# A weight by its parts: weight norm's, spectral norm's, pruning's.
 _PARTS = re.compile(r"(?P<weight>(^|.*\.)(weight|bias)\w*)(?P<part>_g|_orig)$")
-_PARTNERS = {"_g": "_v", "_orig": "_u"}
+_PARTNERS = {"_g": ("_v",), "_orig": ("_u", "_mask")}
 # PEFT's methods whose tensors are a weight themselves, and no factors of one.
 _PLAIN_PEFT = ("LORA", "LN_TUNING", "PROMPT_TUNING", "FOURIERFT", "TRAINABLE_TOKENS", "IA3")
 # Variants of LoRA whose update is not B A.
@@ -97,8 +100,10 @@ def check_no_factors(names: Iterable[str]) -> None:
     present = set(names)
     for name in sorted(present):
         parts = _PARTS.match(name)
-        partner = None if parts is None else parts["weight"] + _PARTNERS[parts["part"]]
-        if _OTHER_FACTORS.search(name) or partner in present:
+        partners = () if parts is None else _PARTNERS[parts["part"]]
+        if _OTHER_FACTORS.search(name) or any(
+            parts is not None and parts["weight"] + other in present for other in partners
+        ):
             raise InputError(
                 f"tensor {name!r} is a factor of a weight, and the average of factors is not that "
                 "of the weights: remove the parametrisation before, or say "

@@ -132,7 +132,7 @@ def align(
     """
     # What looks at weights alone asks no other process.
     with processes.together(by != "weights") as same:
-        adapters = checks.adapters_of(list(models))
+        adapters = checks.adapters_of(checks.listed(models))
         modules: list[Any] = checks.bare_modules(adapters)
         ties, catalogue = checks.check_members(modules), align_rows(adapters, item_ids)
         checks.check_config(adapters)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
@@ -33,9 +34,25 @@ def is_counter(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 0 and _COUNTER.search(name) is not None
 
 
+def can_average(tensor: Tensor) -> bool:
+    """Whether the values of such a tensor have an average: those of fp16 and wider, stored densely.
+
+    An fp8 weight is a code beside its scale.
+    """
+    wide = tensor.is_floating_point() and tensor.element_size() > 1
+    return wide and tensor.layout == torch.strided
+
+
 def bare_modules(models: Sequence[Any]) -> list[nn.Module]:
     """Return the modules inside members as users hold them."""
     return [member.module for member in adapters_of(models)]
+
+
+def listed(models: Any) -> list[Any]:
+    """Return members as a list; raise InputError for a single one."""
+    if not isinstance(models, Iterable):
+        raise InputError(f"there is a {type(models).__name__} where several models were expected")
+    return list(models)
 
 
 def adapters_of(models: Sequence[Any]) -> list[ModelAdapter]:
@@ -65,6 +82,9 @@ def check_members(models: Sequence[Any]) -> list[Tie]:
                 f"member {number} is a {type(model).__name__} and member 0 "
                 f"a {type(models[0]).__name__}; only models of one class merge"
             )
+        for name, tensor in named_tensors(model).items():
+            if nn.parameter.is_lazy(tensor) or tensor.is_meta:
+                raise InputError(f"member {number}: '{name}' has no values yet")
         for name, parameter in model.named_parameters():
             if is_dtensor(parameter):
                 raise InputError(
@@ -114,9 +134,7 @@ def check_tensors(
                     f"tensor {tie.name!r} is {tensor.dtype} in member {number} and {first.dtype} "
                     "in member 0"
                 )
-            if tensor.is_complex():
-                raise InputError(f"tensor {tie.name!r} is complex, which no merge rule handles")
-            if tensor.isnan().any():
+            if can_average(tensor) and tensor.isnan().any():
                 raise InputError(f"tensor {tie.name!r} of member {number} holds a NaN")
 
 

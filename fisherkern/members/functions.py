@@ -106,17 +106,18 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 def _gap(first: ModelAdapter, other: ModelAdapter) -> str | None:
     """How far the members' logits are apart with the first's tensors; None for no difference."""
     try:
-        twin = _with_tensors_of(first, other)
-        with eval_mode(first.module), eval_mode(twin.module), torch.no_grad():
-            for batch, again in zip(_batches(first), _batches(twin), strict=True):
+        # The first's twin too: a pass may leave something behind, as a table for the next pass.
+        own, twin = (_with_tensors_of(first, member) for member in (first, other))
+        with eval_mode(own.module), eval_mode(twin.module), torch.no_grad():
+            for batch, again in zip(_batches(own), _batches(twin), strict=True):
                 try:
-                    z = first.logits(batch)
+                    z = own.logits(batch)
                 except Exception:  # whatever a model that wants another batch may raise
                     continue
-                if not z.isfinite().any() or distance(z, first.logits(batch)) is not None:
+                if not z.isfinite().any() or distance(z, own.logits(batch)) is not None:
                     return None
-                own = twin.logits(again)
-                return "of another shape" if own.shape != z.shape else distance(z, own)
+                theirs = twin.logits(again)
+                return "of another shape" if theirs.shape != z.shape else distance(z, theirs)
     except Exception as error:  # whatever another model, or a copy of it, may raise
         log.debug("the members' functions were not compared: %s", one_line(str(error), 200))
     return None

@@ -27,8 +27,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def _span(tensor: Tensor) -> tuple[int, int] | None:
     """First byte and end of `tensor` in memory; both 0, PyTorch's address of it, if it is empty."""
+    if tensor.layout != torch.strided:
+        return None
     start = tensor.data_ptr()
     if tensor.numel() == 0:
         return start, start
@@ -49,12 +51,14 @@ def find_ties(model: nn.Module, owner: str) -> list[Tie]:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     spans = {name: _span(tensor) for name, tensor in tensors.items()}
     order = {name: position for position, name in enumerate(tensors)}
-    groups: list[list[str]] = []
+    # Sparse tensors have no memory of their own.
+    groups = [[name] for name, span in spans.items() if span is None]
     device, end = None, 0
     # The longest first among those that start together; the first registered among equals.
-    for name in sorted(tensors, key=lambda n: (str(tensors[n].device), spans[n][0], -spans[n][1])):
-        start, stop = spans[name]
-        if groups and tensors[name].device == device and start < min(end, stop):
+    dense = {name: span for name, span in spans.items() if span is not None}
+    for name in sorted(dense, key=lambda n: (str(tensors[n].device), dense[n][0], -dense[n][1])):
+        start, stop = dense[name]
+        if tensors[name].device == device and start < min(end, stop):
             if stop > end:
                 raise InputError(
                     f"{owner}: tensors {groups[-1][0]!r} and {name!r} overlap in memory and "
@@ -86,6 +90,8 @@ def write_tied(
     new, old = named_tensors(target), named_tensors(layout)
     for tie in ties:
         model, value = old[tie.name], values[tie.name]
+        if model.layout != torch.strided:
+            continue  # the members agree, and `target` is a copy of one
         # Read before anything is written: `layout` may be `target`.
         start = model.storage_offset()
         places = {
@@ -95,6 +101,10 @@ def write_tied(
         home = torch.empty_strided(
             model.size(), model.stride(), dtype=value.dtype, device=value.device
         )
+        if any(
+            step == 0 and size > 1 for size, step in zip(model.size(), model.stride(), strict=True)
+        ):
+            home = torch.empty_like(value)  # an expanded tensor has no memory for its values
         new[tie.name].data = home.copy_(value)
         for alias, (size, stride, offset) in places.items():
             new[alias].data = home.as_strided(size, stride, offset)

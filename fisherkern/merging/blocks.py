@@ -164,7 +164,7 @@ def agree(tensors: Sequence[Tensor], rows: Sequence[Tensor] | None) -> tuple[Ten
     first = tensors[0].detach()
     if rows is None:
         for member, tensor in enumerate(tensors):
-            if not torch.equal(tensor.to(first.device), first):
+            if not _equal(tensor.detach().to(first.device), first):
                 return None, member
         return first.clone(), 0
     merged = first.new_zeros((len(rows[0]), *first.shape[1:]))
@@ -179,3 +179,14 @@ def agree(tensors: Sequence[Tensor], rows: Sequence[Tensor] | None) -> tuple[Ten
         merged[have] = values[have]
         filled |= have
     return merged, 0
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.layout != other.layout or one.shape != other.shape:
+        return False
+    if one.layout != torch.strided:
+        one, other = one.to_sparse().coalesce(), other.to_sparse().coalesce()
+        return torch.equal(one.indices(), other.indices()) and _equal(one.values(), other.values())
+    if one.element_size() == 1:  # float8 has no comparison
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)

@@ -149,12 +149,16 @@ def check_fisher(
                 )
             continue
         value = fisher[names[0]]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise InputError(f"tensor {names[0]!r} of {whose} is no dense tensor with values")
         if value.shape != theta.shape:
             raise InputError(
                 f"tensor {names[0]!r} of {whose} has shape {tuple(value.shape)} where the model's "
                 f"has {tuple(theta.shape)}"
             )
-        if not value.is_floating_point() or not torch.isfinite(value).all():
+        if not value.is_floating_point():
+            raise InputError(f"tensor {names[0]!r} of {whose} is {value.dtype}")
+        if not torch.isfinite(value).all():
             raise InputError(f"tensor {names[0]!r} of {whose} holds a value that is not finite")
         if (value < 0).any():
             raise InputError(f"tensor {names[0]!r} of {whose} holds a negative value")

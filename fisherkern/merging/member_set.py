@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
@@ -50,22 +51,23 @@ class MemberSet:
         self.counters: list[str] = []
         for tie in self.ties:
             own = self.of(tie)
-            if own[0].is_floating_point() and tie.name in self.parameters:
+            averages = checks.can_average(own[0])
+            if averages and tie.name in self.parameters:
                 checks.check_finite(own, tie.name)
                 continue
             agreed, member = agree(own, self.rows(tie))
-            counted = not own[0].is_floating_point() and tie.name not in self.parameters
+            counted = not averages and tie.name not in self.parameters
             if agreed is None and counted and checks.is_counter(tie.name, own[0].shape):
                 agreed = own[0].detach().clone()
                 self.counters.append(tie.name)
             if agreed is not None:
                 self.fixed[tie.name] = agreed
-            elif own[0].is_floating_point():
+            elif averages:
                 checks.check_finite(own, tie.name)
             else:
                 raise InputError(
                     f"tensor {tie.name!r} of member {member} differs from that of the members "
-                    f"before it, and values of type {own[0].dtype} cannot be averaged"
+                    f"before it, and {_kind_of(own[0])} cannot be averaged"
                 )
 
     @property
@@ -208,6 +210,12 @@ class MemberSet:
 
     def __len__(self) -> int:
         return len(self.models)
+
+
+def _kind_of(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return "sparse values"
+    return f"values of type {tensor.dtype}"
 
 
 def attention_heads(model: nn.Module) -> dict[str, tuple[str, int, int]]:

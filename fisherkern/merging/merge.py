@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fisherkern import processes
 from fisherkern.checks import takes_numpy
-from fisherkern.members.checks import check_weights
+from fisherkern.members.checks import check_weights, listed
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
 from fisherkern.merging.decay import decayed
@@ -130,7 +130,7 @@ def merge(
     Source: Matena and Raffel, arXiv 2111.09832, for lambda and F; arXiv 2307.05476 for
     recommenders; the relative floor and the units are ours.
     """
-    models = list(models)
+    models = cast("list[ModelT]", listed(models))
     weights = decayed(weights, models)
     inputs = {
         "weights": weights,

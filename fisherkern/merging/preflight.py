@@ -16,7 +16,7 @@ from fisherkern import processes
 from fisherkern.adapters.lora import find_low_rank
 from fisherkern.checks import takes_numpy
 from fisherkern.errors import InputError
-from fisherkern.members.checks import compared
+from fisherkern.members.checks import compared, listed
 from fisherkern.merging.low_rank import LowRankMembers
 from fisherkern.merging.member_set import MemberSet
 from fisherkern.merging.merge import merge
@@ -114,7 +114,7 @@ def preflight(
     Source: Frankle et al., arXiv 1912.05671 (barrier); arXiv 2307.05476, A.1 and Gontijo-Lopes et
     al., arXiv 2110.12899 (error inconsistency).
     """
-    models = list(models)
+    models = listed(models)
     # What looks at weights alone asks no other process.
     shared = score is not None or hits is not None
     with processes.together(shared) as same:

@@ -15,7 +15,7 @@ from fisherkern.encoders import SequenceEncoder
 from fisherkern.encoders.base import take
 from fisherkern.encoders.transformer import FeedForward
 from fisherkern.errors import InputError
-from fisherkern.members.checks import check_encoders, compared
+from fisherkern.members.checks import check_encoders, compared, listed
 from fisherkern.members.fitting import collect_batches, minimize
 from fisherkern.members.options import Choice, Integer, Number, check_option, options_of
 from fisherkern.merging.merge import merge
@@ -282,7 +282,7 @@ def weight_ensemble(
     Source: Tang et al., arXiv 2402.00433 (WEMoE); Shen et al., arXiv 2410.21804 (E-WEMoE); numerics
     from their released code.
     """
-    models = list(models)
+    models = listed(models)
     # Without a loader nothing is trained, and no other process asked.
     with processes.together(loader is not None) as same:
         check_encoders([*models, base], "model")

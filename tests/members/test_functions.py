@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import NUM_ITEMS
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fisherkern as fk
 from fisherkern.errors import InputError
@@ -135,9 +135,41 @@ def test_one_function_is_merged(name: str) -> None:
         assert model.training
 
 
-def test_parametrised_modules_have_a_class_each() -> None:
+def pruned(seed: int) -> Scores:
+    model = Scores(seed)
+    with torch.no_grad():
+        prune.l1_unstructured(model.dense, "weight", 0.5)
+        model(torch.arange(1, 5)[None])
+    return model
+
+
+def reflected(seed: int) -> Scores:
+    model = Scores(seed)
+    model.dense.register_parameter("hra_u", nn.Parameter(torch.randn(WIDTH, 2)))
+    return model
+
+
+@pytest.mark.parametrize("make", [weight_normed, pruned, reflected])
+def test_factors_of_weights_are_refused(make: Callable[[int], nn.Module]) -> None:
     with pytest.raises(InputError, match="is a factor of a weight"):
-        fk.merge([weight_normed(0), weight_normed(1)])
+        fk.merge([make(0), make(1)])
+
+
+class Keeps(Scores):
+    """It keeps in evaluation mode what it computed of its tensors."""
+
+    def forward(self, history: Tensor) -> Tensor:
+        if self.training or self.gain is None:
+            self.gain = self.items.weight.std(dim=0)
+        return super().forward(history)
+
+
+def test_nothing_that_a_member_keeps_goes_into_the_merge() -> None:
+    members = [Keeps(seed).eval() for seed in (0, 1)]
+    history = torch.arange(1, 5)[None]
+    merged = fk.merge(members)
+    assert members[0].gain is members[1].gain is None
+    assert torch.equal(merged(history), merged.train()(history))
 
 
 class Holder:

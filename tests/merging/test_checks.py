@@ -83,7 +83,9 @@ def test_members_that_do_not_fit():
     more = Toy(w=T([1.0, 2.0]), v=T([1.0]))
     refuse("member 1 has no tensor 'v', which member 0 has", [more, one])
     refuse("member 0 has no tensor 'v', which member 1 has", [one, more])
-    refuse("tensor 'w' is complex", [Toy(w=T([1j]))])
+    refuse("there is a Toy where several models were expected", one)
+    refuse("member 1: 'w' has no values yet", [one, Toy(w=T([1.0, 2.0])).to("meta")])
+    refuse("member 0: 'weight' has no values yet", [nn.LazyLinear(2)])
 
 
 def test_widths_that_differ_are_shapes_even_where_catalogues_differ():
@@ -111,8 +113,32 @@ def test_buffers_that_cannot_be_averaged():
     for a, b in (([3], [4]), ([True], [False])):
         message = f"'count' of member 1 differs .* values of type {T(a).dtype}"
         refuse(message, [toy(count=T(a)), toy(count=T(b))])
+    values = torch.eye(2)
+    for kind in (torch.complex64, torch.float8_e4m3fn):
+        message = f"'v' of member 1 differs .* values of type {kind}"
+        refuse(message, [toy(v=values.to(kind)), toy(v=(2 * values).to(kind))])
+    refuse("differs .* sparse values", [toy(v=values.to_sparse()), toy(v=-values.to_sparse())])
     refuse("'m' of member 0 holds an infinity", [toy(m=T([torch.inf])), toy(m=T([0.0]))])
     refuse("'m' of member 0 holds a NaN", [toy(m=T([torch.nan])), toy(m=T([torch.nan]))])
+
+
+def test_buffers_of_any_kind_stay_where_members_agree():
+    values = torch.eye(2)
+    alike = {
+        "complex": values * 1j,
+        "fp8": values.to(torch.float8_e4m3fn),
+        "coo": values.to_sparse(),
+    }
+    models = [Toy(alike, w=T([w])) for w in (1.0, 3.0)]
+    models[0].register_buffer("expanded", T([1.0]).expand(3))
+    models[1].register_buffer("expanded", T([3.0]).expand(3))
+    merged = merge(models)
+    assert (merged.w.item(), merged.expanded.tolist()) == (2.0, [2.0, 2.0, 2.0])
+    for name, value in alike.items():
+        kept = merged.get_buffer(name)
+        assert kept.dtype == value.dtype
+        assert kept.layout == value.layout
+        assert torch.equal(*(own.to_dense().to(torch.complex64) for own in (kept, value)))
 
 
 def test_ties_that_differ():
@@ -152,6 +178,10 @@ def test_fishers_that_do_not_fit():
         (put("output_bias", bad), f"'output_bias' of {whose} holds a value that is not finite"),
         (put("output_bias", bad / 0), "holds a value that is not finite"),
         (put("output_bias", torch.ones(4)), r"has shape \(4,\) where the model's has \(3,\)"),
+        (put("output_bias", [1.0] * 3), f"'output_bias' of {whose} is no dense tensor"),
+        (put("output_bias", torch.ones(3).to_sparse()), "is no dense tensor"),
+        (put("output_bias", torch.ones(3, device="meta")), "is no dense tensor"),
+        (put("output_bias", T([1, 1, 1])), f"'output_bias' of {whose} is torch.int64"),
         (put("other", bad), f"{whose} has a tensor 'other', which the model does not"),
         (lambda f: f.pop("dense.bias"), f"{whose} has no tensor 'dense.bias', which is trainable"),
         (lambda f: [v.zero_() for v in f.values()], f"{whose} is zero everywhere|member 1 is zero"),
