@@ -44,8 +44,9 @@ def check_function(adapter: Any, batch: Any) -> None:
         for (name, parameter), version in zip(parameters, versions, strict=True):
             if parameter._version != version:
                 raise InputError(f"model: its forward pass changes '{name}' in place")
-        if z.dim() != 2:
-            raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}")
+        if z.dim() != 2 or z.layout != torch.strided:
+            kind = "" if z.layout == torch.strided else " in a sparse tensor"
+            raise InputError(f"model: its logits must be (N, V), got {tuple(z.shape)}{kind}")
         n = batch_size(batch)
         if len(z) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(z)} rows")
@@ -88,7 +89,8 @@ def distance(z: Tensor, other: Tensor) -> str | None:
             return "infinitely far"
         if not bool(finite.any()):
             continue
-        one, two = one[finite], two[finite]
+        wide = torch.promote_types(one.dtype, torch.float32)  # of bool, too
+        one, two = one[finite].to(wide), two[finite].to(wide)
         most = max(most, float((one - two).abs().max()))
         scale = max(scale, float(one.abs().max()))
     coarse = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-3}

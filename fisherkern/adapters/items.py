@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fisherkern.adapters.files.item_ids import id_list
 from fisherkern.adapters.output_layer import OutputLayerParts, part_of
 from fisherkern.errors import InputError
 
@@ -28,20 +29,14 @@ def ids_in(given: Any, first_token: int) -> list[Any]:
         first_token: The token of the first item.
 
     Raises:
-        InputError: It is none of these.
+        InputError: It is none of these, or an entry is no id.
     """
     if all(hasattr(given, name) for name in _RECBOLE):
         return list(given.field2id_token[given.iid_field])[1:]
     mapping = getattr(given, "item_id_map", given)
     if hasattr(mapping, "external_ids"):
         return list(mapping.external_ids)[first_token:]
-    try:
-        return list(given)
-    except TypeError:
-        raise InputError(
-            f"item_ids: a {type(given).__name__} where a list of ids, a RecBole data set or a "
-            "RecTools id map was expected"
-        ) from None
+    return id_list(given)
 
 
 class _Lookups(TorchFunctionMode):

@@ -93,6 +93,9 @@ def compare(a: Report, b: Report) -> Comparison:
         >>> difference.mean, difference.low, difference.high
         (0.0, 0.0, 0.0)
     """
+    for report in (a, b):
+        if not isinstance(report, Report):
+            raise InputError(f"compare: a {type(report).__name__} is no report of evaluate")
     drawn = a.candidates in ("uniform-100", "popular-100")
     for field in fields(Protocol):
         if field.name == "seed" and not drawn:

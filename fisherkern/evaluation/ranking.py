@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fisherkern import processes
 from fisherkern.adapters.sharded.models import sharded_fingerprint
-from fisherkern.checks import check_choice, check_count, takes_numpy
+from fisherkern.checks import MOST, check_choice, check_count, takes_numpy
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import HistoryBatches
 from fisherkern.errors import InputError, shown
@@ -128,12 +128,12 @@ def evaluate(
         cutoffs, names = _cutoffs(k), _metric_names(metrics, candidates)
         check_count("max_scores", max_scores)
         scorer = Scorer(model, data, max_scores)
-        chosen = np.arange(data.num_users) if users is None else np.asarray(users)
-        if len(np.unique(chosen)) != len(chosen):
-            raise InputError("users: an index occurs twice")
         loader = data.loader(
             split=split, batch_size=batch_size, max_len=scorer.max_len, users=users
         )
+        chosen = np.arange(data.num_users) if users is None else np.asarray(users)
+        if len(np.unique(chosen)) != len(chosen):
+            raise InputError("users: an index occurs twice")
         if processes.world() > 1:
             same |= {"protocol": protocol, "k": cutoffs, "batch_size": batch_size}
             same |= {"max_scores": max_scores, "users": chosen.tobytes(), "metrics": names}
@@ -268,7 +268,7 @@ def never_drawn(loader: HistoryBatches, rows: slice) -> tuple[np.ndarray, np.nda
 
 
 def _metric_names(metrics: Sequence[str], candidates: str) -> tuple[str, ...]:
-    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    names: tuple[Any, ...] = tuple(metrics) if _is_list(metrics) else (metrics,)
     for name in names:
         check_choice("metrics", name, METRICS + MORE_METRICS)
     if not names:
@@ -278,8 +278,15 @@ def _metric_names(metrics: Sequence[str], candidates: str) -> tuple[str, ...]:
     return names
 
 
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, str | bytes)
+
+
 def _cutoffs(k: int | Sequence[int]) -> tuple[int, ...]:
-    cutoffs = (k,) if isinstance(k, int) else tuple(k)
-    if not cutoffs or any(int(cutoff) != cutoff or cutoff < 1 for cutoff in cutoffs):
+    cutoffs: tuple[Any, ...] = tuple(k) if _is_list(k) else (k,)  # type: ignore[arg-type]
+    whole = all(isinstance(cutoff, int | float | np.integer) for cutoff in cutoffs)
+    if not (
+        cutoffs and whole and all(1 <= cutoff < MOST and cutoff % 1 == 0 for cutoff in cutoffs)
+    ):
         raise InputError(f"k: expected positive integers, got {shown(k)}")
     return tuple(dict.fromkeys(int(cutoff) for cutoff in cutoffs))

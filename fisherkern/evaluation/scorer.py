@@ -154,8 +154,9 @@ class Scorer:
         if self._columns is not None:
             start, width = 0, int(self._columns.max()) + 1
         fits = isinstance(found, Tensor) and found.ndim == 2 and len(found) == rows
-        if fits and found.is_complex():
-            raise InputError("model: its scores are complex")
+        if fits and (found.is_complex() or found.layout != torch.strided):
+            kind = "complex" if found.is_complex() else "no dense tensor"
+            raise InputError(f"model: its scores are {kind}")
         if not fits or start < 0 or found.shape[1] < width:
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise InputError(

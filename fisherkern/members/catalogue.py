@@ -232,6 +232,7 @@ def align_item_rows(
             )
     known = [own for own in ids if own is not None]
     if not known or all(own == known[0] for own in known):
+        _check_tensors(adapters)
         _note_missing(adapters, known)
         declared = all(model.library.item_tables(model.module) is not None for model in adapters)
         tables = _item_parameters(adapters) if declared else {}
@@ -258,6 +259,14 @@ def _check_overlap(catalogues: Sequence[Sequence[Any]]) -> None:
                 f"{shown(own[0])}, "
                 f"theirs like {shown(other[0])}; write them alike"
             )
+
+
+def _check_tensors(models: Sequence[ModelAdapter]) -> None:
+    """Refuse tensors of that name that differ: whether they are ids is not known."""
+    found = [getattr(model.module, "item_ids", None) for model in models]
+    tensors = [own.detach().cpu() for own in found if isinstance(own, Tensor)]
+    if any(not torch.equal(own, tensors[0]) for own in tensors):
+        raise InputError("the members' item_ids are tensors that differ: give them as lists")
 
 
 _noted: set[str] = set()

@@ -94,6 +94,8 @@ def test_other_users_or_metrics_do_not_compare():
         compare(report([1.0, 2.0], users=[0, 1]), report([1.0, 2.0], users=[0, 2]))
     with pytest.raises(InputError, match="no metric in common"):
         compare(report([1.0, 2.0]), report([1.0, 2.0], metric="hr@5"))
+    with pytest.raises(InputError, match="a dict is no report of evaluate"):
+        compare(report([1.0, 2.0]), dict(report([1.0, 2.0])))
     with pytest.raises(InputError, match="two users or more"):
         compare(report([1.0]), report([1.0]))
 

@@ -364,7 +364,9 @@ class NoFunction(torch.nn.Module):
         z = self.items(history).sum(1) @ self.items.weight[1:].T
         if self.kind == "random":
             return torch.nn.functional.dropout(z, 0.5, training=True)
-        return z - z.mean(0) if self.kind == "batch" else z.to(torch.complex64)
+        if self.kind == "batch":
+            return z - z.mean(0)
+        return {"bool": z > 0, "sparse": z.to_sparse(), "complex": z.to(torch.complex64)}[self.kind]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +379,15 @@ def test_a_model_that_is_no_function_of_a_history_is_told(kind, message, caplog)
     assert [message in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_complex_scores_are_refused():
+@pytest.mark.parametrize(("kind", "message"), [("complex", "complex"), ("sparse", "no dense")])
+def test_scores_without_an_order_are_refused(kind, message):
     data = fk.synthetic(40, 20, min_length=5, max_length=8)
-    with pytest.raises(InputError, match="its scores are complex"):
-        fk.evaluate(NoFunction("complex", data.num_items), data)
+    with pytest.raises(InputError, match=f"its scores are {message}"):
+        fk.evaluate(NoFunction(kind, data.num_items), data)
+
+
+def test_scores_that_are_true_or_false_are_ranked():
+    data = fk.synthetic(40, 20, min_length=5, max_length=8)
+    model = NoFunction("bool", data.num_items)
+    whole = fk.adapt(model, logits=lambda model, batch: model(batch["history"]).int())
+    assert fk.evaluate(model, data).ranks.tolist() == fk.evaluate(whole, data).ranks.tolist()

@@ -105,6 +105,7 @@ def test_metrics_that_are_not_asked_for_are_not_there(data):
     [
         ({"metrics": ("recall",)}, "metrics must be 'hr' or"),
         ({"metrics": ()}, "metrics: none was named"),
+        ({"metrics": None}, "metrics must be 'hr' or"),
         (
             {"metrics": ("coverage",), "candidates": "uniform-100"},
             "metrics: coverage is of a full ranking, not of uniform-100",

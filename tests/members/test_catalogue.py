@@ -3,6 +3,7 @@
 import copy
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from helpers.merging import Encoder, Toy, encoder, random_fisher
@@ -140,6 +141,35 @@ def test_ids_can_be_given():
     a.item_ids = b.item_ids = None
     assert merge([a, b]).item_ids is None
     assert merge([a, b], item_ids=[["x", "y"], ["y", "z"]]).item_ids == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_ids_stand_in_lists_and_arrays(kind):
+    a, b = encoder("ab", 1), encoder("cd", 2)
+    found = merge([a, b], item_ids=[kind([7, 8]), kind([8, 9])]).item_ids
+    assert found == [7, 8, 9]
+    assert all(type(own) is int for own in found)
+
+
+@pytest.mark.parametrize(
+    "kind", [dict.fromkeys, set, "".join, iter, lambda ids: [[i] for i in ids]]
+)
+def test_ids_without_an_order_are_refused(kind):
+    a, b = encoder("ab", 1), encoder("cd", 2)
+    with pytest.raises(InputError, match="^item_ids: "):
+        merge([a, b], item_ids=[kind(["x", "y"]), kind(["y", "z"])])
+    a.item_ids, b.item_ids = kind(["x", "y"]), kind(["y", "z"])
+    with pytest.raises(InputError, match="^item_ids: "):
+        merge([a, b])
+
+
+def test_ids_may_be_tensors_that_agree():
+    models = [Toy(w=torch.zeros(2)), Toy(w=torch.ones(2))]
+    models[0].item_ids, models[1].item_ids = torch.tensor([1, 2]), torch.tensor([1, 2])
+    assert merge(models).w.tolist() == [0.5, 0.5]
+    models[1].item_ids = torch.tensor([2, 1])
+    with pytest.raises(InputError, match="item_ids are tensors that differ"):
+        merge(models)
 
 
 def test_row_buffers_that_are_integers_are_united_too():

@@ -1,19 +1,43 @@
-"""Item ids that a checkpoint carries, out of inert values."""
+"""Item ids: of what a user gives, and out of the inert values of a checkpoint."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Hashable, Mapping, Set
 from typing import Any
 
 import numpy
+from torch import Tensor
 
 from fisherkern.adapters.files.pickles import Stub
+from fisherkern.errors import InputError, shown
 
 Ids = tuple[int | float | str | bool | None, ...]
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 BUFFERS = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 _SCALAR_CALLS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+
+
+def id_list(given: Any) -> list[Any]:
+    """The ids in a list, an array or a column of a frame.
+
+    Raises:
+        InputError: It is something else, such as a mapping, whose order says nothing; or an entry
+            is no id.
+    """
+    unordered = isinstance(given, str | bytes | Mapping | Set)
+    if unordered or not hasattr(given, "__iter__") or not hasattr(given, "__len__"):
+        raise InputError(
+            f"item_ids: a {type(given).__name__} where a list of ids, a RecBole data set or a "
+            "RecTools id map was expected"
+        )
+    ids = given.tolist() if hasattr(given, "tolist") else list(given)
+    ids = [own.item() if isinstance(own, numpy.generic | Tensor) else own for own in ids]
+    odd = next((own for own in ids if not isinstance(own, Hashable)), None)
+    if odd is not None:
+        raise InputError(f"item_ids: {shown(odd)} is no id")
+    return ids
 
 
 def ids_of(value: Any) -> Ids | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters.batches import batch_size, field, model_input
+from fisherkern.adapters.files.item_ids import id_list
 from fisherkern.adapters.libraries.base import Library, config_of
 from fisherkern.adapters.wrappers import held_modules
 from fisherkern.errors import InputError
@@ -78,7 +79,7 @@ class PlainModule(Library):
 
     def item_ids(self, source: Any, module: Any) -> list[Any] | None:
         own = _declared(module, "item_ids", None)
-        return None if own is None or callable(own) or isinstance(own, Tensor) else list(own)
+        return None if own is None or callable(own) or isinstance(own, Tensor) else id_list(own)
 
     def max_len(self, module: Any) -> int | None:
         value = _declared(module, "max_len", None)
