@@ -25,8 +25,14 @@ Index = slice | Tensor
 
 
 def model_input(batch: Any) -> Any:
-    """What a model of one argument is called with: the history of a (history, target) pair."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+    """What a model of one argument is called with: the history of a (history, target) pair.
+
+    Of a list with one tensor, as a `TensorDataset` gives, the tensor.
+    """
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    alone = len(batch) == 1 and _is_array(batch[0])
+    return batch[0] if alone or len(batch) == 2 else batch
 
 
 def batch_size(batch: Any) -> int:

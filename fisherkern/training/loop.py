@@ -26,7 +26,7 @@ from fisherkern.progress import progress_bar
 from fisherkern.training import distributed
 from fisherkern.training.cpu_kernels import FastCPUKernels, backward
 from fisherkern.training.loggers import RunScalars, ScalarLogger
-from fisherkern.training.settings import TrainingSettings, learning_rate
+from fisherkern.training.settings import TrainingSettings, learning_rate, number_of
 from fisherkern.training.state import (
     CheckpointPolicy,
     PathLike,
@@ -144,8 +144,13 @@ def train(
             loss, gradient or score that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
+    for name, own in (("validate", validate), ("on_epoch", on_epoch)):
+        if own is not None and not callable(own):
+            raise InputError(f"{name}: a {type(own).__name__} is no function")
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
+    if not isinstance(objective, Objective):
+        raise InputError(f"objective: {shown(objective)} is no objective, as NextItem() is one")
     with RunScalars(log_dir, logger) as scalars:
         run = TrainLoop(model, data, objective, chosen, validate, on_epoch, saving, scalars)
         return run.go(progress and processes.rank() == 0)
@@ -155,6 +160,12 @@ def checked_settings(
     model: SequenceEncoder, data: TrainingData, validate: Validate | None, settings: dict[str, Any]
 ) -> TrainingSettings:
     """Fill in `max_len`; raise InputError where the settings do not fit the rest."""
+    if not isinstance(model, SequenceEncoder):
+        raise InputError(f"model: a {type(model).__name__} is no encoder of fisherkern")
+    if not all(hasattr(data, name) for name in ("num_items", "item_ids", "windows")):
+        raise InputError(f"data: a {type(data).__name__} is no data set")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("model: it has no trainable parameter")
     check_whole(model, "training")
     chosen = TrainingSettings(**settings)
     max_len = model.max_len if chosen.max_len is None else chosen.max_len
@@ -290,7 +301,7 @@ class TrainLoop:
         if processes.rank() == 0:
             assert self.validate is not None
             with processes.alone():
-                score = float(self.validate(self.model))
+                score = number_of(self.validate(self.model))
         score = distributed.from_first_process(score, self.device)
         if not math.isfinite(score):
             raise InputError(f"validate gave {score} after epoch {epoch}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 from fisherkern.checks import (
     check_choice,
@@ -77,8 +79,18 @@ class TrainingSettings:
             raise InputError(f"betas must be two numbers in [0, 1), got {shown(self.betas)}")
         for beta in self.betas:
             check_unit("betas", beta, "[0, 1)")
+        betas = tuple(float(beta) for beta in self.betas)  # AdamW takes no integers
+        object.__setattr__(self, "betas", betas)
         if self.ema is not None:
             check_unit("ema", self.ema, "[0, 1)")
+
+
+def number_of(score: Any) -> float:
+    """Return a validation score as a number, NaN for what is none."""
+    try:
+        return float(score)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def learning_rate(step: int, total: int, lr: float, schedule: str, warmup_steps: int) -> float:

@@ -39,7 +39,9 @@ def test_what_gives_batches_is_a_loader() -> None:
         def __getitem__(self, number: int) -> torch.Tensor:
             return [HISTORIES][number]
 
-    for loader in (iter([HISTORIES]), HISTORIES[None], ByIndex(), (HISTORIES,)):
+    data = torch.utils.data.TensorDataset(HISTORIES)
+    tensors = torch.utils.data.DataLoader(data, batch_size=len(HISTORIES))
+    for loader in (iter([HISTORIES]), HISTORIES[None], ByIndex(), (HISTORIES,), tensors):
         found = fk.diag_fisher(bert(), loader, progress=False)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 

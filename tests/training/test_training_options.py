@@ -86,6 +86,13 @@ def test_validation_changes_no_step():
         ({"validate_every": 0}, "validate_every must be at least 1"),
         ({"validate": by_epoch([float("nan")])}, "validate gave nan after epoch 1"),
         ({"validate": by_epoch([0.5, float("inf")])}, "validate gave inf after epoch 2"),
+        ({"validate": by_epoch([None])}, "validate gave nan after epoch 1"),
+        ({"validate": 3}, "validate: a int is no function"),
+        ({"on_epoch": 3}, "on_epoch: a int is no function"),
+        ({"objective": MaskedItems}, "objective: .* is no objective"),
+        ({"model": torch.nn.Linear(2, 2)}, "model: a Linear is no encoder of fisherkern"),
+        ({"model": new_model().requires_grad_(False)}, "model: it has no trainable parameter"),
+        ({"data": [1]}, "data: a list is no data set"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
         ({"ema": -0.1}, "ema must be in"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
@@ -97,6 +104,10 @@ def test_validation_changes_no_step():
 def test_wrong_options_are_named(changes, message):
     with pytest.raises(InputError, match=message):
         run(**changes)
+
+
+def test_numbers_of_adam_may_be_integers():
+    assert_same_bits(bits(run(betas=(0, 0))[0]), bits(run(betas=(0.0, 0.0))[0]))
 
 
 class Recorder(MaskedItems):
