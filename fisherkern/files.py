@@ -172,7 +172,13 @@ class RunningHash:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and metadata (any JSON values) as safetensors; for inside `atomic_path`."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if place in memory else own  # a file has no shared memory
+        memory.add(place)
     # Sorted and compact, so that the same content is the same bytes.
     header = {"fisherkern": json.dumps(metadata, sort_keys=True, allow_nan=False, default=_number)}
     safetensors.torch.save_file(plain, path, metadata=header)

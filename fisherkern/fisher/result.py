@@ -29,6 +29,9 @@ class NamedTensors(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         self._tensors = dict(tensors)
+        for name, tensor in self._tensors.items():
+            if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+                raise InputError(f"{shown(name)} is a {type(tensor).__name__}, no tensor by name")
         self.meta = dict(meta)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -147,7 +150,8 @@ class DiagFisher(NamedTensors):
             F_i = v_i / (1 − β^t),   v_i ← β v_i + (1 − β) g_i²
 
         g is a step's gradient: of a batch's mean loss, with the labels of the data, at earlier
-        weights. So F has neither the units nor the definition of `diag_fisher`; merge such
+        weights; where the optimiser adds weight decay to it, as Adam does and AdamW does not, one
+        warning says so. So F has neither the units nor the definition of `diag_fisher`; merge such
         Fishers with each other. No pass over the data is made.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,34 +13,55 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.errors import InputError
 from fisherkern.fingerprint import fingerprint
 
-# Of the optimisers of PyTorch: the state's name, and how its decay is read off a group.
-_MOMENTS = {
-    "exp_avg_sq": lambda group: group["betas"][1],
-    "square_avg": lambda group: group["alpha"],
-}
-
+log = logging.getLogger("fisherkern")
 
 Moment = tuple[Tensor, float, float]  # v, β and t of a parameter
 
 
 def moments_of(optimizer: torch.optim.Optimizer, model: Any) -> dict[str, Moment]:
     """Return the second moment, its decay and the steps of every trainable parameter."""
-    module = ModelAdapter.of(model).module
+    module, kind = ModelAdapter.of(model).module, type(optimizer).__name__
+    if not hasattr(optimizer, "param_groups") or not isinstance(optimizer.state, Mapping):
+        raise InputError(f"optimizer: a {kind} is no optimiser of PyTorch")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     moments: dict[str, Moment] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        own, kind = optimizer.state.get(parameter, {}), type(optimizer).__name__
-        key = next((key for key in _MOMENTS if key in own), None)
-        if key is None or id(parameter) not in groups:
+        own, group = optimizer.state.get(parameter, {}), groups.get(id(parameter), {})
+        found = _moment(own, group)
+        if found is None or found[0].shape != parameter.shape or "step" not in own:
             raise InputError(
                 f"optimizer: the {kind} has no second moment of {name!r}; it takes Adam, AdamW, "
                 "NAdam, RAdam or RMSprop after a step that moved every trainable parameter"
             )
-        decay = float(_MOMENTS[key](groups[id(parameter)]))
-        moments[name] = own[key], decay, float(own["step"])
+        moments[name] = *found, float(own["step"])
+    if any(_decays_by_gradient(group, kind) for group in optimizer.param_groups):
+        log.warning(
+            "optimizer: the %s adds its weight decay to the gradients, so the squares are not those"
+            " of the loss alone; AdamW's are",
+            kind,
+        )
     return moments
+
+
+def _moment(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[Tensor, float] | None:
+    """v of a parameter and its β, as the optimisers of PyTorch have them; None for any other."""
+    betas = group.get("betas", ())
+    if "exp_avg_sq" in state and len(betas) == 2:
+        moment, decay = state["exp_avg_sq"], betas[1]
+    elif "square_avg" in state and "alpha" in group:
+        moment, decay = state["square_avg"], group["alpha"]
+    else:
+        return None
+    # Of 8 bits it is a code.
+    known = isinstance(moment, Tensor) and moment.is_floating_point()
+    return (moment, float(decay)) if known else None
+
+
+def _decays_by_gradient(group: Mapping[str, Any], kind: str) -> bool:
+    decoupled = group.get("decoupled_weight_decay", kind.endswith("AdamW"))
+    return bool(group.get("weight_decay")) and not decoupled
 
 
 def fisher_of_moments(

@@ -98,6 +98,74 @@ def test_what_has_no_moments_is_refused() -> None:
         fk.DiagFisher.from_optimizer(adam, network)
 
 
+class Custom(torch.optim.Optimizer):
+    """Somebody's optimiser; its state under the name of Adam's is of another kind."""
+
+    def __init__(self, parameters: Any, change: Any, **group: Any) -> None:
+        self.change = change
+        super().__init__(parameters, {"betas": (0.9, 0.6), **group})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = {"step": 1, "exp_avg_sq": torch.ones_like(parameter)}
+            self.state[parameter] = self.change(state) or state
+
+
+@pytest.mark.parametrize(
+    ("change", "group"),
+    [
+        (lambda state: None, {"betas": (0.9, 0.9, 0.6)}),
+        (lambda state: None, {"betas": ()}),
+        (lambda state: state.pop("step") and None, {}),
+        (lambda state: {**state, "exp_avg_sq": state["exp_avg_sq"].byte()}, {}),
+        (lambda state: {**state, "exp_avg_sq": state["exp_avg_sq"].flatten()[:1]}, {}),
+        (lambda state: {"step": 1, "square_avg": state["exp_avg_sq"]}, {}),
+    ],
+)
+def test_moments_of_another_kind_are_refused(change: Any, group: dict[str, Any]) -> None:
+    network = model()
+    optimizer = Custom(network.parameters(), change, **group)
+    steps(network, optimizer)
+    with pytest.raises(InputError, match="the Custom has no second moment"):
+        fk.DiagFisher.from_optimizer(optimizer, network)
+
+
+def test_what_is_no_optimiser_is_refused() -> None:
+    network = model()
+    for given in (None, torch.optim.Adam(network.parameters()).state_dict(), [1]):
+        with pytest.raises(InputError, match="is no optimiser of PyTorch"):
+            fk.DiagFisher.from_optimizer(given, network)  # type: ignore[arg-type]
+    adadelta = torch.optim.Adadelta(network.parameters())
+    steps(network, adadelta)
+    with pytest.raises(InputError, match="the Adadelta has no second moment"):
+        fk.DiagFisher.from_optimizer(adadelta, network)
+
+
+@pytest.mark.parametrize(("kind", "told"), [(torch.optim.Adam, 1), (torch.optim.AdamW, 0)])
+def test_weight_decay_inside_the_gradients_is_told(
+    kind: Any, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for decay in (0.0, 0.1):
+        network = model()
+        optimizer = kind(network.parameters(), weight_decay=decay)
+        steps(network, optimizer)
+        fk.DiagFisher.from_optimizer(optimizer, network)
+        texts = [record.getMessage() for record in caplog.records]
+        assert ["adds its weight decay" in text for text in texts] == [True] * told * (decay > 0)
+
+
+def test_a_tensor_of_two_names_is_saved_twice(tmp_path: Path) -> None:
+    value = torch.arange(4.0)
+    fk.DiagFisher({"a": value, "b": value, "c": value[1:]}, {}).save(tmp_path / "f.safetensors")
+    found = fk.DiagFisher.load(tmp_path / "f.safetensors")
+    assert {name: own.tolist() for name, own in found.items()} == {
+        "a": [0, 1, 2, 3], "b": [0, 1, 2, 3], "c": [1, 2, 3],
+    }  # fmt: skip
+    with pytest.raises(InputError, match="'a' is a list, no tensor by name"):
+        fk.DiagFisher({"a": [1.0]}, {})  # type: ignore[dict-item]
+
+
 def test_from_a_kept_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, out = tmp_path / "run", tmp_path / "fisher"
     train = "train --data synthetic --encoder SASRec --dim 4 --layers 1 --max-len 4 --epochs 1"
