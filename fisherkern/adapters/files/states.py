@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fisherkern.adapters.files.mapped import Slot
+from fisherkern.adapters.names import fit_names
 from fisherkern.adapters.files.pickles import Pairs, Stub
 from fisherkern.adapters.files.torch_files import Refused
 from fisherkern.errors import InputError, shown
@@ -14,6 +16,7 @@ from fisherkern.errors import InputError, shown
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network")
 # A whole model nests modules tens deep and has some thousands.
 MAX_MODULES = 1 << 16
+_DEEPEST = 8
 PLAIN = (int, float, str, bool, type(None))
 
 TensorSlots = dict[str, Slot]
@@ -66,6 +69,34 @@ def find_state(path: object, value: Any) -> SavedState:
     elif key == "state_dict" and "config" in entries and "other_parameter" in entries:
         kind = "recbole"
     return SavedState(kind, _checked(path, held.texts()), entries)
+
+
+def weights_beside(names: Collection[str], extras: Mapping[str, Any]) -> list[str]:
+    """Find other tensors under the weights' names in what stands beside them.
+
+    Such are running averages: their keys, `a.b` for what is inside `a`.
+    """
+    flat = {name.replace(".", "") for name in names}
+    found: list[str] = []
+    seen: set[int] = set()  # a pickle may hold one thing in many places, itself among them
+    waiting = [(0, key, value) for key, value in extras.items()]
+    while waiting:
+        depth, key, value = waiting.pop()
+        if id(value) in seen or depth > _DEEPEST:
+            continue
+        seen.add(id(value))
+        if _is_module(value):
+            found.append(key)
+        elif isinstance(value, Pairs):
+            entries = value.texts()
+            own = [name for name, entry in entries.items() if isinstance(entry, Slot)]
+            # Averages in buffers have no points in their names.
+            if own and (fit_names(own, names) or flat.intersection(own)):
+                found.append(key)
+            else:
+                inner = entries.items()
+                waiting += [(depth + 1, f"{key}.{name}", entry) for name, entry in inner]
+    return sorted(found)
 
 
 def _described(value: Any) -> str:

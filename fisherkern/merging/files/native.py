@@ -21,6 +21,9 @@ from fisherkern.adapters.files.checkpoints import read_json_object
 from fisherkern.adapters.files.safetensors_files import SafetensorsFile
 from fisherkern.adapters.files.writing import companions, new_folder
 from fisherkern.adapters.lora import LowRankPair, check_adapter_config, scaling_of
+from fisherkern.adapters.files.safetensors_files import SafetensorsFile
+from fisherkern.adapters.files.states import weights_beside
+from fisherkern.adapters.files.writing import companions, new_folder
 from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 from fisherkern.merging.files.card import model_card
@@ -177,6 +180,13 @@ def write_native(
         "from_first_member": sorted(source.extras),
         "averaged_buffers": merge.averaged_buffers(),
     }
+    if others := weights_beside(set(source), source.extras):
+        log.warning(
+            "%s: %s holds other values of the same weights, such as their running average: there "
+            "the merged file keeps the first member's",
+            source.path,
+            ", ".join(shown(key) for key in others[:3]),
+        )
     if merge.fishers is not None:
         provenance["without_fisher"] = merge.fishers.uncovered(members.parameters)
 

@@ -77,6 +77,35 @@ def test_the_command_line_merges_every_kind(kind, tmp_path, capsys):
     assert main(["merge", *map(str, paths), "--out", str(out), "--weights", "1,3"]) == 0
 
 
+def prefixed(state):
+    return {f"module.{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        (lambda state: {"ema": dict(state)}, "ema"),
+        (
+            lambda state: {"callbacks": {"EMA": {"weights": prefixed(state)}}},
+            "callbacks.EMA.weights",
+        ),
+        (lambda state: {"shadow": {key.replace(".", ""): v for key, v in state.items()}}, "shadow"),
+        (lambda state: {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "lr": 0.1}}, None),
+    ],
+)
+def test_averages_beside_the_weights_are_told(beside, told, tmp_path, caplog):
+    paths = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for path in paths:
+        state = {"items.weight": torch.randn(3, 2), "bias": torch.randn(2)}
+        more = beside({name: value + 1 for name, value in state.items()})
+        more["round"] = {}
+        more["round"]["again"] = more["round"]
+        torch.save({"model": state, **more}, path)
+    merge_files(paths, tmp_path / "out.pth")
+    texts = [record.getMessage() for record in caplog.records if "same weights" in record.message]
+    assert [f": '{told}' holds other" in text for text in texts] == ([True] if told else [])
+
+
 METHODS = {
     "uniform": {},
     "slerp": {"method": "slerp", "weights": [1, 2]},
