@@ -74,12 +74,12 @@ class ModelAdapter:
 
     @staticmethod
     def of(model: Any) -> ModelAdapter:
-        """The adapter of a model as it is, or of the result of `fisherkern.adapt`."""
+        """Return the adapter of a model as it is, or of the result of `fisherkern.adapt`."""
         return model if isinstance(model, ModelAdapter) else ModelAdapter.made(model, {})
 
     @staticmethod
     def made(model: Any, given: Mapping[str, Any]) -> ModelAdapter:
-        """The adapter of a model with what the user gave."""
+        """Return the adapter of a model with what the user gave."""
         module, path = unwrap(model, _is_known)
         library = recognised(module) or PlainModule()
 
@@ -165,7 +165,7 @@ class ModelAdapter:
         return self._watched_tables(number, first)
 
     def _watched_tables(self, number: int, first: int) -> dict[str, int]:
-        """The tables that are looked up by item, or are the output layer."""
+        """Return the tables that are looked up by item, or are the output layer."""
         length = min(number, self.max_len or number, 8)
         items = torch.arange(1, length + 1, device=self.device)
         try:
@@ -202,13 +202,13 @@ class ModelAdapter:
         return torch.device("cpu") if first is None else first.device
 
     def prepared(self, batch: Any) -> Any:
-        """A native batch as the question for the next item, on the model's device."""
+        """Return a native batch as the question for the next item, on the model's device."""
         if "logits" not in self.given and "encode" not in self.given:
             batch = self.library.prepared(self.module, batch)
         return to_device(batch, self.device)
 
     def make_batch(self, items: Tensor, **beside: Any) -> Any:
-        """A native batch of histories (N, T) int64, items 1..V with 0 on the left for none."""
+        """Make a native batch of histories (N, T) int64, items 1..V, 0 on the left for none."""
         if (given := self.given.get("make_batch")) is not None:
             return given(items)
         if "logits" in self.given or type(self.library) is PlainModule:
@@ -225,11 +225,11 @@ class ModelAdapter:
         return found
 
     def labels(self, batch: Any) -> Tensor | None:
-        """The item that each position is trained on, (N, T), −100 for none; None without labels."""
+        """Return each position's training item, (N, T), −100 for none; None without labels."""
         return None if "logits" in self.given else self.library.labels(self.module, batch)
 
     def at_every_position(self) -> ModelAdapter:
-        """An adapter whose `all_logits` and `all_hidden` are of every position.
+        """Return an adapter whose `all_logits` and `all_hidden` are of every position.
 
         Raises:
             InputError: The model predicts at the last position only.
@@ -265,12 +265,12 @@ class ModelAdapter:
         return torch.as_tensor(items).long() - self.first_item
 
     def copy(self) -> ModelAdapter:
-        """The adapter of a deep copy of the model as the user holds it."""
+        """Return the adapter of a deep copy of the model as the user holds it."""
         source, _ = copy_wrapped(self.source, self.path)
         return ModelAdapter.made(source, self.given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapter:
-        """The adapter of a deep copy, as functions of a model hold the model."""
+        """Return the adapter of a deep copy, as functions of a model hold the model."""
         return ModelAdapter.made(copy.deepcopy(self.source, memo), self.given)
 
     @property
@@ -296,7 +296,7 @@ class ModelAdapter:
         return duplicate.source
 
     def with_output_layer(self, batch: Any) -> ModelAdapter:
-        """This adapter with its output layer found on a first batch, and compared with the logits.
+        """Return an adapter with the output layer found on a batch and compared with logits.
 
         Args:
             batch: A prepared batch; the model is in eval mode.
@@ -371,7 +371,7 @@ class ModelAdapter:
         return self.logits(self.prepared(batch))
 
     def __repr__(self) -> str:
-        """What was recognised, in one line."""
+        """Return what was recognised, in one line."""
         name = type(self.module).__name__
         around = "" if self.source is self.module else f" in a {type(self.source).__name__}"
         layer = "found on the first batch"

@@ -65,7 +65,7 @@ def check_function(adapter: Any, batch: Any) -> None:
 
 
 def head_difference(adapter: Any, batch: Any) -> str | None:
-    """The largest difference of the logits from those of encode and head; None for none."""
+    """Return the largest difference of the logits from those of encode and head; None for none."""
     assert adapter.encode is not None and adapter.head is not None
     with torch.no_grad():
         z = adapter.logits(batch)
@@ -78,7 +78,7 @@ def head_difference(adapter: Any, batch: Any) -> str | None:
 
 
 def distance(z: Tensor, other: Tensor) -> str | None:
-    """The largest difference of logits, said; None where it is rounding of their dtype."""
+    """Return the largest difference of logits, said; None where it is rounding of their dtype."""
     most = scale = 0.0
     # A part at a time: there is a logit for every item.
     for one, two in zip(

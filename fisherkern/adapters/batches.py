@@ -25,7 +25,7 @@ Index = slice | Tensor
 
 
 def model_input(batch: Any) -> Any:
-    """What a model of one argument is called with: the history of a (history, target) pair.
+    """Return what a model of one argument is called with: the history of a (history, target) pair.
 
     Of a list with one tensor, as a `TensorDataset` gives, the tensor.
     """
@@ -66,7 +66,7 @@ def batch_slice(batch: Any, start: int, stop: int) -> Any:
 
 
 def batch_take(batch: Any, index: Index) -> Any:
-    """Some sequences of a batch, by a slice or indices (n,) int64, of the same kind."""
+    """Return some sequences of a batch, of its kind, by a slice or indices (n,) int64."""
     n = batch_size(batch)
 
     def part(name: str, value: Any) -> Any:
@@ -86,7 +86,7 @@ def batch_take(batch: Any, index: Index) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`."""
+    """Return the batch with its tensors on `device`."""
 
     def moved(name: str, value: Any) -> Any:
         moves = isinstance(value, Tensor) or _is_jagged(value)
@@ -96,7 +96,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def mapped(batch: Any, function: Callable[[str, Any], Any], name: str = "") -> Any:
-    """A batch of the same kind whose leaves are function(name, leaf)."""
+    """Return a batch of the same kind whose leaves are function(name, leaf)."""
     if isinstance(batch, Tensor):
         return function(name, batch)
     if (interaction := _interaction(batch)) is not None:
@@ -129,7 +129,7 @@ def leaves(batch: Any) -> Iterator[tuple[str, Any]]:
 
 
 def field(batch: Any, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
-    """The first tensor of a batch that has one of the names, and its name."""
+    """Return the first tensor of a batch that has one of the names, and its name."""
     named = dict(reversed(list(leaves(batch))))
     for name in names:
         value = named.get(name)
@@ -141,7 +141,7 @@ def field(batch: Any, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
 
 
 def histories(batch: Any) -> Tensor | None:
-    """The item ids (N, T) of a batch: its first integer tensor of two dimensions."""
+    """Return the item ids (N, T) of a batch: its first integer tensor of two dimensions."""
     n = batch_size(batch)
     for name, tensor in leaves(batch):
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or len(tensor) != n:
@@ -169,7 +169,7 @@ def takes(dealer: Dealer, batch: Any) -> bool:
 
 
 def shared_part(batch: Any) -> tuple[Any, slice, float]:
-    """This process's sequences of a batch that all work on, their places, and `own_share`'s weight.
+    """Return the process's sequences of a shared batch, their places, `own_share`'s weight.
 
     A list or tuple of tensors alone will do for a batch.
     """
@@ -220,7 +220,7 @@ def _jagged_lengths(value: Any) -> Tensor:
 
 
 def _jagged_rows(value: Any, index: Index) -> Any:
-    """The values of some sequences, in a jagged tensor of the same kind."""
+    """Return the values of some sequences, in a jagged tensor of the same kind."""
     lengths = _jagged_lengths(value)
     ends = lengths.flatten().cumsum(0).view(lengths.shape)
     own = lengths[:, index].flatten()
@@ -236,13 +236,13 @@ def _jagged_rows(value: Any, index: Index) -> Any:
 
 
 def _interaction(batch: Any) -> Mapping[str, Any] | None:
-    """The tensors of RecBole's Interaction, which is no Mapping."""
+    """Return the tensors of RecBole's Interaction, which is no Mapping."""
     inner = getattr(batch, "interaction", None)
     return inner if isinstance(inner, Mapping) else None
 
 
 def _rebuilt(batch: Mapping[str, Any], parts: dict[str, Any]) -> Any:
-    """A mapping of the batch's own class; a dict where the class takes none."""
+    """Return a mapping of the batch's own class; a dict where the class takes none."""
     try:
         made: Any = type(batch)(parts)  # type: ignore[call-arg]
     except TypeError:

@@ -21,7 +21,7 @@ _BESIDE = 3
 
 
 def ids_in(given: Any, first_token: int) -> list[Any]:
-    """The external ids of items 1..V in what a user gave.
+    """Return the external ids of items 1..V in what a user gave.
 
     Args:
         given: A list of ids item by item; or RecBole's data set, or RecTools' `IdMap` or data
@@ -86,7 +86,7 @@ def looked_up_tables(
 
 
 def output_tables(module: nn.Module, parts: OutputLayerParts, first_row: int) -> dict[str, int]:
-    """The output layer's tensors, and the row of the first item in each.
+    """Return the output layer's tensors, and the row of the first item in each.
 
     Args:
         module: The bare module.
@@ -102,7 +102,7 @@ def output_tables(module: nn.Module, parts: OutputLayerParts, first_row: int) ->
 
 
 def tables_by_size(module: nn.Module, num_items: int, first_token: int) -> dict[str, int]:
-    """The parameters with a row for each item, by their sizes alone.
+    """Return the parameters with a row for each item, by their sizes alone.
 
     Raises:
         InputError: Another dimension of the model is as large, so that sizes do not tell.

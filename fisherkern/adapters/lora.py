@@ -94,9 +94,7 @@ def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
 
 
 def check_no_factors(names: Iterable[str]) -> None:
-    """Raise InputError for tensors that are other factors of a weight: weight norm's, spectral
-    norm's, parametrisations, LoHa's, LoKr's.
-    """
+    """Raise InputError for tensors that are other factors of a weight: weight norm's, LoHa's."""
     present = set(names)
     for name in sorted(present):
         parts = _PARTS.match(name)
@@ -124,7 +122,7 @@ def check_adapter_config(config: Mapping[str, Any], owner: str) -> None:
 
 
 def scaling_of(config: Mapping[str, Any], pair: LowRankPair, rank: int) -> float:
-    """What PEFT multiplies B A by: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA).
+    """Return what PEFT multiplies B A by: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA).
 
     Raises:
         InputError: The configuration has no number there.
@@ -138,7 +136,7 @@ def scaling_of(config: Mapping[str, Any], pair: LowRankPair, rank: int) -> float
 
 
 def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The value of the pattern that ends the module's name, as PEFT looks for it."""
+    """Return the value of the pattern that ends the module's name, as PEFT looks for it."""
     if not isinstance(patterns, Mapping):
         return default
     for pattern, value in patterns.items():

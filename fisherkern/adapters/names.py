@@ -12,7 +12,7 @@ _ADAPTER = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
 
 
 def bare_name(name: str) -> str:
-    """A tensor's name without wrappers' prefixes and without the name of PEFT's first adapter."""
+    """Return a tensor's name without prefixes of wrappers and the name of PEFT's adapter."""
     stripped = True
     while stripped:
         stripped = False

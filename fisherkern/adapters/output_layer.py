@@ -47,7 +47,7 @@ class OutputLayerParts:
         return weight, None if self.bias is None else _of(module, self.bias)
 
     def encoder(self, logits: LogitsFunction) -> Callable[[Any], Tensor]:
-        """The hidden state before the output layer: (N, D), or (N, T, D) of every position."""
+        """Return the state before the output layer: (N, D), or (N, T, D) of every position."""
 
         def encode(batch: Any) -> Tensor:
             watch = _Watch(self.columns, stop=self.call)
@@ -191,14 +191,14 @@ def _linear(
 def _added(
     func: Callable[..., Any], other: Any, output: Tensor, kwargs: Mapping[str, Any]
 ) -> Tensor | None:
-    """The bias that a call adds: one entry a column."""
+    """Return the bias that a call adds: one entry a column."""
     if func not in _ADD or not isinstance(other, Tensor) or kwargs:
         return None
     return other if other.numel() == output.shape[-1] == other.shape[-1] else None
 
 
 def _factor(func: Callable[..., Any], other: Any, args: Sequence[Any]) -> float | None:
-    """The number that a call multiplies by."""
+    """Return the number that a call multiplies by."""
     if not isinstance(other, (int, float)) or isinstance(other, bool):
         return None
     if func in _MUL:
@@ -263,7 +263,7 @@ def _parts(
     position: int | None,
     candidates: Sequence[tuple[Tensor, _Derived]],
 ) -> OutputLayerParts | str:
-    """The output layer of a found map, its weight and bias as parts of the module's tensors."""
+    """Return a found map's output layer, weight and bias as parts of module tensors."""
     found = _weight_of(module, derived.weight)
     if isinstance(found, str):
         return found
@@ -285,12 +285,12 @@ def _parts(
 
 
 def part_of(module: nn.Module, tensor: Tensor) -> ParamView | None:
-    """The parameter or buffer that a tensor is, or a contiguous part of."""
+    """Return the parameter or buffer that a tensor is, or a contiguous part of."""
     return view_among({id(own): name for name, own in _tensors_of(module)}, tensor)
 
 
 def _of(module: nn.Module, part: ParamView) -> Tensor:
-    """The part of the module's tensor of this name, a view of it."""
+    """Return the part of the module's tensor of this name, a view of it."""
     tensor = dict(_tensors_of(module))[part.name]
     return tensor if tensor.shape == part.shape else part.of(tensor.view(-1))
 
@@ -313,7 +313,7 @@ def _weight_of(module: nn.Module, weight: Tensor) -> _Rows | str:
 
 
 def gathered_rows(module: nn.Module, weight: Tensor) -> _Rows | str:
-    """The rows of a single parameter of which a computed (V, D) tensor is made, gradient and all.
+    """Return the rows of one parameter that a computed (V, D) tensor is, gradient and all.
 
     Where it is a table that was looked up whole, its rows are the parameter's, and a gradient on
     it is the parameter's gradient, but for rows of padding, which get none. Rows may be scaled
@@ -354,7 +354,7 @@ def gathered_rows(module: nn.Module, weight: Tensor) -> _Rows | str:
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
-    """The leaves of the graph that a tensor comes from."""
+    """Return the leaves of the graph that a tensor comes from."""
     found, seen, stack = [], set(), [tensor.grad_fn]
     while stack:
         node = stack.pop()

@@ -20,11 +20,11 @@ class ParamView:
     shape: tuple[int, ...]
 
     def of(self, flat: Tensor) -> Tensor:
-        """The same view of a flattened tensor of the parameter's size."""
+        """Return the same view of a flattened tensor of the parameter's size."""
         return flat[self.start : self.start + math.prod(self.shape)].view(self.shape)
 
     def reshaped(self, *shape: int) -> ParamView:
-        """The same entries in another shape."""
+        """Return the same entries in another shape."""
         return ParamView(self.name, self.start, shape)
 
 
@@ -54,7 +54,7 @@ class Parameters:
         self._names = {id(parameter): name for name, parameter in self.named.items()}
 
     def view_of(self, tensor: Any) -> ParamView | None:
-        """What a parameter or a contiguous view of its dtype covers, None for anything else."""
+        """Return what a parameter, or a contiguous view of its dtype, covers; None for others."""
         return view_among(self._names, tensor)
 
     def view_or_transpose(self, tensor: Any) -> ParamView | None:
@@ -66,7 +66,7 @@ class Parameters:
 
 
 def view_among(names: Mapping[int, str], tensor: Any) -> ParamView | None:
-    """What a tensor or a contiguous view of its dtype covers of those named by their `id`."""
+    """Return what a tensor, or a contiguous view, covers of those named by their `id`."""
     if not isinstance(tensor, Tensor):
         return None
     base = tensor if tensor._base is None else tensor._base

@@ -70,7 +70,7 @@ def copy_wrapped(source: Any, path: tuple[str, ...]) -> tuple[Any, nn.Module]:
 
 
 def held_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A module, then the one that holds all of its tensors, and so on; each with its prefix."""
+    """Yield a module, then the one with all of its tensors, and so on, with prefixes."""
     prefix = ""
     for _ in range(_DEEPEST):
         yield prefix, module
@@ -81,7 +81,7 @@ def held_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _wrapped(model: Any, known: Callable[[nn.Module], bool]) -> str | None:
-    """The attribute under which a wrapper holds its model; None for a bare module."""
+    """Return the attribute under which a wrapper holds its model; None for a bare module."""
     if not isinstance(model, nn.Module):
         held = (name for name in _HELD if isinstance(_attribute(model, name), nn.Module))
         return next(held, None)
@@ -101,7 +101,7 @@ def _attribute(model: Any, name: str) -> Any:
 
 
 def _passed_on(model: nn.Module) -> str | None:
-    """The child that a wrapper of torch or RecTools passes every call to."""
+    """Return the child that a wrapper of torch or RecTools passes every call to."""
     of_torch = type(model).__module__.partition(".")[0] == "torch"
     of_torch = of_torch and not isinstance(model, WITH_CODE)
     children = dict(model.named_children())
@@ -115,7 +115,7 @@ def _passed_on(model: nn.Module) -> str | None:
 
 
 def _only_trained_child(model: nn.Module) -> str | None:
-    """The child that holds all of a module's tensors; None where no single one does."""
+    """Return the child that holds all of a module's tensors; None where no single one does."""
     if model._parameters or any(buffer is not None for buffer in model._buffers.values()):
         return None
     holding = [name for name, child in model.named_children() if _holds_tensors(child)]

@@ -125,7 +125,7 @@ def bucket_of(seed: int, column: Tensor, probes: int) -> Tensor:
 def members_by_bucket(
     seed: int, probes: int, first: int, count: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Return columns first … first + count − 1 of each bucket of `bucket_of`, int64."""
+    """Yield columns first … first + count − 1 of each bucket of `bucket_of`, int64."""
     blocks = torch.arange(first // probes, -(-(first + count) // probes), device=device)
     rotations = bucket_rotations(seed, blocks, probes)
     # Made on the CPU once more: a GPU would be waited for. Only in the outermost blocks may a

@@ -116,7 +116,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self.slot(name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, of the shape, strides, dtype and bits that were saved."""
+        """Return the tensor, of the shape, strides, dtype and bits that were saved."""
         slot = self.slot(name)
         if slot.region not in self._shared:
             return slot.load()
@@ -127,7 +127,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return slot.view(storage)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """A copy of rows start..stop, which alone are read; a number is its own only row."""
+        """Return a copy of rows start..stop, which alone are read; a number is its own only row."""
         slot = self.slot(name)
         length = slot.shape[0] if slot.shape else 1
         if not 0 <= start <= stop <= length:
@@ -192,7 +192,7 @@ def _read_file(path: Path) -> tuple[CheckpointFile, SavedState]:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file that somebody sent."""
+    """Return a JSON object of a file that somebody sent."""
     value = read_json(path, MAX_SETTINGS)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no JSON object")
@@ -217,7 +217,7 @@ def _read_folder(folder: Path, weights: str | None = None) -> Checkpoint:
 
 
 def _shards(folder: Path, index: Path) -> list[CheckpointFile]:
-    """The files that an index names, each with the tensors that the index says."""
+    """Return the files that an index names, each with the tensors that the index says."""
     places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(f"{index}: has no weight_map")

@@ -63,7 +63,7 @@ class FileWindow(MappedFile):
             raise InputError(f"{path}: the shard is cut short: it ends before byte {start + size}")
 
     def storage(self, start: int, stop: int) -> torch.UntypedStorage:
-        """A copy of the bytes."""
+        """Return a copy of the bytes."""
         content = torch.frombuffer(self.read(start, stop), dtype=torch.uint8)
         return content.untyped_storage()
 
@@ -75,7 +75,7 @@ class FileWindow(MappedFile):
                 running.saw(view, self._start + start)
 
     def opened(self) -> io.RawIOBase:
-        """A stream of the bytes."""
+        """Return a stream of the bytes."""
         return _WindowStream(self)
 
 
@@ -176,7 +176,7 @@ class DcpFolder(Mapping[str, Tensor]):
         self._slot = functools.lru_cache(_KEPT)(functools.partial(_slot_of, self.hashes))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """A copy of rows start..stop; a number is its own only row."""
+        """Return a copy of rows start..stop; a number is its own only row."""
         tensor = self.tensors[name]
         if not tensor.shape:
             return self._slot(name, tensor.dtype, tensor.boxes[0]).copy()
@@ -217,7 +217,7 @@ def is_dcp(path: str | os.PathLike[str]) -> bool:
 
 
 def _metadata(folder: Path) -> Any:
-    """The value of the folder's pickle, inert."""
+    """Return the value of the folder's pickle, inert."""
     path = folder / METADATA
     if not is_dcp(folder):
         raise InputError(f"{folder}: no folder of torch.distributed.checkpoint: {METADATA} lacks")
@@ -235,7 +235,7 @@ def _metadata(folder: Path) -> Any:
 
 
 def _texts(value: Any, kind: str) -> dict[str, Any]:
-    """The attributes of an object of a class."""
+    """Return the attributes of an object of a class."""
     if not isinstance(value, Stub) or not value.is_call_of(kind):
         raise TypeError(kind)
     if not isinstance(value.state, Pairs):
@@ -271,7 +271,7 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 
 def _boxed(folder: Path, name: str, own: Mapping[str, Any], places: _Places) -> BoxedTensor:
-    """A tensor whose boxes are all there."""
+    """Return a tensor whose boxes are all there."""
     dtype = own["properties"].state
     dtype = dtype[0] if type(dtype) is tuple else dtype.texts()["dtype"]
     if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in STORAGE_DTYPES:

@@ -20,7 +20,7 @@ _SCALAR_CALLS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"
 
 
 def id_list(given: Any) -> list[Any]:
-    """The ids in a list, an array or a column of a frame.
+    """Return the ids in a list, an array or a column of a frame.
 
     Raises:
         InputError: It is something else, such as a mapping, whose order says nothing; or an entry
@@ -41,7 +41,7 @@ def id_list(given: Any) -> list[Any]:
 
 
 def ids_of(value: Any) -> Ids | None:
-    """A list, tuple or one-dimensional array of plain values; None for anything else."""
+    """Return a list, tuple or one-dimensional array of plain values; None for anything else."""
     if isinstance(value, Stub):
         value = _array(value)
     if not isinstance(value, list | tuple):
@@ -63,7 +63,7 @@ def _dtype(stub: Any) -> numpy.dtype[Any] | None:
 
 
 def _array(stub: Stub) -> list[Any] | None:
-    """The entries of a one-dimensional array."""
+    """Return the entries of a one-dimensional array."""
     if stub.is_call_of(*ARRAYS) and type(stub.state) is tuple and len(stub.state) == 5:
         _, shape, kind, _, content = stub.state
     elif stub.is_call_of(*BUFFERS) and type(stub.args) is tuple and len(stub.args) == 4:

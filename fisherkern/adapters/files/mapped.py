@@ -49,16 +49,16 @@ class MappedFile:
             raise InputError(f"{self.path}: could not be read: {reason}") from None
 
     def opened(self) -> io.RawIOBase:
-        """A stream of the bytes, for the caller to close."""
+        """Return a stream of the bytes, for the caller to close."""
         return self.path.open("rb", buffering=0)
 
     def storage(self, start: int, stop: int) -> torch.UntypedStorage:
-        """The mapped bytes; writing to them changes memory, never the file."""
+        """Return the mapped bytes; writing to them changes memory, never the file."""
         mapped: torch.UntypedStorage = self._storage[start:stop]
         return mapped
 
     def read(self, start: int, stop: int) -> bytearray:
-        """A copy of the bytes, read rather than mapped: pages of a map count as memory in use."""
+        """Return a copy of the bytes, read, not mapped: pages of a map count as memory in use."""
         content = bytearray(stop - start)
         self.fill(memoryview(content), start)
         return content
@@ -82,20 +82,20 @@ class Region:
     deflated: int | None = None
 
     def read(self, start: int = 0, stop: int | None = None) -> bytearray:
-        """A copy of bytes start..stop."""
+        """Return a copy of bytes start..stop."""
         stop = self.size if stop is None else stop
         if self.deflated is None:
             return self.file.read(self.start + start, self.start + stop)
         return self._inflate()[start:stop]
 
     def storage(self) -> torch.UntypedStorage:
-        """The bytes, mapped; a copy where they are compressed."""
+        """Return the bytes, mapped; a copy where they are compressed."""
         if self.deflated is None:
             return self.file.storage(self.start, self.start + self.size)
         return _storage_of(self._inflate())
 
     def copy(self) -> torch.UntypedStorage:
-        """The bytes in memory of their own, aligned for every type."""
+        """Return the bytes in memory of their own, aligned for every type."""
         return _storage_of(self.read())
 
     def _inflate(self) -> bytearray:
@@ -155,7 +155,7 @@ class Slot:
         return None
 
     def view(self, storage: torch.UntypedStorage) -> Tensor:
-        """The tensor in the region's `storage`."""
+        """Return the tensor in the region's `storage`."""
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
     def aligned(self) -> bool:
@@ -163,13 +163,13 @@ class Slot:
         return self.region.deflated is None and self.region.start % self.dtype.itemsize == 0
 
     def load(self) -> Tensor:
-        """The tensor: mapped where it can be used as it lies, else a copy."""
+        """Return the tensor: mapped where it can be used as it lies, else a copy."""
         if self.aligned():
             return self.view(self.region.storage())
         return self.copy()
 
     def copy(self) -> Tensor:
-        """The tensor, read into memory of its own with its strides."""
+        """Return the tensor, read into memory of its own with its strides."""
         size = self.dtype.itemsize
         content = self.region.read(self.offset * size, (self.offset + self.extent) * size)
         return torch.empty(0, dtype=self.dtype).set_(

@@ -58,7 +58,7 @@ class Pairs:
             self.pairs.extend(pairs)
 
     def texts(self) -> dict[str, Any]:
-        """The pairs whose key is a text, the last of equal ones."""
+        """Return the pairs whose key is a text, the last of equal ones."""
         return {key: value for key, value in self.pairs or () if type(key) is str}
 
 
@@ -359,9 +359,11 @@ def run_program(
     storage: Callable[[Any], Any] | None = None,
     limit: int = MAX_OPCODES,
 ) -> tuple[Any, int]:
-    """Run the pickle program in `data` from byte `start`.
+    """Run a pickle program.
 
     Args:
+        data: the bytes that hold it.
+        start: its first byte.
         functions: (module, name) -> the function of ours that a call of this name stands for.
         storage: what a persistent id stands for; None refuses every one.
         limit: the most opcodes.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fisherkern.adapters.files.mapped import Slot
-from fisherkern.adapters.names import fit_names
 from fisherkern.adapters.files.pickles import Pairs, Stub
 from fisherkern.adapters.files.torch_files import Refused
+from fisherkern.adapters.names import fit_names
 from fisherkern.errors import InputError, shown
 
 # Where trainers keep the weights; whatever other tensors there are is theirs.
@@ -119,7 +119,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _checked(path: object, entries: dict[str, Any]) -> TensorSlots:
-    """The tensors among entries; whatever else a model would need is refused by name."""
+    """Return the tensors among entries; whatever else a model would need is refused by name."""
     tensors: TensorSlots = {}
     for name, entry in entries.items():
         if isinstance(entry, Slot):
@@ -142,7 +142,7 @@ def _is_module(value: Any) -> bool:
 
 
 def _module_entries(path: object, module: Stub) -> tuple[dict[str, Any], frozenset[str]]:
-    """What module.state_dict() would have given, from what was saved; names of its buffers."""
+    """Return what module.state_dict() would have given, and the names of its buffers."""
     entries: dict[str, Any] = {}
     held: set[str] = set()
     waiting, visited = [("", module)], 0
@@ -171,7 +171,7 @@ def _texts(value: Any) -> dict[str, Any]:
 
 
 def _texts_of_set(value: Any) -> set[str]:
-    """The texts of a set, which the old protocols make by a call and the new by opcodes."""
+    """Return the texts of a set, which the old protocols make by a call and the new by opcodes."""
     if not isinstance(value, Stub):
         return set()
     called = value.args[0] if type(value.args) is tuple and value.args else []

@@ -165,7 +165,7 @@ FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _storage_dtype(kind: Any) -> torch.dtype | Refused | None:
-    """What a storage class of a persistent id holds; None for bytes."""
+    """Return what a storage class of a persistent id holds; None for bytes."""
     if type(kind) is not Global or kind.module not in ("torch", "torch.cuda", "torch.storage"):
         raise PickleError("refers to a storage of an unknown class")
     if kind.name in QUANTISED:
@@ -238,7 +238,7 @@ def _directory_size(file: MappedFile) -> int:
 
 
 def _zip_entries(file: MappedFile) -> dict[str, Region]:
-    """The parts of a zip archive by name, in its order, checked against the file."""
+    """Return the parts of a zip archive by name, in its order, checked against the file."""
     broken = InputError(f"{file.path}: not a whole zip file, perhaps cut short")
     if _directory_size(file) > MAX_DIRECTORY:
         raise InputError(f"{file.path}: a zip file of too many parts")
@@ -319,7 +319,7 @@ def _read_legacy(file: MappedFile) -> TorchFile:
 
 
 def _legacy_dtype(kind: Any) -> tuple[torch.dtype | Refused | None, int]:
-    """The type of a storage and the bytes of one element."""
+    """Return the type of a storage and the bytes of one element."""
     dtype = _storage_dtype(kind)
     if isinstance(dtype, Refused):
         return dtype, STORAGE_DTYPES[kind.name.removesuffix("Storage").lower()].itemsize
@@ -329,7 +329,7 @@ def _legacy_dtype(kind: Any) -> tuple[torch.dtype | Refused | None, int]:
 def _legacy_storage(
     file: MappedFile, reference: Any, regions: dict[str, tuple[Region, int]]
 ) -> Any:
-    """The storage that a program refers to, in a region whose place is not known yet."""
+    """Return the storage that a program refers to, in a region whose place is not known yet."""
     tag, kind, key, *more = reference
     if tag == "module":  # (class, its source's file, its source's text)
         return kind

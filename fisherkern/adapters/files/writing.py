@@ -91,7 +91,7 @@ def write_like(
 
 
 def companions(source: Checkpoint) -> Iterator[Path]:
-    """The files that are copied as they are: small ones that loading needs, and the index."""
+    """Return files that are copied as they are: small ones that loading needs, the index."""
     folder = source.parts[0].path.parent
     for file in sorted(folder.iterdir()):
         wanted = file.suffix in COPIED and file.name not in LEFT_OUT
@@ -103,7 +103,7 @@ def companions(source: Checkpoint) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, renamed to it when the block succeeds."""
+    """Make a temporary folder beside `target`, renamed to it when the block succeeds."""
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def _write_storage(
 
 
 def _blocks(tensors: Mapping[str, Tensor], name: str, slot: Slot) -> Iterator[Tensor]:
-    """The tensor's blocks where the mapping has them, which fill it; else the tensor."""
+    """Yield the tensor's blocks where the mapping has them, which fill it; else the tensor."""
     by_rows = getattr(tensors, "blocks", None)
     if by_rows is None or not slot.shape:
         yield _value(tensors, name, slot)

@@ -35,7 +35,7 @@ class Library:
         return None
 
     def prepared(self, module: Any, batch: Any) -> Any:
-        """The batch as the question for the next item, where a native batch asks another."""
+        """Return the batch as the question for the next item, where a native batch asks another."""
         return batch
 
     def places(self, module: Any, batch: Any) -> Tensor | None:
@@ -43,23 +43,23 @@ class Library:
         return real_places(batch, self.pad_id(module))
 
     def labels(self, module: Any, batch: Any) -> Tensor | None:
-        """The token that each position's logits are trained on, (N, T), −100 for none."""
+        """Return the token that each position's logits are trained on, (N, T), −100 for none."""
         return None
 
     def targets(self, module: Any, batch: Any) -> Tensor | None:
-        """The tokens of the next items, (N,); None where the batch has none."""
+        """Return the tokens of the next items, (N,); None where the batch has none."""
         return None
 
     def pad_id(self, module: Any) -> int | None:
-        """The token that is padding."""
+        """Return the token that is padding."""
         return 0
 
     def first_token(self, module: Any) -> int:
-        """The token of the first item."""
+        """Return the token of the first item."""
         return 1
 
     def first_column(self, module: Any) -> int:
-        """The token of logit column 0."""
+        """Return the token of logit column 0."""
         return 0
 
     def num_items(self, module: Any) -> int | None:
@@ -71,7 +71,7 @@ class Library:
         return None
 
     def max_len(self, module: Any) -> int | None:
-        """The most positions of a history."""
+        """Return the most positions of a history."""
         return None
 
     def skips_padding(self, module: Any) -> bool:
@@ -79,15 +79,15 @@ class Library:
         return False
 
     def settings(self, module: Any) -> Mapping[str, Any] | None:
-        """What the model was built with."""
+        """Return what the model was built with."""
         return None
 
     def make_batch(self, module: Any, items: Tensor) -> Any:
-        """A native batch of histories (N, T) int64, items 1..V with 0 on the left for none."""
+        """Make a native batch of histories (N, T) int64, items 1..V, 0 on the left for none."""
         return items
 
     def with_users(self, module: Any, batch: Any, users: Tensor | None) -> Any:
-        """A batch of `make_batch` with the data's users (N,), for models that take them."""
+        """Return a batch of `make_batch` with the data's users (N,), for models that take them."""
         return batch
 
     def item_tables(self, module: Any) -> dict[str, int] | None:
@@ -112,7 +112,7 @@ def register(library: Library) -> Library:
 
 
 def recognised(module: nn.Module) -> Library | None:
-    """The kind of a bare module; None for a plain one."""
+    """Return the kind of a bare module; None for a plain one."""
     for library in _known:
         if library.fits(module):
             return library
@@ -120,7 +120,7 @@ def recognised(module: nn.Module) -> Library | None:
 
 
 def last_place(places: Tensor | None, length: int, rows: int) -> Tensor | None:
-    """The index of every sequence's last real position, (N,); None for the last column.
+    """Return the index of every sequence's last real position, (N,); None for the last column.
 
     Args:
         places: (N, T) bool, or None.
@@ -136,7 +136,7 @@ def last_place(places: Tensor | None, length: int, rows: int) -> Tensor | None:
 
 
 def last_label(labels: Tensor, places: Tensor | None) -> Tensor:
-    """The label of each sequence's last real position, (N,).
+    """Return the label of each sequence's last real position, (N,).
 
     Args:
         labels: (N, T), −100 for none.
@@ -158,7 +158,7 @@ def last_label(labels: Tensor, places: Tensor | None) -> Tensor:
 
 
 def history_of(batch: Any) -> Tensor:
-    """The history of a batch, which must hold one."""
+    """Return the history of a batch, which must hold one."""
     found = histories(mapped(batch, _as_tensor))
     assert found is not None
     return found
@@ -174,7 +174,7 @@ def shifted_left(tokens: Tensor, new: int) -> Tensor:
 
 
 def token_ids(items: Tensor, first_token: int, pad: int = 0) -> Tensor:
-    """The tokens of items 1..V, and `pad` where there is none."""
+    """Return the tokens of items 1..V, and `pad` where there is none."""
     return torch.where(items > 0, items - 1 + first_token, pad)
 
 
@@ -189,7 +189,7 @@ def right_padded(history: Tensor, pad: int) -> tuple[Tensor, Tensor]:
 
 
 def config_of(module: Any) -> Mapping[str, Any] | None:
-    """A model's configuration as a mapping: a dict, or what Hugging Face and RecBole have."""
+    """Return a model's configuration as a mapping, such as Hugging Face's and RecBole's."""
     config = getattr(module, "config", None)
     if isinstance(config, Mapping):
         return config

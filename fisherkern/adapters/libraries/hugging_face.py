@@ -121,7 +121,7 @@ class HuggingFace(Library):
 
 
 def _of_function(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that change what a model computes, also those inside of others."""
+    """Return the settings that change what a model computes, also those inside of others."""
     return {
         name: _of_function(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
@@ -130,7 +130,7 @@ def _of_function(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bare_name(module: Any) -> str:
-    """The class of the model that PEFT holds, or of the model."""
+    """Return the class of the model that PEFT holds, or of the model."""
     get = getattr(module, "get_base_model", None)
     return type(get() if callable(get) else module).__name__
 
@@ -142,7 +142,7 @@ def _accepted(module: Any) -> set[str]:
 
 
 def _decoder_ids(module: Any, batch: Mapping[str, Any]) -> Tensor:
-    """What an encoder-decoder's decoder is given: the labels shifted, or its start token."""
+    """Return what an encoder-decoder's decoder is given: the labels shifted, or its start token."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor):
         shift = getattr(module, "prepare_decoder_input_ids_from_labels", None)

@@ -78,7 +78,7 @@ class GenerativeRecommender(Library):
 
 
 def _of_row(module: Any, row: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the models take of a batch of the data set: places for the next items at the end."""
+    """Return what models take of the data's batch: places for next items at the end."""
     ids, lengths = row["historical_ids"], row["history_lengths"].reshape(-1)
     width = max(ids.shape[1], len(module._attn_mask))
     after = (0, width - ids.shape[1])

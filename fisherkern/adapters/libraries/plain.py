@@ -103,7 +103,7 @@ class PlainModule(Library):
 
 
 def _declared(module: Any, name: str, default: Any) -> Any:
-    """An attribute of a module, or of the one that it holds and nothing else."""
+    """Return an attribute of a module, or of the one that it holds and nothing else."""
     for _, part in held_modules(module):
         if (value := getattr(part, name, None)) is not None:
             return value
@@ -127,7 +127,7 @@ def factored(module: nn.Module) -> bool:
 
 
 def logits_in(output: Any) -> Tensor:
-    """The logits in what a model returned: a tensor, or an object or mapping that holds them.
+    """Return the logits in a model's result: a tensor, or an object or mapping with them.
 
     Raises:
         InputError: There are none.
@@ -148,7 +148,7 @@ def logits_in(output: Any) -> Tensor:
 
 
 def _called(module: Any, batch: Any) -> Any:
-    """What a module gives for a batch, handed over as its `forward` takes it."""
+    """Return what a module gives for a batch, handed over as its `forward` takes it."""
     forward = module.forward if isinstance(module, nn.Module) else module
     required, names = _required(forward), _positional(forward)
     if isinstance(batch, Mapping):
@@ -168,7 +168,7 @@ _takes_history: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary
 
 
 def _mapping_or_history(module: Any, batch: Mapping[Any, Any]) -> Any:
-    """What a module gives for a mapping or, where that is nothing to it, for its history alone."""
+    """Call a module with a mapping or, where that is nothing to it, its history alone."""
     known = _takes_history.get(module)
     if known is not None or not isinstance(batch.get("history"), Tensor):
         return module(batch["history"] if known else batch)
@@ -193,7 +193,7 @@ def _holds_next_items(names: list[str], batch: Any) -> bool:
 
 
 def _second(batch: Any) -> Tensor | None:
-    """The next items of a (history, target) pair."""
+    """Return the next items of a (history, target) pair."""
     if len(batch) != 2:
         return None
     try:

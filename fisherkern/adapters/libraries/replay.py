@@ -121,7 +121,7 @@ class Bert4RecModel(SasRecModel):
 
 
 def _steps(module: nn.Module) -> list[str]:
-    """The arguments of `forward_step`."""
+    """Return the arguments of `forward_step`."""
     step = getattr(module, "forward_step", None)
     return list(inspect.signature(step).parameters) if callable(step) else []
 

@@ -69,7 +69,7 @@ def save_dcp(
 
 
 def _write(target: Path, temporary: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The folder under another name; a process that fails ends all."""
+    """Write the folder under another name; a process that fails ends all."""
     import torch.distributed.checkpoint as checkpointing
 
     state = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -123,7 +123,7 @@ def load_by_rows(
 
 
 def _rows_of(folder: DcpFolder, name: str, mesh: Any) -> Tensor:
-    """This process's rows of a tensor, as `distribute_tensor` deals them."""
+    """Return this process's rows of a tensor, as `distribute_tensor` deals them."""
     from torch.distributed.tensor import DTensor, Shard
 
     shape = folder.tensors[name].shape

@@ -51,13 +51,13 @@ def gathered_whole(tensor: Any) -> Tensor:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """What this process has of a tensor: of a `DTensor` its shard, else all."""
+    """Return what this process has of a tensor: of a `DTensor` its shard, else all."""
     part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part
 
 
 def laid_out(whole: Tensor, like: Any) -> Tensor:
-    """A tensor that every process has whole as a `DTensor`, each its part, as `like` is one."""
+    """Return a tensor that all processes have whole as a `DTensor`, laid out as `like`."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
@@ -81,7 +81,7 @@ class TableShard:
 
     @staticmethod
     def of(name: str, parameter: Any) -> TableShard:
-        """The shard of a `DTensor` with its rows over all processes.
+        """Return the shard of a `DTensor` with its rows over all processes.
 
         Raises:
             InputError: Its mesh is not that of all processes in their order, or shards lack.
@@ -108,7 +108,7 @@ class TableShard:
         return TableShard(name, tuple(parameter.shape), rows, starts, starts[mesh.get_rank()])
 
     def moved(self, values: Tensor, first: int) -> Tensor:
-        """What this process's rows are, of values (n, ...) that it has of rows `first` + 0 … n − 1.
+        """Return the process's rows of values (n, ...) that it has of rows `first` + 0 … n − 1.
 
         All rows go through all processes: for what is done once.
         """
@@ -119,7 +119,7 @@ class TableShard:
         return found
 
     def between(self, start: int, stop: int) -> Tensor:
-        """The rows start … stop − 1, others for each process; as `moved`."""
+        """Return the rows start … stop − 1, others for each process; as `moved`."""
         found = self.rows
         for number, (low, high) in enumerate(gathered((start, stop))):
             part = exchanged(self.rows, self.first, low, high)
@@ -241,7 +241,7 @@ class ShardedModel:
         return named
 
     def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the model that sees what stands in for its `DTensor`s."""
+        """Return a function of the model that sees what stands in for its `DTensor`s."""
 
         def call(*args: Any) -> Any:
             with StandIns(self):
@@ -250,18 +250,18 @@ class ShardedModel:
         return call
 
     def name_of(self, tensor: Any) -> str | None:
-        """The name of a `DTensor` of the module."""
+        """Return the name of a `DTensor` of the module."""
         return self._names.get(id(tensor))
 
     def substitute(self, tensor: Any) -> Any:
-        """What a call is given for an argument."""
+        """Return what a call is given for an argument."""
         name = self.name_of(tensor)
         if name is None:
             return tensor
         return self._placeholders[name] if name in self.tables else self.whole[name]
 
     def part_of_table(self, tensor: Any) -> tuple[str, int] | None:
-        """The table and the first row of which a placeholder's view is made."""
+        """Return the table and the first row of which a placeholder's view is made."""
         if not isinstance(tensor, Tensor) or not tensor.is_meta or not tensor.is_contiguous():
             return None
         base = tensor if tensor._base is None else tensor._base
@@ -272,7 +272,7 @@ class ShardedModel:
         return None
 
     def looked_up(self, name: str, ids: Tensor) -> Tensor:
-        """The places of rows among those at hand."""
+        """Return the places of rows among those at hand."""
         rows = self.rows[name]
         place = torch.searchsorted(rows, ids.contiguous()).clamp(max=max(len(rows) - 1, 0))
         if ids.numel() and not (len(rows) and bool((rows[place] == ids).all())):
@@ -283,17 +283,17 @@ class ShardedModel:
         return place
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The module's parameters, as calls are given them."""
+        """Yield the module's parameters, as calls are given them."""
         for name, parameter in self.module.named_parameters():
             yield name, self.substitute(parameter)
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The module's buffers, as calls are given them."""
+        """Yield the module's buffers, as calls are given them."""
         for name, buffer in self.module.named_buffers():
             yield name, self.substitute(buffer)
 
     def head(self, take_head: Callable[[], tuple[Any, Any]]) -> ShardedHead:
-        """What an output layer's W and b are.
+        """Return what an output layer's W and b are.
 
         Raises:
             InputError: W is not rows of a sharded table.

@@ -20,7 +20,7 @@ CANNOT = "which a sharded table cannot serve"
 
 
 def seen_by(shards: ShardedModel, model: ModelAdapter) -> ModelAdapter:
-    """An adapter whose functions see what stands in for the model's `DTensor`s."""
+    """Return an adapter whose functions see what stands in for the model's `DTensor`s."""
     hidden, head = model.all_hidden, model.head
     return dataclasses.replace(
         model,
@@ -31,7 +31,7 @@ def seen_by(shards: ShardedModel, model: ModelAdapter) -> ModelAdapter:
 
 
 def with_sharded_layer(shards: ShardedModel, model: ModelAdapter, batch: Any) -> ModelAdapter:
-    """An adapter with the output layer that it has, or that a forward pass of a batch shows.
+    """Return an adapter with the output layer that it has, or that a forward pass of a batch shows.
 
     Raises:
         InputError: The logits are no linear map's output, or its rows are computed.

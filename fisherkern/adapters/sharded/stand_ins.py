@@ -58,7 +58,7 @@ _VIEWS = ("T", "mT", "H", "mH", "data")
 
 
 def _attribute(func: Any) -> str:
-    """The name of the attribute that a getter reads."""
+    """Return the name of the attribute that a getter reads."""
     return str(getattr(getattr(func, "__self__", None), "__name__", ""))
 
 

@@ -19,11 +19,9 @@ from torch import Tensor
 from fisherkern.adapters import Checkpoint, write_like
 from fisherkern.adapters.files.checkpoints import read_json_object
 from fisherkern.adapters.files.safetensors_files import SafetensorsFile
-from fisherkern.adapters.files.writing import companions, new_folder
-from fisherkern.adapters.lora import LowRankPair, check_adapter_config, scaling_of
-from fisherkern.adapters.files.safetensors_files import SafetensorsFile
 from fisherkern.adapters.files.states import weights_beside
 from fisherkern.adapters.files.writing import companions, new_folder
+from fisherkern.adapters.lora import LowRankPair, check_adapter_config, scaling_of
 from fisherkern.errors import InputError, shown
 from fisherkern.files import atomic_path
 from fisherkern.merging.files.card import model_card
