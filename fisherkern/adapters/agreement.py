@@ -16,7 +16,7 @@ from fisherkern.errors import InputError
 EXAMPLE = 4
 # Logits compared at once.
 _COMPARED = 2**22
-_BATCH_DEPENDENT = (
+BATCH_DEPENDENT = (
     "they depend on the other sequences (batch norm without running statistics, a batch mean) and "
     "are no function of a sequence"
 )
@@ -31,7 +31,7 @@ def batch_norm_refused() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise InputError(
-            f"model: it gives no logits of one sequence, as {_BATCH_DEPENDENT}"
+            f"model: it gives no logits of one sequence, as {BATCH_DEPENDENT}"
         ) from None
 
 
@@ -60,7 +60,7 @@ def check_function(adapter: Any, batch: Any) -> None:
         if (gap := distance(z[:1], adapter.logits(batch_slice(batch, 0, 1)))) is not None:
             raise InputError(
                 f"model: a sequence's logits alone are {gap} from those in a batch, so "
-                + _BATCH_DEPENDENT
+                + BATCH_DEPENDENT
             )
 
 

@@ -100,6 +100,7 @@ class Engine:
         encode = self.model.all_hidden if self.every else self.model.encode
         self.by_logits = self.settings.reduction == "batchwise" or encode is None
         self.runner = self._runner(self._logits if encode is None or self.by_logits else encode)
+        self.runner.compares = self.settings.check and not self.shared_out
 
     @property
     def _logits(self) -> Callable[[Any], Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from fisherkern.adapters.agreement import BATCH_DEPENDENT, distance
 from fisherkern.adapters.batches import batch_slice
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
@@ -76,6 +77,10 @@ class ForwardBackward:
         self.in_blocks = self.alone_in_blocks = True
         # Whether a first block was compared with a probe alone, likewise.
         self._compared = self._alone_compared = False
+        # Whether sequences are compared with themselves alone; buckets so far, the next that is
+        # looked at, and how many had a sequence apart.
+        self.compares = False
+        self._buckets = self._next_look = self._apart = 0
 
     def run(self, batch: Any) -> Tensor:
         """Run the function with a graph, nothing captured."""
@@ -89,6 +94,7 @@ class ForwardBackward:
     def forward(self, batch: Any, index: Tensor) -> CapturedForward:
         """Run the sequences `index` (n,) of a micro-batch, which `batch` holds."""
         result, capture = self._captured(batch, len(index))
+        self._check_alone(batch, result.detach())
         ops, counted = capture.ops, capture.counted
         if result.grad_fn is None:
             return CapturedForward(index, result, ops, Plan([], set()))
@@ -122,6 +128,34 @@ class ForwardBackward:
         if len(result) != n:
             raise InputError(f"model: {n} sequences gave a result of {len(result)} rows")
         return result, capture
+
+    def _check_alone(self, batch: Any, result: Tensor) -> None:
+        """Refuse a result that depends on the other sequences, in any bucket that is looked at.
+
+        Those are the first ones, then ever fewer: one an eighth further on. A single sequence may
+        be next to a kink of the model, where rounding decides.
+        """
+        self._buckets += 1
+        n, wide = len(result), result.dtype in (torch.float32, torch.float64)
+        looks = self.compares and self._buckets >= self._next_look
+        if not (looks and wide) or self._autocast.enabled or n == 1:
+            return
+        self._next_look = self._buckets + 1 + self._buckets // 8
+        gap = self._gap_alone(batch, result, n - 1)
+        if gap is None:
+            return
+        self._apart += 1
+        if self._apart > 1 or any(self._gap_alone(batch, result, row) for row in {0, (n - 1) // 2}):
+            raise InputError(
+                f"model: a sequence's results alone are {gap} from those in a batch, so "
+                f"{BATCH_DEPENDENT}"
+            )
+        log.warning("model: a sequence's results alone are %s from those in its batch", gap)
+
+    def _gap_alone(self, batch: Any, result: Tensor, row: int) -> str | None:
+        with torch.no_grad(), self._autocast.on(), NormGuard():
+            alone = self.function(batch_slice(batch, row, row + 1))
+        return distance(result[row : row + 1], alone)
 
     def backward(
         self, forward: CapturedForward, probes: int, block: int, probe_vectors: ProbeVectors

@@ -102,7 +102,7 @@ def test_a_closed_form_that_is_not_the_models_is_refused() -> None:
             h = self.states(history)
             return self.out(h if len(h) < 5 else h - 0.1 * h.mean(0))
 
-    with pytest.raises(fk.InputError, match="off those of plain autograd"):
+    with pytest.raises(fk.InputError, match="depend on the other sequences"):
         fisher(shaken(Switching()), [FULL.repeat(4, 1)])
 
 
@@ -114,8 +114,45 @@ def test_a_batch_of_one_sequence_shows_no_dependence() -> None:
             h = self.states(history)
             return self.out(h - 0.5 * h.mean(0))
 
-    with pytest.raises(fk.InputError, match="off those of plain autograd"):
+    with pytest.raises(fk.InputError, match="depend on the other sequences"):
         fisher(shaken(Centred()), [HISTORIES[:1], HISTORIES[1:2], HISTORIES])
+
+
+class LaterMean(Small):
+    """Sequences depend on one another in batches with a certain item."""
+
+    def forward(self, history: Tensor) -> Tensor:
+        states = self.states(history)
+        if (history == NUM_ITEMS).any():
+            states = states - states.mean(dim=0)
+        return self.out(states)
+
+
+def test_a_later_batch_that_shows_dependence_is_refused() -> None:
+    calm = torch.where(FULL == NUM_ITEMS, 1, FULL)
+    later = calm.clone()
+    later[0, 0] = NUM_ITEMS
+    fisher(LaterMean(), [calm, calm])
+    for batches in ([calm, later], [calm] * 20 + [later] * 20):
+        with pytest.raises(fk.InputError, match="depend on the other sequences"):
+            fisher(LaterMean(), batches)
+    fisher(LaterMean(), [calm, later], check=False)
+
+
+def test_one_sequence_beside_a_kink_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Kink(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            states = self.states(history)
+            jumps = (torch.arange(len(history)) == 1) & (history[:, 0] == NUM_ITEMS)
+            return self.out(states + jumps[:, None])
+
+    calm = torch.where(FULL == NUM_ITEMS, 1, FULL)[:2]
+    later = calm.clone()
+    later[1, 0] = NUM_ITEMS
+    fisher(Kink(), [calm, later])
+    assert ["those in its batch" in own.getMessage() for own in caplog.records] == [True]
+    with pytest.raises(fk.InputError, match="depend on the other sequences"):
+        fisher(Kink(), [calm, later, later])
 
 
 @pytest.mark.parametrize("data", [False, True])

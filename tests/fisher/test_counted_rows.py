@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import brute
 import pytest
 import torch
+from helpers.fisher import assert_equal
 from torch import Tensor, nn
 
 import fisherkern as fk
@@ -71,3 +73,36 @@ def test_rows_are_told_apart_in_every_batch(choose: Callable[[Tensor], Tensor]) 
     found = fk.diag_fisher(model, batches, sampler="exact", progress=False)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+class Ordered(nn.Module):
+    """Works on the sequences in the order of their lengths, and puts them back."""
+
+    def __init__(self, order: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.order = order
+        self.embedding = nn.Embedding(1 + ITEMS, 5)
+        self.mix = nn.Linear(5, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        order = self.order((ids != 0).sum(dim=1))
+        states = self.mix(self.embedding(ids[order])).mean(dim=1).tanh()
+        return states[order.argsort()] @ self.embedding.weight[1:].t()
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda lengths: lengths.argsort(),
+        lambda lengths: torch.sort(lengths, descending=True).indices,
+        lambda lengths: lengths.topk(len(lengths)).indices,
+    ],
+)
+def test_sequences_in_an_order_of_their_values(order: Callable[[Tensor], Tensor]) -> None:
+    """The first two are in that order, the others are not."""
+    torch.manual_seed(0)
+    model = Ordered(order).double().eval()
+    batch = torch.tensor([[0, 0, 2], [0, 8, 7], [3, 1, 4], [0, 0, 3], [5, 8, 1]])
+    found = fk.diag_fisher(model, [batch], sampler="exact", progress=False)
+    p, gradients = brute.all_gradients(model, batch)
+    assert_equal(found, brute.fisher(gradients, p))

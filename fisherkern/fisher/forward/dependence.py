@@ -32,6 +32,16 @@ _COUNTED = {
     torch.Tensor.numpy,
 }
 
+# What puts rows in an order, of a vector.
+_ORDERED = {
+    torch.sort,
+    torch.Tensor.sort,
+    torch.argsort,
+    torch.Tensor.argsort,
+    torch.topk,
+    torch.Tensor.topk,
+}
+
 # What makes tensors of numbers from elsewhere, which may be the batch's.
 _FROM_OUTSIDE = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
@@ -101,8 +111,10 @@ class BatchDependence:
 
 
 def counts_rows(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether a call makes a number of rows of values: those where a condition holds, say."""
+    """Whether a call makes rows by values: those where a condition holds, or in another order."""
     if func in _COUNTED:
+        return True
+    if func in _ORDERED and args and isinstance(args[0], Tensor) and args[0].dim() == 1:
         return True
     if func is torch.where:
         return len(args) == 1
