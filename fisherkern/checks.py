@@ -76,6 +76,12 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise InputError(f"{name} must be {' or '.join(map(shown, choices))}, got {shown(value)}")
 
 
+def check_callable(name: str, value: Any) -> None:
+    """Raise InputError for an argument that is neither None nor a function."""
+    if value is not None and not callable(value):
+        raise InputError(f"{name}: a {type(value).__name__} is no function")
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise InputError unless `value` is a finite number above 0."""
     if not (_is_number(value) and 0 < value < math.inf):

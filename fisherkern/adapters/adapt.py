@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherkern.adapters.adapter import HeadTensors, ModelAdapter
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_callable, check_count, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.modes import eval_mode
 
@@ -78,6 +78,11 @@ def adapt(
         "max_len": max_len,
     }
     given = {name: value for name, value in named.items() if value is not None}
+    for name in given.keys() - {"item_ids", "first_item", "max_len"}:
+        check_callable(f"adapt: {name}", given[name])
+    for name, least in (("first_item", 0), ("max_len", 1)):
+        if name in given:
+            check_count(f"adapt: {name}", given[name], least)
     if isinstance(model, ModelAdapter):
         model, given = model.source, {**model.given, **given}
     adapter = ModelAdapter.made(model, given)

@@ -50,6 +50,8 @@ class FisherProduct:
         }
 
     def __call__(self, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not isinstance(vector, Mapping):
+            raise InputError(f"vector: a {type(vector).__name__} is no mapping of tensors by name")
         direction = []
         for name, parameter in self._parameters.items():
             if name not in vector or vector[name].shape != parameter.shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -197,6 +197,8 @@ def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> lis
     if weights is None:
         return [1 / members] * members
     try:
+        if isinstance(weights, Mapping | Set):  # which have no order, or names
+            raise TypeError
         values = [float(weight) for weight in weights]
     except (TypeError, ValueError):
         raise InputError(
@@ -207,6 +209,8 @@ def check_weights(weights: Sequence[float] | Tensor | None, members: int) -> lis
     for number, weight in enumerate(values):
         if not (math.isfinite(weight) and weight >= 0):
             raise InputError(f"weight {number} is {weight} where at least 0 was expected")
+    if math.isinf(sum(values)):
+        values = [weight / 2.0**64 for weight in values]
     total = math.fsum(values)
     if total <= 0:
         raise InputError("the weights sum to 0, so no member would count")

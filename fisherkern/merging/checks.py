@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fisherkern.checks import check_callable, check_count
 from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import fingerprint
 from fisherkern.members.options import check_options
@@ -30,7 +32,7 @@ def choose_method(
     if name is None:
         name = "uniform" if weights is None else "weighted"
         name = name if inputs["fishers"] is None else "fisher"
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method {shown(name)} is not one of {', '.join(METHODS)}")
     method = METHODS[name]
     if isinstance(weights, str) and weights != "search":
@@ -57,13 +59,23 @@ def choose_method(
             )
         if value is None and use == "must":
             raise InputError(f"method {name!r} needs {argument}{NEEDED[argument]}")
-    if not (math.isfinite(floor) and floor >= 0):
-        raise InputError(f"floor is {floor} where a number of at least 0 was expected")
+    real = isinstance(floor, int | float) and not isinstance(floor, bool)
+    if not (real and math.isfinite(floor) and floor >= 0):
+        raise InputError(f"floor is {shown(floor)} where a number of at least 0 was expected")
     if normalize not in ("mean", None):
         raise InputError(f"normalize is {shown(normalize)} where 'mean' or None was expected")
-    if steps is not None and steps < 0:
-        raise InputError(f"steps is {steps} where a number of at least 0 was expected")
+    if steps is not None:
+        check_count("steps", steps, least=0)
+    check_callable("score", inputs.get("score"))
     return method, check_options(name, method.options, options)
+
+
+def check_paths(paths: Any) -> None:
+    """Raise InputError unless these are several files, or one in a list."""
+    if isinstance(paths, str | os.PathLike):
+        raise InputError(f"{paths}: one file where several were expected")
+    if not paths:
+        raise InputError("there is no model to merge")
 
 
 HINTS = {("uniform", "weights"): "; did you mean 'weighted'?"}

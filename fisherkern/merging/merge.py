@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from fisherkern import processes
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_count, takes_numpy
 from fisherkern.members.checks import check_weights, listed
 from fisherkern.merging import checks
 from fisherkern.merging.auto import merge_auto
@@ -131,6 +131,7 @@ def merge(
     recommenders; the relative floor and the units are ours.
     """
     models = cast("list[ModelT]", listed(models))
+    check_count("seed", seed, least=0)
     weights = decayed(weights, models)
     inputs = {
         "weights": weights,
@@ -199,7 +200,7 @@ def _choose(
 
     def score_of(point: list[float]) -> float:
         plan.write(point)
-        return float(score(plan.target))
+        return cast("float", score(plan.target))
 
     if plan.method.choose == "greedy":
         return greedy_weights(score_of, number)

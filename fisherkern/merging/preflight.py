@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fisherkern import processes
 from fisherkern.adapters.lora import find_low_rank
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_callable, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.members.checks import compared, listed
 from fisherkern.merging.low_rank import LowRankMembers
@@ -120,6 +120,8 @@ def preflight(
     with processes.together(shared) as same:
         if points < 1:
             raise InputError(f"points is {points} where at least 1 was expected")
+        check_callable("score", score)
+        check_callable("hits", hits)
         members = MemberSet(models, item_ids)
         if base is not None:
             members.use_base(base)

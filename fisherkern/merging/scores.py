@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fisherkern import processes
-from fisherkern.errors import InputError
+from fisherkern.errors import InputError, shown
 
 
 def finite_score(score: Callable[[Any], float], model: Any, what: str) -> float:
@@ -17,7 +17,11 @@ def finite_score(score: Callable[[Any], float], model: Any, what: str) -> float:
         InputError: `score` gave no finite number, or other ones in other processes; of `what`.
     """
     with processes.together():
-        value = float(score(model))
+        given = score(model)
+        try:
+            value = float(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError(f"the score {what} is {shown(given)}, not a finite number") from None
     value = processes.agreed(f"the score {what}", value)
     if not math.isfinite(value):
         raise InputError(f"the score {what} is {value}, not a finite number")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern import processes
+from fisherkern.checks import check_loader
 from fisherkern.errors import InputError
 from fisherkern.members import checks
 from fisherkern.members.ties import find_ties
@@ -64,6 +65,7 @@ def repair(
             raise InputError("there is no member to take statistics from")
         checks.check_members([model, *members])
         lam = checks.check_weights(weights, len(members))
+        check_loader(loader)
         groups = list(_by_length(loader))
         if not groups:
             raise InputError("loader gives no history with an item")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fisherkern import processes
 from fisherkern.adapters.sharded.models import check_whole
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_callable, takes_numpy
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError, shown
 from fisherkern.fingerprint import json_sha256
@@ -144,9 +144,8 @@ def train(
             loss, gradient or score that is not finite.
     """
     chosen = checked_settings(model, data, validate, settings)
-    for name, own in (("validate", validate), ("on_epoch", on_epoch)):
-        if own is not None and not callable(own):
-            raise InputError(f"{name}: a {type(own).__name__} is no function")
+    check_callable("validate", validate)
+    check_callable("on_epoch", on_epoch)
     saving = CheckpointPolicy(state, save_every, save_every_steps, save_every_seconds)
     objective = MaskedItems(0.2) if objective is None else objective
     if not isinstance(objective, Objective):

@@ -248,6 +248,14 @@ def test_bad_models_and_loaders() -> None:
         fk.diag_fisher("model", [HISTORIES])
     with pytest.raises(fk.InputError, match="loader: it gave no sequences"):
         fk.diag_fisher(bert(), [], progress=False)
+    for name, given, message in (
+        ("logits", "x", "adapt: logits: a str is no function"),
+        ("positions", 3, "adapt: positions: a int is no function"),
+        ("first_item", "a", "adapt: first_item must be an integer"),
+        ("max_len", 0, "adapt: max_len must be at least 1"),
+    ):
+        with pytest.raises(fk.InputError, match=message):
+            fk.adapt(bert(), **{name: given})
     with pytest.raises(fk.InputError, match="encode and head belong together"):
         fk.adapt(bert(), encode=lambda model, batch: batch)
     with pytest.raises(fk.InputError, match="a target is not one of the model's 11 items"):

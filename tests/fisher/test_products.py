@@ -96,6 +96,8 @@ def test_bad_input():
         fk.fisher_product(model, [])
     with pytest.raises(InputError, match="chunk: must be at least 1, got 0"):
         fk.fisher_product(model, [HISTORIES], chunk=0)
+    with pytest.raises(InputError, match="vector: a NoneType is no mapping"):
+        fk.fisher_product(model, [HISTORIES])(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="vector: it has no tensor 'output_bias'"):
         fk.fisher_product(model, [HISTORIES])(
             {n: p for n, p in vector_of(model, 0).items() if n != "output_bias"}

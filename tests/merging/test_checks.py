@@ -35,12 +35,19 @@ def pair():
         ([1.0, float("inf")], "weight 1 is inf"),
         ([0.0, 0.0], "the weights sum to 0"),
         (["a", 1], "2 numbers were expected"),
+        ({0: 3.0, 1: 1.0}, "2 numbers were expected"),
+        ({1.0, 3.0}, "2 numbers were expected"),
         (3.0, "2 numbers were expected"),
         ("best", "weights is 'best' where numbers, 'search' or one of"),
     ],
 )
 def test_weights(weights, message):
     refuse(message, pair(), weights=weights)
+
+
+def test_weights_of_any_size():
+    assert merge(pair(), weights=[1e308, 1e308]).merge_report["weights"] == [0.5, 0.5]
+    assert merge(pair(), weights=[5e-324, 5e-324]).merge_report["weights"] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,13 @@ def test_weights(weights, message):
         ({"score": lambda model: 0.0}, "score= is used by weights='search' only"),
         ({"floor": -0.1}, "floor is -0.1"),
         ({"floor": float("nan")}, "floor is nan"),
+        ({"floor": "0.1"}, "floor is '0.1'"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"method": ["uniform"]}, "is not one of uniform"),
+        ({"weights": "search", "score": 3}, "score: a int is no function"),
+        ({"weights": "search", "score": lambda model: 1.0, "steps": 1.5}, "steps must be an int"),
+        ({"weights": "search", "score": lambda model: None}, "is None, not a finite number"),
         ({"normalize": "max"}, "normalize is 'max'"),
         ({"item_ids": [["a"]]}, "item_ids has 1 lists for 2 members"),
         ({"fishers": ["a.safetensors"] * 2}, "the Fisher of member 0 is a str, not a mapping"),

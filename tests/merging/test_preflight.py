@@ -235,6 +235,7 @@ def test_auto_learns_on_an_iterator_as_on_a_list():
         ({"score": lambda m: 0.0, "weights": [1, 1]}, "method 'auto' takes no weights"),
         ({"score": lambda m: 0.0, "options": {"scale": 1}}, "method 'auto' takes no options"),
         ({"score": lambda m: math.nan}, "the score of candidate 'single' is nan"),
+        ({"score": lambda m: None}, "the score of candidate 'single' is None, not a finite"),
         ({"score": lambda m: 0.0, "fishers": [{}]}, "there are 1 fishers for 2 members"),
     ],
 )
@@ -253,3 +254,10 @@ def test_the_record_is_that_of_the_stored_merges():
     assert counts["merges"] == len(lines)
     assert counts["scores"] == sum((x["validation"] > 0) == (x["test"] > 0) for x in lines)
     assert counts["cosines"] == sum((x["cosine"] >= 0.9) == (x["test"] > 0) for x in lines)
+
+
+def test_what_is_no_function_is_named_before_any_work():
+    models = [encoder("ab", 0), encoder("ab", 1)]
+    for name in ("score", "hits"):
+        with pytest.raises(InputError, match=f"{name}: a list is no function"):
+            preflight(models, **{name: [1.0, 2.0]})

@@ -122,6 +122,7 @@ def test_what_does_not_fit_is_named():
     for arguments, message in (
         ({"loader": [padding]}, "loader gives no history with an item"),
         ({"loader": []}, "loader gives no history"),
+        ({"loader": None}, "loader: a NoneType gives no batches"),
         ({"loader": [(HISTORIES,)]}, "batch 0 of the loader"),
         ({"loader": [{"target": HISTORIES}]}, "batch 0 of the loader"),
         ({"modules": ["nothing"]}, "module 'nothing' is no layer norm"),

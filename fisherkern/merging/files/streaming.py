@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from fisherkern.checks import takes_numpy
+from fisherkern.checks import check_count, takes_numpy
 from fisherkern.errors import InputError, shown
 from fisherkern.members.catalogue import ItemRows
 from fisherkern.members.checks import check_weights, is_counter
@@ -124,9 +124,9 @@ def merge_files(
     Raises:
         InputError: Something does not fit, a NaN included; the message names file and tensor.
     """
+    checks.check_paths(paths)
+    check_count("seed", seed, least=0)
     out, weights = Path(out), decayed(weights, paths)
-    if not paths:
-        raise InputError("there is no model to merge")
     if fishers is not None and len(fishers) != len(paths):
         raise InputError(f"there are {len(fishers)} fishers for {len(paths)} members")
     ancestors = [] if base is None else [base]

@@ -142,6 +142,9 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
     out = tmp_path / "out.safetensors"
     for arguments, message in (
         ({"paths": []}, "there is no model to merge"),
+        ({"paths": paths[0]}, "0.safetensors: one file where several were expected"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"weights": {0: 3.0, 1: 1.0}}, "2 numbers were expected"),
         ({"paths": [tmp_path / "none.safetensors"]}, "none.safetensors: no such file"),
         ({"out": tmp_path / "out.bin"}, "must end in .safetensors"),
         ({"out": paths[1]}, "1.safetensors: is one of the files that are merged"),
