@@ -177,7 +177,8 @@ class SequenceEncoder(nn.Module):
             # Past the last column where none is used; read back all at once.
             first = torch.cat([columns, columns.new_ones(1)]).int().argmax()
             facts = torch.stack([*history.aminmax(), wrong_side.any().long(), first])
-            low, high, wrong, padding = facts.tolist()
+            # Not by `tolist`: a capture takes that for lengths, and examines every bucket.
+            low, high, wrong, padding = map(int, facts.cpu())
             if low < 0 or high > self.num_items:
                 item = low if low < 0 else high
                 raise InputError(f"history holds item id {item}, outside 0..{self.num_items}")
