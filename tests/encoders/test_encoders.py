@@ -25,7 +25,7 @@ from fisherkern.encoders import (
     SequenceEncoder,
     YouTubeDNN,
 )
-from fisherkern.fisher.capture import Capture
+from fisherkern.fisher.forward.capture import Capture
 from fisherkern.fisher.layers import HANDLERS
 
 MAX_LEN, D = 5, 6
