@@ -139,6 +139,23 @@ def test_a_later_batch_that_shows_dependence_is_refused() -> None:
     fisher(LaterMean(), [calm, later], check=False)
 
 
+def test_columns_that_are_padding_in_all_sequences_may_go() -> None:
+    """An encoder leaves them out, so one sequence alone has fewer positions than in its batch."""
+    torch.manual_seed(0)
+    model = fk.SASRec(NUM_ITEMS, max_len=6, dim=8, heads=2, layers=1).double()
+    history = torch.randint(1, NUM_ITEMS + 1, (3, 6))
+    history[1:, :4] = 0
+    found = fk.diag_fisher(model, [history], positions="all", sampler="exact", progress=False)
+    alone = [
+        fk.diag_fisher(model, [row[None]], positions="all", sampler="exact", progress=False)
+        for row in history
+    ]
+    for name, value in found.items():
+        counts = torch.tensor([own.meta["num_positions"] for own in alone])
+        expected = sum(n * own[name] for n, own in zip(counts, alone, strict=True)) / counts.sum()
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-15)
+
+
 def test_one_sequence_beside_a_kink_is_told(caplog: pytest.LogCaptureFixture) -> None:
     class Kink(Small):
         def forward(self, history: Tensor) -> Tensor:
