@@ -320,7 +320,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Save the state where there is a file for it; process 0 alone, or all a folder."""
-        if self.saving.path is not None and (processes.rank() == 0 or self.saving.together):
+        if self.saving.path is not None and self.saving.writes:
             save_state(self.saving.path, self.state, self.progress, self.identity)
             self.saved = time.perf_counter()
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fisherkern import processes
-from fisherkern.adapters.sharded.dcp import names_dcp
 from fisherkern.checks import check_choice, check_count, check_not_negative
 from fisherkern.encoders import SequenceEncoder
 from fisherkern.errors import InputError
@@ -218,7 +217,8 @@ def train_peers(
             TrainLoop(model, data, objective, own, validate, None, quiet, scalars)
             for model, own in ((model_a, chosen), (model_b, other))
         ]
-        _Pair(pair, rule, state).go(progress and processes.rank() == 0)
+        saving = CheckpointPolicy(state, 1, None, None)
+        _Pair(pair, rule, saving).go(progress and processes.rank() == 0)
     reached = [run.progress for run in pair]
     best = [-math.inf if p.best_epoch is None else p.scores[p.best_epoch] for p in reached]
     kept = 1 if best[1] > best[0] else 0
@@ -235,8 +235,8 @@ def train_peers(
 class _Pair:
     """Two runs, what they do to each other, and the file they go on from."""
 
-    def __init__(self, runs: list[TrainLoop], rule: Cooperation, path: PathLike | None) -> None:
-        self.runs, self.rule, self.path = runs, rule, path
+    def __init__(self, runs: list[TrainLoop], rule: Cooperation, saving: CheckpointPolicy) -> None:
+        self.runs, self.rule, self.saving, path = runs, rule, saving, saving.path
         self.settings = runs[0].settings
         self.identity = dataclasses.asdict(rule)
         for name, run in zip(NAMES, runs, strict=True):
@@ -277,7 +277,7 @@ class _Pair:
         )
 
     def save(self) -> None:
-        if self.path is None or (processes.rank() != 0 and not names_dcp(self.path)):
+        if self.saving.path is None or not self.saving.writes:
             return
         tensors = {
             f"{name}.{key}": tensor
@@ -286,7 +286,7 @@ class _Pair:
         }
         reached = [run.progress.to_json() for run in self.runs]
         about = {"kind": "peers", "run": self.identity, "progress": reached}
-        write_state(self.path, tensors, about)
+        write_state(self.saving.path, tensors, about)
 
     def load(self, path: PathLike) -> None:
         tensors, header = read_state(path)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fisherkern import processes
 from fisherkern.adapters.files.dcp_files import DcpFolder, is_dcp
 from fisherkern.adapters.sharded.dcp import load_by_rows, names_dcp, save_dcp
 from fisherkern.checks import check_count, check_positive
@@ -45,6 +46,11 @@ class CheckpointPolicy:
     def together(self) -> bool:
         """Whether all processes write: a folder x.dcp."""
         return self.path is not None and names_dcp(self.path)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes: a file is process 0's alone."""
+        return self.together or processes.rank() == 0
 
 
 @dataclasses.dataclass
