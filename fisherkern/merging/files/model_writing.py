@@ -42,6 +42,9 @@ def write_model(out: Path, merge: StreamingMerge, provenance: dict[str, Any]) ->
             except OSError as error:
                 reason = error.strerror or error
                 raise InputError(f"{out}: could not be written: {reason}") from error
+            # Before the others are waited for: they have fewer files to hash, and more rows.
+            for file in merge.hashed:
+                file.sha256()
         merge.read_hashes()
         provenance |= merge.identities()
         with together():

@@ -193,7 +193,7 @@ def _choose(
 class StreamingMerge:
     """What is merged and how, tensor by tensor.
 
-    solved: tensors that are known already, by name. folder: for rows in other orders.
+    solved: known tensors, by name. hashed: files that this process hashes. folder: for moved rows.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class StreamingMerge:
         self.solved: Mapping[str, Tensor] = {}
         self._stats: Mapping[str, Any] | None = None
         self._as_they_are: dict[str, bool] = {}
-        self._own = own_hashed(members.everything)
+        self.hashed = own_hashed(members.everything)
         self._hashes: dict[Path, str] = {}
 
     def take_fishers(
@@ -242,7 +242,7 @@ class StreamingMerge:
 
     def read_hashes(self) -> None:
         """Hash the members and the base, of which what has been merged is not read again."""
-        self._hashes |= joined_hashes(self._own)
+        self._hashes |= joined_hashes(self.hashed)
 
     def write(self, name: str, stream: BinaryIO) -> None:
         """Write the merged tensor's bytes."""
