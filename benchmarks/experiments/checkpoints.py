@@ -1,14 +1,15 @@
-"""Merging without a second member: the last checkpoints of one run at a constant rate."""
+"""The last checkpoints of runs at a constant rate, merged: of one run, or of several branches."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from benchmarks.experiments.artifacts import ArtifactCache
 from benchmarks.experiments.experiment import Experiment, RowBuilders
+from benchmarks.experiments.member_set import MemberSet
 from fisherkern import KeptCheckpoints
 from fisherkern.encoders import SASRec, SequenceEncoder
 from fisherkern.errors import InputError
@@ -17,24 +18,29 @@ from fisherkern.training import load_model
 
 CONSTANT, DECAYED = "constant rate", "decayed rate"
 WEIGHTS = ("linear-decay", "cosine-decay", "1-sqrt-decay")
+ENDS, ALL = "last checkpoints of the branches merged", "all checkpoints merged"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints(Experiment):
-    """Merge the last checkpoints of a SASRec's run, beside the run whose rate decays.
+    """Merge the last checkpoints of a SASRec's runs, beside a run whose rate decays.
 
-    Both runs have the same windows for as many epochs. The weights of a merge reproduce a decay
+    All runs together have as many windows as that one. The weights of a merge reproduce a decay
     (WSM, arXiv 2507.17634); a linear one is the plain average.
 
     Args:
-        epochs: passes of each run.
-        count: number of checkpoints.
+        epochs: passes of each run at a constant rate, after the base.
+        count: number of checkpoints of a run.
         every: passes from one checkpoint to the next.
+        branches: number of runs, of seeds of their own.
+        base_epochs: passes of the base that several branches go on from.
     """
 
     epochs: int = 50
     count: int = 5
     every: int = 2
+    branches: int = 1
+    base_epochs: int = 0
 
     PRESETS: ClassVar = {
         "ml-1m": {"dropout": 0.2, "lr": 1e-3},
@@ -47,31 +53,83 @@ class Checkpoints(Experiment):
             raise InputError(f"count: must be at least 2, got {self.count}")
         if (self.count - 1) * self.every >= self.epochs:
             raise InputError("count: the run has not so many checkpoints")
+        if (self.branches > 1) != (self.base_epochs > 0 or self.base is not None):
+            raise InputError(
+                "branches: several go on from a base (base_epochs or base), one does not"
+            )
+
+    def names(self) -> list[str]:
+        """The rows of the runs at a constant rate."""
+        numbers = range(1, self.branches + 1)
+        return [CONSTANT] if self.branches == 1 else [f"branch {number}" for number in numbers]
 
     def title(self, weights: str) -> str:
         return f"checkpoints merged, {weights}"
 
     def references(self) -> dict[str, Sequence[str]]:
-        return {"last checkpoint": [CONSTANT], "decayed run": [DECAYED]}
+        if self.branches == 1:
+            return {"last checkpoint": [CONSTANT], "decayed run": [DECAYED]}
+        one = [self.title(name) for name in self.names()]
+        return {"best branch": self.names(), "best branch merged": one, "decayed run": [DECAYED]}
+
+    def untrained(self, cache: ArtifactCache, *, offset: int = 0) -> SequenceEncoder:
+        return cache.fresh(SASRec, offset=offset, **self.sizes())
 
     def rows(self, cache: ArtifactCache) -> RowBuilders:
-        kept = KeptCheckpoints(cache.path("checkpoints", ""), last=self.count, every=self.every)
         last = self.epochs - self.epochs % self.every
         epochs = range(last - (self.count - 1) * self.every, last + 1, self.every)
+        base = partial(self.common_base, cache, NextItem(), self.base_epochs)
+        fresh = partial(self.untrained, cache)
 
-        def run(name: str, **settings: Any) -> SequenceEncoder:
-            start = partial(cache.fresh, SASRec, **self.sizes())
-            arguments = {"epochs": self.epochs, "seed": cache.seed, **self.training(), **settings}
-            return cache.train(name, start, NextItem(), **arguments)
+        def kept(number: int) -> KeptCheckpoints:
+            name = f"checkpoints-{number}" if number else "checkpoints"
+            return KeptCheckpoints(cache.path(name, ""), last=self.count, every=self.every)
 
-        def merged(weights: str) -> SequenceEncoder:
-            constant()
-            members = [load_model(kept.path(epoch)) for epoch in epochs]
-            return cache.merged(self.title(weights), members, weights=weights)
+        def run(number: int) -> SequenceEncoder:
+            return cache.train(
+                self.names()[max(0, number - 1)],
+                base if number else fresh,
+                NextItem(),
+                epochs=self.epochs,
+                seed=cache.seed + 1000 * number,
+                on_epoch=kept(number),
+                **self.training(),
+            )
 
-        constant = partial(run, CONSTANT, on_epoch=kept)
+        def checkpoints(number: int) -> list[SequenceEncoder]:
+            run(number)
+            return [load_model(kept(number).path(epoch)) for epoch in epochs]
+
+        def merged(
+            title: str, numbers: Sequence[int], weights: str | None = None
+        ) -> SequenceEncoder:
+            members = [model for number in numbers for model in checkpoints(number)]
+            return cache.merged(title, members, weights=weights)
+
+        def decayed() -> SequenceEncoder:
+            # A base that was given has passes that nobody counted.
+            total = self.base_epochs + self.branches * self.epochs
+            settings = {"epochs": total, "seed": cache.seed, "schedule": "linear"}
+            return cache.train(DECAYED, fresh, NextItem(), **settings, **self.training())
+
+        if self.branches == 1:
+            titles = {self.title(weights): weights for weights in WEIGHTS}
+            return {
+                CONSTANT: partial(run, 0),
+                **{title: partial(merged, title, [0], own) for title, own in titles.items()},
+                DECAYED: decayed,
+            }
+        branches = {name: partial(run, n) for n, name in enumerate(self.names(), start=1)}
+        ends = MemberSet(cache, branches, sequences=1)
         return {
-            CONSTANT: constant,
-            **{self.title(weights): partial(merged, weights) for weights in WEIGHTS},
-            DECAYED: partial(run, DECAYED, schedule="linear"),
+            "base": base,
+            **branches,
+            **{
+                self.title(name): partial(merged, self.title(name), [number])
+                for number, name in enumerate(self.names(), start=1)
+            },
+            **ends.merge(ENDS, method="uniform"),
+            ALL: partial(merged, ALL, range(1, self.branches + 1)),
+            **ends.ensemble(),
+            DECAYED: decayed,
         }

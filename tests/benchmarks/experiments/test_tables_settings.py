@@ -280,3 +280,22 @@ def test_other_rows_and_devices_are_refused(
     assert_refused: Callable[[list[str], str], None], given: list[str], message: str
 ) -> None:
     assert_refused(["ablation", *given], message)
+
+
+def test_branches_of_a_base_keep_checkpoints_of_their_own(small: str, tmp_path: Path) -> None:
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items()]
+    command = ["checkpoints", "--data", small, "--out", str(tmp_path), "--quiet", *given]
+    branches = ["--branches", "2", "--base-epochs", "2", "--epochs", "5", "--count", "2"]
+    assert main([*command, "--branches", "2"]) == 2
+    assert main([*command, "--base-epochs", "2"]) == 2
+    assert main([*command, *branches]) == 0
+    folder = tmp_path / "seed-0"
+    merged = fk.load_model(folder / "all-checkpoints-merged.safetensors")
+    kept = [
+        fk.load_model(folder / f"checkpoints-{branch}" / f"checkpoint-{epoch:04}.safetensors")
+        for branch in (1, 2)
+        for epoch in (2, 4)
+    ]
+    tables = torch.stack([model.item_embedding.weight for model in kept])
+    assert not torch.equal(tables[0], tables[2])
+    assert torch.allclose(merged.item_embedding.weight, tables.mean(0), atol=1e-6)
