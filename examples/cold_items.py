@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import torch
+from item_part_objectives import CategoryNeighbours, ContentContrast
 from torch import nn
 
 import fisherkern as fk
@@ -61,8 +62,8 @@ parts = {
     ),
 }
 losses = {
-    "and neighbours": fk.NextItem() + 0.1 * fk.CategoryNeighbours(SIZES["dim"]),
-    "and contrast": fk.NextItem() + 0.1 * fk.ContentContrast(),
+    "and neighbours": fk.NextItem() + 0.1 * CategoryNeighbours(SIZES["dim"]),
+    "and contrast": fk.NextItem() + 0.1 * ContentContrast(),
 }
 
 

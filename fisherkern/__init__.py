@@ -29,9 +29,7 @@ from fisherkern.merging import Preflight, decay_weights, merge, merge_files, pre
 from fisherkern.objectives import (
     EMKD,
     Attributes,
-    CategoryNeighbours,
     CL4SRec,
-    ContentContrast,
     DuoRec,
     MaskedItems,
     NextItem,
@@ -66,8 +64,6 @@ __all__ = [
     "BERT4Rec",
     "CL4SRec",
     "Caser",
-    "CategoryNeighbours",
-    "ContentContrast",
     "DiagFisher",
     "DuoRec",
     "GRU4Rec",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,3 +62,16 @@ def encoder(name: str, parts: fk.ItemParts, num_items: int = NUM_ITEMS, **change
         kind = getattr(fk, name)
         settings = {"max_len": 5, "dim": 6, **SIZES[name], "items": parts, **changes}
         return shaken(kind(num_items, **settings))
+
+
+def item_part_objectives() -> ModuleType:
+    """The example of that name, loaded once."""
+    name = "item_part_objectives"
+    if name not in sys.modules:
+        path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        # Data classes look their module up while they are made.
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]

@@ -109,8 +109,15 @@ class Checkpoints(Experiment):
         def decayed() -> SequenceEncoder:
             # A base that was given has passes that nobody counted.
             total = self.base_epochs + self.branches * self.epochs
-            settings = {"epochs": total, "seed": cache.seed, "schedule": "linear"}
-            return cache.train(DECAYED, fresh, NextItem(), **settings, **self.training())
+            return cache.train(
+                DECAYED,
+                fresh,
+                NextItem(),
+                epochs=total,
+                seed=cache.seed,
+                schedule="linear",
+                **self.training(),
+            )
 
         if self.branches == 1:
             titles = {self.title(weights): weights for weights in WEIGHTS}

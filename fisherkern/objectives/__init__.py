@@ -10,7 +10,6 @@ from fisherkern.objectives.cl4srec import CL4SRec
 from fisherkern.objectives.contrast import ContrastiveLoss, NTXent, SymmetricNoiseTolerant
 from fisherkern.objectives.duorec import DuoRec
 from fisherkern.objectives.emkd import EMKD
-from fisherkern.objectives.item_parts import CategoryNeighbours, ContentContrast
 from fisherkern.objectives.masked_items import MaskedItems
 from fisherkern.objectives.next_item import NextItem
 from fisherkern.objectives.reppad import RepPad
@@ -20,8 +19,6 @@ from fisherkern.objectives.vrex import VREx
 OBJECTIVES: dict[str, type] = {
     "Attributes": Attributes,
     "CL4SRec": CL4SRec,
-    "CategoryNeighbours": CategoryNeighbours,
-    "ContentContrast": ContentContrast,
     "DuoRec": DuoRec,
     "EMKD": EMKD,
     "MaskedItems": MaskedItems,
@@ -67,8 +64,6 @@ __all__ = [
     "OBJECTIVES",
     "Attributes",
     "CL4SRec",
-    "CategoryNeighbours",
-    "ContentContrast",
     "ContrastiveLoss",
     "DuoRec",
     "MaskedItems",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.alignment import logits, random_transforms
 from helpers.fisher import assert_equal, loader, omega_of
-from item_parts import CONTENT, DATA, ITEM_IDS, PARTS, PATHS, SIZES, encoder
+from item_parts import CONTENT, DATA, ITEM_IDS, PARTS, PATHS, SIZES, encoder, item_part_objectives
 from models import HISTORIES, NUM_ITEMS
 from torch import Tensor, nn
 
@@ -132,7 +132,8 @@ def data_set(attributes: dict[str, list[int]] | None = None) -> fk.SequenceDatas
 
 
 def test_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    objective = fk.NextItem() + 0.5 * fk.ContentContrast() + 0.5 * fk.CategoryNeighbours(6)
+    own = item_part_objectives()
+    objective = fk.NextItem() + 0.5 * own.ContentContrast() + 0.5 * own.CategoryNeighbours(6)
     parts = dataclasses.replace(PARTS["all"], id_dropout=0.4)
 
     def run(state: Path | None, stop: int | None = None) -> dict[str, Tensor]:

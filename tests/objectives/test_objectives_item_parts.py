@@ -1,4 +1,4 @@
-"""The objectives of items made of parts against their equations as loops."""
+"""The example's objectives of items made of parts against their equations as loops."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 
 import pytest
 import torch
-from item_parts import CONTENT, DATA, ITEM_IDS, PARTS, PATHS, encoder
-from models import bert
+from item_parts import CONTENT, ITEM_IDS, PARTS, PATHS, encoder, item_part_objectives
 from objective_models import check_gradient, generator, padded
 
 import fisherkern as fk
-from fisherkern.objectives import NTXent, from_settings
+from fisherkern.objectives import NTXent, Objective
 
 LEVELS = {"a": 0, "e": 0, "b": 1, "c": 1, "f": 1, "d": 2}
 TOKENS = padded([[1, 2, 3, 6, 2], [4], [], [5, 7, 10]], 5)
+OBJECTIVES = item_part_objectives()
 SEEN = [1, 2, 3, 4, 5, 6, 7, 10]
 
 
-def bound(dim: int = 6) -> fk.CategoryNeighbours:
-    objective = fk.CategoryNeighbours(dim, seed=3)
+def bound() -> Objective:
+    objective = OBJECTIVES.CategoryNeighbours(6, seed=3)
     data = fk.SequenceDataset("t", [1, 2], [0, 2], ITEM_IDS, ["a"])
     return objective.bind(data, 5)
 
@@ -49,7 +49,7 @@ def test_neighbours_are_predicted_by_relations(name: str) -> None:
 
 def test_ids_and_content_are_contrasted() -> None:
     model = encoder("SASRec", PARTS["all"])
-    objective = fk.ContentContrast(NTXent(0.5, "cosine"))
+    objective = OBJECTIVES.ContentContrast(NTXent(0.5, "cosine"))
     losses, counts = [], []
     for kind, array in CONTENT.items():
         has_both = [v for v in SEEN if v != 4 and array[v - 1].sum() == array[v - 1].sum()]
@@ -72,22 +72,3 @@ def test_ids_and_content_are_contrasted() -> None:
     assert objective.targets(model, TOKENS) == sum(counts)
     check_gradient(objective, model, TOKENS)
     assert objective(model, TOKENS[1:3], generator()) == 0
-
-
-@pytest.mark.parametrize("kind", [fk.CategoryNeighbours, fk.ContentContrast])
-def test_settings_make_the_objective_again(kind: type) -> None:
-    assert from_settings(kind().settings()) == kind()
-
-
-def test_what_does_not_fit_is_named() -> None:
-    content = encoder("SASRec", fk.ItemParts.of(DATA, content=CONTENT))
-    for objective, model, message in (
-        (fk.ContentContrast(), bert(), "ContentContrast needs an encoder with items=ItemParts"),
-        (bound(), bert(), "CategoryNeighbours needs an encoder with items=ItemParts"),
-        (bound(), content, "items have no categories"),
-        (fk.ContentContrast(), encoder("SASRec", PARTS["categories"]), "items have no content"),
-        (bound(7), encoder("SASRec", PARTS["categories"]), "dim = 7, the model's is 6"),
-        (fk.CategoryNeighbours(6), encoder("SASRec", PARTS["categories"]), "must be bound"),
-    ):
-        with pytest.raises(fk.InputError, match=message):
-            objective(model, TOKENS, generator())
