@@ -20,7 +20,7 @@ from fisherkern.cli.run import BEST_DEVICE, Run, check_most, over_catalogue_of
 from fisherkern.data import SequenceDataset
 from fisherkern.data.batching import Crop
 from fisherkern.documents import parse_json
-from fisherkern.encoders import ENCODERS, ParallelEncoders, SequenceEncoder
+from fisherkern.encoders import ENCODERS, ItemParts, ParallelEncoders, SequenceEncoder
 from fisherkern.encoders.stored import COUNTS
 from fisherkern.errors import InputError, shown
 from fisherkern.evaluation import evaluate
@@ -87,6 +87,8 @@ def train_encoder(
     keep: int | None = None,
     keep_every: int = 1,
     keep_state: bool = False,
+    categories: bool = False,
+    id_dropout: float | None = None,
     device: str = BEST_DEVICE,
 ) -> None:
     """Train an encoder; the same command resumes an interrupted run.
@@ -109,6 +111,8 @@ def train_encoder(
         keep_every: epochs from one kept checkpoint to the next.
         keep_state: keep state.safetensors when the run is done: its optimiser's second moments
             are a Fisher (`fisher --from-state`).
+        categories: make an item of its row and of the data's attributes, its categories.
+        id_dropout: share of rows that training leaves out, with --categories (default: 0).
         device: cpu, cuda or cuda:1.
     """
     check_most("networks", networks, 1000)
@@ -178,7 +182,10 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
     init, name, networks = (run.values[key] for key in ("init", "encoder", "networks"))
     given = {key: run.values[key] for key in encoder_arguments()}
     given = {key: value for key, value in given.items() if value is not None}
+    items = _items(run, data)
     if init is not None:
+        if items is not None:
+            raise InputError(f"--categories: items are made as those of {init} are; leave it out")
         model = load_model(init)
         found = {"encoder": type(model).__name__, **model.config}
         asked = given if name is None else {"encoder": name, **given}
@@ -194,6 +201,8 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
         if key not in known:
             raise InputError(f"{_flag(key)}: {encoder.__name__} has no {key}")
     _check_size(encoder, data.num_items, given, networks or 1)
+    if items is not None:
+        given["items"] = items
     if networks is not None:
 
         def make() -> SequenceEncoder:
@@ -202,6 +211,18 @@ def _model(run: Run, data: SequenceDataset) -> tuple[SequenceEncoder, SequenceDa
         return ParallelEncoders.seeded(make, networks, run.seed), data
     torch.manual_seed(run.seed)
     return encoder(data.num_items, **given), data
+
+
+def _items(run: Run, data: SequenceDataset) -> ItemParts | None:
+    """Return what items are made of, None for a row each."""
+    dropout = run.values["id_dropout"]
+    if not run.values["categories"]:
+        if dropout is not None:
+            raise InputError("--id-dropout: leaves rows out for categories; give --categories")
+        return None
+    if not data.attributes:
+        raise InputError(f"--categories: {data.name} has no attributes")
+    return ItemParts.of(data, id_dropout=dropout or 0.0)
 
 
 def _check_size(

@@ -75,6 +75,26 @@ def test_encoders_and_objectives(
             assert found.config[flag.split("-")[-1]] == value
 
 
+def test_categories_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_seqrec(fk.synthetic(40, 30, clusters=8), tmp_path / "data.txt")
+    path, out = str(tmp_path / "data.txt"), tmp_path / "out"
+    flags = ["--encoder", "SASRec", "--categories", "--id-dropout", "0.3"]
+    assert main(["train", "--data", path, *SMALL, *flags, "--out", str(out)]) == 0
+    found, loaded = fk.load_model(out / "model.safetensors"), fk.load(path)
+    torch.manual_seed(0)
+    items = fk.ItemParts.of(loaded, id_dropout=0.3)
+    model = fk.SASRec(30, max_len=6, dim=8, items=items)
+    how = {"objective": fk.NextItem(), "epochs": 2, "batch_size": 16}
+    fk.train(model, loaded, progress=False, **how)
+    assert_same(model.state_dict(), found.state_dict())
+    again = ["--init", str(out / "model.safetensors"), "--categories", "--out", f"{out}2"]
+    assert main(["train", "--data", path, *SMALL, *again]) == 2
+    assert "--categories: items are made as those of" in capsys.readouterr().err
+    (tmp_path / "data.attributes.json").unlink()
+    assert main(["train", "--data", path, "--categories", "--out", f"{out}3"]) == 2
+    assert "--categories: data has no attributes" in capsys.readouterr().err
+
+
 def test_settings_early_stopping_and_the_averaged_member(data: str, tmp_path: Path) -> None:
     flags = ["--patience", "2", "--score", "hr@5", "--ema", "0.9", "--clip", "none", "--lr", "0.03"]
     flags += ["--warmup-steps", "3", "--betas", "0.8", "0.9", "--epochs", "30"]
@@ -162,6 +182,7 @@ def test_a_configuration_by_hand(data: str, tmp_path: Path) -> None:
         (["--config", "NONE"], "none.json: no such file"),
         (["--init", "INIT", "--dim", "16"], "--dim: "),
         (["--init", "INIT", "--encoder", "SASRec"], "--encoder: "),
+        (["--id-dropout", "0.5"], "--id-dropout: leaves rows out for categories"),
     ],
 )
 def test_bad_input(
