@@ -76,67 +76,67 @@ class Checkpoints(Experiment):
         return cache.fresh(SASRec, offset=offset, **self.sizes())
 
     def rows(self, cache: ArtifactCache) -> RowBuilders:
-        last = self.epochs - self.epochs % self.every
-        epochs = range(last - (self.count - 1) * self.every, last + 1, self.every)
-        base = partial(self.common_base, cache, NextItem(), self.base_epochs)
-        fresh = partial(self.untrained, cache)
-
-        def kept(number: int) -> KeptCheckpoints:
-            name = f"checkpoints-{number}" if number else "checkpoints"
-            return KeptCheckpoints(cache.path(name, ""), last=self.count, every=self.every)
-
-        def run(number: int) -> SequenceEncoder:
-            return cache.train(
-                self.names()[max(0, number - 1)],
-                base if number else fresh,
-                NextItem(),
-                epochs=self.epochs,
-                seed=cache.seed + 1000 * number,
-                on_epoch=kept(number),
-                **self.training(),
-            )
-
-        def checkpoints(number: int) -> list[SequenceEncoder]:
-            run(number)
-            return [load_model(kept(number).path(epoch)) for epoch in epochs]
-
-        def merged(
-            title: str, numbers: Sequence[int], weights: str | None = None
-        ) -> SequenceEncoder:
-            members = [model for number in numbers for model in checkpoints(number)]
-            return cache.merged(title, members, weights=weights)
-
-        def decayed() -> SequenceEncoder:
-            # A base that was given has passes that nobody counted.
-            total = self.base_epochs + self.branches * self.epochs
-            return cache.train(
-                DECAYED,
-                fresh,
-                NextItem(),
-                epochs=total,
-                seed=cache.seed,
-                schedule="linear",
-                **self.training(),
-            )
-
+        runs = {name: partial(self.run, cache, n) for name, n in self.numbers().items()}
+        decayed = partial(self.decayed, cache)
         if self.branches == 1:
             titles = {self.title(weights): weights for weights in WEIGHTS}
-            return {
-                CONSTANT: partial(run, 0),
-                **{title: partial(merged, title, [0], own) for title, own in titles.items()},
-                DECAYED: decayed,
-            }
-        branches = {name: partial(run, n) for n, name in enumerate(self.names(), start=1)}
-        ends = MemberSet(cache, branches, sequences=1)
+            merges = {t: partial(self.merged, cache, t, [0], own) for t, own in titles.items()}
+            return {**runs, **merges, DECAYED: decayed}
+        ends = MemberSet(cache, runs, sequences=1)
+        numbers = {self.title(name): [number] for name, number in self.numbers().items()}
         return {
-            "base": base,
-            **branches,
-            **{
-                self.title(name): partial(merged, self.title(name), [number])
-                for number, name in enumerate(self.names(), start=1)
-            },
+            "base": partial(self.common_base, cache, NextItem(), self.base_epochs),
+            **runs,
+            **{title: partial(self.merged, cache, title, own) for title, own in numbers.items()},
             **ends.merge(ENDS, method="uniform"),
-            ALL: partial(merged, ALL, range(1, self.branches + 1)),
+            ALL: partial(self.merged, cache, ALL, list(self.numbers().values())),
             **ends.ensemble(),
             DECAYED: decayed,
         }
+
+    def numbers(self) -> dict[str, int]:
+        """The number of each run, 0 of one without a base."""
+        first = int(self.branches > 1)
+        return {name: number for number, name in enumerate(self.names(), start=first)}
+
+    def kept(self, cache: ArtifactCache, number: int) -> KeptCheckpoints:
+        name = f"checkpoints-{number}" if number else "checkpoints"
+        return KeptCheckpoints(cache.path(name, ""), last=self.count, every=self.every)
+
+    def run(self, cache: ArtifactCache, number: int) -> SequenceEncoder:
+        """A run at a constant rate, which keeps its last checkpoints."""
+        base = partial(self.common_base, cache, NextItem(), self.base_epochs)
+        return cache.train(
+            self.names()[max(0, number - 1)],
+            base if number else partial(self.untrained, cache),
+            NextItem(),
+            epochs=self.epochs,
+            seed=cache.seed + 1000 * number,
+            on_epoch=self.kept(cache, number),
+            **self.training(),
+        )
+
+    def decayed(self, cache: ArtifactCache) -> SequenceEncoder:
+        """One run of all passes; a base that was given has passes that nobody counted."""
+        return cache.train(
+            DECAYED,
+            partial(self.untrained, cache),
+            NextItem(),
+            epochs=self.base_epochs + self.branches * self.epochs,
+            seed=cache.seed,
+            schedule="linear",
+            **self.training(),
+        )
+
+    def merged(
+        self, cache: ArtifactCache, title: str, numbers: Sequence[int], weights: str | None = None
+    ) -> SequenceEncoder:
+        """The kept checkpoints of some runs, merged."""
+        last = self.epochs - self.epochs % self.every
+        epochs = range(last - (self.count - 1) * self.every, last + 1, self.every)
+        members = []
+        for number in numbers:
+            self.run(cache, number)
+            kept = self.kept(cache, number)
+            members += [load_model(kept.path(epoch)) for epoch in epochs]
+        return cache.merged(title, members, weights=weights)
