@@ -7,17 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fisherkern.errors import InputError, shown
 
 _FIRST = re.compile(
-    r"^(?P<module>.*?)(?P<key>\blora_A|\blora_embedding_A|\blora_down)(?P<rest>\..*)?$"
+    r"^(?P<module>.*?)(?P<key>\blora_A|\blora_embedding_A|\blora_down|lora(_linear_layer)?\.down)"
+    r"(?P<rest>\..*)?$"
 )
-_SECOND = {
-    "lora_A": "lora_B",
-    "lora_embedding_A": "lora_embedding_B",
-    "lora_down": "lora_up",
-}
-_OF_LORA = re.compile(r"(^|\.)lora_")
+_SECOND = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}  # else down: up
+_OF_LORA = re.compile(r"(^|[._])lora([._]|$)", re.IGNORECASE)
+# What may scale an update beside its factors: DoRA's magnitudes, LyCORIS's learned factor.
+_BESIDE = ("alpha", "dora_scale", "scalar", "magnitude")
 _OTHER_FACTORS = re.compile(
     r"(^|\.)(parametrizations\.|lokr_|hada_|oft_|boft_|hra_u|vera_lambda_|randlora_|vblora_"
     r"|poly_lora_|gralora_|delora_|road_(theta|alpha))"
@@ -42,6 +43,7 @@ class LowRankPair:
         b: Name of B.
         bias: Name of the bias that is scaled like the product; None without one.
         embedding: Whether the module is an embedding, whose weight is the product transposed.
+        alpha: Name of a number by which, over the rank r, the product is multiplied; or None.
     """
 
     module: str
@@ -50,6 +52,22 @@ class LowRankPair:
     b: str
     bias: str | None
     embedding: bool
+    alpha: str | None = None
+
+    def alpha_over_rank(self, tensors: Mapping[str, Tensor]) -> float | None:
+        """Return what the product is multiplied by, where a tensor says it.
+
+        Raises:
+            InputError: The tensor is not one finite number, or the rank is not known.
+        """
+        if self.alpha is None:
+            return None
+        alpha, a, b = (tensors[name].detach() for name in (self.alpha, self.a, self.b))
+        if alpha.numel() != 1 or not bool(alpha.double().isfinite().all()) or alpha.is_complex():
+            raise InputError(f"tensor {shown(self.alpha)} is not one number, as alpha of LoRA is")
+        if a.dim() < 2 or b.dim() < 2 or b.shape[1] != len(a):
+            raise InputError(f"tensors {shown(self.a)} and {shown(self.b)} do not say their rank")
+        return float(alpha) / len(a)
 
 
 def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
@@ -60,18 +78,22 @@ def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
     """
     known = list(names)
     present, used, pairs = set(known), set(), []
+    scales: set[str] = set()
     for name in known:
         match = _FIRST.match(name)
         if match is None:
             continue
         key, rest = match["key"], match["rest"] or ""
-        second = f"{match['module']}{_SECOND[key]}"
+        second = f"{match['module']}{_SECOND.get(key, key.replace('down', 'up'))}"
         partner = second + rest
         if partner not in present:
             raise InputError(
                 f"tensor {name!r} is a factor of a weight, and {shown(partner)} is missing"
             )
         adapter = rest.removesuffix(".weight").strip(".")
+        beside = {f"{match['module']}{own}" for own in _BESIDE} & present
+        alpha = f"{match['module']}alpha" if key == "lora_down" else None
+        scales |= beside - {alpha}
         bias = f"{second}{rest.removesuffix('.weight')}.bias"
         pair = LowRankPair(
             match["module"].rstrip("."),
@@ -80,10 +102,11 @@ def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
             partner,
             bias if rest.endswith("weight") and bias in present else None,
             key == "lora_embedding_A",
+            alpha if alpha in present else None,
         )
         pairs.append(pair)
-        used |= {pair.a, pair.b, pair.bias}
-    odd = [name for name in known if _OF_LORA.search(name) and name not in used]
+        used |= {pair.a, pair.b, pair.bias, pair.alpha}
+    odd = [n for n in known if n in scales or (_OF_LORA.search(n) and n not in used)]
     if odd:
         raise InputError(
             f"tensor {shown(odd[0])} makes an update that is not a product of two "

@@ -93,9 +93,9 @@ def merge_low_rank(
         result_scalings: s* by the name of A. Default: the first member's.
 
     Returns:
-        The merged factors (and biases, scaled alike) by name, in the first member's types; and a
-        report: rank and share of the energy (squared singular values) kept, of every pair and of
-        all.
+        The merged factors (biases, scaled alike, and alphas) by name, in the first member's types;
+        and a report: rank and share of the energy (squared singular values) kept, of every pair and
+        of all.
 
     Raises:
         InputError: Factors that do not fit one another, or a value that is not finite.
@@ -124,6 +124,8 @@ def merge_low_rank(
             found = [tensors[m][pair.bias].double() for m in used]
             bias = torch.stack([s * own for s, own in zip(shares, found, strict=True)]).sum(0)
             merged[pair.bias] = bias.to(tensors[0][pair.bias].dtype)
+        if pair.alpha is not None:
+            merged[pair.alpha] = tensors[0][pair.alpha].detach()
     report["energy_kept"] = kept / total if total else 1.0
     return merged, report
 
@@ -139,6 +141,8 @@ def _transposed(tensors: Mapping[str, Tensor], pair: LowRankPair) -> bool:
             f"{tuple(b.shape)} are no factors "
             "of one weight"
         )
+    if plain and pair.a.endswith(".weight"):  # of a linear layer or convolution, whatever its rank
+        return False
     if plain and other and len(a) == a.shape[1] == len(b):
         raise InputError(
             f"tensors {shown(pair.a)} and {shown(pair.b)} are square, so which is first is open"
@@ -206,16 +210,18 @@ def update_matrix(tensors: Mapping[str, Tensor], pair: LowRankPair) -> Tensor:
 
 
 def scalings_in(model: nn.Module, pairs: Sequence[LowRankPair], owner: str) -> dict[str, float]:
-    """Name of A -> what the module multiplies the product by; 1 where it has no `scaling`.
+    """Name of A -> what the module multiplies the product by; 1 where nothing says it.
 
     Raises:
         InputError: The update is part of the weight already, or is no plain product.
     """
-    modules = dict(model.named_modules())
+    modules, tensors = dict(model.named_modules()), named_tensors(model)
     found = {}
     for pair in pairs:
         module: Any = modules.get(pair.module)
-        scaling = getattr(module, "scaling", 1.0)
+        scaling = pair.alpha_over_rank(tensors)
+        if scaling is None:
+            scaling = getattr(module, "scaling", 1.0)
         if isinstance(scaling, Mapping):
             scaling = scaling.get(pair.adapter, 1.0)
         if getattr(module, "merged", False) is True or getattr(module, "parameter_name", None):
@@ -280,7 +286,8 @@ class LowRankMembers:
     @property
     def names(self) -> set[str]:
         """Of the factors."""
-        return {name for pair in self.pairs for name in (pair.a, pair.b)}
+        named = ((pair.a, pair.b, pair.alpha) for pair in self.pairs)
+        return {name for names in named for name in names if name}
 
     def merged(self, weights: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `merge_low_rank`."""

@@ -288,3 +288,113 @@ def test_what_is_no_product_is_refused(tmp_path):
     merge_files(paths, tmp_path / "out", method="slerp", options={"factors": True})
     with pytest.raises(InputError, match="whose merge is uniform or weighted"):
         merge_files(paths, tmp_path / "out2", method="slerp")
+
+
+# Files in which every update has its own alpha, as kohya's trainer writes them.
+
+
+def kohya(path, seed, alpha, rank, size=(OUT, IN), down="lora_down", prefix="lora_unet_"):
+    """A file of a linear layer and a convolution; what they add to the weights, by module."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors, deltas = {}, {}
+    for module, kernel in ((f"{prefix}mid_to_q", ()), (f"{prefix}conv", (3, 3))):
+        a = torch.randn(rank, size[1], *kernel, generator=generator)
+        b = torch.randn(size[0], rank, *(1 for _ in kernel), generator=generator)
+        up = down.replace("down", "up")
+        dot = "_" if down.startswith("lora.") else "."
+        tensors[f"{module}{dot}{down}.weight"], tensors[f"{module}{dot}{up}.weight"] = a, b
+        if alpha is not None:
+            tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+        scale = 1 if alpha is None else alpha / rank
+        deltas[module] = scale * b.double().flatten(1) @ a.double().flatten(1)
+    safetensors.torch.save_file(tensors, path)
+    return deltas
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_te_text_", "unet."])
+@pytest.mark.parametrize(
+    ("ranks", "alphas", "size"),
+    [((2, 3), (1.0, 4.0), (OUT, IN)), ((6, 5), (3.0, 8.0), (4, 4)), ((5, 5), (5.0, 5.0), (5, 5))],
+)
+def test_alphas_in_the_file_scale_the_products(tmp_path, prefix, ranks, alphas, size):
+    """Ranks above the width too."""
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    each = zip(paths, range(2), alphas, ranks, strict=True)
+    one, two = (kohya(*own, size=size, prefix=prefix) for own in each)
+    merge_files(paths, tmp_path / "out.safetensors", weights=[1, 3])
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    for module, delta in one.items():
+        expected, _ = truncated(delta / 4 + 3 * two[module] / 4, ranks[0])
+        a, b = (found[f"{module}.lora_{own}.weight"].double() for own in ("down", "up"))
+        alpha = found[f"{module}.alpha"]
+        assert alpha == alphas[0] and len(a) == ranks[0]
+        product = float(alpha) / len(a) * b.flatten(1) @ a.flatten(1)
+        torch.testing.assert_close(product, expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize("down", ["lora.down", "lora_linear_layer.down"])
+def test_pairs_by_other_names_are_products(tmp_path, down):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    one, two = (kohya(path, n, None, RANK, down=down) for n, path in enumerate(paths))
+    merge_files(paths, tmp_path / "out.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    for module, delta in one.items():
+        own = [found[n] for n in sorted(found) if n.startswith(module)]
+        expected, _ = truncated((delta + two[module]) / 2, RANK)
+        product = own[1].double().flatten(1) @ own[0].double().flatten(1)
+        torch.testing.assert_close(product, expected, rtol=0, atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("unet.conv.dora_scale", "an update that is not a product"),
+        ("unet.conv.scalar", "an update that is not a product"),
+        ("unet.conv.lora_mid.weight", "an update that is not a product"),
+        ("unet.q.hada_w1_a", "is a factor of a weight"),
+        ("lora_unet_q.lokr_w1", "is a factor of a weight"),
+        ("unet.q_LoRA.first", "an update that is not a product"),
+    ],
+)
+def test_other_updates_of_such_files_are_refused(tmp_path, added, message):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for seed, path in enumerate(paths):
+        kohya(path, seed, 2, RANK, prefix="unet.")
+        tensors = safetensors.torch.load_file(path) | {added: torch.randn(OUT)}
+        safetensors.torch.save_file(tensors, path)
+    with pytest.raises(InputError, match=f"{added!r} .*{message}"):
+        merge_files(paths, tmp_path / "out.safetensors")
+
+
+def test_an_alpha_that_is_no_number_is_refused(tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for alpha in (float("nan"), float("inf")):
+        for path in paths:
+            kohya(path, 0, alpha, RANK)
+        with pytest.raises(InputError, match="alpha' is not one number"):
+            merge_files(paths, tmp_path / "out.safetensors")
+
+
+class Kohya(nn.Module):
+    """A module of kohya's trainer, around a layer."""
+
+    def __init__(self, seed, alpha):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.lora_down = nn.Linear(IN, RANK, bias=False)
+        self.lora_up = nn.Linear(RANK, OUT, bias=False)
+        for own in (self.lora_down, self.lora_up):
+            own.weight.data = torch.randn(own.weight.shape, generator=generator)
+        self.register_buffer("alpha", torch.tensor(alpha))
+
+    def delta(self):
+        scale = float(self.alpha) / RANK
+        return scale * self.lora_up.weight.double() @ self.lora_down.weight.double()
+
+
+def test_modules_with_an_alpha_merge_in_memory():
+    one, two = (nn.Sequential(Kohya(seed, alpha)) for seed, alpha in ((0, 1.0), (1, 6.0)))
+    merged = fk.merge([one, two])
+    expected, _ = truncated((one[0].delta() + two[0].delta()).detach() / 2, RANK)
+    torch.testing.assert_close(merged[0].delta().detach(), expected, rtol=0, atol=3e-5)
+    assert merged[0].alpha == 1

@@ -52,7 +52,8 @@ class LowRankFiles:
     @property
     def names(self) -> set[str]:
         """Of the tensors that are merged as products."""
-        return {name for pair in self.pairs for name in (pair.a, pair.b, pair.bias) if name}
+        named = ((pair.a, pair.b, pair.bias, pair.alpha) for pair in self.pairs)
+        return {name for names in named for name in names if name}
 
 
 def low_rank_settings(
@@ -237,23 +238,30 @@ def _tensors(file: TensorFile) -> Checkpoint:
 
 def _rank(checkpoint: Checkpoint, pair: LowRankPair) -> int:
     a, b = checkpoint.shape(pair.a), checkpoint.shape(pair.b)
-    return int(min(*a[:2], *b[:2]))
+    plain = pair.a.endswith(".weight") and len(b) > 1 and a[0] == b[1]
+    return int(a[0] if plain else min(*a[:2], *b[:2]))
 
 
 def _scalings(
     file: TensorFile, config: Mapping[str, Any] | None, pairs: Sequence[LowRankPair]
 ) -> dict[str, float]:
     """Name of A -> what the product is multiplied by; 1 where nothing says it."""
-    if config is None:
-        return {pair.a: 1.0 for pair in pairs}
-    return {pair.a: scaling_of(config, pair, _rank(_tensors(file), pair)) for pair in pairs}
+    tensors, found = _tensors(file), {}
+    for pair in pairs:
+        alpha = pair.alpha_over_rank(tensors)
+        if alpha is not None and config is not None:
+            raise InputError(f"{file.path}: {pair.alpha!r} and adapter_config.json both scale it")
+        found[pair.a] = 1.0 if alpha is None else alpha
+        if config is not None:
+            found[pair.a] = scaling_of(config, pair, _rank(tensors, pair))
+    return found
 
 
 def _merged_factors(
     merge: StreamingMerge, low_rank: LowRankFiles
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     files, pairs, options = merge.members.files, low_rank.pairs, low_rank.options
-    if low_rank.configs[0] is None:
+    if low_rank.configs[0] is None and any(pair.alpha is None for pair in pairs):
         log.warning("nothing says how the members scale their low-rank updates: taken to be alike")
     scalings = [
         _scalings(file, config, pairs) for file, config in zip(files, low_rank.configs, strict=True)
