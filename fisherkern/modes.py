@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 # By id, of modules in a block of some thread: how many they are in, the mode they come from, and
 # their attributes.
 _modes: dict[int, tuple[int, bool, dict[str, Any]]] = {}
-# What every module has.
-_COMMON = frozenset(vars(nn.Module()))
+# What every module has; a buffer may be a cache, None before it is filled.
+_COMMON = frozenset(vars(nn.Module())) - {"_buffers"}
 # Blocks without cuDNN, and whether it was on before the first.
 _without_cudnn = 0
 _cudnn = True
@@ -79,21 +79,75 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _put_back(module: nn.Module, attributes: dict[str, Any]) -> None:
-    """Undo changes to attributes that have to do with tensors."""
+def _put_back(module: nn.Module, attributes: dict[str, Any], every: bool = False) -> None:
+    """Undo changes to attributes, of a module in which one that has to do with tensors changed.
+
+    `every`: of any module. What says whether a cache is filled is put back with the cache.
+    """
     own = vars(module)
-    for name in [name for name in own if name not in _COMMON]:
-        value, content = attributes.get(name, (None, None))
-        if not (_holds_tensor(own[name]) or _holds_tensor(value) or _holds_tensor(content)):
-            continue
+    changed = [
+        name
+        for name in (own.keys() | attributes.keys()) - _COMMON
+        if name not in own or name not in attributes or not _unchanged(own[name], *attributes[name])
+    ]
+    if not every and not any(
+        _holds_tensor(value)
+        for name in changed
+        for value in (own.get(name), *attributes.get(name, ()))
+    ):
+        return
+    for name in changed:
         if name not in attributes:
             del own[name]
             continue
-        if own[name] is not value:
-            own[name] = value
-        if content is not None and not _same(value, content):
-            value.clear()
-            value.update(content) if isinstance(value, dict) else value.extend(content)
+        own[name], content = attributes[name]
+        if content is not None:
+            own[name].clear()
+            own[name].update(content) if isinstance(content, dict) else own[name].extend(content)
+
+
+def holds(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield a module's own attributes that hold tensors, its buffers among them, and these."""
+    named = {name: value for name, value in vars(module).items() if name not in _COMMON}
+    for name, value in (named | named.pop("_buffers")).items():
+        if _holds_tensor(value):
+            entries = _entries(value) if type(value) in (dict, list, tuple) else [value]
+            yield name, [entry for entry in entries if isinstance(entry, Tensor)]
+
+
+@contextlib.contextmanager
+def attributes_kept(model: nn.Module, every: bool = False) -> Iterator[None]:
+    """Put attributes back after the block as `eval_mode` does; `every`: whatever changed."""
+    before = [(module, _attributes(module)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            _put_back(module, attributes, every)
+
+
+@contextlib.contextmanager
+def train_mode_alone(model: nn.Module) -> Iterator[bool]:
+    """Put a model of one `eval_mode` block into training mode, its attributes and buffers kept.
+
+    Gives whether this is so: not where a block of another thread holds the model. No other block
+    begins meanwhile. Random numbers are drawn aside.
+    """
+    modules = list(model.modules())
+    with _lock:
+        if any(_modes.get(id(module), (0,))[0] != 1 for module in modules):
+            yield False
+            return
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        modes = [module.training for module in modules]
+        with torch.random.fork_rng(devices), attributes_kept(model, every=True):
+            for module in modules:
+                module.training = True
+            try:
+                yield True
+            finally:
+                for module, mode in zip(modules, modes, strict=True):
+                    module.training = mode
 
 
 def _entries(value: Any) -> list[Any]:
@@ -106,9 +160,14 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _same(one: Any, other: Any) -> bool:
-    pairs = zip(_entries(one), _entries(other), strict=False)
-    return len(one) == len(other) and all(a is b for a, b in pairs)
+def _unchanged(now: Any, value: Any, content: Any) -> bool:
+    """Whether an attribute is the value that it was, with the content that it had."""
+    if content is None or now is not value:
+        return now is value
+    if isinstance(value, dict) and list(value) != list(content):
+        return False
+    pairs = zip(_entries(value), _entries(content), strict=False)
+    return len(value) == len(content) and all(a is b for a, b in pairs)
 
 
 def _switch_cudnn(step: int) -> None:

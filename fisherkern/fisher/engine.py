@@ -20,11 +20,8 @@ from fisherkern.fisher.batchwise import add_batchwise_
 from fisherkern.fisher.factors.factor import CovarianceFactor
 from fisherkern.fisher.factors.item_table import ItemTable
 from fisherkern.fisher.factors.logit_samplers import LogitStats, factor_logits
-from fisherkern.fisher.factors.samplers import (
-    SoftmaxStats,
-    check_softmax,
-    factor_covariance,
-)
+from fisherkern.fisher.factors.samplers import SoftmaxStats, check_softmax, factor_covariance
+from fisherkern.fisher.forward.kept_tensors import fresh_passes
 from fisherkern.fisher.forward.plain_run import NormGuard
 from fisherkern.fisher.forward_backward import (
     CapturedForward,
@@ -92,6 +89,8 @@ class Engine:
 
     def _start(self, batch: Any) -> None:
         """Find the output layer on the first batch, and check what the model is asked."""
+        if self.settings.check and not self.shared_out:
+            self.model = fresh_passes(self.model, batch_slice(batch, 0, 2), self.autocast)
         with self.autocast.on(), torch.no_grad(), NormGuard():
             self.model = self.model.with_output_layer(batch)
             self.num_items = self.model.logits(batch_slice(batch, 0, 1)).shape[1]

@@ -83,7 +83,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for holder, name, buffer, version, value in before:
-            if _version(buffer) != version:
+            # Batch norm writes its statistics without a new version.
+            dense = buffer.layout is torch.strided
+            if _version(buffer) != version or (dense and not torch.equal(buffer, value)):
                 with torch.no_grad():
                     buffer.copy_(value)
             holder[name] = buffer
