@@ -15,7 +15,7 @@ from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.first_batch import FirstBatchCheck
-from fisherkern.fisher.forward.plain_run import buffers_kept, plainly
+from fisherkern.fisher.forward.plain_run import plainly, state_kept
 from fisherkern.fisher.result import DiagFisher
 from fisherkern.fisher.settings import Settings
 from fisherkern.fisher.sharded.engine import engine_of
@@ -72,6 +72,7 @@ def diag_fisher(
     Where `torch.distributed` is initialised, every process calls this with the same arguments and
     gets the same result. Whole batches are dealt by their total length, so give at least a few for
     each process.
+    Hooks on gradients that parameters and modules bring along, as clipping, are left aside.
     Layers without a handler fall back to per-sequence autograd: slower, equally exact, with one
     warning that names the parameter.
 
@@ -141,7 +142,7 @@ def diag_fisher(
     count, show = 0, progress and processes.rank() == 0
     bar = progress_bar(loader, desc=f"Fisher ({sampler})", unit="batch", show=show)
     in_eval = eval_mode(adapter.module, gradients=True)
-    with use_backend(backend), in_eval, buffers_kept(adapter.module), plainly():
+    with use_backend(backend), in_eval, state_kept(adapter.module), plainly():
         with processes.together() as same:
             for batch in bar:
                 count += engine.add_batch(batch, count)

@@ -18,6 +18,7 @@ from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.factors.factor import CovarianceFactor
 from fisherkern.fisher.factors.logit_samplers import LogitStats, factor_logit_items
 from fisherkern.fisher.factors.samplers import SoftmaxStats, factor_items
+from fisherkern.fisher.forward.vjp import linear_vector_jacobians
 from fisherkern.fisher.output_layers import OutputLayer
 from fisherkern.fisher.positions import POSITION_IDS, counted_positions
 
@@ -125,9 +126,9 @@ class FirstBatchCheck:
             # Of the most likely one 1 − p may be a rounding of autograd's.
             item = (int(z.argmax()) + 1 + _STEP % max(len(z) - 1, 1)) % len(z)
         log_p = torch.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=0)[item]
-        gradients = torch.autograd.grad(log_p, list(named.values()), allow_unused=True)
+        gradients = linear_vector_jacobians(log_p, list(named.values()), torch.ones_like(log_p))
         pairs = zip(named, gradients, strict=True)
-        present = {name: g.to_dense() for name, g in pairs if g is not None}
+        present = {name: g for name, g in pairs if g is not None}
         return _PlainGradients(item, z.detach(), present)
 
     def _difference(self, ours: dict[str, Tensor], plain: Iterable[_PlainGradients]) -> str | None:

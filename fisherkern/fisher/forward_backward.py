@@ -24,7 +24,11 @@ from fisherkern.fisher.factors.factor import CovarianceFactor, ProbeVectors
 from fisherkern.fisher.forward.capture import Capture, CapturedOp, structure_of
 from fisherkern.fisher.forward.plain_run import NormGuard
 from fisherkern.fisher.forward.shared_tensors import EntriesCache
-from fisherkern.fisher.forward.vjp import batched_vector_jacobians, single_vector_jacobians
+from fisherkern.fisher.forward.vjp import (
+    batched_vector_jacobians,
+    linear_vector_jacobians,
+    single_vector_jacobians,
+)
 from fisherkern.fisher.layers import HANDLERS
 from fisherkern.fisher.plan import Plan, make_plan, per_sequence_ops
 from fisherkern.fisher.schedule import stored_sequences
@@ -100,9 +104,14 @@ class ForwardBackward:
             return CapturedForward(index, result, ops, Plan([], set()))
         # The structure is the model's, so it is examined once, and again where it is another:
         # on two sequences where those show the same calls, as they do in most models.
-        # Where numbers of rows come of values, every bucket is examined, all of it.
+        # Where numbers of rows come of values, or hooks have a say, every bucket is examined, all
+        # of it.
         structure = structure_of(ops)
-        if counted:
+        if self.compares and capture.hooked:
+            generator = torch.Generator().manual_seed(0)
+            direction = torch.randn(result.shape, generator=generator).to(result)
+            linear_vector_jacobians(result, list(self._parameters.named.values()), direction)
+        if counted or capture.hooked:
             own = per_sequence_ops(result, ops, whole=True)
         else:
             if structure not in self._per_sequence:

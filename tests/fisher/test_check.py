@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -273,3 +274,104 @@ def test_tables_too_large_are_left_out_and_the_rest_is_compared(
     )
     with pytest.raises(fk.InputError, match="gradients of 'mix.weight'"):
         fisher(model, positions=positions)
+
+
+@pytest.mark.parametrize("holder", ["parameter", "table", "module", "module before"])
+@pytest.mark.parametrize("change", ["clip", "double", "later", "nothing"])
+def test_hooks_of_training_are_left_aside(
+    holder: str, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are not run, and are there again afterwards."""
+    calls = []
+
+    def changed(gradient: Tensor) -> Tensor | None:
+        calls.append(gradient)
+        scale = 2.0 if change == "double" or len(calls) > 9 else 1.0
+        return None if change == "nothing" else scale * gradient.clamp(-1e-3, 1e-3)
+
+    model = shaken(Small())
+    expected = dict(fisher(model, [FULL] * 3))
+    if holder == "module":
+        model.mix.register_full_backward_hook(lambda _, inputs, __: (changed(inputs[0]),))
+    elif holder == "module before":
+        model.mix.register_full_backward_pre_hook(lambda _, outputs: (changed(outputs[0]),))
+    else:
+        weight = model.items.weight if holder == "table" else model.mix.weight
+        weight.register_hook(changed)
+    found = fisher(model, [FULL] * 3)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    assert not calls and "hooks on gradients are left aside" in caplog.text
+    if change != "nothing":
+        model(FULL).sum().backward()
+        assert calls
+
+
+class Clipped(Small):
+    """Clips gradients within the pass: in every batch, or in those with a certain item."""
+
+    def __init__(self, how: str, later: bool) -> None:
+        super().__init__()
+        self.how, self.later = how, later
+
+    def forward(self, history: Tensor) -> Tensor:
+        states = self.states(history)
+        if states.requires_grad and (not self.later or (history == NUM_ITEMS).any()):
+            if self.how == "function":
+                return self.out(ClippedGradient.apply(states))
+            states = states.clone()
+            if self.how == "small":
+                states.register_hook(lambda gradient: F.hardshrink(gradient, 1e-7))
+            elif self.how == "norm":
+                states.register_hook(lambda g: g * (100.0 / g.norm()).clamp(max=1.0))
+            else:
+                states.register_hook(lambda gradient: gradient.clamp(-100.0, 100.0))
+        return self.out(states)
+
+
+class ClippedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-100.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "later"),
+    [("function", False), *itertools.product(("value", "norm", "small"), (False, True))],
+)
+def test_gradients_that_a_pass_clips_are_refused(how: str, later: bool) -> None:
+    """Though nothing is clipped at the size that gradients have."""
+    calm = torch.where(FULL == NUM_ITEMS, 1, FULL)
+    other = calm.clone()
+    other[0, 0] = NUM_ITEMS
+    model = shaken(Clipped(how, later))
+    if later:
+        fisher(model, [calm])
+    with pytest.raises(fk.InputError, match="its backward pass is no linear function"):
+        fisher(model, [calm, other])
+
+
+def test_a_hook_of_a_later_batch_that_mixes_sequences_is_made_up_for() -> None:
+    """Each sequence alone has the gradient that it has in the check of the first batch."""
+
+    class Mixing(Small):
+        def forward(self, history: Tensor) -> Tensor:
+            states = self.states(history)
+            if states.requires_grad and (history == NUM_ITEMS).any():
+                states = states.clone()
+                states.register_hook(lambda gradient: gradient + 0.5 * (gradient.sum(0) - gradient))
+            return self.out(states)
+
+    calm = torch.where(FULL == NUM_ITEMS, 1, FULL)
+    later = calm.clone()
+    later[0, 0] = NUM_ITEMS
+    plain = shaken(Small())
+    model = Mixing()
+    model.load_state_dict(plain.state_dict())
+    found, expected = (dict(fisher(own, [calm, later])) for own in (model, plain))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)

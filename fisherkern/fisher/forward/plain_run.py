@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.errors import InputError
+
+log = logging.getLogger("fisherkern")
 
 _lock = threading.Lock()
 _running = 0
@@ -89,6 +92,37 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     buffer.copy_(value)
             holder[name] = buffer
+
+
+@contextlib.contextmanager
+def hooks_aside(model: nn.Module) -> Iterator[None]:
+    """Take the hooks on gradients off parameters and modules: clipping is the training's.
+
+    Those that a pass puts on its own tensors are part of the model.
+    """
+    holders = [
+        *((f"module {name!r}", module._backward_hooks) for name, module in model.named_modules()),
+        *((f"module {name!r}", own._backward_pre_hooks) for name, own in model.named_modules()),
+        *((repr(name), own._backward_hooks or {}) for name, own in model.named_parameters()),
+    ]
+    saved = [(name, hooks, dict(hooks)) for name, hooks in holders if hooks]
+    if saved:
+        names = ", ".join(name for name, _, _ in saved[:3])
+        log.warning("hooks on gradients are left aside, of %s", names)
+    for _, hooks, _ in saved:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for _, hooks, content in saved:
+            hooks.update(content)
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """`buffers_kept`, with `hooks_aside`."""
+    with buffers_kept(model), hooks_aside(model):
+        yield
 
 
 def _version(tensor: Tensor) -> int:

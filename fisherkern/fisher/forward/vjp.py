@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fisherkern.errors import InputError
+
 # Of a graph: tensors or edges, not both.
 Places = Sequence[Tensor] | Sequence[GradientEdge]
 
@@ -82,3 +84,38 @@ def vector_jacobians(outputs: Places, inputs: Places, given: Tensor) -> list[Ten
         with contextlib.suppress(Exception):  # whatever a model's own backward pass may raise
             return batched_vector_jacobians(outputs, inputs, [given], compared=True)
     return single_vector_jacobians(outputs, inputs, [given])
+
+
+# Of gradients that are tried at two other sizes; powers of 2 round nothing.
+_POWER = 30
+
+
+def linear_vector_jacobians(
+    output: Tensor, inputs: Sequence[Tensor], given: Tensor
+) -> list[Tensor | None]:
+    """Gradients at `inputs` for a gradient of `output`, strided; None where none comes.
+
+    Raises:
+        InputError: They are no linear function of it, so their squares sum to no Fisher.
+    """
+
+    def gradients(power: int) -> list[Tensor | None]:
+        found = torch.autograd.grad(
+            output, inputs, given * 2.0**power, retain_graph=True, allow_unused=True
+        )
+        return [None if g is None else g.to_dense() for g in found]
+
+    plain = gradients(0)
+    if output.dtype == torch.float16:  # of too few powers
+        return plain
+    for power in (_POWER, -_POWER):
+        for one, other in zip(plain, gradients(power), strict=True):
+            if one is None or other is None or not one.numel():
+                continue
+            gap = (other.to(one.dtype) * 2.0**-power - one).abs().max()
+            if bool(gap > 1e-3 * one.abs().max()):
+                raise InputError(
+                    "model: its backward pass is no linear function, as where a hook or a function "
+                    "of its own clips gradients, so it has no Fisher; take that out"
+                )
+    return plain
