@@ -71,7 +71,8 @@ def evaluate(
             functions are called on {"history": (N, T), "target": (N,), "user": (N,)} int64, and
             give scores (N, V_out); column c is item c + model.first_item (0 without that
             attribute). T = model.max_len, 50 without. Libraries' models get batches of their
-            own. In eval mode meanwhile, its modes restored after.
+            own. In eval mode meanwhile, its modes restored after; of a function the modules that it
+            refers to.
         data: the sequences. The model's items are found by their ids; of a model without ids,
             item i is taken to be the data's i-th item.
         split: "test" (the last item of every user), "validation" (the last but one) or "train"
@@ -124,6 +125,9 @@ def evaluate(
         True
     """
     with processes.together() as same:
+        if not isinstance(data, SequenceDataset):
+            kind = type(data).__name__
+            raise InputError(f"data: expected what fk.load or fk.from_frame gives, got a {kind}")
         protocol = Protocol(split, candidates, seen, seed, data.fingerprint(), data.holdout.name)
         cutoffs, names = _cutoffs(k), _metric_names(metrics, candidates)
         check_count("max_scores", max_scores)
@@ -141,7 +145,7 @@ def evaluate(
     show = progress and processes.rank() == 0
     listed = tuple(min(cutoff, data.num_items) for cutoff in cutoffs if "coverage" in names)
     ranking = _Ranking(scorer, loader, protocol, data.popularity(), listed)
-    with torch.no_grad(), eval_mode(scorer.module):
+    with torch.no_grad(), eval_mode(scorer.modes):
         ranks, covered = ranking.dealt(show)
     frequency = ranking.popularity[data.items[loader.target] - 1]
     return Report(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
-from fisherkern.adapters.agreement import EXAMPLE, check_function
+from fisherkern.adapters.agreement import EXAMPLE, check_function, distance
+from fisherkern.adapters.batches import mapped
 from fisherkern.adapters.sharded.models import is_sharded
 from fisherkern.data import SequenceDataset
 from fisherkern.errors import InputError, shown
@@ -22,7 +26,51 @@ log = logging.getLogger("fisherkern")
 # Columns of a history for models that do not say how many they take.
 _MAX_LEN = 50
 
+# How far the modules of a function are followed: a method's object, its list of models, these.
+_LEVELS = 5
+
 DataBatch = dict[str, Tensor]
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """Return the modules that a function refers to: a method's, a partial's, a closure's."""
+    found: dict[int, nn.Module] = {}
+    level, seen = [function], set()
+    for _ in range(_LEVELS):
+        following: list[Any] = []
+        for own in level:
+            own = own.module if isinstance(own, ModelAdapter) else own
+            if isinstance(own, nn.Module):
+                found[id(own)] = own
+            elif id(own) not in seen and not isinstance(own, type):
+                following += _referred(own)
+            seen.add(id(own))
+        level = following
+    return list(found.values())
+
+
+def _referred(own: Any) -> list[Any]:
+    """Return what a function, a container or an object refers to."""
+    if isinstance(own, functools.partial):
+        return [own.func, *own.args, *own.keywords.values()]
+    if inspect.ismethod(own):
+        return [own.__self__, own.__func__]
+    if inspect.isfunction(own):
+        try:
+            names = inspect.getclosurevars(own)
+        except ValueError:  # of a name that has no value yet
+            return []
+        return [*names.nonlocals.values(), *names.globals.values()]
+    if isinstance(own, list | tuple | dict):
+        return [*(own.values() if isinstance(own, dict) else own)]
+    if inspect.ismodule(own) or isinstance(own, SequenceDataset):
+        return []
+    calls = vars(type(own)).get("__call__")
+    return [*getattr(own, "__dict__", {}).values(), *([calls] if callable(calls) else [])]
+
+
+def _copied(name: str, value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 class Scorer:
@@ -30,6 +78,7 @@ class Scorer:
 
     Attributes:
         module: The bare module, None for a function.
+        modes: What runs in eval mode: the module, or those that a function refers to.
         max_len: Columns of a history.
     """
 
@@ -47,6 +96,7 @@ class Scorer:
         self.num_items, self.max_scores = data.num_items, max_scores
         self.adapter: ModelAdapter | None = None
         self.module: nn.Module | None = None
+        self.modes: nn.Module
         self._columns: Tensor | None = None  # (V,) int64, where the model orders items by itself
         self._layer: ScoringLayer | ShardedScoringLayer | None = None
         self._sought = self._checked = False
@@ -61,7 +111,11 @@ class Scorer:
             raise _other_catalogue(len(own), data)
         self.max_len = int(getattr(model, "max_len", _MAX_LEN))
         self.first_item = int(getattr(model, "first_item", 0))
-        self._native: Callable[[DataBatch], Any] = lambda batch: batch
+        self.modes = nn.ModuleList(modules_of(model))
+        # A model may write to its batch.
+        self._native: Callable[[DataBatch], Any] = lambda batch: {
+            name: value.clone() for name, value in batch.items()
+        }
         self._logits: Callable[[Any], Any] = model
 
     def _take_adapter(self, adapter: ModelAdapter, data: SequenceDataset) -> None:
@@ -69,11 +123,13 @@ class Scorer:
         self._columns, tokens = _matched(adapter, data, first)
 
         def native(batch: DataBatch) -> Any:
-            items = batch["history"] if tokens is None else tokens[batch["history"]]
-            beside = {name: value for name, value in batch.items() if name != "history"}
+            # A model may write to its batch.
+            items = batch["history"].clone() if tokens is None else tokens[batch["history"]]
+            beside = {name: value.clone() for name, value in batch.items() if name != "history"}
             return adapter.prepared(adapter.make_batch(items, **beside))
 
         self.adapter, self.module = adapter, adapter.module
+        self.modes = adapter.module
         self.max_len = adapter.max_len or _MAX_LEN
         # The item of column 0, where the model counts items as the data does.
         self.first_item = adapter.first_item - (first - 1)
@@ -91,10 +147,24 @@ class Scorer:
         if self.adapter is not None and not self._checked:
             self._checked = True
             few = {name: value[:EXAMPLE] for name, value in batch.items()}
+            logits = self.adapter.all_logits
+            # A model may write to its batch, and is asked three times.
+            copying = dataclasses.replace(
+                self.adapter, all_logits=lambda own: logits(mapped(own, _copied))
+            )
             try:
-                check_function(self.adapter, self._native(few))
+                check_function(copying, self._native(few))
             except InputError as error:
                 log.warning("the ranks are of this batch size and run alone: %s", error)
+        elif not self._checked:
+            self._checked = True
+            few = {name: value[:EXAMPLE] for name, value in batch.items()}
+            one, two = (self._logits(self._native(few)) for _ in range(2))
+            same = isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape == two.shape
+            if same and (gap := distance(one, two)) is not None:
+                log.warning(
+                    "the ranks are of this run alone: scores of one batch are %s apart", gap
+                )
         rows = len(batch["history"])
         most = max(1, self.max_scores // self.num_items)
         if rows > most or (self.adapter is not None and rounds(self.adapter)):
