@@ -15,18 +15,38 @@ def fingerprint(model: nn.Module) -> str:
     """sha256 (64 hex digits) over the model's parameters.
 
     Over `named_parameters()` sorted by name (a parameter registered under two names counts
-    once, under the first): name, dtype, shape and the raw bytes in row-major order. Buffers,
-    the class and `requires_grad` do not enter, the device does not either. A single changed
-    bit changes the result. Copies one parameter at a time to the CPU.
+    once, under the first): name, dtype, shape and the raw bytes in row-major order. Buffers
+    (`buffer_hashes` has those), the class and `requires_grad` do not enter, the device does not
+    either. A single changed bit changes the result. Copies one parameter at a time to the CPU.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        header = [name, str(parameter.dtype), list(parameter.shape)]
-        digest.update(json.dumps(header).encode())
-        # Bytes rather than numbers: numpy has no bfloat16.
-        raw = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(raw.numpy().data)
+        _update(digest, name, parameter)
     return digest.hexdigest()
+
+
+def buffer_hashes(model: nn.Module) -> dict[str, str]:
+    """Return the sha256 of every floating buffer that is saved, by name, as `fingerprint` has it.
+
+    Running statistics and frozen tables change what a model computes, and are no parameters.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            kept = buffer is not None and name not in module._non_persistent_buffers_set
+            if kept and buffer.is_floating_point() and buffer.layout is torch.strided:
+                whole = f"{prefix}.{name}".strip(".")
+                _update(digest := hashlib.sha256(), whole, buffer)
+                found[whole] = digest.hexdigest()
+    return found
+
+
+def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    header = [name, str(tensor.dtype), list(tensor.shape)]
+    digest.update(json.dumps(header).encode())
+    # Bytes rather than numbers: numpy has no bfloat16.
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(raw.numpy().data)
 
 
 # Item ids made into JSON at once.

@@ -1,12 +1,15 @@
 import copy
 import hashlib
 import json
+from collections import OrderedDict
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.merging import Open
 from torch import nn
 
+import fisherkern as fk
 from fisherkern.fingerprint import fingerprint, item_ids_sha256
 
 
@@ -65,3 +68,60 @@ def test_item_ids_are_hashed_as_their_json(count):
 def test_no_item_ids_have_no_hash():
     assert item_ids_sha256(None) is None
     assert item_ids_sha256("x") == hashlib.sha256(b'"x"').hexdigest()
+
+
+class Scaled(nn.Module):
+    """A head with running statistics, a frozen table and what is never saved."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.items = nn.Embedding(6, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.out = nn.Linear(4, 6)
+        self.register_buffer("frozen", torch.randn(6, 4, generator=generator))
+        self.register_buffer("cache", torch.randn(2, generator=generator), persistent=False)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, history):
+        return self.out(self.norm((self.items(history) + self.frozen[history]).sum(1)))
+
+
+def saved(model, path):
+    safetensors.torch.save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("buffer", ["norm.running_mean", "frozen"])
+def test_a_fisher_of_other_buffers_is_refused(tmp_path, buffer, wrapped):
+    """In memory and from files; one that says nothing of buffers is taken, as old files are."""
+    members, histories = [Scaled(0), Scaled(1)], torch.tensor([[1, 2], [3, 5]])
+    fishers = [fk.diag_fisher(m, [histories], k=3, progress=False) for m in members]
+    assert sorted(fishers[0].meta["buffers"]) == ["frozen", "norm.running_mean", "norm.running_var"]
+    holder = (lambda model: nn.Sequential(OrderedDict(module=model))) if wrapped else lambda m: m
+    paths = [saved(holder(m), tmp_path / f"{n}.safetensors") for n, m in enumerate(members)]
+    stored = [tmp_path / f"f{n}.safetensors" for n in range(2)]
+    for fisher, path in zip(fishers, stored, strict=True):
+        fisher.save(path)
+    fk.merge(members, fishers=fishers)
+    fk.merge_files(paths, tmp_path / "out.safetensors", fishers=stored)
+    members[1].cache += 1
+    members[1].norm.num_batches_tracked += 1
+    fk.merge([members[0], members[1]], fishers=fishers)
+    members[1].norm.num_batches_tracked -= 1
+    members[1].get_buffer(buffer).add_(1)
+    saved(holder(members[1]), paths[1])
+    told = f"computed on another model: buffer '{buffer}' has other values in "
+    with pytest.raises(fk.InputError, match=f"^the Fisher of member 1 was {told}the member"):
+        fk.merge(members, fishers=fishers)
+    with pytest.raises(fk.InputError, match=f"f1.safetensors was {told}.*1.safetensors"):
+        fk.merge_files(paths, tmp_path / "out.safetensors", fishers=stored)
+    fk.merge(members, fishers=fishers, check_fingerprint=False)
+    fk.merge_files(paths, tmp_path / "out.safetensors", fishers=stored, check_fingerprint=False)
+    for fisher, path in zip(fishers, stored, strict=True):
+        del fisher.meta["buffers"]
+        fisher.save(path)
+    fk.merge(members, fishers=fishers)
+    fk.merge_files(paths, tmp_path / "out.safetensors", fishers=stored)

@@ -13,6 +13,7 @@ from fisherkern.adapters.adapter import ModelAdapter
 from fisherkern.adapters.sharded.models import sharded_fingerprint
 from fisherkern.checks import check_loader, takes_numpy
 from fisherkern.errors import InputError
+from fisherkern.fingerprint import buffer_hashes
 from fisherkern.fisher.engine import Engine
 from fisherkern.fisher.first_batch import FirstBatchCheck
 from fisherkern.fisher.forward.plain_run import plainly, state_kept
@@ -157,8 +158,8 @@ def diag_fisher(
     after = sharded_fingerprint(adapter.module)
     if before != after:
         raise InputError("model: its forward pass changes its weights, in eval mode too")
-    meta = settings.meta(engine.num_items) | _meta(engine, count, total)
-    return DiagFisher(engine.finish(total), meta | {"fingerprint": after})
+    meta = settings.meta(engine.num_items) | _meta(engine, count, total) | {"fingerprint": after}
+    return DiagFisher(engine.finish(total), meta)
 
 
 def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:
@@ -170,5 +171,7 @@ def _meta(engine: Engine, count: int, total: int) -> dict[str, Any]:
         "num_positions": total if engine.every else None,
         "captured_mass": float(engine.mass) / total if sampler == "topk" else None,
         "kept_energy": float(engine.kept) / total if sampler == "exact" else None,
+        # Of a model whose tables are over processes nobody has a buffer whole, perhaps.
+        "buffers": {} if engine.shared_out else buffer_hashes(engine.model.module),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

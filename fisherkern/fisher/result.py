@@ -108,7 +108,7 @@ class DiagFisher(NamedTensors):
 
     `meta` says how it was made: sampler, k, probes, reduction, seed, num_sequences,
     captured_mass (topk: the mean of Σ_j p(y_j); None otherwise), fingerprint of the
-    model, versions.
+    model, hashes of its saved floating buffers, versions.
     """
 
     KIND = "diag_fisher"

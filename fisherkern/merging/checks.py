@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fisherkern.checks import check_callable, check_count
 from fisherkern.errors import InputError, shown
-from fisherkern.fingerprint import fingerprint
+from fisherkern.fingerprint import buffer_hashes, fingerprint
 from fisherkern.members.options import check_options
 from fisherkern.members.ties import Tie
 from fisherkern.merging.decay import DECAYS
@@ -137,6 +137,28 @@ def check_fingerprints(
             raise InputError(
                 f"the {what} of member {number} was computed on another model{hint}: its "
                 f"fingerprint is {expected[:12]} and the member's {prints[number][:12]}"
+            )
+        check_buffers(
+            fisher.meta,
+            buffer_hashes(models[number]),
+            f"the {what} of member {number}",
+            "the member",
+        )
+
+
+def check_buffers(
+    meta: Mapping[str, Any], own: Mapping[str, str], made: str, member: object
+) -> None:
+    """Compare the buffers of the model that `made` is of with those of the member.
+
+    Older files do not say them, and a member may lack some.
+    """
+    expected = meta.get("buffers")
+    for name, value in expected.items() if isinstance(expected, Mapping) else ():
+        if own.get(name, value) != value:
+            raise InputError(
+                f"{made} was computed on another model: buffer {shown(name)} has other values in "
+                f"{member}"
             )
 
 

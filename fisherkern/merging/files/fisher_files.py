@@ -15,6 +15,7 @@ from torch import Tensor
 from fisherkern.adapters.names import fit_names
 from fisherkern.errors import InputError, shown
 from fisherkern.merging.blocks import BLOCK
+from fisherkern.merging.checks import check_buffers
 from fisherkern.merging.files.tensor_files import TensorFile, rows_per_block
 from fisherkern.merging.fishers import NOISE, block_sums, check_definitions
 from fisherkern.processes import gathered, rank, together, world
@@ -105,6 +106,9 @@ class FisherFiles:
             known = {theirs: name for name, theirs in own.items()}
             found = member.fingerprint(known, READ)
             if found == expected:
+                check_buffers(
+                    file.about["meta"], _buffer_hashes(file, member), str(file.path), member.path
+                )
                 continue
             others = [other for other in members if other is not member]
             if len(own) < len(names) and not any(
@@ -204,3 +208,11 @@ def _survey(file: TensorFile, names: Mapping[str, str]) -> tuple[float, dict[str
     if mean <= 0:
         raise InputError(f"{file.path}: the Fisher is zero everywhere")
     return mean, largest
+
+
+def _buffer_hashes(file: TensorFile, member: TensorFile) -> dict[str, str]:
+    """Hashes of the member's buffers that the Fisher's model had, as `buffer_hashes` has them."""
+    names = file.about["meta"].get("buffers")
+    known = fit_names(names if isinstance(names, dict) else (), [*member.layout, *member.aliases])
+    own = {name: member.aliases.get(place, place) for name, place in known.items()}
+    return {name: member.fingerprint({name: place}, READ) for name, place in own.items()}
