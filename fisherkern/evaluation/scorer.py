@@ -189,8 +189,9 @@ class Scorer:
                 self._seek(batch)
             if self._layer is None:
                 found = found[:, self._places(found.device)]
-                # Half-precision scores tie where the model's own do not.
-                return WholeScores(found.to(torch.promote_types(found.dtype, torch.float32)))
+                # Scores of fewer digits tie where the model's own do not.
+                least = torch.float32 if found.is_floating_point() else torch.float64
+                return WholeScores(found.to(torch.promote_types(found.dtype, least)))
         columns = self._columns if self._columns is not None else 1 - self.first_item
         found = self._layer.scores(native, columns, self.num_items, self.max_scores)
         if isinstance(self._layer, ShardedScoringLayer):

@@ -129,3 +129,14 @@ def test_a_function_that_draws_is_told(caplog: pytest.LogCaptureFixture) -> None
 def test_data_that_are_no_data_set_are_refused(data: Any) -> None:
     with pytest.raises(fk.InputError, match=r"data: expected what fk.load or fk.from_frame gives"):
         fk.evaluate(Dropping(), data)
+
+
+@pytest.mark.parametrize("offset", [0, 2**30, -(2**40)])
+def test_large_counts_keep_their_order(offset: int) -> None:
+    """In fp32 those beyond 2^24 tie."""
+    model = Dropping().eval()
+
+    def counts(batch: Batch) -> Tensor:
+        return (10 * model(batch)).long() + offset
+
+    assert fk.evaluate(counts, DATA).ranks.tolist() == ranks_of(counts)
