@@ -269,3 +269,21 @@ def test_a_training_mode_of_its_own_is_left_as_it_was() -> None:
     assert model.steps == 0 and model.training
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_constants_of_any_layout_and_type_may_be_kept() -> None:
+    class Mixing(Anew):
+        def __init__(self) -> None:
+            super().__init__(True)
+            self.register_buffer("graph", torch.eye(NUM_ITEMS + 1).to_sparse())
+            self.register_buffer("coarse", torch.ones(WIDTH).to(torch.float8_e4m3fn))
+            self.empty = torch.zeros(0, WIDTH, dtype=torch.float64)
+
+        def table(self) -> Tensor:
+            rows = torch.cat([self.empty, self.graph.double() @ self.other.weight])
+            return rows * self.coarse.double()
+
+    model = shaken(Mixing()).double()
+    model.coarse = torch.ones(WIDTH).to(torch.float8_e4m3fn)
+    p, gradients = brute.all_gradients(model, HISTORIES)
+    assert_equal(fisher(model), brute.fisher(gradients, p))

@@ -161,7 +161,8 @@ def _key(tensor: Tensor) -> int:
 
 
 def _varies(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool((tensor != tensor.flatten()[:1]).any())
+    dense = tensor.layout is torch.strided and tensor.is_floating_point() and tensor.numel() > 1
+    return dense and bool((wide := tensor.float()).amin() < wide.amax())
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
