@@ -109,7 +109,8 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], every: bool = False
 def holds(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield a module's own attributes that hold tensors, its buffers among them, and these."""
     named = {name: value for name, value in vars(module).items() if name not in _COMMON}
-    for name, value in (named | named.pop("_buffers")).items():
+    buffers = named.pop("_buffers", {})  # a dictionary, but of a scripted module
+    for name, value in [*named.items(), *buffers.items()]:
         if _holds_tensor(value):
             entries = _entries(value) if type(value) in (dict, list, tuple) else [value]
             yield name, [entry for entry in entries if isinstance(entry, Tensor)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.adapters.adapter import ModelAdapter
+from fisherkern.adapters.agreement import batch_norm_refused
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.forward.dependence import tensors_in
@@ -99,7 +100,8 @@ def fresh_passes(model: ModelAdapter, batch: Any, autocast: Autocast) -> ModelAd
     """
     module, again = model.module, False
     with buffers_kept(module), attributes_kept(module), autocast.on():
-        first, second = (_Pass(model.logits, batch, module) for _ in range(2))
+        with batch_norm_refused():
+            first, second = (_Pass(model.logits, batch, module) for _ in range(2))
         for key, tensor in second.foreign.items():
             place = _place(module, key)
             made = key in first.of_parameters and key not in second.of_parameters
