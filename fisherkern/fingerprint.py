@@ -44,6 +44,8 @@ def buffer_hashes(model: nn.Module) -> dict[str, str]:
 def _update(digest: Any, name: str, tensor: torch.Tensor) -> None:
     header = [name, str(tensor.dtype), list(tensor.shape)]
     digest.update(json.dumps(header).encode())
+    if not tensor.numel():  # it may have strides that no view of bytes has
+        return
     # Bytes rather than numbers: numpy has no bfloat16.
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest.update(raw.numpy().data)

@@ -32,6 +32,13 @@ def test_the_dtype_enters():
     assert len({fingerprint(copy.deepcopy(model).to(dtype)) for dtype in dtypes}) == 4
 
 
+def test_a_parameter_without_entries_has_one():
+    model = nn.Linear(2, 3)
+    # As NumPy's arrays without entries become tensors, with a stride that bytes cannot have.
+    model.times = nn.Parameter(torch.zeros(0).as_strided((0,), (0,)))
+    assert fingerprint(copy.deepcopy(model)) == fingerprint(model) != fingerprint(nn.Linear(2, 3))
+
+
 def test_the_shape_and_the_names_enter():
     def of(**tensors):
         model = Open()
