@@ -44,7 +44,9 @@ def find_state(path: object, value: Any) -> SavedState:
         entries, buffers = _module_entries(path, value)
         return SavedState("module", _checked(path, entries), {}, buffers)
     if not isinstance(value, Pairs) or (isinstance(value, Stub) and not value.pairs):
-        raise InputError(f"{path}: holds no tensors by name, but {_described(value)}")
+        raise InputError(
+            f"{path}: holds no tensors by name, but {_described(value)}; save a state_dict()"
+        )
     entries = value.texts()
     holders = [key for key, entry in entries.items() if _holds_tensors(entry)]
     known = [key for key in _STATE_KEYS if key in holders]
