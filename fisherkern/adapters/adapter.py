@@ -117,11 +117,11 @@ class ModelAdapter:
         if self.all_hidden is None:
             return None
         hidden = self.all_hidden
-        return lambda batch: self._at_last(hidden(batch), batch)
+        return lambda batch: self.at_last(hidden(batch), batch)
 
     def logits(self, batch: Any) -> Tensor:
         """Next-item logits (N, V), at the last real position."""
-        return self._at_last(self.all_logits(batch), batch)
+        return self.at_last(self.all_logits(batch), batch)
 
     @property
     def first_item(self) -> int:
@@ -347,8 +347,8 @@ class ModelAdapter:
             looked_for=True,
         )
 
-    def _at_last(self, values: Tensor, batch: Any) -> Tensor:
-        """Values (N, T, ...) of every position at the last real one; (N, ...) as they are."""
+    def at_last(self, values: Tensor, batch: Any) -> Tensor:
+        """Return values (N, T, ...) at the last real position; (N, ...) as they are."""
         if not isinstance(values, Tensor):
             values = logits_in(values)
         if values.dim() < 3:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
-from fisherkern.adapters.agreement import EXAMPLE, check_function, distance
+from fisherkern.adapters.agreement import EXAMPLE, NoLogitsError, check_function, distance
 from fisherkern.adapters.batches import mapped
 from fisherkern.adapters.sharded.models import is_sharded
 from fisherkern.data import SequenceDataset
@@ -154,6 +154,8 @@ class Scorer:
             )
             try:
                 check_function(copying, self._native(few))
+            except NoLogitsError:
+                raise
             except InputError as error:
                 log.warning("the ranks are of this batch size and run alone: %s", error)
         elif not self._checked:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherkern.adapters.agreement import batch_norm_refused, distance
+from fisherkern.adapters.agreement import (
+    batch_norm_refused,
+    check_no_probabilities,
+    distance,
+)
 from fisherkern.adapters.batches import batch_size, batch_slice
 from fisherkern.adapters.parameters import Parameters
 from fisherkern.errors import InputError
@@ -122,6 +126,7 @@ class FirstBatchCheck:
                 return _PlainGradients(0, z[row, -1].detach(), {})
             z = z[:, int(counted.nonzero().max())]
         z = z[row]
+        check_no_probabilities(z.detach())
         if item is None:
             # Of the most likely one 1 − p may be a rounding of autograd's.
             item = (int(z.argmax()) + 1 + _STEP % max(len(z) - 1, 1)) % len(z)

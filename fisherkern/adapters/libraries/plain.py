@@ -61,7 +61,10 @@ class PlainModule(Library):
 
     def labels(self, module: Any, batch: Any) -> Tensor | None:
         found = field(batch, _LABELS)
-        return found[1] if found is not None and found[1].dim() == 2 else None
+        if found is None or found[1].dim() != 2:
+            return None
+        pad = self.pad_id(module)  # of masked items, many loaders label the others with it
+        return found[1] if pad is None else found[1].masked_fill(found[1] == pad, -100)
 
     def pad_id(self, module: Any) -> int | None:
         if describes_itself(module):
