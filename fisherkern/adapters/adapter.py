@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -30,7 +29,7 @@ from fisherkern.adapters.libraries.base import last_label, last_place
 from fisherkern.adapters.libraries.plain import describes_itself, factored, logits_in
 from fisherkern.adapters.output_layer import OutputLayerParts, find_output_layer
 from fisherkern.adapters.row_scaling import RowScaling
-from fisherkern.adapters.wrappers import copy_wrapped, unwrap
+from fisherkern.adapters.wrappers import copy_wrapped, deep_copy, unwrap
 from fisherkern.errors import InputError
 from fisherkern.modes import eval_mode
 
@@ -271,7 +270,7 @@ class ModelAdapter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelAdapter:
         """Return the adapter of a deep copy, as functions of a model hold the model."""
-        return ModelAdapter.made(copy.deepcopy(self.source, memo), self.given)
+        return ModelAdapter.made(deep_copy(self.source, memo), self.given)
 
     @property
     def merge_report(self) -> Any:

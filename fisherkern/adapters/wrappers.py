@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dis
+import operator
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,7 +57,7 @@ def copy_wrapped(source: Any, path: tuple[str, ...]) -> tuple[Any, nn.Module]:
         InputError: The model cannot be copied.
     """
     try:
-        duplicate = copy.deepcopy(source)
+        duplicate = deep_copy(source, {})
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -67,6 +69,37 @@ def copy_wrapped(source: Any, path: tuple[str, ...]) -> tuple[Any, nn.Module]:
     for name in path:
         module = getattr(module, name)
     return duplicate, module
+
+
+def deep_copy(model: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy`, but for functions among attributes: those that hold a part hold its copy.
+
+    A module may score by `self.out = lambda h: h @ self.items.weight.T`, which `deepcopy` leaves
+    with the tensors of the original.
+    """
+    duplicate = copy.deepcopy(model, memo)
+    for part in duplicate.modules() if isinstance(duplicate, nn.Module) else ():
+        for name, function in list(vars(part).items()):
+            if not isinstance(function, types.FunctionType) or not function.__closure__:
+                continue
+            cells = tuple(_copied(cell, memo) for cell in function.__closure__)
+            if all(map(operator.is_, cells, function.__closure__)):
+                continue
+            bound = types.FunctionType(
+                function.__code__, function.__globals__, name, function.__defaults__, cells
+            )
+            bound.__kwdefaults__ = function.__kwdefaults__
+            vars(part)[name] = bound
+    return duplicate
+
+
+def _copied(cell: types.CellType, memo: dict[int, Any]) -> types.CellType:
+    try:
+        held = cell.cell_contents
+    except ValueError:  # it is empty
+        return cell
+    part = isinstance(held, (nn.Module, torch.Tensor)) and id(held) in memo
+    return types.CellType(memo[id(held)]) if part else cell
 
 
 def held_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,6 @@ have no average, so every member is run once with the tensors of member 0.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fisherkern.adapters import ModelAdapter
 from fisherkern.adapters.agreement import distance
-from fisherkern.adapters.wrappers import WITH_CODE
+from fisherkern.adapters.wrappers import WITH_CODE, deep_copy
 from fisherkern.errors import InputError, one_line, shown
 from fisherkern.modes import eval_mode
 
@@ -140,7 +139,7 @@ def _with_tensors_of(first: ModelAdapter, other: ModelAdapter) -> ModelAdapter:
     # The deep copy keeps what it is told stands for a tensor, and copies everything else. A
     # library's own wrapper may copy in a way of its own; functions that were given need it.
     held = other.source if other.given else other.module
-    twin = ModelAdapter.made(copy.deepcopy(held, memo), other.given)
+    twin = ModelAdapter.made(deep_copy(held, memo), other.given)
     for name, parameter in twin.module.named_parameters(remove_duplicate=False):
         if parameter is not own[name]:
             raise ValueError(f"a copy has a {name} of its own")

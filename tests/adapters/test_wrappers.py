@@ -217,3 +217,25 @@ def test_catalogues_in_other_orders_are_matched_by_id(tmp_path: Path) -> None:
     torch.testing.assert_close(merged.module.bias, model.bias)
     with pytest.raises(fk.InputError, match="shares no item with the others"):
         fk.merge([one, adapted(other, [f"{item}.0" for item in ids])])
+
+
+class ScoresByFunction(Linear):
+    """x-transformers with a tied table: a function among its attributes holds the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out.requires_grad_(False)
+        self.score = lambda h, *, scale=1.5: scale * (h @ self.items.weight.T)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.score(self.states(ids)[:, -1])
+
+
+def test_a_copy_of_a_model_scores_with_its_own_table() -> None:
+    pair = [shaken(ScoresByFunction(), seed) for seed in (0, 1)]
+    before = [model(HISTORIES) for model in pair]
+    merged = fk.merge(pair)
+    right = ScoresByFunction().double()
+    right.load_state_dict(merged.state_dict())
+    assert torch.equal(merged(HISTORIES), right(HISTORIES))
+    assert all(torch.equal(z, model(HISTORIES)) for z, model in zip(before, pair, strict=True))
