@@ -43,8 +43,8 @@ def batch_norm_refused() -> Iterator[None]:
         ) from None
 
 
-def check_function(adapter: Any, batch: Any) -> None:
-    """Refuse logits that are not the same twice, or not the same without other sequences."""
+def check_function(adapter: Any, batch: Any) -> Tensor:
+    """Return logits (N, V); refuse what is not the same twice, or without other sequences."""
     parameters = [(n, p) for n, p in adapter.module.named_parameters() if not p.is_inference()]
     versions = [parameter._version for _, parameter in parameters]
     with torch.no_grad(), batch_norm_refused():
@@ -64,12 +64,13 @@ def check_function(adapter: Any, batch: Any) -> None:
                 "too; does it draw random numbers, or keep a state?"
             )
         if n == 1:
-            return
+            return z
         if (gap := distance(z[:1], _logits(adapter, batch_slice(batch, 0, 1)))) is not None:
             raise InputError(
                 f"model: a sequence's logits alone are {gap} from those in a batch, so "
                 + BATCH_DEPENDENT
             )
+    return z
 
 
 def _logits(adapter: Any, batch: Any) -> Tensor:

@@ -153,7 +153,7 @@ class Scorer:
                 self.adapter, all_logits=lambda own: logits(mapped(own, _copied))
             )
             try:
-                check_function(copying, self._native(few))
+                self._say_of_mask(check_function(copying, self._native(few)).shape[1])
             except NoLogitsError:
                 raise
             except InputError as error:
@@ -175,6 +175,22 @@ class Scorer:
             most = rows
         for first in range(0, rows, most):
             yield {name: value[first : first + most] for name, value in batch.items()}
+
+    def _say_of_mask(self, columns: int) -> None:
+        """Warn of a module that reads an id more than it scores: a mask that no history ends in."""
+        assert self.adapter is not None
+        asked = self.adapter.given.keys() & {"make_batch", "logits", "encode"}
+        if asked or self.adapter.library.name != "plain module" or self.adapter.encode is not None:
+            return
+        tables = [part for part in self.adapter.module.modules() if isinstance(part, nn.Embedding)]
+        rows = [part.num_embeddings for part in tables if part.padding_idx is not None]
+        if 0 < max(rows, default=0) - columns - self.first_item <= 2:
+            log.warning(
+                "the model reads %d ids and scores %d: if the last is a mask, give "
+                "fk.adapt(model, make_batch=...) that puts it at the end",
+                max(rows),
+                columns,
+            )
 
     def scores(self, batch: DataBatch) -> Scores:
         """Return the scores of one of the `parts`.

@@ -119,15 +119,32 @@ def test_what_is_no_logits_is_refused_and_the_advice_is_right(case: str) -> None
     assert_equal(fisher, right)
 
 
+def few() -> fk.SequenceDataset:
+    ids = ["a", "b", "c", "d"]
+    return fk.SequenceDataset("few", [1, 2, 3, 2, 3, 4, 4, 1, 2], [0, 3, 6, 9], ids, ids[:3])
+
+
 @pytest.mark.parametrize("case", ["states", "missing", "no forward"])
 def test_ranks_of_no_logits_are_refused(case: str) -> None:
     """Hidden states may be as many as the items or more."""
     model = shaken(CASES[case][0]())
-    ids = ["a", "b", "c", "d"]
-    data = fk.SequenceDataset("few", [1, 2, 3, 2, 3, 4, 4, 1, 2], [0, 3, 6, 9], ids, ids[:3])
+    data = few()
     with pytest.raises(fk.InputError, match=CASES[case][2]):
         fk.evaluate(fk.adapt(model, max_len=5), data, k=2)
     fk.evaluate(fk.adapt(model, logits=scores, max_len=5, make_batch=lambda ids: ids), data, k=2)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS - 1, COLUMNS])
+def test_a_mask_that_no_history_ends_in_is_said(
+    columns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Linear()
+    model.out = nn.Linear(6, columns)
+    ending = fk.adapt(shaken(model), max_len=5, make_batch=lambda ids: ids)
+    for asked, said in ((fk.adapt(model, max_len=5), columns < COLUMNS), (ending, False)):
+        caplog.clear()
+        fk.evaluate(asked, few(), k=2)
+        assert ("if the last is a mask" in caplog.text) == said
 
 
 def test_a_model_s_own_error_says_how_it_was_called() -> None:
