@@ -48,7 +48,7 @@ def check_function(adapter: Any, batch: Any) -> Tensor:
     parameters = [(n, p) for n, p in adapter.module.named_parameters() if not p.is_inference()]
     versions = [parameter._version for _, parameter in parameters]
     with torch.no_grad(), batch_norm_refused():
-        z = _logits(adapter, batch)
+        z = logits_of(adapter, batch)
         for (name, parameter), version in zip(parameters, versions, strict=True):
             if parameter._version != version:
                 raise InputError(f"model: its forward pass changes '{name}' in place")
@@ -65,7 +65,7 @@ def check_function(adapter: Any, batch: Any) -> Tensor:
             )
         if n == 1:
             return z
-        if (gap := distance(z[:1], _logits(adapter, batch_slice(batch, 0, 1)))) is not None:
+        if (gap := distance(z[:1], logits_of(adapter, batch_slice(batch, 0, 1)))) is not None:
             raise InputError(
                 f"model: a sequence's logits alone are {gap} from those in a batch, so "
                 + BATCH_DEPENDENT
@@ -73,7 +73,7 @@ def check_function(adapter: Any, batch: Any) -> Tensor:
     return z
 
 
-def _logits(adapter: Any, batch: Any) -> Tensor:
+def logits_of(adapter: Any, batch: Any) -> Tensor:
     """Return a model's logits (N, V) where they may be those of all items, or say how they are."""
     plain = adapter.library.name == "plain module"
     own = "logits" in adapter.given or "encode" in adapter.given

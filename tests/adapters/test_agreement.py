@@ -150,7 +150,7 @@ def test_a_mask_that_no_history_ends_in_is_said(
 def test_a_model_s_own_error_says_how_it_was_called() -> None:
     with pytest.raises(IndexError, match="out of range") as raised:
         fk.diag_fisher(shaken(Linear()), [HISTORIES + COLUMNS], progress=False)
-    assert "Linear.forward was called with 4 sequences of a batch" in raised.value.__notes__[0]
+    assert "Linear.forward was called with 2 sequences of a batch" in raised.value.__notes__[0]
 
 
 def test_labels_that_are_padding_are_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fisherkern.adapters.adapter import ModelAdapter
-from fisherkern.adapters.agreement import batch_norm_refused
+from fisherkern.adapters.agreement import batch_norm_refused, logits_of
 from fisherkern.errors import InputError
 from fisherkern.fisher.autocast import Autocast
 from fisherkern.fisher.forward.dependence import tensors_in
@@ -101,7 +102,7 @@ def fresh_passes(model: ModelAdapter, batch: Any, autocast: Autocast) -> ModelAd
     module, again = model.module, False
     with buffers_kept(module), attributes_kept(module), autocast.on():
         with batch_norm_refused():
-            first, second = (_Pass(model.logits, batch, module) for _ in range(2))
+            first, second = (_Pass(partial(logits_of, model), batch, module) for _ in range(2))
         for key, tensor in second.foreign.items():
             place = _place(module, key)
             made = key in first.of_parameters and key not in second.of_parameters

@@ -250,7 +250,9 @@ def _scalings(
     for pair in pairs:
         alpha = pair.alpha_over_rank(tensors)
         if alpha is not None and config is not None:
-            raise InputError(f"{file.path}: {pair.alpha!r} and adapter_config.json both scale it")
+            raise InputError(
+                f"{file.path}: {shown(pair.alpha)} and adapter_config.json both scale it"
+            )
         found[pair.a] = 1.0 if alpha is None else alpha
         if config is not None:
             found[pair.a] = scaling_of(config, pair, _rank(tensors, pair))
