@@ -372,6 +372,7 @@ def test_a_dry_run_ends_with_1_where_a_unit_is_wrong(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_is_right_but_for_what_was_planted(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the kernels need triton, which is for Linux only")
     done = subprocess.run(dry(tmp_path), capture_output=True, text=True)

@@ -144,6 +144,7 @@ def test_a_second_call_makes_nothing(
     assert files(whole) == before
 
 
+@pytest.mark.slow
 def test_pieces_give_the_same_bytes(
     files: ReadFiles,
     small: str,
