@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -355,3 +356,15 @@ def test_a_long_function_is_seen():
     assert long_functions("def f():\n" + docstring + body * MAX_FUNCTION) == ["f has 61 lines"]
     assert long_functions("@triton.jit\ndef f():\n" + body * (MAX_KERNEL - 1)) == []
     assert long_functions("@triton.jit\ndef f():\n" + body * MAX_KERNEL) == ["f has 101 lines"]
+
+
+def test_no_large_file_is_tracked() -> None:
+    """A wheel or a checkpoint that lay in the checkout would be in every clone for good."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    large = [path.name for path in paths if path.is_file() and path.stat().st_size > 4 << 20]
+    assert large == []
