@@ -76,43 +76,47 @@ class Checkpoints(Experiment):
         return cache.fresh(SASRec, offset=offset, **self.sizes())
 
     def rows(self, cache: ArtifactCache) -> RowBuilders:
-        runs = {name: partial(self.run, cache, n) for name, n in self.numbers().items()}
+        runs = {name: partial(self.run, cache, name) for name in self.names()}
         decayed = partial(self.decayed, cache)
         if self.branches == 1:
             titles = {self.title(weights): weights for weights in WEIGHTS}
-            merges = {t: partial(self.merged, cache, t, [0], own) for t, own in titles.items()}
+            merged = partial(self.merged, cache, names=self.names())
+            merges = {title: partial(merged, title, weights=w) for title, w in titles.items()}
             return {**runs, **merges, DECAYED: decayed}
         ends = MemberSet(cache, runs, sequences=1)
-        numbers = {self.title(name): [number] for name, number in self.numbers().items()}
         return {
             "base": partial(self.common_base, cache, NextItem(), self.base_epochs),
             **runs,
-            **{title: partial(self.merged, cache, title, own) for title, own in numbers.items()},
+            **{
+                self.title(name): partial(self.merged, cache, self.title(name), [name])
+                for name in self.names()
+            },
             **ends.merge(ENDS, method="uniform"),
-            ALL: partial(self.merged, cache, ALL, list(self.numbers().values())),
+            ALL: partial(self.merged, cache, ALL, self.names()),
             **ends.ensemble(),
             DECAYED: decayed,
         }
 
-    def numbers(self) -> dict[str, int]:
-        """The number of each run, 0 of one without a base."""
-        first = int(self.branches > 1)
-        return {name: number for number, name in enumerate(self.names(), start=first)}
+    def number(self, name: str) -> int:
+        """The number of a run, 0 of one without a base."""
+        return self.names().index(name) + int(self.branches > 1)
 
-    def kept(self, cache: ArtifactCache, number: int) -> KeptCheckpoints:
-        name = f"checkpoints-{number}" if number else "checkpoints"
-        return KeptCheckpoints(cache.path(name, ""), last=self.count, every=self.every)
+    def kept(self, cache: ArtifactCache, name: str) -> KeptCheckpoints:
+        number = self.number(name)
+        folder = f"checkpoints-{number}" if number else "checkpoints"
+        return KeptCheckpoints(cache.path(folder, ""), last=self.count, every=self.every)
 
-    def run(self, cache: ArtifactCache, number: int) -> SequenceEncoder:
+    def run(self, cache: ArtifactCache, name: str) -> SequenceEncoder:
         """A run at a constant rate, which keeps its last checkpoints."""
+        number = self.number(name)
         base = partial(self.common_base, cache, NextItem(), self.base_epochs)
         return cache.train(
-            self.names()[max(0, number - 1)],
+            name,
             base if number else partial(self.untrained, cache),
             NextItem(),
             epochs=self.epochs,
             seed=cache.seed + 1000 * number,
-            on_epoch=self.kept(cache, number),
+            on_epoch=self.kept(cache, name),
             **self.training(),
         )
 
@@ -129,14 +133,14 @@ class Checkpoints(Experiment):
         )
 
     def merged(
-        self, cache: ArtifactCache, title: str, numbers: Sequence[int], weights: str | None = None
+        self, cache: ArtifactCache, title: str, names: Sequence[str], weights: str | None = None
     ) -> SequenceEncoder:
         """The kept checkpoints of some runs, merged."""
         last = self.epochs - self.epochs % self.every
         epochs = range(last - (self.count - 1) * self.every, last + 1, self.every)
         members = []
-        for number in numbers:
-            self.run(cache, number)
-            kept = self.kept(cache, number)
+        for name in names:
+            self.run(cache, name)
+            kept = self.kept(cache, name)
             members += [load_model(kept.path(epoch)) for epoch in epochs]
         return cache.merged(title, members, weights=weights)

@@ -54,6 +54,11 @@ class LowRankPair:
     embedding: bool
     alpha: str | None = None
 
+    @property
+    def names(self) -> set[str]:
+        """Return the names of all its tensors."""
+        return {name for name in (self.a, self.b, self.bias, self.alpha) if name is not None}
+
     def alpha_over_rank(self, tensors: Mapping[str, Tensor]) -> float | None:
         """Return what the product is multiplied by, where a tensor says it.
 
@@ -105,7 +110,7 @@ def find_low_rank(names: Iterable[str]) -> list[LowRankPair]:
             alpha if alpha in present else None,
         )
         pairs.append(pair)
-        used |= {pair.a, pair.b, pair.bias, pair.alpha}
+        used |= pair.names
     odd = [n for n in known if n in scales or (_OF_LORA.search(n) and n not in used)]
     if odd:
         raise InputError(

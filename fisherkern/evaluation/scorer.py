@@ -69,8 +69,9 @@ def _referred(own: Any) -> list[Any]:
     return [*getattr(own, "__dict__", {}).values(), *([calls] if callable(calls) else [])]
 
 
-def _copied(name: str, value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _copied(batch: Any) -> Any:
+    """Return a batch with tensors of its own, for a model that writes to it."""
+    return mapped(batch, lambda _, value: value.clone() if isinstance(value, Tensor) else value)
 
 
 class Scorer:
@@ -112,10 +113,7 @@ class Scorer:
         self.max_len = int(getattr(model, "max_len", _MAX_LEN))
         self.first_item = int(getattr(model, "first_item", 0))
         self.modes = nn.ModuleList(modules_of(model))
-        # A model may write to its batch.
-        self._native: Callable[[DataBatch], Any] = lambda batch: {
-            name: value.clone() for name, value in batch.items()
-        }
+        self._native: Callable[[DataBatch], Any] = _copied
         self._logits: Callable[[Any], Any] = model
 
     def _take_adapter(self, adapter: ModelAdapter, data: SequenceDataset) -> None:
@@ -123,9 +121,9 @@ class Scorer:
         self._columns, tokens = _matched(adapter, data, first)
 
         def native(batch: DataBatch) -> Any:
-            # A model may write to its batch.
-            items = batch["history"].clone() if tokens is None else tokens[batch["history"]]
-            beside = {name: value.clone() for name, value in batch.items() if name != "history"}
+            beside = _copied(batch)
+            items = beside.pop("history")
+            items = items if tokens is None else tokens[items]
             return adapter.prepared(adapter.make_batch(items, **beside))
 
         self.adapter, self.module = adapter, adapter.module
@@ -148,10 +146,8 @@ class Scorer:
             self._checked = True
             few = {name: value[:EXAMPLE] for name, value in batch.items()}
             logits = self.adapter.all_logits
-            # A model may write to its batch, and is asked three times.
-            copying = dataclasses.replace(
-                self.adapter, all_logits=lambda own: logits(mapped(own, _copied))
-            )
+            # It is asked three times.
+            copying = dataclasses.replace(self.adapter, all_logits=lambda own: logits(_copied(own)))
             try:
                 self._say_of_mask(check_function(copying, self._native(few)).shape[1])
             except NoLogitsError:

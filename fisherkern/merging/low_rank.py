@@ -286,8 +286,7 @@ class LowRankMembers:
     @property
     def names(self) -> set[str]:
         """Of the factors."""
-        named = ((pair.a, pair.b, pair.alpha) for pair in self.pairs)
-        return {name for names in named for name in names if name}
+        return {name for pair in self.pairs for name in pair.names - {pair.bias}}
 
     def merged(self, weights: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """See `merge_low_rank`."""

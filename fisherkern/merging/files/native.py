@@ -52,8 +52,7 @@ class LowRankFiles:
     @property
     def names(self) -> set[str]:
         """Of the tensors that are merged as products."""
-        named = ((pair.a, pair.b, pair.bias, pair.alpha) for pair in self.pairs)
-        return {name for names in named for name in names if name}
+        return {name for pair in self.pairs for name in pair.names}
 
 
 def low_rank_settings(
